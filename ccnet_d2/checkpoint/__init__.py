@@ -1,0 +1,6 @@
+"""Loading and saving checkpoints: Detectron2's formats, without running code from them."""
+
+from .checkpointer import CheckpointError, SafeCheckpointer, load_checkpoint
+from .safe_load import load_file
+
+__all__ = ["CheckpointError", "SafeCheckpointer", "load_checkpoint", "load_file"]

@@ -1,0 +1,32 @@
+"""Data sets, mappers and augmentations for semantic segmentation on Detectron2.
+
+Importing this package registers the data sets under ``$DETECTRON2_DATASETS`` (no file is touched).
+"""
+
+from ccnet_d2.data.catalog import classes_of, get_sem_seg_dataset_dicts
+from ccnet_d2.data.datasets import (
+    SyntheticConfig,
+    dataset_root,
+    generate_synthetic_dataset,
+    register_all,
+    register_sem_seg_folder,
+    register_synthetic,
+)
+from ccnet_d2.data.errors import DatasetError, SampleError
+from ccnet_d2.data.sem_seg_mapper import SemSegMapper
+
+__all__ = [
+    "DatasetError",
+    "SampleError",
+    "SemSegMapper",
+    "SyntheticConfig",
+    "classes_of",
+    "dataset_root",
+    "generate_synthetic_dataset",
+    "get_sem_seg_dataset_dicts",
+    "register_all",
+    "register_sem_seg_folder",
+    "register_synthetic",
+]
+
+register_all()

@@ -1,0 +1,97 @@
+"""Data sets by their registered names, with errors that say what is missing."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ccnet_d2.data.datasets.paths import ENV_VAR
+from ccnet_d2.data.errors import DatasetError
+
+__all__ = ["classes_of", "get_sem_seg_dataset_dicts"]
+
+_DEFAULT_IGNORE_LABEL = 255
+
+
+def _check_registered(name: str) -> None:
+    if name in DatasetCatalog:
+        return
+    close = difflib.get_close_matches(name, list(DatasetCatalog), n=3)
+    hint = f"did you mean {' or '.join(repr(other) for other in close)}?" if close else "register it first."
+    raise DatasetError(f"There is no data set '{name}'; {hint}")
+
+
+def _names(names: str | Sequence[str]) -> list[str]:
+    listed = [names] if isinstance(names, str) else list(names)
+    if not listed:
+        raise DatasetError("No data set is named.")
+    for name in listed:
+        _check_registered(name)
+    return listed
+
+
+def get_sem_seg_dataset_dicts(names: str | Sequence[str]) -> list[dict[str, Any]]:
+    """Samples of one or several registered data sets, in their order.
+
+    Like Detectron2's ``get_detection_dataset_dicts``, but a data set that is not on disk, Detectron2's own
+    included, gives one sentence naming the folder.
+
+    Args:
+        names: names of registered data sets.
+
+    Returns:
+        Detectron2 dicts with `file_name` and `sem_seg_file_name`.
+
+    Raises:
+        DatasetError: a name is unknown, or a data set is missing, incomplete or empty.
+    """
+    samples: list[dict[str, Any]] = []
+    for name in _names(names):
+        try:
+            found = DatasetCatalog.get(name)
+        except DatasetError:
+            raise
+        except (OSError, AssertionError) as error:
+            # Detectron2's own loaders stop at the first file or folder that is not there, or assert it.
+            what = getattr(error, "filename", None)
+            cause = (
+                f"'{what}' does not exist" if isinstance(error, FileNotFoundError) and what else str(error)
+            )
+            raise DatasetError(
+                f"Data set '{name}' is missing or incomplete: {cause.rstrip('.')}. Put it there, or set {ENV_VAR} to "
+                "the folder that holds it; projects/CCNet/datasets/README.md shows its tree."
+            ) from error
+        if not found:
+            raise DatasetError(f"Data set '{name}' is empty.")
+        without = next((sample for sample in found if "sem_seg_file_name" not in sample), None)
+        if without is not None:
+            raise DatasetError(f"Data set '{name}' has no label map for '{without['file_name']}'.")
+        samples.extend(found)
+    return samples
+
+
+def classes_of(names: str | Sequence[str]) -> tuple[list[str], int]:
+    """Class names and ignored label that registered data sets agree on.
+
+    Raises:
+        DatasetError: a name is not registered, has no classes, or the data sets differ.
+    """
+    listed = _names(names)
+    described = []
+    for name in listed:
+        metadata = MetadataCatalog.get(name)
+        classes = metadata.get("stuff_classes")
+        if not classes:
+            raise DatasetError(
+                f"Data set '{name}' is registered without stuff_classes, so its classes are unknown."
+            )
+        described.append((list(classes), int(metadata.get("ignore_label", _DEFAULT_IGNORE_LABEL))))
+    for name, description in zip(listed[1:], described[1:], strict=True):
+        if description != described[0]:
+            raise DatasetError(
+                f"Data sets '{listed[0]}' and '{name}' differ in their classes or ignored label."
+            )
+    return described[0]

@@ -1,0 +1,178 @@
+"""Reading of images and label maps with OpenCV, strict about what is wrong with a file.
+
+OpenCV is several times faster than Pillow on large PNG files, but forgiving where a training run should not
+be: depending on version and format it returns what it could decode of a truncated file, and it turns palette
+    label maps
+into colours. Both are handled here.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+
+import cv2
+import numpy as np
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from ccnet_d2.data.errors import SampleError
+
+__all__ = ["read_image", "read_label"]
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_GRAY = 0
+_JPEG_START = b"\xff\xd8\xff"
+# A marker inside entropy-coded data: FF followed by something that is not a stuffed 00, a restart or a fill
+# byte.
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_JPEG_SOS, _JPEG_EOI = 0xDA, 0xD9
+
+
+def _read_bytes(path: str, kind: str) -> bytes:
+    try:
+        with PathManager.open(path, "rb") as stream:
+            data = stream.read()
+    except OSError as error:
+        raise SampleError(f"The {kind} '{path}' cannot be read: {error.strerror or error}.", path) from error
+    if not data:
+        raise SampleError(f"The {kind} '{path}' is an empty file.", path)
+    return data
+
+
+def _png_is_whole(data: bytes) -> bool:
+    """Whether the chunks of a PNG file go on up to its IEND."""
+    position = len(_PNG_SIGNATURE)
+    if data[position + 4 : position + 8] != b"IHDR":
+        return False
+    while position + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        kind = data[position + 4 : position + 8]
+        position += 12 + length
+        if kind == b"IEND":
+            return position <= len(data)
+    return False
+
+
+def _jpeg_is_whole(data: bytes) -> bool:
+    """Whether the segments of a JPEG file go on up to its end marker (that of an embedded thumbnail not counted)."""
+    position = 2
+    while position + 2 <= len(data):
+        if data[position] != 0xFF:
+            return False
+        marker = data[position + 1]
+        if marker == _JPEG_EOI:
+            return True
+        if marker == 0xFF:  # fill byte
+            position += 1
+            continue
+        if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a segment
+            position += 2
+            continue
+        if position + 4 > len(data):
+            return False
+        (length,) = struct.unpack_from(">H", data, position + 2)
+        position += 2 + length
+        if marker == _JPEG_SOS:
+            found = _JPEG_MARKER.search(data, position)
+            if found is None:
+                return False
+            position = found.start()
+    return False
+
+
+def _check_whole(data: bytes, path: str, kind: str) -> None:
+    if data.startswith(_PNG_SIGNATURE):
+        whole = _png_is_whole(data)
+    elif data.startswith(_JPEG_START):
+        whole = _jpeg_is_whole(data)
+    else:
+        return
+    if not whole:
+        raise SampleError(
+            f"The {kind} '{path}' is truncated ({len(data)} bytes); copy or download it again.", path
+        )
+
+
+def _decode_with_pillow(data: bytes, path: str, kind: str, mode: str | None = None) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert(mode) if mode else image)
+    # Pillow's decoders raise these for files they cannot make sense of.
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise SampleError(f"The {kind} '{path}' cannot be decoded: {error}.", path) from error
+
+
+def _decode_with_opencv(data: bytes, path: str, kind: str, flags: int) -> np.ndarray:
+    try:
+        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:  # such as an image beyond OpenCV's limit of 2^30 pixels
+        raise SampleError(f"The {kind} '{path}' cannot be decoded: {error.err}.", path) from error
+    if decoded is None:
+        raise SampleError(f"The {kind} '{path}' cannot be decoded; it is damaged or no image.", path)
+    return decoded
+
+
+def read_image(path: str, image_format: str = "RGB") -> np.ndarray:
+    """Read a colour image.
+
+    Gray images get three equal channels, alpha is dropped, 16 bits become 8, and an orientation given in EXIF
+    is applied, as Detectron2 does.
+
+    Args:
+        path: any path that Detectron2's `PathManager` opens.
+        image_format: ``"RGB"`` or ``"BGR"``.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        SampleError: the file is missing, empty, truncated or no image.
+    """
+    data = _read_bytes(path, "image")
+    _check_whole(data, path, "image")
+    if data.startswith((_PNG_SIGNATURE, _JPEG_START)):
+        image = _decode_with_opencv(data, path, "image", cv2.IMREAD_COLOR)
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if image_format == "RGB" else image
+    # The other formats are rare; Pillow notices when one of their files is cut short.
+    image = _decode_with_pillow(data, path, "image", "RGB")
+    return image if image_format == "RGB" else np.ascontiguousarray(image[:, :, ::-1])
+
+
+def read_label(path: str) -> np.ndarray:
+    """Read a label map: one channel of class indices, as gray values or as indices into a palette.
+
+    Args:
+        path: any path that Detectron2's `PathManager` opens.
+
+    Returns:
+        (H, W) uint8, or uint16 / int32 for files that hold more than 8 bits.
+
+    Raises:
+        SampleError: the file is missing, empty, truncated, no image, in a lossy format, or holds colours.
+    """
+    data = _read_bytes(path, "label map")
+    _check_whole(data, path, "label map")
+    if data.startswith(_JPEG_START):
+        raise SampleError(
+            f"The label map '{path}' is a JPEG file, which alters labels; store it as PNG.", path
+        )
+    # Bytes 24 and 25 of a PNG file, in its header chunk, are bit depth and colour type.
+    if data.startswith(_PNG_SIGNATURE) and data[25] == _PNG_GRAY and data[24] >= 8:
+        label = _decode_with_opencv(data, path, "label map", cv2.IMREAD_UNCHANGED)
+    else:
+        label = _decode_with_pillow(data, path, "label map")
+        if label.dtype == bool:
+            label = label.astype(np.uint8)
+    if label.ndim != 2:
+        raise SampleError(
+            f"The label map '{path}' has {label.shape[2]} channels, but one channel of class indices is needed; "
+            "if these are colours, convert them to indices first.",
+            path,
+        )
+    if label.dtype.kind not in "ui":
+        raise SampleError(
+            f"The label map '{path}' holds {label.dtype} values, but class indices are needed.", path
+        )
+    return label

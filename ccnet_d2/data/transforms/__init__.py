@@ -1,0 +1,18 @@
+"""Augmentations of the segmentation recipes, for image and label map alike.
+
+They are ordinary Detectron2 augmentations and mix with Detectron2's own, such as `RandomFlip`.
+"""
+
+from ccnet_d2.data.transforms.photometric import PhotometricTransform, RandomPhotometricDistortion
+from ccnet_d2.data.transforms.resize import ResizeByScale, ResizeLinearTransform, ResizeToFit
+from ccnet_d2.data.transforms.scale_crop import RandomScaleCrop, ScaleCropTransform
+
+__all__ = [
+    "PhotometricTransform",
+    "RandomPhotometricDistortion",
+    "RandomScaleCrop",
+    "ResizeByScale",
+    "ResizeLinearTransform",
+    "ResizeToFit",
+    "ScaleCropTransform",
+]

@@ -1,0 +1,57 @@
+"""A hook that draws predictions while training goes on."""
+
+from pathlib import Path
+
+import torch
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
+from omegaconf import DictConfig
+from torch import nn
+
+from ccnet_d2.data.image_files import read_image, read_label
+from ccnet_d2.inference.classes import ClassTable
+from ccnet_d2.inference.visualize import save_prediction_grid
+
+
+class PredictionPictures(HookBase):
+    """Writes `pictures/iter_<N>.png` into the output directory: image, prediction, ground truth and difference."""
+
+    def __init__(self, cfg: DictConfig, model: nn.Module) -> None:
+        """
+        Args:
+            cfg: the run; the first `train.num_pictures` images of `dataloader.test` are drawn after each evaluation.
+            model: the model without its distributed wrapper.
+        """
+        self._cfg = cfg
+        self._model = model
+
+    def after_step(self) -> None:
+        period = self._cfg.train.eval_period
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or (period > 0 and done % period == 0):
+            draw_predictions(
+                self._cfg, self._model, Path(self._cfg.train.output_dir) / "pictures" / f"iter_{done:07d}.png"
+            )
+
+
+@torch.no_grad()
+def draw_predictions(cfg: DictConfig, model: nn.Module, path: Path) -> None:
+    """Write one picture of predictions on the first `train.num_pictures` images of `dataloader.test`."""
+    test = cfg.dataloader.test
+    name = test.dataset.names if isinstance(test.dataset.names, str) else test.dataset.names[0]
+    mapper = instantiate(test.mapper)
+    records = DatasetCatalog.get(name)[: cfg.train.num_pictures]
+    was_training = model.training
+    model.eval()
+    predictions = [model([mapper(dict(record))])[0]["sem_seg"].argmax(0).cpu().numpy() for record in records]
+    model.train(was_training)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_prediction_grid(
+        path,
+        [read_image(record["file_name"]) for record in records],
+        predictions,
+        ClassTable.from_metadata(MetadataCatalog.get(name)),
+        [read_label(record["sem_seg_file_name"]) for record in records],
+        row_titles=[Path(record["file_name"]).stem for record in records],
+    )

@@ -1,0 +1,42 @@
+"""Errors that a user can put right, as one sentence instead of a traceback."""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+_WORKER_MARK = "in DataLoader worker process"
+
+
+@dataclass
+class ExitStatus:
+    """0 until an error was reported."""
+
+    code: int = 0
+
+
+@contextmanager
+def one_sentence_errors() -> Iterator[ExitStatus]:
+    """Print a `ValueError` or `FileNotFoundError` from within as `error: <sentence>` and set the status to 1.
+
+    With CCNET_TRACEBACK=1 the traceback is printed as well. Every other exception passes through: it is a fault of
+    the program, not of its input.
+    """
+    status = ExitStatus()
+    try:
+        yield status
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("CCNET_TRACEBACK") == "1":
+            traceback.print_exc()
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        status.code = 1
+
+
+def _sentence(error: Exception) -> str:
+    message = str(error).strip()
+    if _WORKER_MARK in message:
+        # The loader puts the worker's traceback into the message; its last line is "<ErrorClass>: <sentence>".
+        message = message.splitlines()[-1].partition(": ")[2]
+    return message

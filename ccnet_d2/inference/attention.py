@@ -1,0 +1,222 @@
+"""Where a pixel looks: attention maps of RCCA (CCNet, TPAMI, Fig. 7).
+
+After R loops the output at position p is a mixture of all positions. Leaving aside values and residuals, its shares are
+row p of the product A_R … A_1, where A_r holds the criss-cross weights of loop r. The row is propagated through the
+loops from the last to the first along lines, in O(N (H+W)); no N x N table is made.
+
+Shapes: B batch, C channels, S = (H, W) or (T, H, W) spatial sizes, L_a the size of axis a, N = number of positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from ccnet_d2.layers import RCCA
+from ccnet_d2.ops import criss_cross_weights
+
+from .drawing import panel_grid, readable, resize_rgb, stack, text_line
+from .visualize import heat_colors
+
+__all__ = [
+    "AttentionMaps",
+    "attention_weights",
+    "draw_attention",
+    "find_rcca",
+    "pixel_attention",
+    "propagate",
+    "record_input",
+]
+
+
+def find_rcca(model: nn.Module, name: str | None = None) -> RCCA:
+    """The model's RCCA layer.
+
+    Args:
+        model: any module.
+        name: which one, by its dotted name, where there are several.
+
+    Raises:
+        ValueError: the model has none, several and no name was given, or none of that name.
+    """
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, RCCA)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no criss-cross attention (RCCA) to look into.")
+    if name is None and len(layers) == 1:
+        return next(iter(layers.values()))
+    if name not in layers:
+        problem = "several RCCA layers, name one" if name is None else f"no RCCA layer '{name}'"
+        raise ValueError(f"{type(model).__name__} has {problem}: {', '.join(layers)}.")
+    return layers[name]
+
+
+@contextmanager
+def record_input(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Within the block, collect the first argument of every call of `module`."""
+    inputs: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def attention_weights(rcca: RCCA, features: Tensor, recurrence: int | None = None) -> list[tuple[Tensor, ...]]:
+    """Criss-cross weights of each loop.
+
+    Args:
+        rcca: the layer.
+        features: (B, C, *S), its input.
+        recurrence: R, number of loops; default: the layer's own.
+
+    Returns:
+        For loop 1 … R what `criss_cross_weights` gives: for each axis a (B, *S, L_a).
+    """
+    loops = rcca.recurrence if recurrence is None else recurrence
+    if loops < 1:
+        raise ValueError(f"recurrence must be at least 1, got {loops}.")
+    x = features.to(rcca.gamma.dtype)
+    weights = []
+    for loop in range(loops):
+        query, key, _ = rcca.project(x)
+        weights.append(criss_cross_weights(query, key))
+        if loop + 1 < loops:
+            x = rcca.attend(x)
+    return weights
+
+
+def propagate(row: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Row vector times criss-cross matrix: `out[j] = sum_i row[i] A[i, j]`.
+
+    Args:
+        row: (B, *S), how much each position counts.
+        weights: for each axis a (B, *S, L_a), as of `criss_cross_weights`.
+
+    Returns:
+        (B, *S).
+    """
+    out = torch.zeros_like(row)
+    for axis, table in enumerate(weights, start=1):
+        line = row.movedim(axis, -1).unsqueeze(-2)  # (B, *others, 1, L_a)
+        out += (line @ table.movedim(axis, -2)).squeeze(-2).movedim(-1, axis)
+    return out
+
+
+def pixel_attention(
+    rcca: RCCA, features: Tensor, position: Sequence[int], recurrence: int | None = None
+) -> list[Tensor]:
+    """How much one position takes from each other position, after 1, 2, … R loops.
+
+    Args:
+        rcca: the layer.
+        features: (B, C, *S), its input.
+        position: one index for each spatial axis.
+        recurrence: R; default: the layer's own.
+
+    Returns:
+        R maps (B, *S), each summing to 1. The r-th is row `position` of A_r … A_1; the first is zero off the lines
+        through the position.
+
+    Raises:
+        ValueError: the position does not fit the features.
+    """
+    sizes = features.shape[2:]
+    if len(position) != len(sizes) or not all(0 <= p < size for p, size in zip(position, sizes, strict=True)):
+        raise ValueError(f"position {tuple(position)} lies outside features of sizes {tuple(sizes)}.")
+    weights = attention_weights(rcca, features, recurrence)
+    maps = []
+    for loops in range(1, len(weights) + 1):
+        row = weights[0][0].new_zeros((features.shape[0], *sizes))
+        row[(slice(None), *position)] = 1
+        for table in reversed(weights[:loops]):
+            row = propagate(row, table)
+        maps.append(row)
+    return maps
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """Where one pixel of an image looks.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        pixel: (x, y) in the image.
+        cell: (row, column) of that pixel in the feature map.
+        maps: R maps (h, w) on the feature grid, each summing to 1 (float32).
+        extent: (rows, columns), possibly fractional, of the feature map that the image covers; the rest is padding.
+    """
+
+    image: np.ndarray
+    pixel: tuple[int, int]
+    cell: tuple[int, int]
+    maps: list[np.ndarray]
+    extent: tuple[float, float]
+
+
+def draw_attention(attention: AttentionMaps, *, titles: Sequence[str] | None = None) -> np.ndarray:
+    """The image with the pixel marked, and beside it a heat map over the image after each loop.
+
+    Brightness grows with the square root of a share, relative to the largest of its map, which the title gives: a few
+    positions hold most of the attention, and on a straight scale nothing else would show.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    factor = readable(attention.image.shape)
+    height, width = attention.image.shape[0] * factor, attention.image.shape[1] * factor
+    image = resize_rgb(attention.image, height, width)
+    point = tuple((value + 0.5) * factor for value in attention.pixel)
+    panels = [_marked(image, point)]
+    heads = [f"pixel ({attention.pixel[0]}, {attention.pixel[1]})"]
+    for loop, shares in enumerate(attention.maps, start=1):
+        heat = _on_image(shares, attention.extent, height, width)
+        panels.append(_marked(_blend(image, np.sqrt(heat / max(heat.max(), 1e-12))), point, thin=True))
+        heads.append(f"R = {loop} (max {100 * shares.max():.2g} %)")
+    if titles is not None:
+        if len(titles) != len(panels):
+            raise ValueError(f"{len(titles)} titles for {len(panels)} panels.")
+        heads = list(titles)
+    grid = panel_grid([panels], heads)
+    return stack([grid, _scale_bar(grid.shape[1])])
+
+
+def _on_image(shares: np.ndarray, extent: tuple[float, float], height: int, width: int) -> np.ndarray:
+    """Shares on the feature grid -> (height, width), each cell a flat rectangle: what it is, not smoothed."""
+    rows = ((np.arange(height) + 0.5) * extent[0] / height).astype(np.int64).clip(0, shares.shape[0] - 1)
+    columns = ((np.arange(width) + 0.5) * extent[1] / width).astype(np.int64).clip(0, shares.shape[1] - 1)
+    return shares[rows[:, None], columns]
+
+
+def _blend(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    grey = image.astype(np.float32) @ np.array((0.299, 0.587, 0.114), np.float32)
+    weight = np.clip(0.15 + 1.2 * heat, 0, 0.92)[..., None]
+    mixed = (1 - weight) * 0.6 * grey[..., None] + weight * heat_colors(heat)
+    return mixed.round().clip(0, 255).astype(np.uint8)
+
+
+def _marked(image: np.ndarray, point: Sequence[float], *, thin: bool = False) -> np.ndarray:
+    """A green cross, edged in black so that it shows on any ground."""
+    canvas = Image.fromarray(image)
+    draw = ImageDraw.Draw(canvas)
+    arm = max(min(image.shape[:2]) // 28, 6)
+    x, y = point
+    for color, line in (((0, 0, 0), 5), ((40, 255, 60), 2)):
+        line = max(line - 1, 1) if thin else line
+        draw.line((x - arm, y, x + arm, y), fill=color, width=line)
+        draw.line((x, y - arm, x, y + arm), fill=color, width=line)
+    return np.asarray(canvas)
+
+
+def _scale_bar(width: int) -> np.ndarray:
+    bar = np.repeat(np.linspace(0, 1, min(width, 240))[None], 10, axis=0)
+    text = text_line("none - share of attention (square root) - largest of the map", width, 13)
+    return stack([heat_colors(bar), text])
+
+

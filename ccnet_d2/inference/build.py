@@ -1,0 +1,55 @@
+"""Test modes by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .mode import InferenceMode, WholeImage
+from .multi_scale import DEFAULT_SCALES, MultiScaleFlip
+from .sliding_window import SlidingWindow
+
+__all__ = ["MODE_NAMES", "build_mode"]
+
+MODE_NAMES = ("whole", "slide", "ms", "ms-slide")
+
+
+def build_mode(
+    name: str,
+    *,
+    tile: int | Sequence[int] = 769,
+    stride: int | Sequence[int] | None = None,
+    tiles_per_batch: int = 1,
+    scales: Sequence[float] = DEFAULT_SCALES,
+    flip: bool = True,
+    pad: str | Sequence[float] | None = None,
+    accumulate_on: str | None = None,
+    align_corners: bool = False,
+) -> InferenceMode:
+    """A test mode without a model yet.
+
+    Args:
+        name: "whole", "slide" (tiles), "ms" (scales and flip) or "ms-slide" (each scale in tiles).
+        tile, stride, tiles_per_batch, pad: see `SlidingWindow`.
+        scales, flip: see `MultiScaleFlip`.
+        accumulate_on, align_corners: see both.
+
+    Raises:
+        ValueError: unknown name, or a value the mode refuses.
+    """
+    if name not in MODE_NAMES:
+        raise ValueError(f"unknown test mode '{name}': choose one of {', '.join(MODE_NAMES)}.")
+    mode: InferenceMode = WholeImage(align_corners=align_corners)
+    if name.endswith("slide"):
+        mode = SlidingWindow(
+            tile=tile,
+            stride=stride,
+            tiles_per_batch=tiles_per_batch,
+            accumulate_on=accumulate_on,
+            pad=pad,
+            align_corners=align_corners,
+        )
+    if name.startswith("ms"):
+        mode = MultiScaleFlip(
+            mode, scales=scales, flip=flip, accumulate_on=accumulate_on, align_corners=align_corners
+        )
+    return mode

@@ -1,0 +1,161 @@
+"""Image files: finding, reading and writing them so that a failure is one clear sentence and leaves nothing behind."""
+
+from __future__ import annotations
+
+import glob
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+__all__ = ["IMAGE_SUFFIXES", "ImageFileError", "as_rgb", "find_images", "read_image", "read_labels", "write_image"]
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+
+class ImageFileError(ValueError):
+    """An image cannot be found, read or written; the message names it and says what to do."""
+
+
+def find_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Files named by paths, folders (their images, not those of subfolders) and glob patterns.
+
+    Args:
+        inputs: one or more paths or patterns; `~` is expanded.
+
+    Returns:
+        Files in the order given, those of a folder or pattern by name; each once.
+
+    Raises:
+        ImageFileError: a path does not exist, a folder holds no image or a pattern matches none.
+    """
+    if isinstance(inputs, str | os.PathLike):
+        inputs = [inputs]
+    found: dict[Path, None] = {}
+    for item in inputs:
+        text = os.path.expanduser(os.fspath(item))
+        path = Path(text)
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if _is_image_name(file))
+            if not files:
+                raise ImageFileError(f"folder '{item}' holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+        elif path.exists():
+            files = [path]
+        elif glob.has_magic(text):
+            files = sorted(Path(match) for match in glob.glob(text, recursive=True) if _is_image_name(Path(match)))
+            if not files:
+                raise ImageFileError(f"pattern '{item}' matches no image.")
+        else:
+            raise ImageFileError(f"image '{item}' does not exist.")
+        found.update(dict.fromkeys(files))
+    if not found:
+        raise ImageFileError("no image given: name files, folders or patterns.")
+    return list(found)
+
+
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """Read an image as (H, W, 3) uint8 RGB, turned as its EXIF orientation says.
+
+    Raises:
+        ImageFileError: missing, not an image, truncated, or so large that Pillow refuses it.
+    """
+    with _opened(path) as image:
+        return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def read_labels(path: str | os.PathLike[str]) -> np.ndarray:
+    """Read a label map (H, W) of class indices: one 8- or 16-bit channel, or palette indices.
+
+    Raises:
+        ImageFileError: as `read_image`, or an image with colours where indices are due.
+    """
+    with _opened(path) as image:
+        labels = np.asarray(image)
+    if labels.ndim != 2:
+        raise ImageFileError(f"'{path}' is a colour image ({image.mode}), not a map of class indices.")
+    return labels.astype(np.int64) if labels.dtype == bool else labels
+
+
+def as_rgb(image: object) -> np.ndarray:
+    """A Pillow image or array as (H, W, 3) uint8 RGB.
+
+    Args:
+        image: Pillow image of any mode, or uint8 array (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA.
+
+    Raises:
+        TypeError: something else.
+        ValueError: an array of another shape or dtype, or an empty one.
+    """
+    if isinstance(image, Image.Image):
+        return _to_rgb(image)
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"expected a path, a Pillow image or a numpy array, got {type(image).__name__}.")
+    if image.dtype != np.uint8:
+        raise ValueError(f"an image array must be uint8 in 0..255, got {image.dtype}.")
+    if image.ndim == 2:
+        image = image[:, :, None]
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4) or image.size == 0:
+        raise ValueError(f"an image array must be (H, W, 3) RGB or (H, W) grey, got shape {image.shape}.")
+    channels = np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image[:, :, :3]
+    return np.ascontiguousarray(channels)
+
+
+def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
+    """Write (H, W) or (H, W, 3) uint8, or (H, W) int16 class indices, in the format of the file's suffix.
+
+    The file appears whole or not at all: it is written beside its place under another name and then moved.
+
+    Raises:
+        ImageFileError: unknown suffix, or the folder cannot be written.
+    """
+    path = Path(path)
+    formats = Image.registered_extensions()
+    suffix = path.suffix.lower()
+    if formats.get(suffix) not in Image.SAVE:
+        raise ImageFileError(f"cannot write '{path}': unknown image type '{path.suffix}', take .png or .jpg.")
+    if image.dtype == np.int16:
+        image = image.astype(np.uint16)  # what PNG holds; class indices are not negative
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.ascontiguousarray(image)).save(part, format=formats[suffix])
+        os.replace(part, path)
+    except OSError as error:
+        raise ImageFileError(f"cannot write '{path}': {error.strerror or error}.") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _is_image_name(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _opened(path: str | os.PathLike[str]) -> Image.Image:
+    """An image whose pixels have been decoded, so that a truncated file fails here."""
+    if not os.path.exists(path):
+        raise ImageFileError(f"image '{path}' does not exist.")
+    try:
+        with warnings.catch_warnings():
+            # Large images are what the sliding window is for; Pillow still refuses those twice its limit.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+            image.load()
+    except Image.DecompressionBombError as error:
+        raise ImageFileError(
+            f"image '{path}' is larger than Pillow allows ({error}); set PIL.Image.MAX_IMAGE_PIXELS if you trust it."
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ImageFileError(f"'{path}' is not an image, or is damaged at its beginning.") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        # Pillow's decoders report damage by any of these; a truncated PNG is a SyntaxError.
+        raise ImageFileError(f"image '{path}' cannot be read, it is damaged or truncated: {error}.") from error
+    return image
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        raise ImageFileError(f"images of Pillow mode '{image.mode}' are not 8 bits per channel; convert them first.")
+    return np.asarray(image.convert("RGB")).copy()

@@ -1,0 +1,142 @@
+"""What every test mode has in common, and the simplest one.
+
+A *segmenter* is any callable with Detectron2's convention: it takes a list of dicts with `image` (C, h, w), `height`
+and `width`, and returns a list of dicts with `sem_seg`, logits (K, height, width). A test mode wraps a segmenter and is
+one itself, so modes nest: `MultiScaleFlip(SlidingWindow(model))`.
+
+Shapes: C channels, h w size of the network input, H W = `height` `width`, size of the answer, K classes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .label_bands import LabelBands, labels_of
+
+__all__ = ["InferenceMode", "Segmenter", "WholeImage"]
+
+Segmenter = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
+
+
+def run_segmenter(segmenter: Segmenter, inputs: list[dict[str, Any]]) -> list[Tensor]:
+    """Call a segmenter and take out the logits, one (K, height, width) for each input.
+
+    Raises:
+        RuntimeError: the answer is not one `sem_seg` of the asked size for each input.
+    """
+    outputs = segmenter(inputs)
+    if not isinstance(outputs, Sequence) or len(outputs) != len(inputs):
+        raise RuntimeError(
+            f"{type(segmenter).__name__} returned {type(outputs).__name__} where a list of {len(inputs)} dicts with "
+            "'sem_seg' was due; is it in training mode? Call .eval() first."
+        )
+    logits = []
+    for given, output in zip(inputs, outputs, strict=True):
+        sem_seg = output.get("sem_seg")
+        size = (given["height"], given["width"])
+        if not isinstance(sem_seg, Tensor) or sem_seg.dim() != 3 or tuple(sem_seg.shape[1:]) != size:
+            found = tuple(sem_seg.shape) if isinstance(sem_seg, Tensor) else type(sem_seg).__name__
+            raise RuntimeError(
+                f"{type(segmenter).__name__} returned 'sem_seg' {found} where (K, {size[0]}, {size[1]}) was due."
+            )
+        logits.append(sem_seg)
+    return logits
+
+
+def read_input(item: dict[str, Any]) -> tuple[Tensor, tuple[int, int]]:
+    """The image (C, h, w) of one Detectron2 dict and the size (H, W) its answer must have."""
+    image = item["image"]
+    height, width = image.shape[-2:]
+    # Detectron2's own models differ on a `height` that is present but None; the image's size is what is meant.
+    return image, (int(item.get("height") or height), int(item.get("width") or width))
+
+
+class InferenceMode(nn.Module):
+    """A way of running a segmenter on an image; itself a segmenter.
+
+    From a LazyConfig: `test.inference = L(SlidingWindow)(tile=769)`, then `instantiate(cfg.test.inference).bind(model)`.
+    """
+
+    def __init__(self, model: Segmenter | None = None) -> None:
+        """
+        Args:
+            model: the segmenter to run, or another mode to nest; may be given later with `bind`.
+        """
+        super().__init__()
+        self.model = model
+
+    def bind(self, model: Segmenter) -> InferenceMode:
+        """A copy of this mode, and of the modes nested in it, around `model`."""
+        bound = copy.copy(self)
+        # copy.copy shares the registries of an nn.Module: without its own the original would get the model as well.
+        bound._modules = dict(self._modules)
+        inner = self.model.bind(model) if isinstance(self.model, InferenceMode) else model
+        bound._modules.pop("model", None)
+        bound.__dict__.pop("model", None)
+        bound.model = inner
+        # Detectron2's evaluation loop restores this flag to the whole tree when it is done.
+        bound.training = bool(getattr(model, "training", False))
+        return bound
+
+    @torch.no_grad()
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """List of {"image": (C, h, w), "height": H, "width": W} -> list of {"sem_seg": (K, H, W)} logits."""
+        return [{"sem_seg": self.logits(*read_input(item))} for item in batched_inputs]
+
+    @torch.no_grad()
+    def predict_labels(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
+        """Label maps (H, W) on the CPU, uint8 up to 255 classes and int16 above, without keeping the logits."""
+        return [self.labels(*read_input(item)) for item in batched_inputs]
+
+    def logits(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """Logits (K, H, W) of one image (C, h, w); `size` is (H, W)."""
+        raise NotImplementedError
+
+    def labels(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """Label map (H, W) of one image (C, h, w); `size` is (H, W)."""
+        return labels_of(self.logits(image, size))
+
+    def run(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Logits of several images from the wrapped segmenter, in one call."""
+        if self.model is None:
+            name = type(self).__name__
+            raise RuntimeError(f"{name} has no model: give {name}(model=...) or use .bind(model).")
+        inputs = [
+            {"image": image, "height": size[0], "width": size[1]}
+            for image, size in zip(images, sizes, strict=True)
+        ]
+        return run_segmenter(self.model, inputs)
+
+
+class WholeImage(InferenceMode):
+    """The whole image in one pass."""
+
+    def __init__(self, model: Segmenter | None = None, *, align_corners: bool = False) -> None:
+        """
+        Args:
+            model: see `InferenceMode`.
+            align_corners: of the resize in `predict_labels`, when the answer's size is not the input's.
+        """
+        super().__init__(model)
+        self.align_corners = align_corners
+
+    @torch.no_grad()
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """See `InferenceMode.forward`; the images go through the model as one batch."""
+        items = [read_input(item) for item in batched_inputs]
+        return [{"sem_seg": one} for one in self.run(*zip(*items, strict=True))] if items else []
+
+    def logits(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.run([image], [size])[0]
+
+    def labels(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        # At the input's size, because an answer of K float maps in the size of a large photograph may not fit.
+        logits = self.run([image], [tuple(image.shape[-2:])])[0]
+        bands = LabelBands(tuple(logits.shape[-2:]), size, align_corners=self.align_corners)
+        bands.push(logits)
+        return bands.labels

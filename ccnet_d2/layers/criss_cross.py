@@ -1,0 +1,114 @@
+"""Criss-cross attention and its recurrent form (RCCA) as layers, on one to three spatial axes."""
+
+import torch
+from torch import Tensor, nn
+
+from ccnet_d2.ops import criss_cross_attention
+
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class CrissCrossAttention(nn.Module):
+    """`gamma * attention(q(x), k(x), v(x)) + x` over the lines through every position.
+
+    The 1x1 projections of the paper are held as one convolution, `qkv`, whose output channels are C' of query, C' of
+    key and C of value. `gamma` starts at 0, so that the layer starts as the identity (official code; Eq. 2 prints no
+    gamma).
+
+    :paper:`CCNet: Criss-Cross Attention for Semantic Segmentation (TPAMI)`, Sec. 3.2.
+    """
+
+    def __init__(
+        self, channels: int, *, reduction: int = 8, spatial_dims: int = 2, backend: str = "auto"
+    ) -> None:
+        """
+        Args:
+            channels: C, of input and output.
+            reduction: C' = channels / reduction.
+            spatial_dims: 2 for (B, C, H, W), 3 for (B, C, T, H, W), 1 for (B, C, W).
+            backend: see `ccnet_d2.ops.criss_cross_attention`.
+
+        Raises:
+            ValueError: channels is not a positive multiple of reduction, or spatial_dims is not 1, 2 or 3.
+        """
+        super().__init__()
+        if reduction < 1 or channels < 1 or channels % reduction:
+            raise ValueError(
+                f"channels={channels} is not a positive multiple of reduction={reduction}: "
+                "choose channels divisible by reduction, or another reduction."
+            )
+        if spatial_dims not in _CONVOLUTIONS:
+            raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}.")
+        self.channels = channels
+        self.key_channels = channels // reduction
+        self.spatial_dims = spatial_dims
+        self.backend = backend
+        self.qkv = _CONVOLUTIONS[spatial_dims](channels, 2 * self.key_channels + channels, kernel_size=1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, C, *S) -> query (B, C', *S), key (B, C', *S), value (B, C, *S)."""
+        query, key, value = self.qkv(x).split([self.key_channels, self.key_channels, self.channels], dim=1)
+        return query, key, value
+
+    def attend(self, x: Tensor) -> Tensor:
+        """One loop of attention with its residual: (B, C, *S) -> (B, C, *S)."""
+        out = criss_cross_attention(*self.project(x), backend=self.backend)
+        return self.gamma.to(out.dtype) * out + x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *S) -> (B, C, *S)."""
+        self._check_input(x)
+        return self.attend(x)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() != self.spatial_dims + 2 or x.shape[1] != self.channels:
+            axes = "".join(", " + axis for axis in "THW"[3 - self.spatial_dims :])
+            raise ValueError(
+                f"{type(self).__name__} was built for inputs (B, {self.channels}{axes}), got {tuple(x.shape)}."
+            )
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, key_channels={self.key_channels}, spatial_dims={self.spatial_dims}"
+
+
+class RCCA(CrissCrossAttention):
+    """Recurrent criss-cross attention: one `CrissCrossAttention` applied R times with shared weights.
+
+    In 2D every position has seen every other after R=2, in 3D after R=3 (TPAMI, Sec. 3.3 and 3.5).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        recurrence: int = 2,
+        spatial_dims: int = 2,
+        *,
+        reduction: int = 8,
+        backend: str = "auto",
+    ) -> None:
+        """
+        Args:
+            channels: C, of input and output.
+            recurrence: R, the number of loops, at least 1.
+            spatial_dims: 2 or 3 (or 1).
+            reduction: C' = channels / reduction.
+            backend: see `ccnet_d2.ops.criss_cross_attention`.
+
+        Raises:
+            ValueError: recurrence is below 1, or as in `CrissCrossAttention`.
+        """
+        super().__init__(channels, reduction=reduction, spatial_dims=spatial_dims, backend=backend)
+        if recurrence < 1:
+            raise ValueError(f"recurrence must be at least 1, got {recurrence}: one loop is R=1.")
+        self.recurrence = recurrence
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *S) -> (B, C, *S)."""
+        self._check_input(x)
+        for _ in range(self.recurrence):
+            x = self.attend(x)
+        return x
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, recurrence={self.recurrence}"

@@ -1,0 +1,68 @@
+"""Finding and loading the configs that come with the project, from a checkout or from an installed wheel."""
+
+import difflib
+from pathlib import Path
+
+from detectron2.config import LazyConfig
+from omegaconf import DictConfig
+
+from ccnet_d2.errors import UserError
+
+_PACKAGED = Path(__file__).parent / "configs"
+_CHECKOUT = Path(__file__).parents[2] / "configs"
+_RUN_KEYS = ("model", "dataloader", "train")
+
+
+def config_root() -> Path:
+    """The folder that holds the configs.
+
+    Raises:
+        UserError: the installation has none.
+    """
+    for root in (_PACKAGED, _CHECKOUT):
+        if (root / "common").is_dir():
+            return root
+    raise UserError(f"No configs at {_PACKAGED} or {_CHECKOUT}: the installation is incomplete, reinstall ccnet_d2.")
+
+
+def config_names() -> list[str]:
+    """Names of all runs, such as "camvid/ccnet_R_18_small.py"."""
+    root = config_root()
+    files = (path.relative_to(root) for path in root.rglob("*.py"))
+    return sorted(file.as_posix() for file in files if file.parts[0] != "common" and file.name != "__init__.py")
+
+
+def config_path(name: str) -> Path:
+    """The file of a config: a path that exists, or a name among `config_names()` with or without ".py".
+
+    Raises:
+        UserError: neither; the message names the nearest configs.
+    """
+    for candidate in (Path(name), config_root() / name, config_root() / f"{name}.py"):
+        if candidate.is_file():
+            return candidate
+    near = difflib.get_close_matches(name.removeprefix("configs/"), config_names(), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "ccnet_d2.model_zoo.config_names() lists all."
+    raise UserError(f"There is no config {name!r}: {hint}")
+
+
+def get_config(name: str) -> DictConfig:
+    """Load a run.
+
+    Args:
+        name: a path, or a name relative to the project's configs, such as "camvid/ccnet_R_18_small.py".
+
+    Returns:
+        A LazyConfig with `model`, `dataloader`, `optimizer`, `lr_multiplier` and `train`.
+
+    Raises:
+        UserError: there is no such config, or the file is not a run.
+    """
+    path = config_path(name)
+    if path.suffix != ".py":
+        raise UserError(f"{path} is not a LazyConfig (.py) file.")
+    config = LazyConfig.load(str(path))
+    missing = [key for key in _RUN_KEYS if key not in config]
+    if missing:
+        raise UserError(f"{path} is not a run: it defines no {' and no '.join(missing)}.")
+    return config

@@ -1,0 +1,8 @@
+"""What Detectron2 builds: backbones, heads and meta-architectures. Importing this registers them."""
+
+from .backbone import PlainConvNet, build_resnet, resnet_output_shape
+from .ccnet import CCNet
+from .ccnet_head import CCNetHead
+from .config import add_ccnet_config
+
+__all__ = ["CCNet", "CCNetHead", "PlainConvNet", "add_ccnet_config", "build_resnet", "resnet_output_shape"]

@@ -1,0 +1,139 @@
+"""Detectron2 ResNets with dilated last stages: output stride 8, 16 or 32."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
+
+from .basic_block import DilatedBasicBlock
+from .stem import DeepStem
+
+_BLOCKS_PER_STAGE = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+_STRIDES = {8: (1, 2, 1, 1), 16: (1, 2, 2, 1), 32: (1, 2, 2, 2)}
+_STEM_STRIDE = 4
+
+
+def build_resnet(
+    depth: int,
+    *,
+    output_stride: int = 8,
+    stem: str = "deep",
+    stem_channels: Sequence[int] | None = None,
+    ceil_mode: bool = False,
+    contract_dilation: bool = False,
+    norm: str = "SyncBN",
+    out_features: Sequence[str] = ("res4", "res5"),
+    freeze_at: int = 0,
+    in_channels: int = 3,
+) -> ResNet:
+    """A Detectron2 `ResNet` whose stages beyond `output_stride` trade their stride for dilation.
+
+    Parameter names below `res2` … `res5` are Detectron2's, and the stride of a block sits in its 3x3 convolution.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        output_stride: 8, 16 or 32.
+        stem: "deep" (three 3x3 convolutions) or "basic" (one 7x7, as in torchvision's weights).
+        stem_channels: of the deep stem; (64, 64, 128) unless given, as in the official CCNet.
+        ceil_mode: of the deep stem's max-pool; the official CCNet sets it.
+        contract_dilation: give the first block of a dilated stage the dilation of the stage before
+            (mmsegmentation); the official CCNet dilates every block of a stage alike.
+        norm: see `detectron2.layers.get_norm`.
+        out_features: names of the stages to return.
+        freeze_at: number of stages, counted from the stem, to freeze.
+        in_channels: channels of the image.
+
+    Raises:
+        ValueError: depth, output_stride or stem is not one of the values above.
+    """
+    if depth not in _BLOCKS_PER_STAGE:
+        raise ValueError(f"depth={depth} is not a ResNet of {sorted(_BLOCKS_PER_STAGE)}.")
+    if output_stride not in _STRIDES:
+        raise ValueError(f"output_stride={output_stride} is not one of {sorted(_STRIDES)}.")
+    stem_module = _build_stem(stem, in_channels, stem_channels, norm, ceil_mode)
+    strides = _STRIDES[output_stride]
+    dilations = _dilations(strides)
+    is_bottleneck = depth >= 50
+    channels = stem_module.out_channels
+    stages = []
+    for i, num_blocks in enumerate(_BLOCKS_PER_STAGE[depth]):
+        width = 64 * 2**i
+        first_dilation = dilations[i]
+        if contract_dilation and i > 0:
+            first_dilation = dilations[i - 1] if strides[i] == 1 else dilations[i]
+        stage_args: dict = {
+            "num_blocks": num_blocks,
+            "in_channels": channels,
+            "out_channels": width * 4 if is_bottleneck else width,
+            "stride_per_block": [strides[i]] + [1] * (num_blocks - 1),
+            "dilation_per_block": [first_dilation] + [dilations[i]] * (num_blocks - 1),
+            "norm": norm,
+        }
+        if is_bottleneck:
+            stage_args |= {"bottleneck_channels": width, "stride_in_1x1": False}
+        block_class = BottleneckBlock if is_bottleneck else DilatedBasicBlock
+        stages.append(ResNet.make_stage(block_class, **stage_args))
+        channels = stage_args["out_channels"]
+    return ResNet(stem_module, stages, out_features=list(out_features), freeze_at=freeze_at)
+
+
+def resnet_output_shape(
+    depth: int, output_stride: int = 8, out_features: Sequence[str] = ("res4", "res5")
+) -> dict[str, ShapeSpec]:
+    """Channels and strides of `build_resnet`'s features, without building it."""
+    strides = accumulate(_STRIDES[output_stride], lambda a, b: a * b, initial=_STEM_STRIDE)
+    next(strides)
+    expansion = 4 if depth >= 50 else 1
+    shapes = {
+        f"res{i + 2}": ShapeSpec(channels=64 * 2**i * expansion, stride=s) for i, s in enumerate(strides)
+    }
+    return {name: shapes[name] for name in out_features}
+
+
+@BACKBONE_REGISTRY.register()
+def build_ccnet_resnet_backbone(cfg, input_shape) -> ResNet:
+    """`build_resnet` for yacs configs: MODEL.RESNETS.{DEPTH,NORM,OUT_FEATURES}, MODEL.BACKBONE.FREEZE_AT and
+    MODEL.CCNET.{OUTPUT_STRIDE,STEM,STEM_CHANNELS,CEIL_MODE,CONTRACT_DILATION}."""
+    ccnet = cfg.MODEL.CCNET
+    return build_resnet(
+        cfg.MODEL.RESNETS.DEPTH,
+        output_stride=ccnet.OUTPUT_STRIDE,
+        stem=ccnet.STEM,
+        stem_channels=ccnet.STEM_CHANNELS,
+        ceil_mode=ccnet.CEIL_MODE,
+        contract_dilation=ccnet.CONTRACT_DILATION,
+        norm=cfg.MODEL.RESNETS.NORM,
+        out_features=cfg.MODEL.RESNETS.OUT_FEATURES,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        in_channels=input_shape.channels,
+    )
+
+
+def _build_stem(
+    name: str, in_channels: int, channels: Sequence[int] | None, norm: str, ceil_mode: bool
+) -> BasicStem | DeepStem:
+    if name == "deep":
+        return DeepStem(in_channels, tuple(channels or (64, 64, 128)), norm, ceil_mode)
+    if name != "basic":
+        raise ValueError(f"stem={name!r} is neither 'deep' nor 'basic'.")
+    if ceil_mode or channels:
+        raise ValueError("ceil_mode and stem_channels belong to stem='deep'; the basic stem has neither.")
+    return BasicStem(in_channels=in_channels, out_channels=64, norm=norm)
+
+
+def _dilations(strides: Sequence[int]) -> list[int]:
+    """A stage that gives up its stride doubles the dilation of what follows."""
+    dilations, current = [], 1
+    for i, stride in enumerate(strides):
+        if i > 0 and stride == 1:
+            current *= 2
+        dilations.append(current)
+    return dilations

@@ -1,0 +1,120 @@
+"""The CCNet meta-architecture: a semantic segmentor in Detectron2's input and output format."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_sem_seg_head
+from torch import Tensor, nn
+
+
+@META_ARCH_REGISTRY.register()
+class CCNet(nn.Module):
+    """Backbone and segmentation head; images are normalised and padded here.
+
+    :paper:`CCNet: Criss-Cross Attention for Semantic Segmentation (TPAMI)`.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        sem_seg_head: nn.Module,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        input_format: str = "RGB",
+        size_divisibility: int = 0,
+        ignore_value: int = 255,
+    ) -> None:
+        """
+        Args:
+            backbone: a Detectron2 backbone.
+            sem_seg_head: called as `head(features, targets, image_size)`, see `CCNetHead.forward`.
+            pixel_mean: per channel, in the range of the input (0-255), in the order of `input_format`.
+            pixel_std: likewise.
+            input_format: channel order of the images the model expects, "RGB" or "BGR".
+            size_divisibility: pad images up to a multiple of this; 0 pads no further than the batch needs.
+            ignore_value: label of padded pixels.
+        """
+        super().__init__()
+        if input_format not in ("RGB", "BGR"):
+            raise ValueError(f"input_format must be 'RGB' or 'BGR', got {input_format!r}.")
+        self.backbone = backbone
+        self.sem_seg_head = sem_seg_head
+        self.input_format = input_format
+        self.size_divisibility = size_divisibility
+        self.ignore_value = ignore_value
+        self.register_buffer("pixel_mean", torch.tensor(list(pixel_mean)).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(list(pixel_std)).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg):
+        backbone = build_backbone(cfg)
+        return {
+            "backbone": backbone,
+            "sem_seg_head": build_sem_seg_head(cfg, backbone.output_shape()),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_format": cfg.INPUT.FORMAT,
+            "size_divisibility": cfg.MODEL.CCNET.SIZE_DIVISIBILITY,
+            "ignore_value": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """
+        Args:
+            batched_inputs: one dict an image:
+                "image": (3, h, w) tensor, uint8 or float, 0-255, channels as `input_format`;
+                "sem_seg": (h, w) integer labels, in training;
+                "height", "width": size of the prediction wanted, in inference; the image's own unless given.
+
+        Returns:
+            In training a dict of scalar losses; in inference for each image {"sem_seg": (K, height, width) logits}.
+        """
+        images, sizes = self._batch_images(batched_inputs)
+        features = self.backbone(images)
+        padded_size = (images.shape[-2], images.shape[-1])
+        if self.training:
+            _, losses = self.sem_seg_head(features, self._batch_targets(batched_inputs, padded_size))
+            return losses
+        logits, _ = self.sem_seg_head(features, None, padded_size)
+        return [
+            {"sem_seg": self._to_output_size(result, size, inputs)}
+            for result, size, inputs in zip(logits, sizes, batched_inputs, strict=True)
+        ]
+
+    def _batch_images(self, batched_inputs: list[dict]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Normalised images (B, 3, H, W), padded right and below with the mean, and their own sizes."""
+        images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        padded = self._padded_size(sizes)
+        batch = [_pad((image - self.pixel_mean) / self.pixel_std, padded, 0.0) for image in images]
+        return torch.stack(batch), sizes
+
+    def _batch_targets(self, batched_inputs: list[dict], size: tuple[int, int]) -> Tensor:
+        targets = [x["sem_seg"].to(self.device, non_blocking=True) for x in batched_inputs]
+        return torch.stack([_pad(target, size, self.ignore_value) for target in targets])
+
+    def _padded_size(self, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+        divisor = max(self.size_divisibility, self.backbone.size_divisibility, 1)
+        height, width = (max(side) for side in zip(*sizes, strict=True))
+        return -(-height // divisor) * divisor, -(-width // divisor) * divisor
+
+    def _to_output_size(self, logits: Tensor, size: tuple[int, int], inputs: dict) -> Tensor:
+        logits = logits[:, : size[0], : size[1]]
+        output_size = (inputs.get("height") or size[0], inputs.get("width") or size[1])
+        if output_size == size:
+            return logits
+        align_corners = getattr(self.sem_seg_head, "align_corners", False)
+        return F.interpolate(logits[None], output_size, mode="bilinear", align_corners=align_corners)[0]
+
+
+def _pad(x: Tensor, size: tuple[int, int], value: float) -> Tensor:
+    height, width = x.shape[-2:]
+    return F.pad(x, (0, size[1] - width, 0, size[0] - height), value=value)

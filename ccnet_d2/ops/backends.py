@@ -1,0 +1,44 @@
+"""Which implementation runs: one module a backend, each with `unsupported_reason` and `criss_cross_attention`."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from . import compiled, matmul, reference
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+BACKENDS = ("compiled", "matmul", "reference")
+
+
+def available_backends() -> dict[str, str | None]:
+    """For each backend the reason, as one sentence, why it cannot run on this machine; None where it can."""
+    return {"compiled": compiled.unavailable_reason(), "matmul": None, "reference": None}
+
+
+def select_backend(name: str, query: Tensor, key: Tensor, value: Tensor) -> AttentionFunction:
+    """The function that computes the op for these inputs.
+
+    Raises:
+        ValueError: no backend has this name.
+        RuntimeError: the named backend does not run here or not for these inputs. Only "auto" chooses another.
+    """
+    if name == "auto":
+        name = _auto(query, key, value)
+    if name == "matmul":
+        return matmul.criss_cross_attention
+    if name == "reference":
+        return reference.criss_cross_attention
+    if name == "compiled":
+        reason = compiled.supports(query, key, value)
+        if reason is not None:
+            raise RuntimeError(f"backend='compiled' cannot run: {reason}")
+        return compiled.criss_cross_attention
+    raise ValueError(f"Unknown backend {name!r}: choose 'auto', 'compiled', 'matmul' or 'reference'.")
+
+
+def _auto(query: Tensor, key: Tensor, value: Tensor) -> str:
+    # The CUDA kernels have not run on a GPU yet, so CUDA tensors keep to the matmul backend.
+    if query.device.type == "cpu" and compiled.supports(query, key, value) is None:
+        return "compiled"
+    return "matmul"

@@ -1,0 +1,64 @@
+"""The public criss-cross attention function."""
+
+from torch import Tensor
+
+from .backends import select_backend
+
+_MAX_SPATIAL_DIMS = 3
+
+
+def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, backend: str = "auto") -> Tensor:
+    """Attend from every position to all positions on the axis-parallel lines through it.
+
+    A position's keys are the positions that differ from it along at most one axis, itself counted once:
+    H+W-1 keys in 2D, T+H+W-2 in 3D. One softmax runs over all of them; energies are not scaled. Energies, softmax
+    and accumulation are at least fp32 whatever the input dtype. (CCNet, TPAMI, Sec. 3.2, Eq. 1-2 without the
+    residual; Sec. 3.5 for 3D.)
+
+    Args:
+        query: (B, C', *S), S being one to three spatial sizes, each >= 1.
+        key: (B, C', *S).
+        value: (B, C, *S). All three share one floating dtype (fp16, bf16, fp32 or fp64) and one device.
+        backend: "auto" (the fastest that runs for these inputs), "compiled", "matmul" or "reference".
+
+    Returns:
+        (B, C, *S), dtype of `value`. Memory format may be channels-last; values do not depend on it.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together, or `backend` is unknown.
+        RuntimeError: the named backend cannot run here; the message says why.
+    """
+    _check(query, key, value)
+    return select_backend(backend, query, key, value)(query, key, value)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    dims = query.dim() - 2
+    if not 1 <= dims <= _MAX_SPATIAL_DIMS:
+        raise ValueError(
+            f"query must be (B, C', *S) with one to {_MAX_SPATIAL_DIMS} spatial axes, got shape {tuple(query.shape)}."
+        )
+    if key.shape != query.shape:
+        raise ValueError(
+            f"key must have the shape of query, got query {tuple(query.shape)} and key {tuple(key.shape)}."
+        )
+    if value.dim() != query.dim() or value.shape[0] != query.shape[0] or value.shape[2:] != query.shape[2:]:
+        raise ValueError(
+            "value must have the batch and spatial sizes of query, "
+            f"got query {tuple(query.shape)} and value {tuple(value.shape)}."
+        )
+    if min(query.shape[1:]) < 1 or value.shape[1] < 1:
+        raise ValueError(
+            "channels and spatial sizes must be at least 1, "
+            f"got query {tuple(query.shape)} and value {tuple(value.shape)}."
+        )
+    if not (query.dtype == key.dtype == value.dtype) or not query.is_floating_point():
+        raise ValueError(
+            "query, key and value must share one floating dtype, "
+            f"got {query.dtype}, {key.dtype} and {value.dtype}."
+        )
+    if not (query.device == key.device == value.device):
+        raise ValueError(
+            "query, key and value must be on one device, "
+            f"got {query.device}, {key.device} and {value.device}."
+        )

@@ -1,0 +1,205 @@
+// The operators of the CPU library: argument checks, memory, choice of the kernel. LibTorch stable ABI only.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <string>
+#include <tuple>
+
+#include "attention.h"
+
+namespace ccnet {
+namespace cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Best first. CCNET_CPU_ISA=portable|avx2|avx512|amx caps the choice, for tests and for finding faults.
+int isa_rank(const char* name) {
+  const char* const order[] = {"portable", "avx2", "avx512", "amx"};
+  for (int i = 0; i < 4; ++i) {
+    if (strcmp(order[i], name) == 0) return i;
+  }
+  return -1;
+}
+
+int isa_cap() {
+  const char* wanted = getenv("CCNET_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return 3;
+  const int rank = isa_rank(wanted);
+  STD_TORCH_CHECK(rank >= 0, "CCNET_CPU_ISA=", wanted, " is unknown: choose portable, avx2, avx512 or amx.");
+  return rank;
+}
+
+const Kernels& select_kernels(DType dtype) {
+  const int cap = isa_cap();
+  if (dtype != DType::kDouble) {
+    if (dtype == DType::kBFloat16 && cap >= 3 && amx_kernels() != nullptr) return *amx_kernels();
+    if (cap >= 2 && avx512_kernels() != nullptr) return *avx512_kernels();
+    if (cap >= 1 && avx2_kernels() != nullptr) return *avx2_kernels();
+  }
+  return *portable_kernels();
+}
+
+void parallel(int workers, void (*fn)(void*, int), void* ctx) {
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t w = begin; w < end; ++w) fn(ctx, static_cast<int>(w));
+  });
+}
+
+DType kernel_dtype(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat;
+    case ScalarType::Half: return DType::kHalf;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Double: return DType::kDouble;
+    default: STD_TORCH_CHECK(false, "criss-cross attention takes float16, bfloat16, float32 or float64.");
+  }
+}
+
+TensorRef reference(const Tensor& t, const Grid& grid) {
+  TensorRef r{};
+  r.data = t.data_ptr();
+  r.strides.batch = t.stride(0);
+  r.strides.channel = t.stride(1);
+  for (int a = 0; a < grid.axes; ++a) r.strides.axis[a] = t.stride(2 + a);
+  return r;
+}
+
+void check_alike(const Tensor& t, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be a CPU tensor.");
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of query.");
+  STD_TORCH_CHECK(t.dim() == like.dim() && t.size(0) == like.size(0), name, " must have the batch size of query.");
+  for (int64_t d = 2; d < like.dim(); ++d) {
+    STD_TORCH_CHECK(t.size(d) == like.size(d), name, " must have the spatial sizes of query.");
+  }
+}
+
+Grid checked_grid(const Tensor& query, const Tensor& key, const Tensor& value) {
+  STD_TORCH_CHECK(query.dim() >= 3 && query.dim() <= 2 + kMaxAxes,
+                  "query must be (B, C', *S) with one to three spatial axes.");
+  check_alike(query, query, "query");
+  check_alike(key, query, "key");
+  check_alike(value, query, "value");
+  STD_TORCH_CHECK(key.size(1) == query.size(1), "key must have the channels of query.");
+  Grid grid{};
+  grid.batch = query.size(0);
+  grid.axes = static_cast<int>(query.dim()) - 2;
+  for (int a = 0; a < grid.axes; ++a) grid.size[a] = query.size(2 + a);
+  return grid;
+}
+
+// An uninitialised (B, channels, *S) tensor in channels-last memory.
+Tensor empty_channels_last(const Tensor& like, int64_t channels) {
+  int64_t sizes[2 + kMaxAxes];
+  const int64_t dims = like.dim();
+  sizes[0] = like.size(0);
+  for (int64_t d = 2; d < dims; ++d) sizes[d - 1] = like.size(d);
+  sizes[dims - 1] = channels;
+  Tensor t = torch::stable::new_empty(like, {sizes, static_cast<size_t>(dims)});
+  for (int64_t d = dims - 1; d > 1; --d) t = torch::stable::transpose(t, d - 1, d);
+  return t;
+}
+
+// An uninitialised (B, *S) tensor of fp32, or fp64 for fp64 inputs.
+Tensor empty_statistic(const Tensor& like) {
+  int64_t sizes[1 + kMaxAxes];
+  sizes[0] = like.size(0);
+  for (int64_t d = 2; d < like.dim(); ++d) sizes[d - 1] = like.size(d);
+  const ScalarType dtype = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return torch::stable::new_empty(like, {sizes, static_cast<size_t>(like.dim() - 1)}, dtype);
+}
+
+std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value) {
+  const Grid grid = checked_grid(query, key, value);
+  Tensor out = empty_channels_last(value, value.size(1));
+  Tensor lse = empty_statistic(query);
+  if (lse.numel() > 0) {
+    Tensor max = empty_statistic(query);
+    ForwardArgs args{};
+    args.grid = grid;
+    args.qk_channels = query.size(1);
+    args.channels = value.size(1);
+    args.dtype = kernel_dtype(query);
+    args.query = reference(query, grid);
+    args.key = reference(key, grid);
+    args.value = reference(value, grid);
+    args.out = reference(out, grid);
+    args.max = max.data_ptr();
+    args.lse = lse.data_ptr();
+    args.workers = static_cast<int>(torch::stable::get_num_threads());
+    args.parallel = parallel;
+    select_kernels(args.dtype).forward(args);
+  }
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,
+                                            Tensor lse) {
+  const Grid grid = checked_grid(query, key, value);
+  check_alike(grad_out, query, "grad_out");
+  check_alike(out, query, "out");
+  STD_TORCH_CHECK(grad_out.size(1) == value.size(1) && out.size(1) == value.size(1),
+                  "grad_out and out must have the channels of value.");
+  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == grid.batch * grid.positions(),
+                  "lse must be the one that the forward pass returned.");
+  Tensor grad_query = empty_channels_last(query, query.size(1));
+  Tensor grad_key = empty_channels_last(key, key.size(1));
+  Tensor grad_value = empty_channels_last(value, value.size(1));
+  if (lse.numel() > 0) {
+    Tensor delta = empty_statistic(query);
+    BackwardArgs args{};
+    args.grid = grid;
+    args.qk_channels = query.size(1);
+    args.channels = value.size(1);
+    args.dtype = kernel_dtype(query);
+    args.query = reference(query, grid);
+    args.key = reference(key, grid);
+    args.value = reference(value, grid);
+    args.out = reference(out, grid);
+    args.grad_out = reference(grad_out, grid);
+    args.grad_query = reference(grad_query, grid);
+    args.grad_key = reference(grad_key, grid);
+    args.grad_value = reference(grad_value, grid);
+    args.lse = lse.data_ptr();
+    args.delta = delta.data_ptr();
+    args.workers = static_cast<int>(torch::stable::get_num_threads());
+    args.parallel = parallel;
+    select_kernels(args.dtype).backward(args);
+  }
+  return {grad_query, grad_key, grad_value};
+}
+
+// Which kernels run for this dtype ("avx512", ...): for collect_env, tests and the benchmark.
+std::string instruction_set(std::string dtype) {
+  if (dtype == "bfloat16") return select_kernels(DType::kBFloat16).name;
+  if (dtype == "float64") return select_kernels(DType::kDouble).name;
+  return select_kernels(DType::kFloat).name;
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace ccnet
+
+STABLE_TORCH_LIBRARY(ccnet_d2, m) {
+  m.def("criss_cross_forward(Tensor query, Tensor key, Tensor value) -> (Tensor out, Tensor lse)");
+  m.def(
+      "criss_cross_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse) -> "
+      "(Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  m.def("cpu_instruction_set(str dtype) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ccnet_d2, CPU, m) {
+  m.impl("criss_cross_forward", TORCH_BOX(&ccnet::cpu::forward));
+  m.impl("criss_cross_backward", TORCH_BOX(&ccnet::cpu::backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ccnet_d2, CompositeExplicitAutograd, m) {
+  m.impl("cpu_instruction_set", TORCH_BOX(&ccnet::cpu::instruction_set));
+}

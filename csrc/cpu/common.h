@@ -1,0 +1,31 @@
+// What every kernel_*.cpp includes before it chooses its instruction set: no function of these headers may be
+// compiled for a newer processor than the build's baseline.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+#include <new>
+
+#include "attention.h"
+
+#if defined(__clang__)
+#define CCNET_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define CCNET_UNROLL _Pragma("GCC unroll 16")
+#else
+#define CCNET_UNROLL
+#endif
+
+#if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
+#define CCNET_X86_DISPATCH 1
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define CCNET_PREFETCH(p) __builtin_prefetch((p), 0, 2)
+#else
+#define CCNET_PREFETCH(p) (void)(p)
+#endif

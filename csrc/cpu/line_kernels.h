@@ -1,0 +1,628 @@
+// Forward and backward of criss-cross attention, line by line, for any vector type.
+//
+// Included once per instruction set, inside that translation unit's anonymous namespace: nothing here may have
+// external linkage, or the linker could merge code compiled for different processors.
+//
+// Every product is a small matrix product C[M, N] (+)= A[M, K] B[K, N] done by register-blocked micro-kernels:
+// B is packed into panels of kPanel columns, A is read by broadcasts either along K (row-major A) or along M
+// (column-major A). Only packing and the epilogues know the storage type; all arithmetic is done in V::T.
+//
+// Forward, per line of length L and block of query rows i:
+//   St[j, i] = K Q^T       transposed, so that the softmax over j runs down columns with vertical operations
+//   O[i, c]  = St^T V      A = St is column-major here, its broadcasts read consecutive numbers
+// Backward, per line and block of query rows i:
+//   P[i, j]  = exp(Q K^T - lse_i),  dP = dO V^T,  dS = P * (dP - delta_i)
+//   dV = P^T dO,  dK = dS^T Q,  dQ = dS K
+// A line owns its positions, so lines run in parallel without atomics; one parallel region per axis, in which the
+// second and third axis add to what the first wrote. The result does not depend on the number of threads.
+
+// ---------------------------------------------------------------------------------------------- micro-kernels
+
+enum AOrder { kRowMajor, kColMajor };  // A[m, k] at a[m * lda + k] or a[k * lda + m]
+
+template <class V, int MR, int NR, AOrder ORDER>
+struct MicroKernel {
+  using T = typename V::T;
+  // C[MR, NR * W] (+)= A[MR, K] B[K, NR * W]; rows of B are ldb apart.
+  static void run(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool accumulate) {
+    typename V::reg acc[MR][NR];
+    CCNET_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      CCNET_UNROLL
+      for (int n = 0; n < NR; ++n) acc[r][n] = V::zero();
+    }
+    // A few base pointers with small multiples of lda address all rows without spilling index registers.
+    const T* base[(MR + 2) / 3];
+    CCNET_UNROLL
+    for (int r = 0; r < MR; r += 3) base[r / 3] = a + r * lda;
+    for (int64_t k = 0; k < K; ++k) {
+      typename V::reg bv[NR];
+      CCNET_UNROLL
+      for (int n = 0; n < NR; ++n) bv[n] = V::load(b + n * V::W);
+      b += ldb;
+      CCNET_UNROLL
+      for (int r = 0; r < MR; ++r) {
+        const typename V::reg av =
+            V::set1(ORDER == kColMajor ? a[r] : base[r / 3][(r % 3) * lda + k]);
+        CCNET_UNROLL
+        for (int n = 0; n < NR; ++n) acc[r][n] = V::fma(av, bv[n], acc[r][n]);
+      }
+      if (ORDER == kColMajor) a += lda;
+    }
+    CCNET_UNROLL
+    for (int r = 0; r < MR; ++r) {
+      CCNET_UNROLL
+      for (int n = 0; n < NR; ++n) {
+        T* p = c + r * ldc + n * V::W;
+        V::store(p, accumulate ? V::add(V::load(p), acc[r][n]) : acc[r][n]);
+      }
+    }
+  }
+};
+
+// Rows of the micro-kernel with NR vectors per row: accumulators + NR + 1 registers must fit.
+template <class V>
+constexpr int max_rows(int nr) {
+  return V::kAccumulators / nr > 12 ? 12 : V::kAccumulators / nr;
+}
+
+template <class V>
+using MicroFn = void (*)(int64_t, const typename V::T*, int64_t, const typename V::T*, int64_t, typename V::T*,
+                         int64_t, bool);
+
+template <class V, int NR, AOrder ORDER, int MR = max_rows<V>(NR)>
+struct MicroTable {
+  static MicroFn<V> get(int rows) {
+    if (rows == MR) return &MicroKernel<V, MR, NR, ORDER>::run;
+    return MicroTable<V, NR, ORDER, MR - 1>::get(rows);
+  }
+};
+template <class V, int NR, AOrder ORDER>
+struct MicroTable<V, NR, ORDER, 0> {
+  static MicroFn<V> get(int) { return nullptr; }
+};
+
+template <class V, AOrder ORDER, int NR = V::kPanelVectors>
+struct MicroSelect {
+  static MicroFn<V> get(int rows, int vectors) {
+    if (vectors == NR) return MicroTable<V, NR, ORDER>::get(rows);
+    return MicroSelect<V, ORDER, NR - 1>::get(rows, vectors);
+  }
+};
+template <class V, AOrder ORDER>
+struct MicroSelect<V, ORDER, 0> {
+  static MicroFn<V> get(int, int) { return nullptr; }
+};
+
+// Runs body(row, rows, fn) over M rows in nearly equal blocks: 97 rows are 12 blocks of 6 and 5 of 5, not 16 of 6
+// and a lone row that would starve the multipliers.
+template <class V, AOrder ORDER, class F>
+void for_row_blocks(int64_t M, int vectors, const F& body) {
+  const int most = max_rows<V>(vectors);
+  const int64_t blocks = (M + most - 1) / most;
+  if (blocks == 0) return;
+  const int small = static_cast<int>(M / blocks);
+  const int64_t large_blocks = M % blocks;
+  const MicroFn<V> fn_small = MicroSelect<V, ORDER>::get(small, vectors);
+  const MicroFn<V> fn_large = large_blocks ? MicroSelect<V, ORDER>::get(small + 1, vectors) : nullptr;
+  int64_t row = 0;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const bool large = i < large_blocks;
+    const int rows = large ? small + 1 : small;
+    body(row, rows, large ? fn_large : fn_small);
+    row += rows;
+  }
+}
+
+// C[M, n] (+)= A[M, K] B[K, n], n a multiple of W, B with row stride ldb, C with row stride ldc.
+template <class V, AOrder ORDER>
+void gemm(int64_t M, int64_t n, int64_t K, const typename V::T* a, int64_t lda, const typename V::T* b, int64_t ldb,
+          typename V::T* c, int64_t ldc, bool accumulate) {
+  for (int64_t col = 0; col < n;) {
+    const int64_t left = (n - col) / V::W;
+    const int vectors = static_cast<int>(left < V::kPanelVectors ? left : V::kPanelVectors);
+    for_row_blocks<V, ORDER>(M, vectors, [&](int64_t row, int, MicroFn<V> fn) {
+      fn(K, a + (ORDER == kColMajor ? row : row * lda), lda, b + col, ldb, c + row * ldc + col, ldc, accumulate);
+    });
+    col += vectors * V::W;
+  }
+}
+
+// -------------------------------------------------------------------------------------------------- packing
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// One line of a tensor, as a matrix [L, channels] with element strides.
+template <class S>
+struct LineView {
+  S* data;
+  int64_t row;      // between positions
+  int64_t channel;  // between channels
+};
+
+// dst[i * ld + c] = src[i, first + c] for i < rows, c < cols; columns up to the next multiple of W are zeroed.
+template <class V, class S>
+void pack_rows(const LineView<const S>& src, int64_t rows, int64_t first, int64_t cols, typename V::T* dst,
+               int64_t ld) {
+  using T = typename V::T;
+  const S* base = src.data + first * src.channel;
+  if (src.channel == 1) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const S* p = base + i * src.row;
+      T* d = dst + i * ld;
+      int64_t c = 0;
+      for (; c + V::W <= cols; c += V::W) V::store(d + c, V::load(p + c));
+      if (c < cols) V::store(d + c, V::load_n(p + c, static_cast<int>(cols - c)));
+    }
+    return;
+  }
+  const int64_t padded = round_up(cols, V::W);
+  for (int64_t i = 0; i < rows; ++i) {
+    T* d = dst + i * ld;
+    for (int64_t c = 0; c < cols; ++c) d[c] = V::load_one(base + i * src.row + c * src.channel);
+    for (int64_t c = cols; c < padded; ++c) d[c] = T(0);
+  }
+}
+
+// dst[c * ld + i] = src[i, first + c] for i < rows, c < cols; rows up to the next multiple of W are zeroed.
+template <class V, class S>
+void pack_columns(const LineView<const S>& src, int64_t rows, int64_t first, int64_t cols, typename V::T* dst,
+                  int64_t ld) {
+  using T = typename V::T;
+  const S* base = src.data + first * src.channel;
+  if (src.row == 1) {
+    for (int64_t c = 0; c < cols; ++c) {
+      const S* p = base + c * src.channel;
+      T* d = dst + c * ld;
+      int64_t i = 0;
+      for (; i + V::W <= rows; i += V::W) V::store(d + i, V::load(p + i));
+      if (i < rows) V::store(d + i, V::load_n(p + i, static_cast<int>(rows - i)));
+    }
+    return;
+  }
+  if (src.channel == 1) {
+    for (int64_t i = 0; i < rows; i += V::W) {
+      const int count = static_cast<int>(rows - i < V::W ? rows - i : V::W);
+      for (int64_t c = 0; c < cols; c += V::W) {
+        const int width = static_cast<int>(cols - c < V::W ? cols - c : V::W);
+        typename V::reg t[V::W];
+        for (int r = 0; r < V::W; ++r) {
+          const S* p = base + (i + r) * src.row + c;
+          t[r] = r >= count ? V::zero() : (width == V::W ? V::load(p) : V::load_n(p, width));
+        }
+        V::transpose(t);
+        for (int r = 0; r < width; ++r) V::store(dst + (c + r) * ld + i, t[r]);
+      }
+    }
+    return;
+  }
+  const int64_t padded = round_up(rows, V::W);
+  for (int64_t c = 0; c < cols; ++c) {
+    T* d = dst + c * ld;
+    for (int64_t i = 0; i < rows; ++i) d[i] = V::load_one(base + i * src.row + c * src.channel);
+    for (int64_t i = rows; i < padded; ++i) d[i] = T(0);
+  }
+}
+
+// Asks for the cache lines of src[i, first .. first + cols) for i in [begin, end) ahead of their use: the lines of
+// the slow axes are far apart in memory, which no hardware prefetcher follows.
+template <class S>
+void prefetch_rows(const LineView<const S>& src, int64_t begin, int64_t end, int64_t first, int64_t cols) {
+  if (src.channel != 1) return;
+  for (int64_t i = begin; i < end; ++i) {
+    const char* p = reinterpret_cast<const char*>(src.data + i * src.row + first);
+    const char* stop = reinterpret_cast<const char*>(src.data + i * src.row + first + cols);
+    for (; p < stop; p += 64) CCNET_PREFETCH(p);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------- scratch
+
+// One worker's memory, cache-line aligned.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : raw_(static_cast<char*>(malloc(static_cast<size_t>(count) * sizeof(T) + 64 * 32))),
+        next_(raw_ ? raw_ + (64 - reinterpret_cast<uintptr_t>(raw_) % 64) % 64 : nullptr) {}
+  ~Scratch() { free(raw_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  bool ok() const { return raw_ != nullptr; }
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(next_);
+    next_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return p;
+  }
+
+ private:
+  char* raw_;
+  char* next_;
+};
+
+template <class S>
+LineView<S> line_view(const TensorRef& t, const Grid& grid, int axis, int64_t line) {
+  return {static_cast<S*>(t.data) + line_offset(grid, t.strides, axis, line), t.strides.axis[axis],
+          t.strides.channel};
+}
+
+// A masked axis of size 1 has no key at all.
+inline bool contributes(const Grid& grid, int axis) { return grid.size[axis] > 1 || keeps_self(grid.axes, axis); }
+
+inline int first_axis(const Grid& grid) {
+  int a = 0;
+  while (!contributes(grid, a)) ++a;
+  return a;
+}
+
+// Query rows handled at once: the whole line, unless its L x rows energies would overflow the second-level cache.
+template <class V>
+int64_t rows_per_block(int64_t length, int64_t limit_bytes) {
+  int64_t rows = limit_bytes / static_cast<int64_t>(sizeof(typename V::T)) / (length > 0 ? length : 1);
+  rows = rows / 48 * 48;
+  if (rows < 48) rows = 48;
+  return rows < length ? rows : length;
+}
+
+// Hands out items 0 .. count-1 to the workers of one parallel region.
+template <class Args, class Worker>
+void run_items(const Args& args, int64_t count, const Worker& worker) {
+  struct Context {
+    std::atomic<int64_t> next;
+    int64_t count;
+    const Worker* worker;
+    std::atomic<bool> out_of_memory;
+  } context{{0}, count, &worker, {false}};
+  const int64_t workers = args.workers < count ? args.workers : count;
+  if (workers <= 0) return;
+  args.parallel(
+      static_cast<int>(workers),
+      [](void* p, int) {
+        Context* c = static_cast<Context*>(p);
+        const bool ok = (*c->worker)([c](int64_t* item) {
+          *item = c->next.fetch_add(1, std::memory_order_relaxed);
+          return *item < c->count;
+        });
+        if (!ok) c->out_of_memory = true;
+      },
+      &context);
+  if (context.out_of_memory) throw std::bad_alloc();
+}
+
+// -------------------------------------------------------------------------------------------------- forward
+
+template <class V, class S>
+void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
+  using T = typename V::T;
+  using reg = typename V::reg;
+  const Grid& grid = args.grid;
+  const int64_t L = grid.size[axis], QK = args.qk_channels, C = args.channels;
+  const int64_t block = rows_per_block<V>(L, 512 * 1024);
+  const int64_t blocks = (L + block - 1) / block;
+  const int64_t lpad = round_up(L, V::W), bpad = round_up(block, V::W);
+  const int64_t panel = V::kPanelVectors * V::W;
+  const bool masked = !keeps_self(grid.axes, axis);
+  const Strides stat = scalar_strides(grid);
+
+  run_items(args, grid.lines(axis) * blocks, [&](auto next) {
+    Scratch<T> scratch(QK * (lpad + bpad) + L * bpad + L * panel + 4 * bpad + panel * max_rows<V>(1) * 2);
+    if (!scratch.ok()) return false;
+    T* kt = scratch.take(QK * lpad);
+    T* qt = scratch.take(QK * bpad);
+    T* st = scratch.take(L * bpad);
+    T* vp = scratch.take(L * panel);
+    T* keep = scratch.take(bpad);   // factor of what is already in out
+    T* fresh = scratch.take(bpad);  // factor of this axis' sum_j exp(S - max) V
+    T* tile = scratch.take(panel * max_rows<V>(1));
+    int64_t packed_line = -1;
+
+    for (int64_t item; next(&item);) {
+      const int64_t line = item / blocks, i0 = item % blocks * block;
+      const int64_t rows = L - i0 < block ? L - i0 : block;
+      const int64_t rpad = round_up(rows, V::W);
+      auto q = line_view<const S>(args.query, grid, axis, line);
+      const auto k = line_view<const S>(args.key, grid, axis, line);
+      const auto v = line_view<const S>(args.value, grid, axis, line);
+      auto o = line_view<S>(args.out, grid, axis, line);
+      q.data += i0 * q.row;
+      o.data += i0 * o.row;
+      const int64_t stat0 = line_offset(grid, stat, axis, line) + i0 * stat.axis[axis];
+      T* max_out = static_cast<T*>(args.max) + stat0;
+      T* sum_out = static_cast<T*>(args.lse) + stat0;
+      const int64_t stat_row = stat.axis[axis];
+
+      prefetch_rows(v, 0, L, 0, panel < C ? panel : C);
+      if (packed_line != line) {
+        pack_columns<V>(k, L, 0, QK, kt, lpad);
+        packed_line = line;
+      }
+      pack_columns<V>(q, rows, 0, QK, qt, bpad);
+      gemm<V, kColMajor>(L, rpad, QK, kt, lpad, qt, bpad, st, bpad, false);
+      if (masked) {
+        for (int64_t i = 0; i < rows; ++i) st[(i0 + i) * bpad + i] = static_cast<T>(-INFINITY);
+      }
+
+      for (int64_t i = 0; i < rpad; i += V::W) {
+        reg m0 = V::load(st + i), m1 = m0;
+        int64_t j = 1;
+        for (; j + 1 < L; j += 2) {
+          m0 = V::max(m0, V::load(st + j * bpad + i));
+          m1 = V::max(m1, V::load(st + (j + 1) * bpad + i));
+        }
+        if (j < L) m0 = V::max(m0, V::load(st + j * bpad + i));
+        m0 = V::max(m0, m1);
+        reg s0 = V::zero(), s1 = V::zero();
+        j = 0;
+        for (; j + 1 < L; j += 2) {
+          T* p = st + j * bpad + i;
+          const reg e0 = V::exp(V::sub(V::load(p), m0)), e1 = V::exp(V::sub(V::load(p + bpad), m0));
+          V::store(p, e0);
+          V::store(p + bpad, e1);
+          s0 = V::add(s0, e0);
+          s1 = V::add(s1, e1);
+        }
+        if (j < L) {
+          T* p = st + j * bpad + i;
+          const reg e0 = V::exp(V::sub(V::load(p), m0));
+          V::store(p, e0);
+          s0 = V::add(s0, e0);
+        }
+        V::store(keep + i, m0);
+        V::store(fresh + i, V::add(s0, s1));
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        const Stats<T> here{keep[i], fresh[i]};
+        const Stats<T> before = first ? empty_stats<T>() : Stats<T>{max_out[i * stat_row], sum_out[i * stat_row]};
+        const Merge<T> m = merge(before, here);
+        // out holds the normalised mean over the keys seen so far.
+        keep[i] = before.sum * m.scale_a / m.stats.sum;
+        fresh[i] = m.scale_b / m.stats.sum;
+        max_out[i * stat_row] = m.stats.max;
+        sum_out[i * stat_row] = last ? log_sum_exp(m.stats) : m.stats.sum;
+      }
+
+      for (int64_t c = 0; c < C; c += panel) {
+        const int64_t cols = C - c < panel ? C - c : panel;
+        const int64_t width = round_up(cols, V::W);
+        const int64_t next_cols = C - c - cols < panel ? C - c - cols : panel;
+        pack_rows<V>(v, L, c, cols, vp, width);
+        int64_t fetched = 0;
+        for_row_blocks<V, kColMajor>(rows, static_cast<int>(width / V::W), [&](int64_t row, int count, MicroFn<V> fn) {
+          if (!first) prefetch_rows(LineView<const S>{o.data, o.row, 1}, row, row + count, c, cols);
+          if (next_cols > 0) {
+            const int64_t until = (row + count) * L / rows;
+            prefetch_rows(v, fetched, until, c + cols, next_cols);
+            fetched = until;
+          }
+          fn(L, st + row, bpad, vp, width, tile, width, false);
+          for (int r = 0; r < count; ++r) {
+            S* d = o.data + (row + r) * o.row + c;
+            const T* t = tile + r * width;
+            const reg scale = V::set1(fresh[row + r]), old = V::set1(keep[row + r]);
+            for (int64_t x = 0; x < cols; x += V::W) {
+              const int n = static_cast<int>(cols - x < V::W ? cols - x : V::W);
+              reg y = V::mul(V::load(t + x), scale);
+              if (n == V::W) {
+                if (!first) y = V::fma(V::load(d + x), old, y);
+                V::store(d + x, y);
+              } else {
+                if (!first) y = V::fma(V::load_n(d + x, n), old, y);
+                V::store_n(d + x, y, n);
+              }
+            }
+          }
+        });
+      }
+    }
+    return true;
+  });
+}
+
+template <class V, class S>
+void forward_typed(const ForwardArgs& args) {
+  const int first = first_axis(args.grid);
+  for (int axis = first; axis < args.grid.axes; ++axis) {
+    if (contributes(args.grid, axis)) forward_axis<V, S>(args, axis, axis == first, axis == args.grid.axes - 1);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- backward
+
+// dst[row, x] (+)= tile[r, x]
+template <class V, class S>
+void add_rows(const typename V::T* tile, int64_t ld, int64_t rows, int64_t cols, const LineView<S>& dst, int64_t row,
+              int64_t first_col, bool accumulate) {
+  using reg = typename V::reg;
+  for (int64_t r = 0; r < rows; ++r) {
+    S* d = dst.data + (row + r) * dst.row + first_col;
+    const typename V::T* t = tile + r * ld;
+    for (int64_t x = 0; x < cols; x += V::W) {
+      const int n = static_cast<int>(cols - x < V::W ? cols - x : V::W);
+      reg y = V::load(t + x);
+      if (n == V::W) {
+        if (accumulate) y = V::add(V::load(d + x), y);
+        V::store(d + x, y);
+      } else {
+        if (accumulate) y = V::add(V::load_n(d + x, n), y);
+        V::store_n(d + x, y, n);
+      }
+    }
+  }
+}
+
+// dst[M, 0..cols) (+)= A[M, K] B[K, cols]: B packed with row stride ldb, dst in storage type.
+template <class V, AOrder ORDER, class S>
+void gemm_to_line(int64_t M, int64_t cols, int64_t K, const typename V::T* a, int64_t lda, const typename V::T* b,
+                  int64_t ldb, typename V::T* tile, const LineView<S>& dst, int64_t first_col, bool accumulate) {
+  const int64_t padded = round_up(cols, V::W);
+  for (int64_t col = 0; col < padded;) {
+    const int64_t left = (padded - col) / V::W;
+    const int vectors = static_cast<int>(left < V::kPanelVectors ? left : V::kPanelVectors);
+    const int64_t width = vectors * V::W;
+    const int64_t valid = cols - col < width ? cols - col : width;
+    for_row_blocks<V, ORDER>(M, vectors, [&](int64_t row, int count, MicroFn<V> fn) {
+      if (accumulate) {
+        prefetch_rows(LineView<const S>{dst.data, dst.row, 1}, row, row + count, first_col + col, valid);
+      }
+      fn(K, a + (ORDER == kColMajor ? row : row * lda), lda, b + col, ldb, tile, width, false);
+      add_rows<V>(tile, width, count, valid, dst, row, first_col + col, accumulate);
+    });
+    col += width;
+  }
+}
+
+template <class V, class S>
+void backward_axis(const BackwardArgs& args, int axis, bool first) {
+  using T = typename V::T;
+  using reg = typename V::reg;
+  const Grid& grid = args.grid;
+  const int64_t L = grid.size[axis], QK = args.qk_channels, C = args.channels;
+  const int64_t block = rows_per_block<V>(L, 384 * 1024);
+  const int64_t lpad = round_up(L, V::W), bpad = round_up(block, V::W);
+  const int64_t panel = V::kPanelVectors * V::W, qkpad = round_up(QK, V::W);
+  const bool masked = !keeps_self(grid.axes, axis);
+  const Strides stat = scalar_strides(grid);
+
+  run_items(args, grid.lines(axis), [&](auto next) {
+    Scratch<T> scratch(QK * (lpad + bpad) + qkpad * (L + block) + 2 * block * lpad + block * panel + panel * lpad +
+                       2 * bpad + bpad * V::W + panel * max_rows<V>(1) * 2);
+    if (!scratch.ok()) return false;
+    T* kt = scratch.take(QK * lpad);
+    T* qt = scratch.take(QK * bpad);
+    T* kr = scratch.take(qkpad * L);
+    T* qr = scratch.take(qkpad * block);
+    T* p = scratch.take(block * lpad);
+    T* ds = scratch.take(block * lpad);
+    T* gp = scratch.take(block * panel);  // grad_out, one panel of channels
+    T* vt = scratch.take(panel * lpad);   // value transposed, the same channels
+    T* lse = scratch.take(bpad);
+    T* delta = scratch.take(bpad);
+    T* dots = scratch.take(bpad * V::W);
+    T* tile = scratch.take(panel * max_rows<V>(1));
+
+    for (int64_t line; next(&line);) {
+      const auto q_line = line_view<const S>(args.query, grid, axis, line);
+      const auto k = line_view<const S>(args.key, grid, axis, line);
+      const auto v = line_view<const S>(args.value, grid, axis, line);
+      const auto o_line = line_view<const S>(args.out, grid, axis, line);
+      const auto g_line = line_view<const S>(args.grad_out, grid, axis, line);
+      const auto dq_line = line_view<S>(args.grad_query, grid, axis, line);
+      const auto dk = line_view<S>(args.grad_key, grid, axis, line);
+      const auto dv = line_view<S>(args.grad_value, grid, axis, line);
+      pack_columns<V>(k, L, 0, QK, kt, lpad);
+      pack_rows<V>(k, L, 0, QK, kr, qkpad);
+
+      for (int64_t i0 = 0; i0 < L; i0 += block) {
+        const int64_t rows = L - i0 < block ? L - i0 : block;
+        auto q = q_line;
+        auto o = o_line;
+        auto g = g_line;
+        auto dq = dq_line;
+        q.data += i0 * q.row;
+        o.data += i0 * o.row;
+        g.data += i0 * g.row;
+        dq.data += i0 * dq.row;
+        const int64_t stat0 = line_offset(grid, stat, axis, line) + i0 * stat.axis[axis];
+        const int64_t stat_row = stat.axis[axis];
+        const T* lse_in = static_cast<const T*>(args.lse) + stat0;
+        T* delta_io = static_cast<T*>(args.delta) + stat0;
+        prefetch_rows(g, 0, rows, 0, panel < C ? panel : C);
+        prefetch_rows(v, 0, L, 0, panel < C ? panel : C);
+
+        pack_columns<V>(q, rows, 0, QK, qt, bpad);
+        pack_rows<V>(q, rows, 0, QK, qr, qkpad);
+        gemm<V, kColMajor>(rows, lpad, QK, qt, bpad, kt, lpad, p, lpad, false);
+        for (int64_t i = 0; i < rows; ++i) {
+          const reg l = V::set1(lse_in[i * stat_row]);
+          T* row = p + i * lpad;
+          for (int64_t j = 0; j < lpad; j += V::W) V::store(row + j, V::exp(V::sub(V::load(row + j), l)));
+          if (masked) row[i0 + i] = T(0);
+        }
+        if (first) {
+          for (int64_t i = 0; i < rows * V::W; ++i) dots[i] = T(0);
+        }
+
+        for (int64_t c = 0; c < C; c += panel) {
+          const int64_t cols = C - c < panel ? C - c : panel;
+          const int64_t width = round_up(cols, V::W);
+          const int64_t next_cols = C - c - cols < panel ? C - c - cols : panel;
+          pack_rows<V>(g, rows, c, cols, gp, width);
+          if (first) {
+            // delta_i = sum_c grad_out * out, while grad_out is at hand.
+            for (int64_t i = 0; i < rows; ++i) {
+              reg sum = V::load(dots + i * V::W);
+              const S* out_row = o.data + i * o.row + c * o.channel;
+              for (int64_t x = 0; x < cols; x += V::W) {
+                const int n = static_cast<int>(cols - x < V::W ? cols - x : V::W);
+                reg y;
+                if (o.channel == 1) {
+                  y = n == V::W ? V::load(out_row + x) : V::load_n(out_row + x, n);
+                } else {
+                  T some[V::W] = {};
+                  for (int e = 0; e < n; ++e) some[e] = V::load_one(out_row + (x + e) * o.channel);
+                  y = V::load(some);
+                }
+                sum = V::fma(y, V::load(gp + i * width + x), sum);
+              }
+              V::store(dots + i * V::W, sum);
+            }
+          }
+          pack_columns<V>(v, L, c, cols, vt, lpad);
+          if (next_cols > 0) prefetch_rows(g, 0, rows, c + cols, next_cols);
+          gemm<V, kRowMajor>(rows, lpad, cols, gp, width, vt, lpad, ds, lpad, c > 0);
+          if (next_cols > 0) prefetch_rows(v, 0, L, c + cols, next_cols);
+          gemm_to_line<V, kColMajor>(L, cols, rows, p, lpad, gp, width, tile, dv, c, !first || i0 > 0);
+        }
+
+        for (int64_t i = 0; i < rows; ++i) {
+          lse[i] = lse_in[i * stat_row];
+          if (first) {
+            T sum = T(0);
+            for (int e = 0; e < V::W; ++e) sum += dots[i * V::W + e];
+            delta_io[i * stat_row] = sum;
+          }
+          delta[i] = delta_io[i * stat_row];
+          const reg d = V::set1(delta[i]);
+          T* row = ds + i * lpad;
+          const T* prob = p + i * lpad;
+          for (int64_t j = 0; j < lpad; j += V::W) {
+            // C = 0 leaves ds unwritten, and then delta and every gradient but dV's are zero.
+            const reg dp = C > 0 ? V::load(row + j) : V::zero();
+            V::store(row + j, V::mul(V::load(prob + j), V::sub(dp, d)));
+          }
+        }
+        gemm_to_line<V, kRowMajor>(rows, QK, L, ds, lpad, kr, qkpad, tile, dq, 0, !first);
+        gemm_to_line<V, kColMajor>(L, QK, rows, ds, lpad, qr, qkpad, tile, dk, 0, !first || i0 > 0);
+      }
+    }
+    return true;
+  });
+}
+
+template <class V, class S>
+void backward_typed(const BackwardArgs& args) {
+  const int first = first_axis(args.grid);
+  for (int axis = first; axis < args.grid.axes; ++axis) {
+    if (contributes(args.grid, axis)) backward_axis<V, S>(args, axis, axis == first);
+  }
+}
+
+template <class V>
+void forward_any(const ForwardArgs& args) {
+  switch (args.dtype) {
+    case DType::kFloat: return forward_typed<V, float>(args);
+    case DType::kHalf: return forward_typed<V, Half>(args);
+    case DType::kBFloat16: return forward_typed<V, BFloat16>(args);
+    case DType::kDouble: return;  // portable only
+  }
+}
+
+template <class V>
+void backward_any(const BackwardArgs& args) {
+  switch (args.dtype) {
+    case DType::kFloat: return backward_typed<V, float>(args);
+    case DType::kHalf: return backward_typed<V, Half>(args);
+    case DType::kBFloat16: return backward_typed<V, BFloat16>(args);
+    case DType::kDouble: return;  // portable only
+  }
+}

@@ -1,0 +1,405 @@
+#!/usr/bin/env python
+"""Install Detectron2 into the environment of the Python that runs this script.
+
+    python projects/CCNet/tools/install_detectron2.py                      # 0.5, pure Python, from PyPI
+    DETECTRON2=git+https://… python projects/CCNet/tools/install_detectron2.py   # any other pip requirement
+
+Detectron2 is not on PyPI under its own name. Version 0.5 is there as the source archive ``detectron2-cdo``, which
+lacks the C++ sources, so that pip cannot build it. Its Python part is complete, and ccnet_d2 needs no more: this
+script makes a pure-Python wheel named ``detectron2`` from that archive and installs it. What needs the missing
+extension (deformable convolution, rotated boxes) says so when it is used; COCO evaluation takes pycocotools' own
+implementation.
+
+Nothing happens if Detectron2 can be imported already, unless a requirement or ``--force`` is given.
+Standard library only; torch must be installed, because the archive's and upstream's own setup.py import it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from pip_runner import InstallError, run_pip  # noqa: E402
+
+SDIST = "detectron2_cdo-0.5.tar.gz"
+SDIST_REQUIREMENT = "detectron2-cdo==0.5"
+SDIST_SHA256 = "53c9e79e9cc943e80419c588ea44b5479507a8628ed14a4e06bd093e29311b18"
+# The local part says where this build comes from; detectron2.__version__ stays "0.5".
+WHEEL_VERSION = "0.5+cdo"
+
+# The archive holds 0.5 MB and unpacks to about 3 MB; anything far beyond is not what it claims to be.
+MAX_MEMBERS = 5_000
+MAX_UNPACKED_BYTES = 100 * 2**20
+
+
+class Edit(NamedTuple):
+    """A replacement in one file that must match exactly ``count`` times."""
+
+    pattern: str
+    replacement: str
+    count: int
+
+
+# numpy 1.24 removed the aliases of the built-in types.
+_NUMPY_ALIAS = r"\bnp\.(bool|int|float|object|str)\b"
+
+EDITS: dict[str, tuple[Edit, ...]] = {
+    "detectron2/data/build.py": (Edit(_NUMPY_ALIAS, r"\1", 2),),
+    "detectron2/data/datasets/pascal_voc.py": (Edit(_NUMPY_ALIAS, r"\1", 1),),
+    "detectron2/evaluation/pascal_voc_evaluation.py": (Edit(_NUMPY_ALIAS, r"\1", 2),),
+    "detectron2/evaluation/sem_seg_evaluation.py": (Edit(_NUMPY_ALIAS, r"\1", 7),),
+    "detectron2/structures/masks.py": (Edit(_NUMPY_ALIAS, r"\1", 2),),
+    "detectron2/utils/video_visualizer.py": (Edit(_NUMPY_ALIAS, r"\1", 1),),
+    "detectron2/utils/visualizer.py": (Edit(_NUMPY_ALIAS, r"\1", 3),),
+    # Pillow 10 removed LINEAR, an alias of BILINEAR.
+    "detectron2/data/transforms/transform.py": (Edit(r"\bImage\.LINEAR\b", "Image.BILINEAR", 1),),
+    # setuptools 82 removed pkg_resources.
+    "detectron2/model_zoo/model_zoo.py": (
+        Edit(r"(?m)^import os\nfrom typing import Optional\nimport pkg_resources$",
+             "import importlib.resources\nimport os\nfrom typing import Optional", 1),
+        Edit(r'pkg_resources\.resource_filename\(\s*"detectron2\.model_zoo", os\.path\.join\("configs", config_path\)\s*\)',
+             'str(importlib.resources.files("detectron2.model_zoo").joinpath("configs", config_path))', 1),
+    ),
+    # The fast implementation lives in detectron2._C; upstream falls back in the same way when it is not built.
+    "detectron2/evaluation/coco_evaluation.py": (
+        Edit(r"(?m)^( +)self\._use_fast_impl = use_fast_impl$",
+             r"\1if use_fast_impl:\n"
+             r'\1    self._logger.info("Fast COCO eval is not built. Falling back to official COCO eval.")\n'
+             r"\1self._use_fast_impl = False", 1),
+    ),
+}  # fmt: skip
+
+MISSING_EXTENSION = '''\
+"""Stands in for the C++ extension, which this pure-Python build of Detectron2 does not have."""
+
+
+def get_compiler_version():
+    return "none (pure-Python build without detectron2._C)"
+
+
+def get_cuda_version():
+    return "none (pure-Python build without detectron2._C)"
+
+
+def has_cuda():
+    return False
+
+
+def __getattr__(name):
+    if name.startswith("__"):  # Python's own questions (copy, inspect, ...) expect an AttributeError
+        raise AttributeError(name)
+    raise ImportError(
+        f"detectron2._C.{name} is not available: this is a pure-Python build of Detectron2 0.5. Deformable "
+        "convolution and rotated boxes need Detectron2 built from its git repository."
+    )
+'''
+
+# Upstream's requirements without black (pinned to a version that no longer installs), future (for caffe2) and
+# dataclasses (for Python 3.6).
+WHEEL_PROJECT = f'''\
+[build-system]
+requires = ["setuptools>=64"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "detectron2"
+version = "{WHEEL_VERSION}"
+description = "Detectron2 0.5, pure-Python part, made from the archive {SDIST}"
+authors = [{{name = "FAIR"}}]
+license = {{text = "Apache-2.0"}}
+requires-python = ">=3.9"
+dependencies = [
+    "Pillow>=7.1",
+    "matplotlib",
+    "pycocotools>=2.0.2",
+    "termcolor>=1.1",
+    "yacs>=0.1.6",
+    "tabulate",
+    "cloudpickle",
+    "tqdm>4.29.0",
+    "tensorboard",
+    "fvcore>=0.1.5,<0.1.6",
+    "iopath>=0.1.7,<0.1.10",
+    "pydot",
+    "omegaconf>=2.1",
+    "hydra-core>=1.1",
+]
+
+[project.urls]
+Homepage = "https://github.com/facebookresearch/detectron2"
+
+[tool.setuptools.packages.find]
+include = ["detectron2*"]
+namespaces = false
+
+[tool.setuptools.package-data]
+"detectron2.model_zoo" = ["configs/**/*.py", "configs/**/*.yaml"]
+'''
+
+# Small projects that upstream installs inside the package; moved there so that one directory holds it all.
+PROJECTS = {
+    "point_rend": "projects/PointRend/point_rend",
+    "deeplab": "projects/DeepLab/deeplab",
+    "panoptic_deeplab": "projects/Panoptic-DeepLab/panoptic_deeplab",
+}
+
+
+def installed_version() -> str | None:
+    """Return the version and place of the Detectron2 that this Python imports, None if it cannot."""
+    program = "import detectron2, os; print(detectron2.__version__, 'at', os.path.dirname(detectron2.__file__))"
+    # Elsewhere, so that a directory of that name beside the user is not taken for the package.
+    with tempfile.TemporaryDirectory() as elsewhere:
+        result = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, cwd=elsewhere, check=False
+        )
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def verify_sha256(archive: Path, expected: str = SDIST_SHA256) -> None:
+    """Raise InstallError unless the file has the expected sha256."""
+    try:
+        found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InstallError(f"{archive} cannot be read: {error.strerror}.") from error
+    if found != expected:
+        raise InstallError(
+            f"{archive} has sha256 {found} instead of {expected}: it is damaged or not the archive it should be;"
+            " delete it and download it again."
+        )
+
+
+def extract_archive(archive: Path, destination: Path) -> Path:
+    """Unpack a source archive, only plain files and directories below one top directory.
+
+    Args:
+        archive: a .tar.gz file.
+        destination: an existing directory.
+
+    Returns:
+        The archive's top directory below ``destination``.
+
+    Raises:
+        InstallError: an entry is a link or a device, would land outside, or the whole is far too large.
+    """
+    tops: set[str] = set()
+    total = 0
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for number, member in enumerate(tar):
+                path = PurePosixPath(member.name)
+                if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in member.name:
+                    raise InstallError(f"{archive} is refused: its entry {member.name!r} leads outside.")
+                if not (member.isfile() or member.isdir()):
+                    raise InstallError(f"{archive} is refused: its entry {member.name!r} is not a plain file.")
+                total += member.size
+                if number >= MAX_MEMBERS or total > MAX_UNPACKED_BYTES:
+                    raise InstallError(f"{archive} is refused: it unpacks to far more than Detectron2 holds.")
+                tops.add(path.parts[0])
+                target = destination.joinpath(*path.parts)
+                if member.isdir():
+                    target.mkdir(parents=True, exist_ok=True)
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                content = tar.extractfile(member)
+                assert content is not None  # isfile() above
+                with content, target.open("xb") as out:
+                    shutil.copyfileobj(content, out)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise InstallError(f"{archive} cannot be unpacked: {error}.") from error
+    if len(tops) != 1:
+        raise InstallError(f"{archive} is refused: it should hold one top directory and holds {len(tops)}.")
+    return destination / tops.pop()
+
+
+def apply_edits(source: Path, edits: dict[str, tuple[Edit, ...]] | None = None) -> None:
+    """Apply :data:`EDITS` to the unpacked source; every edit must match as often as it says.
+
+    Raises:
+        InstallError: a file is missing, or an edit matched another number of times. No file is changed then.
+    """
+    results: dict[Path, str] = {}
+    for name, file_edits in (EDITS if edits is None else edits).items():
+        path = source / name
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InstallError(f"{name} is missing from the archive: {error.strerror}.") from error
+        for edit in file_edits:
+            text, count = re.subn(edit.pattern, edit.replacement, text)
+            if count != edit.count:
+                raise InstallError(
+                    f"The edit of {name} should replace /{edit.pattern}/ {edit.count} time(s) and found {count}:"
+                    " this is not the source that the edits were written for."
+                )
+        results[path] = text
+    for path, text in results.items():
+        path.write_text(text, encoding="utf-8")
+
+
+def prepare_source(source: Path) -> None:
+    """Turn the unpacked archive into a pure-Python project that any setuptools can build."""
+    apply_edits(source)
+    (source / "detectron2" / "_C.py").write_text(MISSING_EXTENSION, encoding="utf-8")
+    for name, directory in PROJECTS.items():
+        shutil.move(source / directory, source / "detectron2" / "projects" / name)
+    leftovers = [
+        path.relative_to(source)
+        for path in sorted((source / "detectron2").rglob("*.py"))
+        if re.search(_NUMPY_ALIAS + r"|\bpkg_resources\b|\bImage\.LINEAR\b", path.read_text(encoding="utf-8"))
+    ]
+    if leftovers:
+        raise InstallError(f"Removed names of numpy, Pillow or setuptools are left in {leftovers[0]}.")
+    (source / "setup.py").unlink()
+    (source / "setup.cfg").unlink()
+    (source / "pyproject.toml").write_text(WHEEL_PROJECT, encoding="utf-8")
+
+
+def build_tools(directory: Path) -> dict[str, str]:
+    """Return the environment in which ``--no-build-isolation`` finds setuptools, without changing the user's."""
+    if importlib.util.find_spec("setuptools") is not None:
+        return {}
+    run_pip(
+        ["install", "--target", directory, "setuptools>=77", "wheel"], what="Getting setuptools for the build"
+    )
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))}
+
+
+def download_sdist(directory: Path, build_env: dict[str, str]) -> Path:
+    """Download the 0.5 source archive with pip, from whatever index pip is configured for."""
+    # pip runs the archive's setup.py to read its metadata; with the hash it does so only after the check.
+    requirement = directory / "sdist.txt"
+    requirement.write_text(f"{SDIST_REQUIREMENT} --hash=sha256:{SDIST_SHA256}\n", encoding="utf-8")
+    run_pip(
+        ["download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--require-hashes",
+         "--dest", directory, "--requirement", requirement],
+        what=f"Downloading {SDIST_REQUIREMENT}",
+        extra_env=build_env,
+    )  # fmt: skip
+    archive = directory / SDIST
+    if not archive.is_file():
+        raise InstallError(f"Downloading {SDIST_REQUIREMENT} failed: pip left no {SDIST}.")
+    return archive
+
+
+def build_wheel(archive: Path, directory: Path, work: Path, build_env: dict[str, str]) -> Path:
+    """Build the pure-Python wheel of a verified archive into ``directory``."""
+    verify_sha256(archive)
+    unpacked = work / "source"
+    unpacked.mkdir()
+    source = extract_archive(archive, unpacked)
+    prepare_source(source)
+    built = work / "wheel"
+    run_pip(
+        ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", built, source],
+        what="Building the pure-Python wheel of Detectron2",
+        extra_env=build_env,
+    )
+    (wheel,) = built.glob("detectron2-*.whl")
+    directory.mkdir(parents=True, exist_ok=True)
+    # Moved under its final name only when complete.
+    partial = directory / (wheel.name + ".partial")
+    shutil.copyfile(wheel, partial)
+    return partial.replace(directory / wheel.name)
+
+
+def require_torch() -> None:
+    """Raise InstallError if torch is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        raise InstallError(
+            f"torch is not installed for {sys.executable}: install torch and torchvision first, Detectron2's build"
+            " asks for them."
+        )
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; ``DETECTRON2`` in the environment is the default of ``--requirement``."""
+    parser = argparse.ArgumentParser(
+        description="Install Detectron2 into the environment of the Python that runs this script.",
+        epilog="Without a requirement: Detectron2 0.5 from PyPI, pure Python, unless Detectron2 is already there.",
+    )
+    parser.add_argument(
+        "--requirement",
+        default=os.environ.get("DETECTRON2", ""),
+        help="pip requirement of another Detectron2: a git URL, a directory, a wheel (default: $DETECTRON2)",
+    )
+    parser.add_argument("--force", action="store_true", help="install even if Detectron2 can be imported already")
+    parser.add_argument("--constraint", type=Path, help="pip constraints file for what Detectron2 needs")
+    parser.add_argument("--sdist", type=Path, help=f"use this copy of {SDIST} instead of downloading it")
+    parser.add_argument(
+        "--wheel-dir", type=Path, help="only build the wheel of 0.5, leave it in this directory and install nothing"
+    )
+    return parser.parse_args(argv)
+
+
+def install(arguments: argparse.Namespace) -> None:
+    """Do what the command line asks for; see the module's docstring."""
+    constraint: list[str | Path] = []
+    if arguments.constraint:
+        if not arguments.constraint.is_file():
+            raise InstallError(f"The constraints file {arguments.constraint} does not exist.")
+        constraint = ["--constraint", arguments.constraint.resolve()]
+    requirement = arguments.requirement.strip()
+    if not requirement and not arguments.force and not arguments.wheel_dir:
+        version = installed_version()
+        if version:
+            print(f"Detectron2 {version} is kept.")
+            return
+
+    require_torch()
+    with tempfile.TemporaryDirectory(prefix="install-detectron2-") as directory:
+        work = Path(directory)
+        build_env = build_tools(work / "tools")
+        if requirement and not arguments.wheel_dir:
+            # Every source tree of Detectron2 imports torch in its setup.py, so its build cannot be isolated.
+            run_pip(
+                ["install", "--no-build-isolation", *constraint, requirement],
+                what=f"Installing Detectron2 from {requirement}",
+                extra_env=build_env,
+            )
+        else:
+            archive = arguments.sdist or download_sdist(work, build_env)
+            wheel = build_wheel(archive, arguments.wheel_dir or work / "dist", work, build_env)
+            if arguments.wheel_dir:
+                print(f"Wheel: {wheel}")
+                return
+            reinstall = ["--force-reinstall", "--no-deps"] if arguments.force and installed_version() else []
+            run_pip(["install", *reinstall, *constraint, wheel], what="Installing Detectron2 0.5")
+
+    version = installed_version()
+    if version is None:
+        raise InstallError(
+            f"Detectron2 was installed but cannot be imported: see `{sys.executable} -c 'import detectron2'`."
+        )
+    print(f"Detectron2 {version} is installed.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    try:
+        install(parse_arguments(argv))
+    except InstallError as error:
+        print(f"install_detectron2: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # disk full, read-only directory
+        print(f"install_detectron2: {error.filename or 'the system'}: {error.strerror or error}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("install_detectron2: interrupted; run it again.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""CrissCrossAttention and RCCA against their formula, written out with the op's reference."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ccnet_d2.layers import RCCA, CrissCrossAttention
+from ccnet_d2.ops import criss_cross_attention
+
+
+def with_gamma(layer, gamma=0.7):
+    torch.nn.init.constant_(layer.gamma, gamma)
+    return layer
+
+
+def test_starts_as_the_identity():
+    x = torch.randn(2, 16, 5, 6)
+    rcca = RCCA(16)
+    assert dict(rcca.named_parameters())["gamma"].item() == 0
+    assert torch.equal(rcca(x), x)
+
+
+@pytest.mark.parametrize(("dims", "sizes"), [(1, (7,)), (2, (5, 6)), (3, (3, 5, 4))])
+@pytest.mark.parametrize("recurrence", [1, 2, 3])
+def test_loops_share_weights(dims, sizes, recurrence):
+    torch.manual_seed(0)
+    layer = with_gamma(RCCA(16, recurrence, dims))
+    x = torch.randn(2, 16, *sizes)
+    w, b = layer.qkv.weight.flatten(1), layer.qkv.bias
+    expected = x
+    for _ in range(recurrence):
+        projected = torch.einsum("oc,bc...->bo...", w, expected) + b.view(-1, *(1 for _ in sizes))
+        q, k, v = projected[:, :2], projected[:, 2:4], projected[:, 4:]
+        expected = 0.7 * criss_cross_attention(q, k, v, backend="reference") + expected
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def influence(layer, sizes, position):
+    """Which inputs the output at `position` depends on, by gradient."""
+    x = torch.randn(1, layer.channels, *sizes, requires_grad=True)
+    layer(x)[(0, slice(None), *position)].sum().backward()
+    return x.grad[0].abs().sum(0) > 0
+
+
+def test_reach_in_2d():
+    torch.manual_seed(0)
+    one = influence(with_gamma(RCCA(8, 1)), (5, 6), (2, 3))
+    assert one.sum() == 5 + 6 - 1 and one[2].all() and one[:, 3].all()
+    assert influence(with_gamma(RCCA(8, 2)), (5, 6), (2, 3)).all()
+
+
+def test_reach_in_3d():
+    torch.manual_seed(0)
+    sizes, position = (3, 4, 5), (1, 2, 3)
+    one = influence(with_gamma(RCCA(8, 1, spatial_dims=3)), sizes, position)
+    assert one.sum() == sum(sizes) - 2
+    assert not influence(with_gamma(RCCA(8, 2, spatial_dims=3)), sizes, position).all()
+    assert influence(with_gamma(RCCA(8, 3, spatial_dims=3)), sizes, position).all()
+
+
+def test_3d_with_one_frame_equals_2d():
+    torch.manual_seed(0)
+    flat, deep = with_gamma(RCCA(16, 2)), with_gamma(RCCA(16, 2, spatial_dims=3))
+    deep.qkv.weight.data.copy_(flat.qkv.weight.data.unsqueeze(2))
+    deep.qkv.bias.data.copy_(flat.qkv.bias.data)
+    x = torch.randn(2, 16, 5, 6)
+    torch.testing.assert_close(deep(x.unsqueeze(2)).squeeze(2), flat(x), rtol=1e-4, atol=1e-5)
+
+
+def test_runs_under_autocast():
+    layer = with_gamma(RCCA(16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(torch.randn(1, 16, 5, 6))
+    assert torch.isfinite(out).all()
+    out.float().sum().backward()
+    assert layer.gamma.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: RCCA(20), "channels=20 is not a positive multiple of reduction=8"),
+        (lambda: RCCA(16, recurrence=0), "recurrence must be at least 1, got 0"),
+        (lambda: RCCA(16, spatial_dims=4), "spatial_dims must be 1, 2 or 3"),
+        (lambda: CrissCrossAttention(16)(torch.zeros(1, 8, 4, 4)), r"inputs \(B, 16, H, W\), got \(1, 8, 4, 4\)"),
+    ],
+)
+def test_wrong_arguments_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_layers_need_torch_alone():
+    """Importing ops, layers and losses loads neither Detectron2 nor anything else beside torch's own needs."""
+    code = (
+        "import sys, torch; before = {m.partition('.')[0] for m in sys.modules};"
+        "import ccnet_d2.ops, ccnet_d2.layers, ccnet_d2.losses;"
+        "after = {m.partition('.')[0] for m in sys.modules} - before - set(sys.stdlib_module_names);"
+        "assert after <= {'ccnet_d2'}, after"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
