@@ -3,6 +3,14 @@
 Importing this package registers the data sets under ``$DETECTRON2_DATASETS`` (no file is touched).
 """
 
+try:
+    import cv2  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "ccnet_d2.data reads images with OpenCV; install it with `pip install opencv-python-headless` "
+        "(or opencv-python, where windows are wanted)."
+    ) from error
+
 from ccnet_d2.data.catalog import classes_of, get_sem_seg_dataset_dicts
 from ccnet_d2.data.datasets import (
     SyntheticConfig,

@@ -61,8 +61,8 @@ def get_sem_seg_dataset_dicts(names: str | Sequence[str]) -> list[dict[str, Any]
                 f"'{what}' does not exist" if isinstance(error, FileNotFoundError) and what else str(error)
             )
             raise DatasetError(
-                f"Data set '{name}' is missing or incomplete: {cause.rstrip('.')}. Put it there, or set {ENV_VAR} to "
-                "the folder that holds it; projects/CCNet/datasets/README.md shows its tree."
+                f"Data set '{name}' is missing or incomplete: {cause.rstrip('.')}. Put it there, or set "
+                f"{ENV_VAR} to the folder that holds it; projects/CCNet/datasets/README.md shows its tree."
             ) from error
         if not found:
             raise DatasetError(f"Data set '{name}' is empty.")

@@ -18,7 +18,7 @@ def _own_sentence(message: str) -> str:
 
 
 class DatasetError(ValueError):
-    """A data set is missing, incomplete or wrongly described; the message says which folder and what to do."""
+    """A data set is missing, incomplete or wrongly described; the message says which and what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(_own_sentence(message))

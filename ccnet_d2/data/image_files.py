@@ -56,7 +56,7 @@ def _png_is_whole(data: bytes) -> bool:
 
 
 def _jpeg_is_whole(data: bytes) -> bool:
-    """Whether the segments of a JPEG file go on up to its end marker (that of an embedded thumbnail not counted)."""
+    """Whether the segments of a JPEG file go on up to its own end marker, not that of a thumbnail."""
     position = 2
     while position + 2 <= len(data):
         if data[position] != 0xFF:
@@ -167,8 +167,8 @@ def read_label(path: str) -> np.ndarray:
             label = label.astype(np.uint8)
     if label.ndim != 2:
         raise SampleError(
-            f"The label map '{path}' has {label.shape[2]} channels, but one channel of class indices is needed; "
-            "if these are colours, convert them to indices first.",
+            f"The label map '{path}' has {label.shape[2]} channels, but one channel of class indices is "
+            "needed; if these are colours, convert them to indices first.",
             path,
         )
     if label.dtype.kind not in "ui":

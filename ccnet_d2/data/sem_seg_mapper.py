@@ -156,7 +156,8 @@ class SemSegMapper:
         expected = (dataset_dict.get("height", height), dataset_dict.get("width", width))
         if expected != (height, width):
             raise SampleError(
-                f"The image '{file_name}' is {width}x{height}, but the data set says {expected[1]}x{expected[0]}.",
+                f"The image '{file_name}' is {width}x{height}, "
+                f"but the data set says {expected[1]}x{expected[0]}.",
                 file_name,
             )
         label = self._read_label(dataset_dict, image) if self.is_train else None

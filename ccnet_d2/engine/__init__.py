@@ -1,8 +1,7 @@
 """The training loop and its hooks."""
 
-from .command_line import main
 from .overrides import apply_overrides
 from .trainer import Trainer
 from .training import build_model, evaluate, evaluate_only, train
 
-__all__ = ["Trainer", "apply_overrides", "build_model", "evaluate", "evaluate_only", "main", "train"]
+__all__ = ["Trainer", "apply_overrides", "build_model", "evaluate", "evaluate_only", "train"]

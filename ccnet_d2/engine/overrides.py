@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
+from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -34,8 +35,8 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             _check_key(config, key)
     try:
         return LazyConfig.apply_overrides(config, list(overrides))
-    except (OmegaConfBaseException, ValueError, KeyError) as error:
-        raise UserError(f"Overrides {list(overrides)} cannot be applied: {error}") from error
+    except (HydraException, OmegaConfBaseException, ValueError, KeyError) as error:
+        raise UserError(f"Overrides {list(overrides)} cannot be applied: {str(error).splitlines()[0]}") from error
 
 
 def _check_key(config: DictConfig, key: str) -> None:

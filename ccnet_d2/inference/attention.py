@@ -1,10 +1,11 @@
 """Where a pixel looks: attention maps of RCCA (CCNet, TPAMI, Fig. 7).
 
-After R loops the output at position p is a mixture of all positions. Leaving aside values and residuals, its shares are
-row p of the product A_R … A_1, where A_r holds the criss-cross weights of loop r. The row is propagated through the
-loops from the last to the first along lines, in O(N (H+W)); no N x N table is made.
+After R loops the output at position p is a mixture of all positions. Leaving aside values and residuals, its
+shares are row p of the product A_R … A_1, where A_r holds the criss-cross weights of loop r. The row is
+propagated through the loops from the last to the first along lines, in O(N (H+W)); no N x N table is made.
 
-Shapes: B batch, C channels, S = (H, W) or (T, H, W) spatial sizes, L_a the size of axis a, N = number of positions.
+Shapes: B batch, C channels, S = (H, W) or (T, H, W) spatial sizes, L_a the size of axis a, N = number of
+positions.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = [
     "AttentionMaps",
     "attention_weights",
     "draw_attention",
+    "draw_clip_attention",
     "find_rcca",
     "pixel_attention",
     "propagate",
@@ -68,7 +70,9 @@ def record_input(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def attention_weights(rcca: RCCA, features: Tensor, recurrence: int | None = None) -> list[tuple[Tensor, ...]]:
+def attention_weights(
+    rcca: RCCA, features: Tensor, recurrence: int | None = None
+) -> list[tuple[Tensor, ...]]:
     """Criss-cross weights of each loop.
 
     Args:
@@ -121,8 +125,8 @@ def pixel_attention(
         recurrence: R; default: the layer's own.
 
     Returns:
-        R maps (B, *S), each summing to 1. The r-th is row `position` of A_r … A_1; the first is zero off the lines
-        through the position.
+        R maps (B, *S), each summing to 1. The r-th is row `position` of A_r … A_1; the first is zero off the
+        lines through the position.
 
     Raises:
         ValueError: the position does not fit the features.
@@ -150,7 +154,8 @@ class AttentionMaps:
         pixel: (x, y) in the image.
         cell: (row, column) of that pixel in the feature map.
         maps: R maps (h, w) on the feature grid, each summing to 1 (float32).
-        extent: (rows, columns), possibly fractional, of the feature map that the image covers; the rest is padding.
+        extent: (rows, columns), possibly fractional, of the feature map that the image covers; the rest is
+            padding.
     """
 
     image: np.ndarray
@@ -163,7 +168,8 @@ class AttentionMaps:
 def draw_attention(attention: AttentionMaps, *, titles: Sequence[str] | None = None) -> np.ndarray:
     """The image with the pixel marked, and beside it a heat map over the image after each loop.
 
-    Brightness grows with the square root of a share, relative to the largest of its map, which the title gives: a few
+    Brightness grows with the square root of a share, relative to the largest of its map, which the title
+        gives: a few
     positions hold most of the attention, and on a straight scale nothing else would show.
 
     Returns:
@@ -184,6 +190,48 @@ def draw_attention(attention: AttentionMaps, *, titles: Sequence[str] | None = N
             raise ValueError(f"{len(titles)} titles for {len(panels)} panels.")
         heads = list(titles)
     grid = panel_grid([panels], heads)
+    return stack([grid, _scale_bar(grid.shape[1])])
+
+
+def draw_clip_attention(
+    frames: np.ndarray,
+    maps: Sequence[np.ndarray],
+    pixel: Sequence[int],
+    *,
+    extent: tuple[float, float] | None = None,
+) -> np.ndarray:
+    """The same for 3D attention: a row for each frame, the frame itself and its part of each loop's map.
+
+    Args:
+        frames: (T, H, W, 3) uint8 RGB.
+        maps: R maps (T, h, w), as of `pixel_attention`; brightness is relative to the largest share in all
+            frames.
+        pixel: (t, x, y) of the pixel that looks, in the frames.
+        extent: see `AttentionMaps`; default: the frames cover the whole feature map.
+
+    Returns:
+        (height, width, 3) uint8.
+
+    Raises:
+        ValueError: a map has another number of frames.
+    """
+    factor = readable(frames.shape[1:])
+    height, width = frames.shape[1] * factor, frames.shape[2] * factor
+    point = tuple((value + 0.5) * factor for value in pixel[1:])
+    rows: list[list[np.ndarray | None]] = []
+    for time, frame in enumerate(frames):
+        image = resize_rgb(frame, height, width)
+        panels: list[np.ndarray | None] = [image]
+        for shares in maps:
+            if len(shares) != len(frames):
+                raise ValueError(f"an attention map of {len(shares)} frames for {len(frames)} images.")
+            heat = _on_image(shares[time], extent or shares.shape[1:], height, width)
+            panels.append(_blend(image, np.sqrt(heat / max(shares.max(), 1e-12))))
+        if time == pixel[0]:
+            panels = [_marked(panel, point, thin=position > 0) for position, panel in enumerate(panels)]
+        rows.append(panels)
+    heads = ["frame"] + [f"R = {loop} (max {100 * m.max():.2g} %)" for loop, m in enumerate(maps, start=1)]
+    grid = panel_grid(rows, heads, row_titles=[f"t = {time}" for time in range(len(frames))])
     return stack([grid, _scale_bar(grid.shape[1])])
 
 
@@ -218,5 +266,3 @@ def _scale_bar(width: int) -> np.ndarray:
     bar = np.repeat(np.linspace(0, 1, min(width, 240))[None], 10, axis=0)
     text = text_line("none - share of attention (square root) - largest of the map", width, 13)
     return stack([heat_colors(bar), text])
-
-

@@ -23,7 +23,7 @@ def build_mode(
     flip: bool = True,
     pad: str | Sequence[float] | None = None,
     accumulate_on: str | None = None,
-    align_corners: bool = False,
+    align_corners: bool | None = None,
 ) -> InferenceMode:
     """A test mode without a model yet.
 
@@ -31,7 +31,8 @@ def build_mode(
         name: "whole", "slide" (tiles), "ms" (scales and flip) or "ms-slide" (each scale in tiles).
         tile, stride, tiles_per_batch, pad: see `SlidingWindow`.
         scales, flip: see `MultiScaleFlip`.
-        accumulate_on, align_corners: see both.
+        accumulate_on: see both.
+        align_corners: see `InferenceMode`.
 
     Raises:
         ValueError: unknown name, or a value the mode refuses.

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ccnet_d2.errors import UserError
+
 __all__ = ["ClassTable", "distinct_colors"]
 
 
@@ -66,13 +68,13 @@ class ClassTable:
         """From Detectron2 metadata (`stuff_classes`, and `stuff_colors` and `ignore_label` where present).
 
         Raises:
-            ValueError: the metadata names no classes.
+            UserError: the metadata names no classes.
         """
         names = getattr(metadata, "stuff_classes", None)
         if not names:
-            raise ValueError(
-                f"data set '{getattr(metadata, 'name', metadata)}' has no 'stuff_classes' in its metadata: is it "
-                "registered, and for semantic segmentation?"
+            raise UserError(
+                f"data set '{getattr(metadata, 'name', metadata)}' has no 'stuff_classes' in its metadata: "
+                "is it registered, and for semantic segmentation?"
             )
         ignore = getattr(metadata, "ignore_label", None)
         return cls.create(names, getattr(metadata, "stuff_colors", None), 255 if ignore is None else ignore)

@@ -9,18 +9,30 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .classes import ClassTable
 
-__all__ = ["INK", "PAPER", "legend", "panel_grid", "readable", "resize_labels", "resize_rgb", "stack", "text_line"]
+__all__ = [
+    "INK",
+    "PAPER",
+    "legend",
+    "panel_grid",
+    "readable",
+    "resize_labels",
+    "resize_rgb",
+    "stack",
+    "text_line",
+]
 
 PAPER = (255, 255, 255)
 INK = (32, 32, 36)
 _MARGIN = 8
-# Smaller pictures are enlarged until their longer side reaches this, larger ones in grids reduced to the second.
+# Smaller pictures are enlarged until their longer side reaches this, larger ones in grids reduced to the
+# second.
 _MIN_SIDE = 240
 _MAX_CELL_SIDE = 720
 
 
 def readable(shape: Sequence[int]) -> int:
-    """The whole factor by which a small picture of (H, W, …) is enlarged so that details and text can be read."""
+    """The whole factor by which a small picture of (H, W, …) is enlarged so that details and text can be
+    read."""
     return max(-(-_MIN_SIDE // max(shape[0], shape[1])), 1)
 
 
@@ -50,12 +62,23 @@ def text_line(text: str, width: int, size: int = 14, *, color: Sequence[int] = I
         shown = shown[:-4] + "..." if len(shown) > 4 else ""
     canvas = Image.new("RGB", (width, size + 8), PAPER)
     draw = ImageDraw.Draw(canvas)
-    draw.text(((width - font.getlength(shown)) / 2, (size + 8) / 2), shown, font=font, fill=tuple(color), anchor="lm")
+    draw.text(
+        ((width - font.getlength(shown)) / 2, (size + 8) / 2),
+        shown,
+        font=font,
+        fill=tuple(color),
+        anchor="lm",
+    )
     return np.asarray(canvas)
 
 
 def legend(
-    classes: ClassTable, present: Sequence[int], width: int, *, size: int = 14, notes: Sequence[str] | None = None
+    classes: ClassTable,
+    present: Sequence[int],
+    width: int,
+    *,
+    size: int = 14,
+    notes: Sequence[str] | None = None,
 ) -> np.ndarray:
     """Swatches and names of the given classes in as few columns of equal width as it takes, read downwards.
 

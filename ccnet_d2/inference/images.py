@@ -1,23 +1,28 @@
-"""Image files: finding, reading and writing them so that a failure is one clear sentence and leaves nothing behind."""
+"""Image files: finding and writing them so that a failure is one clear sentence and leaves nothing behind.
+
+Reading is `ccnet_d2.data.image_files.read_image`, so that predictions see the pixels that training and
+evaluation see.
+"""
 
 from __future__ import annotations
 
 import glob
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-__all__ = ["IMAGE_SUFFIXES", "ImageFileError", "as_rgb", "find_images", "read_image", "read_labels", "write_image"]
+from ccnet_d2.errors import UserError
+
+__all__ = ["IMAGE_SUFFIXES", "ImageFileError", "as_rgb", "find_images", "write_image"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
-class ImageFileError(ValueError):
-    """An image cannot be found, read or written; the message names it and says what to do."""
+class ImageFileError(UserError):
+    """An image cannot be found or written; the message names it."""
 
 
 def find_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -45,7 +50,9 @@ def find_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
         elif path.exists():
             files = [path]
         elif glob.has_magic(text):
-            files = sorted(Path(match) for match in glob.glob(text, recursive=True) if _is_image_name(Path(match)))
+            files = sorted(
+                Path(match) for match in glob.glob(text, recursive=True) if _is_image_name(Path(match))
+            )
             if not files:
                 raise ImageFileError(f"pattern '{item}' matches no image.")
         else:
@@ -54,29 +61,6 @@ def find_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     if not found:
         raise ImageFileError("no image given: name files, folders or patterns.")
     return list(found)
-
-
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read an image as (H, W, 3) uint8 RGB, turned as its EXIF orientation says.
-
-    Raises:
-        ImageFileError: missing, not an image, truncated, or so large that Pillow refuses it.
-    """
-    with _opened(path) as image:
-        return _to_rgb(ImageOps.exif_transpose(image))
-
-
-def read_labels(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read a label map (H, W) of class indices: one 8- or 16-bit channel, or palette indices.
-
-    Raises:
-        ImageFileError: as `read_image`, or an image with colours where indices are due.
-    """
-    with _opened(path) as image:
-        labels = np.asarray(image)
-    if labels.ndim != 2:
-        raise ImageFileError(f"'{path}' is a colour image ({image.mode}), not a map of class indices.")
-    return labels.astype(np.int64) if labels.dtype == bool else labels
 
 
 def as_rgb(image: object) -> np.ndarray:
@@ -133,29 +117,9 @@ def _is_image_name(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def _opened(path: str | os.PathLike[str]) -> Image.Image:
-    """An image whose pixels have been decoded, so that a truncated file fails here."""
-    if not os.path.exists(path):
-        raise ImageFileError(f"image '{path}' does not exist.")
-    try:
-        with warnings.catch_warnings():
-            # Large images are what the sliding window is for; Pillow still refuses those twice its limit.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            image.load()
-    except Image.DecompressionBombError as error:
-        raise ImageFileError(
-            f"image '{path}' is larger than Pillow allows ({error}); set PIL.Image.MAX_IMAGE_PIXELS if you trust it."
-        ) from error
-    except UnidentifiedImageError as error:
-        raise ImageFileError(f"'{path}' is not an image, or is damaged at its beginning.") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        # Pillow's decoders report damage by any of these; a truncated PNG is a SyntaxError.
-        raise ImageFileError(f"image '{path}' cannot be read, it is damaged or truncated: {error}.") from error
-    return image
-
-
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        raise ImageFileError(f"images of Pillow mode '{image.mode}' are not 8 bits per channel; convert them first.")
+        raise ImageFileError(
+            f"images of Pillow mode '{image.mode}' are not 8 bits per channel; convert them first."
+        )
     return np.asarray(image.convert("RGB")).copy()

@@ -33,10 +33,12 @@ def labels_of(logits: Tensor) -> Tensor:
 class LabelBands:
     """Takes bands of logit rows from top to bottom, resizes them bilinearly and keeps the winning class only.
 
-    The result is that of `F.interpolate` on all rows at once; memory is one band plus a bounded working buffer.
+    The result is that of `F.interpolate` on all rows at once; memory is one band and a bounded buffer.
     """
 
-    def __init__(self, size: tuple[int, int], out_size: tuple[int, int], *, align_corners: bool = False) -> None:
+    def __init__(
+        self, size: tuple[int, int], out_size: tuple[int, int], *, align_corners: bool = False
+    ) -> None:
         """
         Args:
             size: (h, w), all the rows that will be pushed and their width.

@@ -1,8 +1,8 @@
 """What every test mode has in common, and the simplest one.
 
-A *segmenter* is any callable with Detectron2's convention: it takes a list of dicts with `image` (C, h, w), `height`
-and `width`, and returns a list of dicts with `sem_seg`, logits (K, height, width). A test mode wraps a segmenter and is
-one itself, so modes nest: `MultiScaleFlip(SlidingWindow(model))`.
+A *segmenter* is any callable with Detectron2's convention: it takes a list of dicts with `image` (C, h, w),
+`height` and `width`, and returns a list of dicts with `sem_seg`, logits (K, height, width). A test mode wraps
+a segmenter and is one itself, so modes nest: `MultiScaleFlip(SlidingWindow(model))`.
 
 Shapes: C channels, h w size of the network input, H W = `height` `width`, size of the answer, K classes.
 """
@@ -32,8 +32,8 @@ def run_segmenter(segmenter: Segmenter, inputs: list[dict[str, Any]]) -> list[Te
     outputs = segmenter(inputs)
     if not isinstance(outputs, Sequence) or len(outputs) != len(inputs):
         raise RuntimeError(
-            f"{type(segmenter).__name__} returned {type(outputs).__name__} where a list of {len(inputs)} dicts with "
-            "'sem_seg' was due; is it in training mode? Call .eval() first."
+            f"{type(segmenter).__name__} returned {type(outputs).__name__} where {len(inputs)} dicts "
+            "with 'sem_seg' were due; is it in training mode? Call .eval() first."
         )
     logits = []
     for given, output in zip(inputs, outputs, strict=True):
@@ -42,7 +42,8 @@ def run_segmenter(segmenter: Segmenter, inputs: list[dict[str, Any]]) -> list[Te
         if not isinstance(sem_seg, Tensor) or sem_seg.dim() != 3 or tuple(sem_seg.shape[1:]) != size:
             found = tuple(sem_seg.shape) if isinstance(sem_seg, Tensor) else type(sem_seg).__name__
             raise RuntimeError(
-                f"{type(segmenter).__name__} returned 'sem_seg' {found} where (K, {size[0]}, {size[1]}) was due."
+                f"{type(segmenter).__name__} returned 'sem_seg' {found} where (K, {size[0]}, {size[1]}) was "
+                "due."
             )
         logits.append(sem_seg)
     return logits
@@ -52,28 +53,41 @@ def read_input(item: dict[str, Any]) -> tuple[Tensor, tuple[int, int]]:
     """The image (C, h, w) of one Detectron2 dict and the size (H, W) its answer must have."""
     image = item["image"]
     height, width = image.shape[-2:]
-    # Detectron2's own models differ on a `height` that is present but None; the image's size is what is meant.
+    # Detectron2's own models differ on a `height` that is present but None; the image's size is meant.
     return image, (int(item.get("height") or height), int(item.get("width") or width))
+
+
+def innermost(model: Segmenter | None) -> Segmenter | None:
+    """The model within nested modes and data-parallel wrappers."""
+    while isinstance(model, InferenceMode):
+        model = model.model
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model.module
+    return model
 
 
 class InferenceMode(nn.Module):
     """A way of running a segmenter on an image; itself a segmenter.
 
-    From a LazyConfig: `test.inference = L(SlidingWindow)(tile=769)`, then `instantiate(cfg.test.inference).bind(model)`.
+    From a LazyConfig: `test.inference = L(SlidingWindow)(tile=769)`, then
+    `instantiate(cfg.test.inference).bind(model)`.
     """
 
-    def __init__(self, model: Segmenter | None = None) -> None:
+    def __init__(self, model: Segmenter | None = None, *, align_corners: bool | None = None) -> None:
         """
         Args:
             model: the segmenter to run, or another mode to nest; may be given later with `bind`.
+            align_corners: how this mode resizes images and logits, as in `F.interpolate`; default: as the
+                model's head does (`sem_seg_head.align_corners`), False if it does not say.
         """
         super().__init__()
         self.model = model
+        self.align_corners = align_corners
 
     def bind(self, model: Segmenter) -> InferenceMode:
         """A copy of this mode, and of the modes nested in it, around `model`."""
         bound = copy.copy(self)
-        # copy.copy shares the registries of an nn.Module: without its own the original would get the model as well.
+        # copy.copy shares an nn.Module's registries: without its own the original would get the model too.
         bound._modules = dict(self._modules)
         inner = self.model.bind(model) if isinstance(self.model, InferenceMode) else model
         bound._modules.pop("model", None)
@@ -90,7 +104,7 @@ class InferenceMode(nn.Module):
 
     @torch.no_grad()
     def predict_labels(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
-        """Label maps (H, W) on the CPU, uint8 up to 255 classes and int16 above, without keeping the logits."""
+        """Label maps (H, W) on the CPU, uint8 up to 255 classes and int16 above; no logits are kept."""
         return [self.labels(*read_input(item)) for item in batched_inputs]
 
     def logits(self, image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -100,6 +114,13 @@ class InferenceMode(nn.Module):
     def labels(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Label map (H, W) of one image (C, h, w); `size` is (H, W)."""
         return labels_of(self.logits(image, size))
+
+    def resize_aligned(self) -> bool:
+        """`align_corners` for resizing: as given, else as the model's own head resizes."""
+        if self.align_corners is not None:
+            return self.align_corners
+        model = innermost(self.model)
+        return bool(getattr(getattr(model, "sem_seg_head", model), "align_corners", False))
 
     def run(self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Logits of several images from the wrapped segmenter, in one call."""
@@ -116,15 +137,6 @@ class InferenceMode(nn.Module):
 class WholeImage(InferenceMode):
     """The whole image in one pass."""
 
-    def __init__(self, model: Segmenter | None = None, *, align_corners: bool = False) -> None:
-        """
-        Args:
-            model: see `InferenceMode`.
-            align_corners: of the resize in `predict_labels`, when the answer's size is not the input's.
-        """
-        super().__init__(model)
-        self.align_corners = align_corners
-
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """See `InferenceMode.forward`; the images go through the model as one batch."""
@@ -135,8 +147,8 @@ class WholeImage(InferenceMode):
         return self.run([image], [size])[0]
 
     def labels(self, image: Tensor, size: tuple[int, int]) -> Tensor:
-        # At the input's size, because an answer of K float maps in the size of a large photograph may not fit.
+        # At the input's size: K float maps in the size of a large photograph may not fit.
         logits = self.run([image], [tuple(image.shape[-2:])])[0]
-        bands = LabelBands(tuple(logits.shape[-2:]), size, align_corners=self.align_corners)
+        bands = LabelBands(tuple(logits.shape[-2:]), size, align_corners=self.resize_aligned())
         bands.push(logits)
         return bands.labels

@@ -21,8 +21,9 @@ DEFAULT_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 class MultiScaleFlip(InferenceMode):
     """Mean of the class probabilities over several image scales, each as it is and mirrored.
 
-    Logits of each scale are first brought back to the answer's size, then turned into probabilities and averaged (CCNet,
-    TPAMI, Sec. 4.2; mmseg). The answer is the logarithm of that mean: logits again, whose softmax is the mean.
+    Logits of each scale are first brought back to the answer's size, then turned into probabilities and
+    averaged (CCNet, TPAMI, Sec. 4.2; mmseg). The answer is the logarithm of that mean: logits again, whose
+    softmax is the mean.
 
     Around a `SlidingWindow` every scale is cut into tiles: `MultiScaleFlip(SlidingWindow(model))`.
     """
@@ -35,7 +36,7 @@ class MultiScaleFlip(InferenceMode):
         flip: bool = True,
         flip_pairs: Sequence[Sequence[int]] = (),
         accumulate_on: str | torch.device | None = None,
-        align_corners: bool = False,
+        align_corners: bool | None = None,
     ) -> None:
         """
         Args:
@@ -44,19 +45,18 @@ class MultiScaleFlip(InferenceMode):
             flip: also run each scale mirrored left to right.
             flip_pairs: classes that change places when the image is mirrored (left arm and right arm).
             accumulate_on: device where probabilities are summed; default: where the model puts its logits.
-            align_corners: of the resize of the image; take the network's own setting.
+            align_corners: of the resize of the image; see `InferenceMode`.
 
         Raises:
             ValueError: no scale, or one that is not positive.
         """
-        super().__init__(model)
+        super().__init__(model, align_corners=align_corners)
         self.scales = tuple(float(scale) for scale in scales)
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"scales must be one or more positive numbers, got {list(scales)}.")
         self.flip = flip
         self.flip_pairs = tuple((int(a), int(b)) for a, b in flip_pairs)
         self.accumulate_on = None if accumulate_on is None else torch.device(accumulate_on)
-        self.align_corners = align_corners
 
     def logits(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Logarithm of the averaged probabilities (K, H, W)."""
@@ -81,7 +81,7 @@ class MultiScaleFlip(InferenceMode):
             return image
         # Images may carry leading axes (frames of a clip), which interpolate takes as one batch axis.
         frames = image.float().reshape(-1, *image.shape[-3:])
-        resized = F.interpolate(frames, size=size, mode="bilinear", align_corners=self.align_corners)
+        resized = F.interpolate(frames, size=size, mode="bilinear", align_corners=self.resize_aligned())
         return resized.reshape(*image.shape[:-2], *size)
 
     def _unflipped(self, logits: Tensor) -> Tensor:

@@ -9,16 +9,16 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .label_bands import LabelBands, label_dtype
-from .mode import InferenceMode, Segmenter
+from .mode import InferenceMode, Segmenter, innermost
 
 __all__ = ["SlidingWindow", "tile_starts"]
 
 
 def tile_starts(size: int, tile: int, stride: int) -> list[int]:
-    """Where tiles start along one axis: every `stride`, the last one moved back so that it ends with the image.
+    """Where tiles start along one axis: every `stride`, the last one moved back to end with the image.
 
     A 1024x2048 image with tile 769 and stride 513 gives 2 x 4 tiles, as the official CCNet evaluation.
     """
@@ -29,12 +29,13 @@ def tile_starts(size: int, tile: int, stride: int) -> list[int]:
 class SlidingWindow(InferenceMode):
     """Overlapping tiles, their logits averaged where they overlap.
 
-    Tiles and averaging are those of the official CCNet evaluation and of mmseg's `slide_inference`. Tiles at the right
-    and lower border are moved inside. Logits are averaged at the image's own size, and resized afterwards when another
-    size is asked for.
+    Tiles and averaging are those of the official CCNet evaluation and of mmseg's `slide_inference`. Tiles at
+    the right and lower border are moved inside. Logits are averaged at the image's own size, and resized
+    afterwards when another size is asked for.
 
-    An image smaller than the tile: by default the tile shrinks to the image (mmseg); with `pad="mean"` the image is
-    padded at the right and below with the model's pixel mean, which is zero after normalisation (official code).
+    An image smaller than the tile: by default the tile shrinks to the image (mmseg); with `pad="mean"` the
+    image is padded at the right and below with the model's pixel mean, which is zero after normalisation
+    (official code).
     """
 
     def __init__(
@@ -46,29 +47,32 @@ class SlidingWindow(InferenceMode):
         tiles_per_batch: int = 1,
         accumulate_on: str | torch.device | None = None,
         pad: str | Sequence[float] | None = None,
-        align_corners: bool = False,
+        align_corners: bool | None = None,
     ) -> None:
         """
         Args:
             model: see `InferenceMode`.
             tile: tile size, one number or (height, width).
-            stride: step between tiles, one number or (vertical, horizontal); default: two thirds of the tile, rounded
-                up (overlap 1/3).
+            stride: step between tiles, one number or (vertical, horizontal); default: two thirds of the tile,
+                rounded up (overlap 1/3).
             tiles_per_batch: tiles in one call of the model; more is faster on a GPU and takes more memory.
-            accumulate_on: device where logits are summed, for instance "cpu" when those of the whole image do not fit
-                on the GPU; default: where the model puts them.
-            pad: for images smaller than the tile: None, "mean" (the model's `pixel_mean`) or one value per channel.
-            align_corners: of the final resize to (H, W).
+            accumulate_on: device where logits are summed, for instance "cpu" when those of the whole image do
+                not fit on the GPU; default: where the model puts them.
+            pad: for images smaller than the tile: None, "mean" (the model's `pixel_mean`) or one value per
+                channel.
+            align_corners: of the final resize to (H, W); see `InferenceMode`.
 
         Raises:
             ValueError: sizes below 1, a stride larger than the tile, or an unknown `pad`.
         """
-        super().__init__(model)
+        super().__init__(model, align_corners=align_corners)
         self.tile = _pair(tile, "tile")
         default = (-(-2 * self.tile[0] // 3), -(-2 * self.tile[1] // 3))
         self.stride = default if stride is None else _pair(stride, "stride")
         if self.stride[0] > self.tile[0] or self.stride[1] > self.tile[1]:
-            raise ValueError(f"stride {self.stride} is larger than tile {self.tile}: pixels would be left out.")
+            raise ValueError(
+                f"stride {self.stride} is larger than tile {self.tile}: pixels would be left out."
+            )
         if tiles_per_batch < 1:
             raise ValueError(f"tiles_per_batch must be at least 1, got {tiles_per_batch}.")
         if isinstance(pad, str) and pad != "mean":
@@ -76,7 +80,6 @@ class SlidingWindow(InferenceMode):
         self.tiles_per_batch = tiles_per_batch
         self.accumulate_on = None if accumulate_on is None else torch.device(accumulate_on)
         self.pad = pad if pad is None or isinstance(pad, str) else tuple(float(value) for value in pad)
-        self.align_corners = align_corners
 
     def logits(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Averaged logits (K, H, W)."""
@@ -88,14 +91,14 @@ class SlidingWindow(InferenceMode):
         assert out is not None  # an image has at least one tile
         if tuple(out.shape[-2:]) == size:
             return out
-        return F.interpolate(out[None], size=size, mode="bilinear", align_corners=self.align_corners)[0]
+        return F.interpolate(out[None], size=size, mode="bilinear", align_corners=self.resize_aligned())[0]
 
     def labels(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Label map (H, W).
 
-        Memory besides the image and the map is that of a few tiles plus the overlap of two rows of tiles, whatever the
-        image's height: K x overlap x w floats on the accumulation device, and K x stride x w more when H, W is not the
-        image's own size.
+        Memory besides the image and the map is that of a few tiles plus the overlap of two rows of tiles,
+        whatever the image's height: K x overlap x w floats on the accumulation device, and K x stride x w
+        more when H, W is not the image's own size.
         """
         if tuple(image.shape[-2:]) != size:
             return self._resized_labels(image, size)
@@ -109,9 +112,9 @@ class SlidingWindow(InferenceMode):
 
     def _resized_labels(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         height, width = image.shape[-2:]
-        bands = LabelBands((height, width), size, align_corners=self.align_corners)
+        bands = LabelBands((height, width), size, align_corners=self.resize_aligned())
         band: Tensor | None = None
-        for rows, columns, block in self._finished_blocks(image):
+        for _, columns, block in self._finished_blocks(image):
             if columns.start == 0:
                 band = block.new_empty((*block.shape[:2], width))
             assert band is not None
@@ -121,10 +124,10 @@ class SlidingWindow(InferenceMode):
         return bands.labels
 
     def _finished_blocks(self, image: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Rows, columns and averaged logits (K, rows, columns) of parts no later tile will touch, in reading order.
+        """Rows, columns and averaged logits (K, rows, columns) of parts no later tile touches, in order.
 
-        Only sums that later tiles add to are kept: `beside`, columns shared with the next tile, and `below`, rows
-        shared with the next row of tiles.
+        Only sums that later tiles add to are kept: `beside`, columns shared with the next tile, and `below`,
+        rows shared with the next row of tiles.
         """
         height, width = image.shape[-2:]
         image = self._padded(image)
@@ -190,7 +193,9 @@ class SlidingWindow(InferenceMode):
         return padded
 
     def extra_repr(self) -> str:
-        return f"tile={self.tile}, stride={self.stride}, tiles_per_batch={self.tiles_per_batch}, pad={self.pad}"
+        return (
+            f"tile={self.tile}, stride={self.stride}, tiles_per_batch={self.tiles_per_batch}, pad={self.pad}"
+        )
 
 
 def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -209,13 +214,11 @@ def _coverage(size: int, tile: int, starts: list[int]) -> Tensor:
 
 
 def _pixel_mean(model: Segmenter | None) -> Tensor:
-    while isinstance(model, InferenceMode):
-        model = model.model
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        model = model.module
+    model = innermost(model)
     mean = getattr(model, "pixel_mean", None)
     if mean is None:
         raise ValueError(
-            f"pad='mean' needs a model with 'pixel_mean', which {type(model).__name__} has not; give the values."
+            f"pad='mean' needs a model with 'pixel_mean', which {type(model).__name__} has not; "
+            "give the values."
         )
     return torch.as_tensor(mean).detach().cpu()

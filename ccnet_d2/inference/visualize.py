@@ -1,6 +1,7 @@
 """Pictures of predictions: overlays, comparisons with the ground truth, grids.
 
-Images are (H, W, 3) uint8 RGB arrays, label maps (H, W) integer arrays; values that are no class are drawn black.
+Images are (H, W, 3) uint8 RGB arrays, label maps (H, W) integer arrays; values that are no class are drawn
+black.
 """
 
 from __future__ import annotations
@@ -29,9 +30,18 @@ _WRONG = np.array((224, 36, 48), np.float32)
 _UNLABELLED = np.array((40, 44, 60), np.float32)
 # Black - purple - orange - pale yellow: brightness rises evenly, so it also reads in grey print.
 _HEAT = np.array(
-    [(0, 0, 4), (40, 11, 84), (101, 21, 110), (159, 42, 99), (212, 72, 66), (245, 125, 21), (250, 193, 39), (252, 255, 164)],
+    (
+        (0, 0, 4),
+        (40, 11, 84),
+        (101, 21, 110),
+        (159, 42, 99),
+        (212, 72, 66),
+        (245, 125, 21),
+        (250, 193, 39),
+        (252, 255, 164),
+    ),
     np.float32,
-)  # fmt: skip
+)
 
 
 def colorize(labels: np.ndarray, classes: ClassTable) -> np.ndarray:
@@ -123,7 +133,9 @@ def side_by_side(
     image: np.ndarray, prediction: np.ndarray, classes: ClassTable, truth: np.ndarray | None = None
 ) -> np.ndarray:
     """Image | prediction, and with a ground truth | ground truth | difference, over a legend."""
-    return _prediction_grid([image], {"prediction": [prediction]}, classes, None if truth is None else [truth], None)
+    return _prediction_grid(
+        [image], {"prediction": [prediction]}, classes, None if truth is None else [truth], None
+    )
 
 
 def save_prediction_grid(
@@ -135,12 +147,13 @@ def save_prediction_grid(
     *,
     row_titles: Sequence[str] | None = None,
 ) -> None:
-    """Write one picture with a row for each image: image | prediction | ground truth | difference, and a legend.
+    """Write one picture, a row for each image: image | prediction | ground truth | difference, and a legend.
 
     Args:
         path: file to write, .png or .jpg.
         images: n images (H, W, 3).
-        predictions: n label maps; or several models' by name, which then stand beside each other, each with its pixel
+        predictions: n label maps; or several models' by name, which then stand beside each other, each with
+            its pixel
             accuracy in the title and without a difference panel: image | ground truth | model | model | ...
         classes: names and colours.
         truths: n label maps.
@@ -155,7 +168,7 @@ def save_prediction_grid(
 
 
 def save_labels(path: str | os.PathLike[str], labels: np.ndarray) -> None:
-    """Write a label map as a one-channel PNG whose values are the class indices (8 bits, or 16 above 255 classes).
+    """Write a label map as a PNG of one channel that holds class indices (16 bits above 255 classes).
 
     Raises:
         ValueError: the file is not a .png, which alone keeps the values.
@@ -186,7 +199,8 @@ def _prediction_grid(
     rows: list[list[np.ndarray | None]] = [[image] for image in images]
     maps = [*predictions.items()]
     if truths is not None:
-        # One model: its errors are the point and stand last. Several: they are compared with the truth before them.
+        # One model: its errors are the point and stand last. Several: they are compared with the truth before
+        # them.
         place = len(maps) if len(maps) == 1 else 0
         maps.insert(place, ("ground truth", truths))
     for name, labels in maps:
@@ -227,7 +241,8 @@ def _labelled(truth: np.ndarray, classes: ClassTable) -> np.ndarray:
 
 
 def _present(labels: np.ndarray, classes: ClassTable) -> tuple[list[int], list[float]]:
-    """Class indices that occur, most frequent first, and their shares; everything that is no class counts as one."""
+    """Class indices that occur, most frequent first, and their shares; everything that is no class counts as
+    one."""
     index = labels.astype(np.int64).ravel()
     index = np.where((index >= 0) & (index < len(classes)), index, len(classes))
     counts = np.bincount(index, minlength=len(classes) + 1)
@@ -255,4 +270,6 @@ def _legend_size(width: int) -> int:
 
 def _check_same_size(image: np.ndarray, labels: np.ndarray) -> None:
     if image.shape[:2] != labels.shape[:2]:
-        raise ValueError(f"image {image.shape[:2]} and labels {labels.shape[:2]} differ in size (height, width).")
+        raise ValueError(
+            f"image {image.shape[:2]} and labels {labels.shape[:2]} differ in size (height, width)."
+        )

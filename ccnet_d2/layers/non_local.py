@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .context_module import ContextModule, key_channels
+from .precision import at_least_float32, autocast_disabled
 
 BACKENDS = ("sdpa", "matmul")
-from .precision import at_least_float32, autocast_disabled
 
 
 class NonLocal(ContextModule):

@@ -6,16 +6,19 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-NormLike: TypeAlias = str | Callable[[int], nn.Module] | None
-"""A name out of `NORMS`, "" or None for no norm, or a callable that takes the number of channels."""
+NormLike: TypeAlias = str | Callable[[int], nn.Module | None] | None
+"""A name out of `NORMS`, "" or None for no norm, or a callable that takes the number of channels
+(and may return None)."""
 
 ActivationLike: TypeAlias = str | Callable[[], nn.Module] | None
 """A name out of `ACTIVATIONS`, "" or None for no activation, or a callable without arguments."""
 
 
 def _group_norm(channels: int) -> nn.Module:
-    # 32 groups as published; narrow layers, whose channels 32 does not divide, get the most groups that fit.
-    return nn.GroupNorm(gcd(32, channels), channels)
+    # 32 groups as published; narrow layers get the most that divide them and leave two channels in a group,
+    # since a group of one channel has nothing to normalise on a 1x1 map.
+    groups = gcd(32, channels)
+    return nn.GroupNorm(groups // 2 if groups == channels > 1 else groups, channels)
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -97,6 +100,10 @@ class ConvNormAct(nn.Module):
             dilation=dilation,
             bias=normalize is None,
         )
+        # As the convolutions around the context module (He et al.), so that comparisons start on equal terms.
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
         self.norm = normalize
         self.activation = build_activation(activation)
 
@@ -105,7 +112,9 @@ class ConvNormAct(nn.Module):
         x = self.conv(x)
         if self.norm is not None:
             lone = x.numel() == x.shape[1]  # one value per channel: no variance to train on
-            if lone and self.training and isinstance(self.norm, nn.BatchNorm2d):
+            if (
+                lone and self.training and type(self.norm) is nn.BatchNorm2d
+            ):  # synchronised ones see other devices
                 raise ValueError(
                     "batch norm cannot train on one value per channel (a 1x1 map of a batch of one image): "
                     "use two images or more per device, norm='SyncBN' on several devices, or norm='GN'."

@@ -6,7 +6,6 @@ Shapes: B batch, C channels, h w feature size, H W image size, K classes.
 import re
 from collections.abc import Callable, Mapping
 
-import fvcore.nn.weight_init as weight_init
 import torch
 from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
@@ -31,7 +30,7 @@ class AuxiliaryHead(nn.Sequential):
         super().__init__(
             _conv(in_channels, channels, 3, norm, activation),
             nn.Dropout2d(dropout),
-            _classifier(channels, num_classes),
+            nn.Conv2d(channels, num_classes, kernel_size=1),
         )
 
 
@@ -119,7 +118,7 @@ class CCNetHead(nn.Module):
             self.convb = _conv(channels, channels, 3, norm, activation)
             self.fuse = _conv(in_channels + channels, channels, 3, norm, activation)
         self.dropout = nn.Dropout2d(dropout)
-        self.classifier = _classifier(channels, num_classes)
+        self.classifier = nn.Conv2d(channels, num_classes, kernel_size=1)
         loss_args = {"ignore_index": ignore_value, "align_corners": align_corners}
         self.loss = LOSSES[loss](**loss_args) if isinstance(loss, str) else loss
 
@@ -193,7 +192,8 @@ class CCNetHead(nn.Module):
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: str, activation: str) -> Conv2d:
-    conv = Conv2d(
+    # torch's own initial weights, as in the official code: larger ones learn several times slower behind a norm.
+    return Conv2d(
         in_channels,
         out_channels,
         kernel_size=kernel_size,
@@ -202,12 +202,3 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: str, acti
         norm=get_norm(norm, out_channels),
         activation=ACTIVATIONS[activation](),
     )
-    weight_init.c2_msra_fill(conv)
-    return conv
-
-
-def _classifier(channels: int, num_classes: int) -> nn.Conv2d:
-    classifier = nn.Conv2d(channels, num_classes, kernel_size=1)
-    nn.init.normal_(classifier.weight, std=0.01)
-    nn.init.zeros_(classifier.bias)
-    return classifier

@@ -7,6 +7,6 @@ from ..common.schedule import poly as lr_multiplier
 from ..common.train import train
 
 optimizer.lr = 2e-3
-train.max_iter = 1200
+train.max_iter = 600
 train.eval_period = 0
-train.checkpointer.period = 1200
+train.checkpointer.period = 600

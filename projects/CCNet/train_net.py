@@ -3,7 +3,7 @@
 
 import sys
 
-from ccnet_d2.engine import main
+from ccnet_d2.engine.command_line import main
 
 if __name__ == "__main__":
     sys.exit(main())

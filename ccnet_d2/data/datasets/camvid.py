@@ -1,6 +1,6 @@
 """CamVid in the layout of the SegNet tutorial: 11 classes, 367 training, 101 validation and 233 test images.
 
-Label values 0–10 are classes, 11 is void. Images are 480x360 there and may be .png or .jpg.
+Label values 0 to 10 are classes, 11 is void. Images are 480x360 there and may be .png or .jpg.
 """
 
 from __future__ import annotations
@@ -59,6 +59,6 @@ def register_camvid(root: str | os.PathLike[str]) -> None:
             CAMVID_CLASSES,
             CAMVID_COLORS,
             ignore_label=CAMVID_IGNORE_LABEL,
-            hint=f"Put CamVid in the SegNet layout there, or set {ENV_VAR} to the folder that holds 'camvid';
-            " "projects/CCNet/datasets/README.md shows the tree.",
+            hint="Put CamVid in the SegNet layout there, or set "
+            f"{ENV_VAR} to the folder that holds 'camvid'; projects/CCNet/datasets/README.md shows the tree.",
         )

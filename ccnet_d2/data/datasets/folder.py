@@ -12,13 +12,20 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ccnet_d2.data.errors import DatasetError
 
-__all__ = ["IMAGE_SUFFIXES", "default_colors", "list_pairs", "register", "register_sem_seg_folder"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "default_colors",
+    "is_registered_here",
+    "list_pairs",
+    "register",
+    "register_sem_seg_folder",
+]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def default_colors(num_classes: int) -> list[tuple[int, int, int]]:
-    """Distinct RGB colours in 0..255, the PASCAL VOC colour map: bits of the index spread over the channels."""
+    """K distinct RGB colours in 0..255: the PASCAL VOC colour map, which spreads the bits of the index."""
     colors = []
     for index in range(num_classes):
         rgb = [0, 0, 0]
@@ -229,3 +236,8 @@ def register(name: str, loader: Callable[[], list[dict[str, Any]]], **metadata: 
     DatasetCatalog.register(name, loader)
     MetadataCatalog.get(name).set(**metadata)
     _REGISTERED_HERE.add(name)
+
+
+def is_registered_here(name: str) -> bool:
+    """Whether :func:`register` put the data set into the catalogs."""
+    return name in _REGISTERED_HERE

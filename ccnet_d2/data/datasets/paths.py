@@ -10,5 +10,5 @@ ENV_VAR = "DETECTRON2_DATASETS"
 
 
 def dataset_root() -> str:
-    """The folder that holds all data sets: ``$DETECTRON2_DATASETS`` with ``~`` expanded, else ``datasets``."""
+    """Folder of all data sets: ``$DETECTRON2_DATASETS`` with ``~`` expanded, else ``datasets``."""
     return os.path.expanduser(os.environ.get(ENV_VAR) or "datasets")

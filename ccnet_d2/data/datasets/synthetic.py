@@ -1,11 +1,12 @@
 """A synthetic data set on which context decides: the class of every object hangs on a cue somewhere else.
 
-Each image is noise with a few coloured squares (the objects) and one small cue. There are k object colours
-and k cue colours; the class of every object of an image is ``(its colour + the cue's colour) mod k``, for k =
-2 the exclusive or. Colour alone therefore says nothing about the class, and as the cue lies anywhere in the
-image, a network that sees a neighbourhood can do no better than chance on the objects. With one criss-cross
-step an object learns the cue's colour only if it shares rows or columns with it; with two steps, always. It
-is the argument of CCNet (Fig. 1 and Sec. 3.3 of the paper) as something that trains in minutes on a CPU.
+Each image is noise with a few squares (the objects) and one small cue, whose colour is one of k. By default all objects
+look alike and the cue's colour is their class; with c > 1 object colours the class is ``(the object's colour + the
+cue's colour) mod k``, for k = c = 2 the exclusive or, which takes longer to learn. Either way an object's look says
+nothing about its class, and as the cue lies anywhere in the image, a network that sees a neighbourhood can do no better
+than chance on the objects. With one criss-cross step an object learns the cue's colour only if it shares rows or
+columns with it; with two steps, always. It is the argument of CCNet (Fig. 1 and Sec. 3.3 of the paper) as something
+that trains in minutes on a CPU.
 
 Classes: 0 background, 1 cue, 2 … k + 1 the object classes.
 """
@@ -53,7 +54,7 @@ _OBJECT_COLORS = ((60, 190, 60), (215, 195, 50), (60, 200, 200), (235, 235, 235)
 _CUE_COLORS = ((220, 40, 40), (50, 70, 225), (205, 60, 205), (20, 20, 20))
 _CLASS_COLORS = ((40, 40, 40), (220, 40, 40), (70, 160, 220), (240, 160, 40), (120, 90, 200), (110, 180, 90))
 
-_FORMAT = 1  # of the files; a set written in another one is made again
+_FORMAT = 2  # of the files; a set written in another one is made again
 _MANIFEST = "manifest.json"
 _SPLITS = ("train", "val")
 _PLACEMENT_TRIES = 200
@@ -69,15 +70,16 @@ class SyntheticConfig:
         num_objects: objects in each image.
         min_object_size, max_object_size: side of the square objects in pixels, both included.
         cue_size: side of the square cue in pixels.
-        num_kinds: k, number of object colours, of cue colours and of object classes (2 to 4).
+        num_kinds: k, number of cue colours and of object classes (2 to 4).
+        object_colors: c, number of colours that objects have (1 to k); see above.
         max_on_cross: largest number of objects of an image that may share a row or a column with the cue;
             `None` places the cue anywhere.
         noise: standard deviation of the Gaussian noise on every pixel and channel, in grey levels of 0..255.
         seed: any non-negative integer.
     """
 
-    train_images: int = 640
-    val_images: int = 160
+    train_images: int = 2000
+    val_images: int = 200
     height: int = 48
     width: int = 48
     num_objects: int = 5
@@ -85,6 +87,7 @@ class SyntheticConfig:
     max_object_size: int = 8
     cue_size: int = 4
     num_kinds: int = 2
+    object_colors: int = 1
     max_on_cross: int | None = None
     noise: float = 20.0
     seed: int = 0
@@ -101,6 +104,7 @@ class SyntheticConfig:
         for key in ("height", "width"):
             check(getattr(self, key) >= largest, key, f"but a square of {largest} pixels has to fit")
         check(2 <= self.num_kinds <= len(_OBJECT_COLORS), "num_kinds", f"outside 2 to {len(_OBJECT_COLORS)}")
+        check(1 <= self.object_colors <= self.num_kinds, "object_colors", "outside 1 to num_kinds")
         check(self.max_on_cross is None or self.max_on_cross >= 0, "max_on_cross", "but at least 0 is needed")
         check(0 <= self.noise <= 255, "noise", "outside 0 to 255")
         check(self.seed >= 0, "seed", "but at least 0 is needed")
@@ -160,10 +164,10 @@ def shares_line(square: Square, cue: Square) -> bool:
     return rows or columns
 
 
-def _place(config: SyntheticConfig, size: int, rng: np.random.Generator) -> Square:
+def _place(config: SyntheticConfig, size: int, colors: int, rng: np.random.Generator) -> Square:
     top = int(rng.integers(0, config.height - size + 1))
     left = int(rng.integers(0, config.width - size + 1))
-    return Square(top, left, size, int(rng.integers(0, config.num_kinds)))
+    return Square(top, left, size, int(rng.integers(0, colors)))
 
 
 def draw_scene(config: SyntheticConfig, rng: np.random.Generator) -> Scene:
@@ -173,11 +177,11 @@ def draw_scene(config: SyntheticConfig, rng: np.random.Generator) -> Scene:
         DatasetError: the objects do not fit into the image.
     """
     for _ in range(_PLACEMENT_TRIES):
-        squares = [_place(config, config.cue_size, rng)]
+        squares = [_place(config, config.cue_size, config.num_kinds, rng)]
         for _ in range(config.num_objects):
             size = int(rng.integers(config.min_object_size, config.max_object_size + 1))
             for _ in range(_PLACEMENT_TRIES):
-                square = _place(config, size, rng)
+                square = _place(config, size, config.object_colors, rng)
                 if not any(square.touches(other) for other in squares):
                     squares.append(square)
                     break

@@ -1,4 +1,4 @@
-"""PASCAL VOC 2012 with the additional annotations of SBD: 21 classes, 10582 training and 1449 validation images."""
+"""PASCAL VOC 2012 with the annotations of SBD: 21 classes, 10582 training and 1449 validation images."""
 
 from __future__ import annotations
 
@@ -56,6 +56,6 @@ def register_voc12(root: str | os.PathLike[str]) -> None:
             VOC12_CLASSES,
             default_colors(len(VOC12_CLASSES)),
             split_file=os.path.join(folder, "ImageSets", "Segmentation", f"{listed}.txt"),
-            hint=f"Put VOC 2012 and the SBD annotations there, or set {ENV_VAR} to the folder that holds
-            'VOC2012'; " "projects/CCNet/datasets/README.md says how.",
+            hint="Put VOC 2012 and the SBD annotations there, or set "
+            f"{ENV_VAR} to the folder that holds 'VOC2012'; projects/CCNet/datasets/README.md says how.",
         )

@@ -34,10 +34,9 @@ def _pad(array: np.ndarray, height: int, width: int, value: Sequence[float]) -> 
 
 
 class ScaleCropTransform(Transform):
-    """Resize, crop and pad as one step: equal to resizing the whole image and cropping, without doing the
-    rest.
+    """Resize, crop and pad as one step: what resizing the whole image and cropping gives, at less cost.
 
-    Images are interpolated linearly (to 1/32 of a pixel, the precision of OpenCV's warps), label maps are
+    Images are interpolated linearly (OpenCV before version 5 rounds to 1/32 of a pixel), label maps are
     taken from the nearest pixel. A crop that reaches beyond the resized image is padded at the bottom and on
     the right.
 
@@ -123,7 +122,7 @@ class ScaleCropTransform(Transform):
         return _pad(crop, self.crop_height, self.crop_width, (self.label_pad_value,))
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        """Transform (N, 2) points (x, y), the image covering [0, W] x [0, H]; points may fall outside the crop."""
+        """Transform (N, 2) points (x, y), the image covering [0, W] x [0, H]; some may leave the crop."""
         scale = np.array([self.new_width / self.width, self.new_height / self.height])
         return coords * scale - np.array([self.left, self.top])
 
@@ -230,7 +229,7 @@ class RandomScaleCrop(Augmentation):
         first_row, end_row, first_column, end_column = transform.source_box()
         region = sem_seg[first_row:end_row, first_column:end_column]
         if region.dtype == np.uint8:
-            counts = cv2.calcHist([region], [0], None, [256], [0, 256])[:, 0]
+            counts = cv2.calcHist([region], [0], None, [256], [0, 256]).ravel()
             counts[self.label_pad_value] = 0
         else:
             values, counts = np.unique(region, return_counts=True)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import fvcore.nn.weight_init as weight_init
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import Backbone
@@ -47,7 +46,6 @@ class PlainConvNet(Backbone):
                 bias=not norm,
                 norm=get_norm(norm, c_out),
             )
-            weight_init.c2_msra_fill(conv)
             self.add_module(f"conv{i}", conv)
             in_channels = c_out
             stride *= conv_stride

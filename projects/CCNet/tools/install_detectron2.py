@@ -4,19 +4,20 @@
     python projects/CCNet/tools/install_detectron2.py                      # 0.5, pure Python, from PyPI
     DETECTRON2=git+https://… python projects/CCNet/tools/install_detectron2.py   # any other pip requirement
 
-Detectron2 is not on PyPI under its own name. Version 0.5 is there as the source archive ``detectron2-cdo``, which
-lacks the C++ sources, so that pip cannot build it. Its Python part is complete, and ccnet_d2 needs no more: this
-script makes a pure-Python wheel named ``detectron2`` from that archive and installs it. What needs the missing
-extension (deformable convolution, rotated boxes) says so when it is used; COCO evaluation takes pycocotools' own
-implementation.
+Detectron2 is not on PyPI under its own name. Version 0.5 is there as the source archive ``detectron2-cdo``,
+which lacks the C++ sources, so that pip cannot build it. Its Python part is complete, and ccnet_d2 needs no
+more: this script makes a pure-Python wheel named ``detectron2`` from that archive and installs it. What needs
+the missing extension (deformable convolution on a GPU, rotated boxes) says so when it is used; COCO
+evaluation takes pycocotools' own implementation.
 
 Nothing happens if Detectron2 can be imported already, unless a requirement or ``--force`` is given.
-Standard library only; torch must be installed, because the archive's and upstream's own setup.py import it.
+Standard library only; torch must be installed already, because upstream's setup.py imports it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib.util
 import os
@@ -26,30 +27,40 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from pip_runner import InstallError, run_pip  # noqa: E402
+from package_index import fetch_file
+from pip_runner import InstallError, run_pip
 
 SDIST = "detectron2_cdo-0.5.tar.gz"
-SDIST_REQUIREMENT = "detectron2-cdo==0.5"
+SDIST_PROJECT = "detectron2-cdo"
 SDIST_SHA256 = "53c9e79e9cc943e80419c588ea44b5479507a8628ed14a4e06bd093e29311b18"
 # The local part says where this build comes from; detectron2.__version__ stays "0.5".
 WHEEL_VERSION = "0.5+cdo"
+# For the builds where the environment has none; 82 removed pkg_resources, which upstream imports.
+BUILD_TOOLS = ("setuptools>=64,<82", "wheel")
 
 # The archive holds 0.5 MB and unpacks to about 3 MB; anything far beyond is not what it claims to be.
 MAX_MEMBERS = 5_000
 MAX_UNPACKED_BYTES = 100 * 2**20
 
 
+class Pip(Protocol):
+    """Runs pip, see :func:`pip_runner.run_pip`."""
+
+    def __call__(self, arguments: Sequence[str | os.PathLike[str]], *, what: str) -> str: ...
+
+
 class Edit(NamedTuple):
-    """A replacement in one file that must match exactly ``count`` times."""
+    """A replacement in one file that must match exactly ``times`` times."""
 
     pattern: str
     replacement: str
-    count: int
+    times: int
 
 
 # numpy 1.24 removed the aliases of the built-in types.
@@ -69,10 +80,11 @@ EDITS: dict[str, tuple[Edit, ...]] = {
     "detectron2/model_zoo/model_zoo.py": (
         Edit(r"(?m)^import os\nfrom typing import Optional\nimport pkg_resources$",
              "import importlib.resources\nimport os\nfrom typing import Optional", 1),
-        Edit(r'pkg_resources\.resource_filename\(\s*"detectron2\.model_zoo", os\.path\.join\("configs", config_path\)\s*\)',
+        Edit(r'pkg_resources\.resource_filename\(\s*"detectron2\.model_zoo", '
+             r'os\.path\.join\("configs", config_path\)\s*\)',
              'str(importlib.resources.files("detectron2.model_zoo").joinpath("configs", config_path))', 1),
     ),
-    # The fast implementation lives in detectron2._C; upstream falls back in the same way when it is not built.
+    # The fast implementation lives in detectron2._C; upstream falls back the same way when it is not built.
     "detectron2/evaluation/coco_evaluation.py": (
         Edit(r"(?m)^( +)self\._use_fast_impl = use_fast_impl$",
              r"\1if use_fast_impl:\n"
@@ -156,15 +168,31 @@ PROJECTS = {
 }
 
 
-def installed_version() -> str | None:
-    """Return the version and place of the Detectron2 that this Python imports, None if it cannot."""
-    program = "import detectron2, os; print(detectron2.__version__, 'at', os.path.dirname(detectron2.__file__))"
+def import_detectron2(module: str = "detectron2") -> tuple[str | None, str]:
+    """Import Detectron2 in a Python of its own.
+
+    Args:
+        module: what to import.
+
+    Returns:
+        Version and place, None if the import failed; and the last line of the error.
+    """
+    program = (
+        f"import {module}, detectron2, os;"
+        "print(detectron2.__version__, 'at', os.path.dirname(os.path.abspath(detectron2.__file__)))"
+    )
     # Elsewhere, so that a directory of that name beside the user is not taken for the package.
     with tempfile.TemporaryDirectory() as elsewhere:
         result = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, cwd=elsewhere, check=False
+            [sys.executable, "-W", "ignore", "-c", program],
+            capture_output=True,
+            text=True,
+            cwd=elsewhere,
+            check=False,
         )
-    return result.stdout.strip() if result.returncode == 0 else None
+    if result.returncode == 0:
+        return result.stdout.strip(), ""
+    return None, (result.stderr.strip().splitlines() or ["it ended without a message"])[-1]
 
 
 def verify_sha256(archive: Path, expected: str = SDIST_SHA256) -> None:
@@ -175,8 +203,8 @@ def verify_sha256(archive: Path, expected: str = SDIST_SHA256) -> None:
         raise InstallError(f"{archive} cannot be read: {error.strerror}.") from error
     if found != expected:
         raise InstallError(
-            f"{archive} has sha256 {found} instead of {expected}: it is damaged or not the archive it should be;"
-            " delete it and download it again."
+            f"{archive} has sha256 {found} instead of {expected}: it is damaged or not the archive it should"
+            " be; delete it and download it again."
         )
 
 
@@ -202,7 +230,9 @@ def extract_archive(archive: Path, destination: Path) -> Path:
                 if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in member.name:
                     raise InstallError(f"{archive} is refused: its entry {member.name!r} leads outside.")
                 if not (member.isfile() or member.isdir()):
-                    raise InstallError(f"{archive} is refused: its entry {member.name!r} is not a plain file.")
+                    raise InstallError(
+                        f"{archive} is refused: its entry {member.name!r} is not a plain file."
+                    )
                 total += member.size
                 if number >= MAX_MEMBERS or total > MAX_UNPACKED_BYTES:
                     raise InstallError(f"{archive} is refused: it unpacks to far more than Detectron2 holds.")
@@ -238,10 +268,10 @@ def apply_edits(source: Path, edits: dict[str, tuple[Edit, ...]] | None = None) 
             raise InstallError(f"{name} is missing from the archive: {error.strerror}.") from error
         for edit in file_edits:
             text, count = re.subn(edit.pattern, edit.replacement, text)
-            if count != edit.count:
+            if count != edit.times:
                 raise InstallError(
-                    f"The edit of {name} should replace /{edit.pattern}/ {edit.count} time(s) and found {count}:"
-                    " this is not the source that the edits were written for."
+                    f"The edit of {name} should replace /{edit.pattern}/ {edit.times} time(s) and found"
+                    f" {count}: this is not the source that the edits were written for."
                 )
         results[path] = text
     for path, text in results.items():
@@ -266,45 +296,35 @@ def prepare_source(source: Path) -> None:
     (source / "pyproject.toml").write_text(WHEEL_PROJECT, encoding="utf-8")
 
 
-def build_tools(directory: Path) -> dict[str, str]:
-    """Return the environment in which ``--no-build-isolation`` finds setuptools, without changing the user's."""
+def provide_setuptools(directory: Path, pip: Pip) -> dict[str, str]:
+    """Return the environment in which pip finds setuptools without build isolation; nothing else changes."""
     if importlib.util.find_spec("setuptools") is not None:
         return {}
-    run_pip(
-        ["install", "--target", directory, "setuptools>=77", "wheel"], what="Getting setuptools for the build"
-    )
+    pip(["install", "--target", directory, *BUILD_TOOLS], what="Getting setuptools for the build")
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))}
 
 
-def download_sdist(directory: Path, build_env: dict[str, str]) -> Path:
-    """Download the 0.5 source archive with pip, from whatever index pip is configured for."""
-    # pip runs the archive's setup.py to read its metadata; with the hash it does so only after the check.
-    requirement = directory / "sdist.txt"
-    requirement.write_text(f"{SDIST_REQUIREMENT} --hash=sha256:{SDIST_SHA256}\n", encoding="utf-8")
-    run_pip(
-        ["download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--require-hashes",
-         "--dest", directory, "--requirement", requirement],
-        what=f"Downloading {SDIST_REQUIREMENT}",
-        extra_env=build_env,
-    )  # fmt: skip
-    archive = directory / SDIST
-    if not archive.is_file():
-        raise InstallError(f"Downloading {SDIST_REQUIREMENT} failed: pip left no {SDIST}.")
-    return archive
+def build_wheel(archive: Path, directory: Path, work: Path, pip: Pip) -> Path:
+    """Build the pure-Python wheel of 0.5.
 
+    Args:
+        archive: the source archive; its sha256 is checked here.
+        directory: where the wheel goes, made if need be.
+        work: an empty directory to work in.
+        pip: runs pip.
 
-def build_wheel(archive: Path, directory: Path, work: Path, build_env: dict[str, str]) -> Path:
-    """Build the pure-Python wheel of a verified archive into ``directory``."""
+    Returns:
+        The wheel, whole.
+    """
     verify_sha256(archive)
     unpacked = work / "source"
     unpacked.mkdir()
     source = extract_archive(archive, unpacked)
     prepare_source(source)
     built = work / "wheel"
-    run_pip(
+    pip(
         ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", built, source],
         what="Building the pure-Python wheel of Detectron2",
-        extra_env=build_env,
     )
     (wheel,) = built.glob("detectron2-*.whl")
     directory.mkdir(parents=True, exist_ok=True)
@@ -318,8 +338,8 @@ def require_torch() -> None:
     """Raise InstallError if torch is not installed."""
     if importlib.util.find_spec("torch") is None:
         raise InstallError(
-            f"torch is not installed for {sys.executable}: install torch and torchvision first, Detectron2's build"
-            " asks for them."
+            f"torch is not installed for {sys.executable}: install torch and torchvision first,"
+            " Detectron2 needs both."
         )
 
 
@@ -327,18 +347,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; ``DETECTRON2`` in the environment is the default of ``--requirement``."""
     parser = argparse.ArgumentParser(
         description="Install Detectron2 into the environment of the Python that runs this script.",
-        epilog="Without a requirement: Detectron2 0.5 from PyPI, pure Python, unless Detectron2 is already there.",
+        epilog="Without a requirement: Detectron2 0.5 from PyPI, pure Python, unless one is already there.",
     )
     parser.add_argument(
         "--requirement",
         default=os.environ.get("DETECTRON2", ""),
         help="pip requirement of another Detectron2: a git URL, a directory, a wheel (default: $DETECTRON2)",
     )
-    parser.add_argument("--force", action="store_true", help="install even if Detectron2 can be imported already")
+    parser.add_argument(
+        "--force", action="store_true", help="install even if Detectron2 can be imported already"
+    )
     parser.add_argument("--constraint", type=Path, help="pip constraints file for what Detectron2 needs")
     parser.add_argument("--sdist", type=Path, help=f"use this copy of {SDIST} instead of downloading it")
+    parser.add_argument("--log", type=Path, help="append all of pip's output to this file")
     parser.add_argument(
-        "--wheel-dir", type=Path, help="only build the wheel of 0.5, leave it in this directory and install nothing"
+        "--wheel-dir",
+        type=Path,
+        help="only build the wheel of 0.5, leave it in this directory and install nothing",
     )
     return parser.parse_args(argv)
 
@@ -351,37 +376,35 @@ def install(arguments: argparse.Namespace) -> None:
             raise InstallError(f"The constraints file {arguments.constraint} does not exist.")
         constraint = ["--constraint", arguments.constraint.resolve()]
     requirement = arguments.requirement.strip()
-    if not requirement and not arguments.force and not arguments.wheel_dir:
-        version = installed_version()
-        if version:
-            print(f"Detectron2 {version} is kept.")
-            return
+    present, _ = import_detectron2()
+    if present and not (requirement or arguments.force or arguments.wheel_dir):
+        print(f"Detectron2 {present} is kept.")
+        return
 
     require_torch()
     with tempfile.TemporaryDirectory(prefix="install-detectron2-") as directory:
         work = Path(directory)
-        build_env = build_tools(work / "tools")
+        pip = functools.partial(run_pip, log=arguments.log)
+        pip = functools.partial(pip, extra_env=provide_setuptools(work / "tools", pip))
         if requirement and not arguments.wheel_dir:
             # Every source tree of Detectron2 imports torch in its setup.py, so its build cannot be isolated.
-            run_pip(
+            pip(
                 ["install", "--no-build-isolation", *constraint, requirement],
                 what=f"Installing Detectron2 from {requirement}",
-                extra_env=build_env,
             )
         else:
-            archive = arguments.sdist or download_sdist(work, build_env)
-            wheel = build_wheel(archive, arguments.wheel_dir or work / "dist", work, build_env)
+            archive = arguments.sdist or fetch_file(SDIST_PROJECT, SDIST, SDIST_SHA256, work)
+            wheel = build_wheel(archive, arguments.wheel_dir or work / "dist", work, pip)
             if arguments.wheel_dir:
-                print(f"Wheel: {wheel}")
+                print(f"Detectron2 wheel: {wheel}")
                 return
-            reinstall = ["--force-reinstall", "--no-deps"] if arguments.force and installed_version() else []
-            run_pip(["install", *reinstall, *constraint, wheel], what="Installing Detectron2 0.5")
+            again = ["--force-reinstall", "--no-deps"] if present else []
+            pip(["install", *again, *constraint, wheel], what="Installing Detectron2 0.5")
 
-    version = installed_version()
+    version, error = import_detectron2("detectron2.model_zoo")
     if version is None:
-        raise InstallError(
-            f"Detectron2 was installed but cannot be imported: see `{sys.executable} -c 'import detectron2'`."
-        )
+        hint = ": install 'setuptools<82', the last to have it" if "pkg_resources" in error else ""
+        raise InstallError(f"Detectron2 was installed but cannot be imported ({error}){hint}.")
     print(f"Detectron2 {version} is installed.")
 
 
@@ -393,7 +416,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"install_detectron2: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # disk full, read-only directory
-        print(f"install_detectron2: {error.filename or 'the system'}: {error.strerror or error}.", file=sys.stderr)
+        print(
+            f"install_detectron2: {error.filename or 'the system'}: {error.strerror or error}.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("install_detectron2: interrupted; run it again.", file=sys.stderr)

@@ -33,16 +33,16 @@ _CAUSES: tuple[tuple[str, str], ...] = (
     ),
     (
         r"SSLError|CERTIFICATE_VERIFY_FAILED|SSLCertVerificationError",
-        "the package index's TLS certificate could not be verified: install ca-certificates, or point PIP_CERT"
-        " at the certificates of your proxy",
+        "the package index's TLS certificate could not be verified: install ca-certificates, or point"
+        " PIP_CERT at the certificates of your proxy",
     ),
     (
         r"NewConnectionError|Failed to establish a new connection|Name or service not known|ConnectionRefused"
         r"|Connection refused|Temporary failure in name resolution|Max retries exceeded|ConnectTimeout"
         r"|Read timed out|ReadTimeoutError|ProxyError|Network is unreachable|Connection reset|IncompleteRead"
         r"|Connection aborted|Connection broken|RemoteDisconnected|Could not resolve host",
-        "the package index cannot be reached: check the network (or the index and proxy that pip is configured"
-        " for) and run the command again, it goes on where it stopped",
+        "the package index cannot be reached: check the network (or the index and proxy that pip is"
+        " configured for) and run the command again, it goes on where it stopped",
     ),
     (
         r"externally-managed-environment",
@@ -73,6 +73,8 @@ def explain_failure(output: str) -> str:
     if errors:
         return re.sub(r"^\s*(ERROR|error|fatal):\s*", "", errors[-1]).strip()
     lines = [line.strip() for line in output.splitlines() if line.strip()]
+    if lines and lines[-1].startswith("install_detectron2: "):  # one of our own scripts: already a sentence
+        return lines[-1].partition(": ")[2]
     return lines[-1] if lines else "pip printed nothing"
 
 
@@ -115,7 +117,7 @@ def run_pip(
         InstallError: pip failed; the message is one sentence with the cause.
     """
     return run_command(
-        [os.fspath(python), "-m", "pip", *map(os.fspath, arguments)],
+        [os.fspath(python), "-m", "pip", *(os.fspath(argument) for argument in arguments)],
         what=what,
         log=log,
         environment=pip_environment(extra_env),
@@ -175,7 +177,10 @@ def run_command(
 def _echo(line: str) -> None:
     """Print the lines of pip that tell how far it is; the rest is only kept for the log."""
     text = line.strip()
-    if not re.match(r"(Downloading|Building|Installing|Successfully installed|Successfully built|Attempting)", text):
+    if not re.match(
+        r"(Downloading|Building|Installing|Successfully installed|Successfully built|Attempting|Detectron2 )",
+        text,
+    ):
         return
     text = re.sub(r"\S*/(?=[^/\s]+\.(whl|tar\.gz|zip))", "", text)
     width = max(40, min(shutil.get_terminal_size((110, 24)).columns, 110) - 6)

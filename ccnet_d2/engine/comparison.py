@@ -1,0 +1,145 @@
+"""Training one run in several variants side by side, as the papers' ablation tables do."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ccnet_d2.errors import UserError
+
+_POLL_SECONDS = 0.5
+_REPORT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table: a name for its folder, a title, and the overrides that make the difference."""
+
+    name: str
+    title: str
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass
+class VariantRun:
+    """The training of one variant."""
+
+    variant: Variant
+    output_dir: Path
+    arguments: list[str]
+    seconds: float = 0.0
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def miou(self) -> float:
+        """Mean intersection over union, percent."""
+        return float(self.metrics["sem_seg"]["mIoU"])
+
+    @property
+    def checkpoint(self) -> Path:
+        """The trained weights."""
+        return self.output_dir / "model_final.pth"
+
+    def progress(self) -> str:
+        """One phrase: how far it is."""
+        records = _metrics_lines(self.output_dir / "metrics.json")
+        if not records:
+            return f"{self.variant.name}: starting"
+        last = records[-1]
+        eta = f", {last['eta_seconds'] / 60:.1f} min left" if "eta_seconds" in last else ""
+        return f"{self.variant.name}: iteration {last['iteration'] + 1}, loss {last.get('total_loss', 0):.3f}{eta}"
+
+
+def train_variants(
+    config_file: str,
+    variants: Sequence[Variant],
+    output_dir: Path,
+    *,
+    overrides: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> list[VariantRun]:
+    """Train and evaluate every variant in a process of its own, as many at once as there are GPUs, or else CPU cores.
+
+    Args:
+        config_file: as for `train_net.py --config-file`.
+        variants: the rows.
+        output_dir: each variant writes to `output_dir`/<name>; what it prints goes to train.log there.
+        overrides: for all variants.
+        environment: variables for the processes, beside the current ones.
+
+    Returns:
+        The finished runs, in the order of `variants`.
+
+    Raises:
+        UserError: a variant failed; the message repeats its last line and names its log.
+    """
+    runs = []
+    for variant in variants:
+        folder = output_dir / variant.name
+        changes = [*overrides, *variant.overrides, f"train.output_dir={folder}"]
+        runs.append(VariantRun(variant, folder, ["--config-file", config_file, *changes]))
+    devices: list[str | None] = [str(i) for i in range(torch.cuda.device_count())]
+    cores = len(os.sched_getaffinity(0))
+    if not devices:
+        devices = [None] * min(cores, len(runs))
+    waiting = list(runs)
+    running: list[_Process] = []
+    reported = time.monotonic()
+    try:
+        while waiting or running:
+            while waiting and devices:
+                sharing = len(running) + min(len(waiting), len(devices))
+                running.append(_Process(waiting.pop(0), devices.pop(0), cores // sharing, environment or {}))
+            time.sleep(_POLL_SECONDS)
+            for process in [p for p in running if p.popen.poll() is not None]:
+                running.remove(process)
+                devices.append(process.device)
+                process.finish()
+                run = process.run
+                print(f"{run.variant.title}: mIoU {run.miou:.1f} in {run.seconds:.0f} s", flush=True)
+            if running and time.monotonic() - reported > _REPORT_SECONDS:
+                reported = time.monotonic()
+                print(" | ".join(process.run.progress() for process in running), flush=True)
+    finally:
+        for process in running:
+            process.popen.terminate()
+    return runs
+
+
+class _Process:
+    """A training process on one GPU, or on some of the CPU's cores."""
+
+    def __init__(self, run: VariantRun, device: str | None, threads: int, environment: Mapping[str, str]) -> None:
+        self.run = run
+        self.device = device
+        self._start = time.monotonic()
+        self._log = run.output_dir / "train.log"
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        variables = {**os.environ, **environment, "OMP_NUM_THREADS": str(max(1, threads))}
+        if device is not None:
+            variables["CUDA_VISIBLE_DEVICES"] = device
+        command = [sys.executable, "-m", "ccnet_d2.engine.command_line", *run.arguments]
+        with self._log.open("w") as log:
+            self.popen = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables)
+
+    def finish(self) -> None:
+        self.run.seconds = time.monotonic() - self._start
+        if self.popen.returncode != 0:
+            lines = self._log.read_text().strip().splitlines() or ["no output"]
+            reason = lines[-1].removeprefix("error: ")
+            raise UserError(f"Training of {self.run.variant.name} failed: {reason} (whole output in {self._log})")
+        self.run.metrics = json.loads((self.run.output_dir / "evaluation.json").read_text())
+
+
+def _metrics_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    # The last line may be half written.
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]

@@ -1,0 +1,174 @@
+"""The demo: the paper's central comparison (Tab. 2), trained and drawn."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from omegaconf import DictConfig
+
+from ccnet_d2.compat import has_fast_bf16
+from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
+from ccnet_d2.data.image_files import read_image, read_label
+from ccnet_d2.inference import ClassTable, Predictor, draw_attention, save_prediction_grid, write_image
+from ccnet_d2.model_zoo import get_config
+
+from .comparison import Variant, VariantRun, train_variants
+from .overrides import apply_overrides
+
+VARIANTS = (
+    Variant("rcca_r2", "RCCA, R=2", ("model.sem_seg_head.context=rcca_r2",)),
+    Variant("rcca_r1", "RCCA, R=1", ("model.sem_seg_head.context=rcca_r1",)),
+    Variant("fcn", "no attention (FCN)", ("model.sem_seg_head.context=none",)),
+)
+"""The longest training comes first, so that the last one to start is the shortest."""
+
+_PICTURES = 4
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One data set to show the comparison on."""
+
+    config: str
+    about: str
+
+
+DEMOS = {
+    "synthetic": Demo(
+        "toy/ccnet_synthetic.py",
+        "The synthetic set: objects whose class is given by a cue elsewhere in the image. Without attention a network "
+        "can only guess it; one loop carries it along the cue's rows and columns; two loops carry it everywhere.",
+    ),
+    "camvid": Demo(
+        "camvid/ccnet_R_18_D8_half.py",
+        "CamVid at 240x180, ResNet-18 from random weights.",
+    ),
+}
+
+
+def run_demo(dataset: str, output: Path, *, seed: int = 0, overrides: Sequence[str] = ()) -> dict:
+    """Train the three variants, write the report and return what report.json holds.
+
+    Args:
+        dataset: a key of `DEMOS`.
+        output: folder to write to.
+        seed: of data, initial weights and data order.
+        overrides: config overrides for all three.
+
+    Raises:
+        UserError: a training failed.
+        DatasetError: the data set is missing.
+    """
+    start = time.monotonic()
+    demo = DEMOS[dataset]
+    output.mkdir(parents=True, exist_ok=True)
+    environment = {}
+    if dataset == "synthetic":
+        root = (output / "datasets").resolve()
+        generate_synthetic_dataset(root / "ccnet_synthetic", SyntheticConfig(seed=seed))
+        # The trainings read it there, whatever the user's own data sets are.
+        environment["DETECTRON2_DATASETS"] = str(root)
+        register_all(root)
+    overrides = [f"train.seed={seed}", *overrides]
+    if dataset != "synthetic" and has_fast_bf16():
+        overrides.append("train.amp.enabled=True")
+    # Fail on a wrong override or a missing data set at once, not three times in other processes.
+    cfg = apply_overrides(get_config(demo.config), overrides)
+    len(DatasetCatalog.get(cfg.dataloader.train.dataset.names))
+    print(f"Training {', '.join(v.name for v in VARIANTS)} for {cfg.train.max_iter} iterations each.", flush=True)
+
+    runs = train_variants(demo.config, VARIANTS, output, overrides=overrides, environment=environment)
+    runs.reverse()  # the order of the paper's table
+    report = {
+        "dataset": dataset,
+        "seed": seed,
+        "miou": {run.variant.name: round(run.miou, 2) for run in runs},
+        "pixel_accuracy": {run.variant.name: round(run.metrics["sem_seg"]["pACC"], 2) for run in runs},
+        "train_seconds": {run.variant.name: round(run.seconds, 1) for run in runs},
+        "iterations": cfg.train.max_iter,
+        "total_seconds": round(time.monotonic() - start, 1),
+    }
+    _draw(cfg, runs, output)
+    _write(output / "report.json", json.dumps(report, indent=2) + "\n")
+    table = _table(runs)
+    _write(output / "report.md", _markdown(demo, cfg, runs, report))
+    print(f"\n{table}\nReport and pictures: {output}/report.md", flush=True)
+    return report
+
+
+def _table(runs: Sequence[VariantRun]) -> str:
+    lines = ["| model | mIoU | pixel accuracy | training, s |", "| --- | ---: | ---: | ---: |"]
+    for run in runs:
+        accuracy = run.metrics["sem_seg"]["pACC"]
+        lines.append(f"| {run.variant.title} | {run.miou:.1f} | {accuracy:.1f} | {run.seconds:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _markdown(demo: Demo, cfg: DictConfig, runs: Sequence[VariantRun], report: dict) -> str:
+    commands = "\n".join(f"python projects/CCNet/train_net.py {' '.join(run.arguments)}" for run in runs)
+    return f"""# CCNet demo
+
+{demo.about}
+
+{_table(runs)}
+{cfg.train.max_iter} iterations each, seed {report["seed"]}, on the {len(_test_records(cfg))} images of
+`{cfg.dataloader.test.dataset.names}`.
+
+![predictions](predictions.png)
+
+Where a pixel looks after one and after two loops (R=2 model):
+
+![attention](attention.png)
+
+## Commands
+
+```
+{commands}
+```
+"""
+
+
+def _draw(cfg: DictConfig, runs: Sequence[VariantRun], output: Path) -> None:
+    records = _test_records(cfg)
+    records = records[:: max(1, len(records) // _PICTURES)][:_PICTURES]
+    images = [record["file_name"] for record in records]
+    truths = [read_label(record["sem_seg_file_name"]) for record in records]
+    classes = ClassTable.from_metadata(MetadataCatalog.get(cfg.dataloader.test.dataset.names))
+    predictors = {
+        run.variant.name: Predictor(apply_overrides(cfg.copy(), run.variant.overrides), run.checkpoint)
+        for run in runs
+    }
+    predictions = {
+        run.variant.title: [predictors[run.variant.name](image).labels for image in images] for run in runs
+    }
+    save_prediction_grid(
+        output / "predictions.png", [read_image(image) for image in images], predictions, classes, truths
+    )
+    pixel = _pixel_to_explain(truths[0], len(classes))
+    attention = predictors["rcca_r2"].attention(images[0], *pixel)
+    write_image(output / "attention.png", draw_attention(attention))
+
+
+def _test_records(cfg: DictConfig) -> list[dict]:
+    return DatasetCatalog.get(cfg.dataloader.test.dataset.names)
+
+
+def _pixel_to_explain(truth: np.ndarray, num_classes: int) -> tuple[int, int]:
+    """(x, y) in the middle of the largest region of the highest class shown, an object on the synthetic set."""
+    label = max(int(value) for value in np.unique(truth) if value < num_classes)
+    _, _, stats, centers = cv2.connectedComponentsWithStats((truth == label).astype(np.uint8))
+    largest = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
+    x, y = centers[largest]
+    return int(x), int(y)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,45 @@
+"""Running trained models: test modes, predictions from files, pictures, attention maps."""
+
+from .attention import AttentionMaps, draw_attention, draw_clip_attention, pixel_attention
+from .build import MODE_NAMES, build_mode
+from .classes import ClassTable
+from .images import ImageFileError, find_images, write_image
+from .mode import InferenceMode, WholeImage
+from .multi_scale import MultiScaleFlip
+from .predictor import Prediction, Predictor
+from .sliding_window import SlidingWindow
+from .visualize import (
+    colorize,
+    confidence_map,
+    difference,
+    overlay,
+    save_labels,
+    save_prediction_grid,
+    side_by_side,
+)
+
+__all__ = [
+    "MODE_NAMES",
+    "AttentionMaps",
+    "ClassTable",
+    "ImageFileError",
+    "InferenceMode",
+    "MultiScaleFlip",
+    "Prediction",
+    "Predictor",
+    "SlidingWindow",
+    "WholeImage",
+    "build_mode",
+    "colorize",
+    "confidence_map",
+    "difference",
+    "draw_attention",
+    "draw_clip_attention",
+    "find_images",
+    "overlay",
+    "pixel_attention",
+    "save_labels",
+    "save_prediction_grid",
+    "side_by_side",
+    "write_image",
+]

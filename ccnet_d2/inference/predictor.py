@@ -1,0 +1,281 @@
+"""Predictions from images in two lines.
+
+predictor = Predictor("camvid/ccnet_R_18_small.py", "output/model_final.pth")
+picture = predictor("street.png").overlay()
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.data import transforms as T
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from ccnet_d2.checkpoint import load_checkpoint
+from ccnet_d2.data.image_files import read_image
+from ccnet_d2.errors import UserError
+from ccnet_d2.model_zoo import get_config
+
+from .attention import AttentionMaps, find_rcca, pixel_attention, record_input
+from .build import build_mode
+from .classes import ClassTable
+from .images import as_rgb, find_images
+from .label_bands import labels_of
+from .mode import InferenceMode
+from .visualize import overlay
+
+__all__ = ["Prediction", "Predictor"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One segmented image.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        labels: (H, W) uint8 class indices (int16 above 255 classes).
+        logits: (K, H, W) float tensor, or None where only labels were asked for.
+        classes: names and colours.
+        path: the file, where there is one.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    logits: Tensor | None
+    classes: ClassTable
+    path: Path | None = None
+
+    def overlay(self, alpha: float = 0.5) -> np.ndarray:
+        """Class colours over the image with a legend, (…, …, 3) uint8; see `visualize.overlay`."""
+        return overlay(self.image, self.labels, self.classes, alpha=alpha)
+
+    def confidence(self) -> np.ndarray:
+        """Probability of the winning class, (H, W) float32.
+
+        Raises:
+            ValueError: the logits were not kept.
+        """
+        if self.logits is None:
+            raise ValueError("the confidence needs logits: predict with labels_only=False.")
+        # exp(max - logsumexp) is the largest softmax value without a second tensor of all classes.
+        logits = self.logits.float()
+        return (logits.amax(dim=0) - logits.logsumexp(dim=0)).exp().cpu().numpy()
+
+
+class Predictor:
+    """Segments images given as files, arrays or Pillow images.
+
+    Example:
+        >>> predictor = Predictor("camvid/ccnet_R_18_small.py", "output/model_final.pth")  # doctest: +SKIP
+        >>> labels = predictor("street.png").labels  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | DictConfig | str | os.PathLike[str],
+        checkpoint: str | os.PathLike[str] | None = None,
+        *,
+        device: str | torch.device | None = None,
+        mode: str | InferenceMode | None = None,
+        classes: ClassTable | str | Sequence[str] | None = None,
+        input_format: str | None = None,
+        augmentations: Sequence[Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            model: a model of Detectron2's convention (see `inference.mode`), a run (LazyConfig), or a run's
+                name or file as `model_zoo.get_config` takes it.
+            checkpoint: weights to load; default: `train.init_checkpoint` of a run, none for a model.
+            device: where to run; default: where a given model is; for a run the GPU if there is one, else the
+                CPU.
+            mode: a test mode or its name ("whole", "slide", "ms", "ms-slide"); default: `test.inference` of a
+                run if it has one, else "whole".
+            classes: names and colours: a `ClassTable`, the name of a registered data set, or class names;
+                default: those of a run's test data set, else numbers.
+            input_format: channel order the model wants; default: its `input_format`.
+            augmentations: Detectron2 augmentations to apply to images, such as a resize; default: those of a
+                run's test mapper. Answers come back in the image's own size.
+
+        Raises:
+            UserError: no such run or checkpoint, a run without weights, no such device, or an input format
+                that is neither given nor known.
+        """
+        if isinstance(model, str | os.PathLike):
+            model = get_config(os.fspath(model))
+        cfg = model if isinstance(model, DictConfig) else None
+        if cfg is not None:
+            checkpoint = checkpoint or OmegaConf.select(cfg, "train.init_checkpoint")
+            if not checkpoint:
+                raise UserError("no weights to predict with: give a checkpoint (train.init_checkpoint=PATH).")
+            device = device or OmegaConf.select(cfg, "train.device") or "cpu"
+            model = instantiate(cfg.model)
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model must be a module, a LazyConfig or the name of one, got {type(model).__name__}."
+            )
+        if checkpoint is not None:
+            load_checkpoint(model, checkpoint)
+        self.model = model.to(_available(device)) if device is not None else model
+        self.model.eval()
+
+        self.input_format = input_format or getattr(model, "input_format", None)
+        if self.input_format not in ("RGB", "BGR"):
+            raise UserError(
+                f"the channel order of {type(model).__name__} must be 'RGB' or 'BGR', "
+                f"got {self.input_format!r}: give input_format."
+            )
+        if augmentations is None:
+            augmentations = _test_augmentations(cfg)
+        self.augmentations = T.AugmentationList(list(augmentations))
+        self.mode = _mode(mode, cfg).bind(self.model)
+        self._classes = _classes(classes, cfg)
+
+    def __call__(
+        self,
+        image: str | os.PathLike[str] | np.ndarray | Any,
+        *,
+        labels_only: bool = False,
+    ) -> Prediction:
+        """Segment one image.
+
+        Args:
+            image: a file, a Pillow image, or a uint8 array (H, W, 3) in RGB order or (H, W) grey. OpenCV's
+                arrays are BGR: give `image[:, :, ::-1]`.
+            labels_only: do not keep logits; needs far less memory for large images.
+
+        Returns:
+            The prediction in the image's own size.
+
+        Raises:
+            ValueError: the file is missing, truncated or no image (`SampleError`), or an array is of another
+                kind.
+            UserError: the model has another number of classes than names were given for.
+        """
+        path = Path(image) if isinstance(image, str | os.PathLike) else None
+        rgb = read_image(str(path)) if path is not None else as_rgb(image)
+        inputs = [self._inputs(rgb)]
+        if labels_only:
+            labels, logits = self.mode.predict_labels(inputs)[0], None
+        else:
+            logits = self.mode(inputs)[0]["sem_seg"]
+            labels = labels_of(logits)
+        classes = self._class_table(None if logits is None else logits.shape[0], labels)
+        return Prediction(rgb, labels.numpy(), logits, classes, path)
+
+    def predict_all(
+        self, inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, labels_only: bool = True
+    ) -> Iterator[Prediction]:
+        """Segment files, folders and glob patterns, one image after the other as they are asked for.
+
+        Args:
+            inputs: see `find_images`; a missing file is an error at once, before anything is predicted.
+            labels_only: see `__call__`.
+
+        Raises:
+            ImageFileError: a path does not exist, or there is no image.
+        """
+        paths = find_images(inputs)
+        return (self(path, labels_only=labels_only) for path in paths)
+
+    def attention(
+        self,
+        image: str | os.PathLike[str] | np.ndarray | Any,
+        x: int,
+        y: int,
+        *,
+        recurrence: int | None = None,
+        layer: str | None = None,
+    ) -> AttentionMaps:
+        """Where a pixel looks after 1 … R loops of the model's criss-cross attention; the image is run whole.
+
+        Args:
+            image: see `__call__`.
+            x, y: the pixel, column and row in the image.
+            recurrence: R; default: the layer's own.
+            layer: name of the RCCA layer, where the model has several.
+
+        Raises:
+            UserError: the pixel lies outside the image, or the model has no such layer.
+        """
+        path = Path(image) if isinstance(image, str | os.PathLike) else None
+        rgb = read_image(str(path)) if path is not None else as_rgb(image)
+        height, width = rgb.shape[:2]
+        if not (0 <= x < width and 0 <= y < height):
+            raise UserError(f"pixel ({x}, {y}) lies outside the image of {width}x{height}: x,y count from 0.")
+        rcca = find_rcca(self.model, layer)
+        inputs = self._inputs(rgb)
+        backbone = getattr(self.model, "backbone", rcca)
+        with torch.no_grad(), record_input(rcca) as features, record_input(backbone) as padded:
+            self.model([inputs])
+        if features[0].dim() != 4:
+            raise UserError("the model's attention is over clips, not single images: use `pixel_attention`.")
+        # Models pad images at the right and below, so the image is the upper left part of the feature map.
+        rows, columns = features[0].shape[-2:]
+        given = inputs["image"].shape[-2:]
+        full = padded[0].shape[-2:] if backbone is not rcca else given
+        extent = rows * given[0] / full[0], columns * given[1] / full[1]
+        cell = (
+            min(int((y + 0.5) / height * extent[0]), rows - 1),
+            min(int((x + 0.5) / width * extent[1]), columns - 1),
+        )
+        maps = pixel_attention(rcca, features[0], cell, recurrence)
+        return AttentionMaps(rgb, (x, y), cell, [one[0].float().cpu().numpy() for one in maps], extent)
+
+    def _inputs(self, rgb: np.ndarray) -> dict[str, Any]:
+        height, width = rgb.shape[:2]
+        augmented = T.AugInput(rgb if self.input_format == "RGB" else rgb[:, :, ::-1])
+        self.augmentations(augmented)
+        image = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+        return {"image": image, "height": height, "width": width}
+
+    def _class_table(self, num_classes: int | None, labels: Tensor) -> ClassTable:
+        """The names given, once they are known to fit the model; without any, numbers."""
+        known = self._classes
+        if known is None:
+            return ClassTable.numbered(num_classes or int(labels.max()) + 1)
+        if (num_classes is not None and num_classes != len(known)) or int(labels.max()) >= len(known):
+            found = num_classes or int(labels.max()) + 1
+            raise UserError(
+                f"the model gives {found} classes, but {len(known)} class names are known; "
+                "give `classes` that belong to it."
+            )
+        return known
+
+
+def _available(device: str | torch.device) -> torch.device:
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device '{device}' was asked for, but torch sees no GPU: take 'cpu'.")
+    return device
+
+
+def _mode(mode: str | InferenceMode | None, cfg: DictConfig | None) -> InferenceMode:
+    if mode is None:
+        configured = None if cfg is None else OmegaConf.select(cfg, "test.inference")
+        mode = "whole" if configured is None else instantiate(configured)
+    return build_mode(mode) if isinstance(mode, str) else mode
+
+
+def _test_augmentations(cfg: DictConfig | None) -> list[Any]:
+    configured = None if cfg is None else OmegaConf.select(cfg, "dataloader.test.mapper.augmentations")
+    return list(instantiate(configured)) if configured else []
+
+
+def _classes(classes: ClassTable | str | Sequence[str] | None, cfg: DictConfig | None) -> ClassTable | None:
+    if classes is None and cfg is not None:
+        names = OmegaConf.select(cfg, "dataloader.test.dataset.names")
+        classes = names if isinstance(names, str | None) else names[0]
+    if isinstance(classes, str):
+        return ClassTable.from_metadata(MetadataCatalog.get(classes))
+    if classes is None or isinstance(classes, ClassTable):
+        return classes
+    return ClassTable.create(classes)

@@ -1,0 +1,12 @@
+#include "launch.cuh"
+
+namespace ccnet {
+namespace cuda {
+
+const Kernels& bfloat16_kernels() {
+  static const Kernels kernels = kernels_of<BFloat16>();
+  return kernels;
+}
+
+}  // namespace cuda
+}  // namespace ccnet

@@ -1,0 +1,12 @@
+#include "launch.cuh"
+
+namespace ccnet {
+namespace cuda {
+
+const Kernels& float_kernels() {
+  static const Kernels kernels = kernels_of<float>();
+  return kernels;
+}
+
+}  // namespace cuda
+}  // namespace ccnet

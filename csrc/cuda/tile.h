@@ -1,0 +1,276 @@
+// Products of shared-memory tiles, one warp's share of the result in registers.
+//
+// WarpTile<T, Rows, Columns, A, B> accumulates A B in fp32: A is Rows x depth, B depth x Columns. An operand's Order says
+// how it lies in shared memory. Each lane holds kLaneRows x kLaneColumns elements; row(r) and column(c) tell which.
+//   fp16, bf16: tensor cores, mma.m16n8k16; operands by ldmatrix.
+//   fp32: exact multiply-adds, each lane a small outer product; no TF32.
+#pragma once
+
+#include "panel.h"
+
+namespace ccnet {
+namespace cuda {
+
+enum class Order {
+  kOuter,  // [row of A or column of B][depth]
+  kDepth,  // [depth][row of A or column of B]
+};
+
+// Where ldmatrix gets its rows for a fragment of 16 (outer) x 16 (depth) elements: lane l passes row `row`, segment
+// `segment`, both counted from the fragment's corner. The four 8x8 matrices come out as registers 0-3.
+struct FragmentRow {
+  int row;
+  int segment;
+};
+// A (16x16): registers are (rows 0-7, depth 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
+template <Order order>
+CCNET_HD FragmentRow fragment_row_a(int lane) {
+  if (order == Order::kOuter) return {lane & 15, lane >> 4};
+  return {(lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1};
+}
+// B (16 deep, 16 columns, two products wide): (depth 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
+template <Order order>
+CCNET_HD FragmentRow fragment_row_b(int lane) {
+  if (order == Order::kOuter) return {(lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1};
+  return {lane & 15, lane >> 4};
+}
+
+template <typename T, int Rows, int Columns, Order A, Order B>
+struct WarpTile {
+  static_assert(Rows % 16 == 0 && Columns % 32 == 0, "a warp's tile is a multiple of 16 x 32");
+  static constexpr int kDepthStep = 16;
+  static constexpr int kLaneRows = Rows / 8;
+  static constexpr int kLaneColumns = Columns / 4;
+  static constexpr int kRun = 2;  // neighbouring columns
+  static constexpr int kSegments = Columns / 32;
+
+  float sum[Rows / 16][Columns / 8][4];
+
+  CCNET_DEVICE void clear() {
+    CCNET_UNROLL
+    for (int m = 0; m < Rows / 16; ++m) {
+      CCNET_UNROLL
+      for (int n = 0; n < Columns / 8; ++n) {
+        CCNET_UNROLL
+        for (int e = 0; e < 4; ++e) sum[m][n][e] = 0.f;
+      }
+    }
+  }
+
+  // The place in the tile of element (r, c) of a thread's lane: that of (0, 0) and an offset.
+  static CCNET_HD constexpr int row_offset(int r) { return (r >> 1) * 16 + (r & 1) * 8; }
+  static CCNET_HD constexpr int column_offset(int c) { return (c >> 1) * 8 + (c & 1); }
+  static CCNET_HD constexpr int row(int thread, int r) { return (thread % kWarp >> 2) + row_offset(r); }
+  static CCNET_HD constexpr int column(int thread, int c) { return (thread & 3) * 2 + column_offset(c); }
+  CCNET_DEVICE float& at(int r, int c) { return sum[r >> 1][c >> 1][(r & 1) * 2 + (c & 1)]; }
+
+  // Row `a0` of A and column `b0` of B are the tile's corner; the depth runs from 0.
+  CCNET_DEVICE void multiply(const Panels& a, int a0, const Panels& b, int b0, int depth) {
+    const int lane = thread_index() % kWarp;
+    const FragmentRow ra = fragment_row_a<A>(lane);
+    const FragmentRow rb = fragment_row_b<B>(lane);
+    CCNET_UNROLL_BY(2)
+    for (int k = 0; k < depth; k += 16) {
+      uint32_t fa[Rows / 16][4];
+      CCNET_UNROLL
+      for (int m = 0; m < Rows / 16; ++m) {
+        if (A == Order::kOuter) {
+          load_matrices(fa[m], a.segment(a0 + 16 * m + ra.row, k / 8 + ra.segment));
+        } else {
+          load_matrices_transposed(fa[m], a.segment(k + ra.row, (a0 + 16 * m) / 8 + ra.segment));
+        }
+      }
+      CCNET_UNROLL
+      for (int n = 0; n < Columns / 16; ++n) {
+        uint32_t fb[4];
+        if (B == Order::kOuter) {
+          load_matrices(fb, b.segment(b0 + 16 * n + rb.row, k / 8 + rb.segment));
+        } else {
+          load_matrices_transposed(fb, b.segment(k + rb.row, (b0 + 16 * n) / 8 + rb.segment));
+        }
+        CCNET_UNROLL
+        for (int m = 0; m < Rows / 16; ++m) {
+          multiply_accumulate<T>(sum[m][2 * n], fa[m], fb[0], fb[1]);
+          multiply_accumulate<T>(sum[m][2 * n + 1], fa[m], fb[2], fb[3]);
+        }
+      }
+    }
+  }
+
+  // Reductions over the lanes that hold one row; every one of them gets the result.
+  static CCNET_DEVICE float row_max(float v) {
+    v = fmaxf(v, shuffle_xor(v, 1));
+    return fmaxf(v, shuffle_xor(v, 2));
+  }
+  static CCNET_DEVICE float row_sum(float v) {
+    v += shuffle_xor(v, 1);
+    return v + shuffle_xor(v, 2);
+  }
+  static CCNET_DEVICE bool leads_row() { return (thread_index() & 3) == 0; }
+
+  // Elements (r, c) .. (r, c + kRun - 1) of this lane, at the same place of a matrix in shared memory whose corner is
+  // (row0, column0).
+  static CCNET_DEVICE void fetch(const Panels& p, int thread, int row0, int column0, int r, int c, float (&v)[kRun]) {
+    const uint32_t word = load_shared<uint32_t>(p.element<T>(row0 + row(thread, r), column0 + column(thread, c)));
+    v[0] = to_float<T>(T{static_cast<uint16_t>(word)});
+    v[1] = to_float<T>(T{static_cast<uint16_t>(word >> 16)});
+  }
+  static CCNET_DEVICE void put(const Panels& p, int thread, int row0, int column0, int r, int c, const float (&v)[kRun]) {
+    store_shared<uint32_t>(p.element<T>(row0 + row(thread, r), column0 + column(thread, c)), pack<T>(v[0], v[1]));
+  }
+
+  // One 16-byte segment's worth of neighbouring columns of row(r), beginning at segment_column(s). A collective of the
+  // warp: the four lanes of a row exchange their pairs, so that each ends up with one of four neighbouring 8-column
+  // groups.
+  static CCNET_HD constexpr int segment_column(int thread, int s) { return s * 32 + (thread & 3) * 8; }
+  CCNET_DEVICE void segment(int r, int s, float (&v)[8]) {
+    CCNET_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      v[2 * j] = at(r, 8 * s + 2 * j);
+      v[2 * j + 1] = at(r, 8 * s + 2 * j + 1);
+    }
+    CCNET_UNROLL
+    for (int bit = 1; bit < 4; bit *= 2) {
+      const bool high = (thread_index() & bit) != 0;
+      CCNET_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        if ((j & bit) != 0) continue;
+        CCNET_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          float& low_value = v[2 * j + e];
+          float& high_value = v[2 * (j + bit) + e];
+          const float received = shuffle_xor(high ? low_value : high_value, bit);
+          if (high) {
+            low_value = received;
+          } else {
+            high_value = received;
+          }
+        }
+      }
+    }
+  }
+};
+
+// Lanes form 4 rows x 8 columns. Along an operand stored kOuter a lane's elements are that grid repeated, along one
+// stored kDepth they are runs of four: either way a warp reads each 16-byte segment once and without bank conflicts.
+template <int Rows, int Columns, Order A, Order B>
+struct WarpTile<float, Rows, Columns, A, B> {
+  static_assert(Rows % 16 == 0 && Columns % 32 == 0, "a warp's tile is a multiple of 16 x 32");
+  static constexpr int kDepthStep = 4;
+  static constexpr int kLaneRows = Rows / 4;
+  static constexpr int kLaneColumns = Columns / 8;
+  static constexpr int kRun = 1;
+  static constexpr int kSegments = Columns / 32;
+
+  float sum[kLaneRows][kLaneColumns];
+
+  CCNET_DEVICE void clear() {
+    CCNET_UNROLL
+    for (int r = 0; r < kLaneRows; ++r) {
+      CCNET_UNROLL
+      for (int c = 0; c < kLaneColumns; ++c) sum[r][c] = 0.f;
+    }
+  }
+
+  static CCNET_HD constexpr int row_offset(int r) { return A == Order::kOuter ? 4 * r : (r >> 2) * 16 + (r & 3); }
+  static CCNET_HD constexpr int column_offset(int c) { return B == Order::kOuter ? 8 * c : (c >> 2) * 32 + (c & 3); }
+  static CCNET_HD constexpr int row(int thread, int r) {
+    return (thread % kWarp >> 3) * (A == Order::kOuter ? 1 : 4) + row_offset(r);
+  }
+  static CCNET_HD constexpr int column(int thread, int c) {
+    return (thread & 7) * (B == Order::kOuter ? 1 : 4) + column_offset(c);
+  }
+  CCNET_DEVICE float& at(int r, int c) { return sum[r][c]; }
+
+  static CCNET_DEVICE void load4(float (&v)[4], const char* p) {
+    const Segment s = load_shared<Segment>(p);
+    CCNET_UNROLL
+    for (int e = 0; e < 4; ++e) v[e] = bits_to_float(s.word[e]);
+  }
+
+  CCNET_DEVICE void multiply(const Panels& a, int a0, const Panels& b, int b0, int depth) {
+    const int thread = thread_index();
+    CCNET_UNROLL_BY(1)
+    for (int k = 0; k < depth; k += 4) {
+      if (A == Order::kOuter && B == Order::kOuter) {
+        float fa[kLaneRows][4];
+        CCNET_UNROLL
+        for (int r = 0; r < kLaneRows; ++r) load4(fa[r], a.segment(a0 + row(thread, r), k / 4));
+        CCNET_UNROLL
+        for (int c = 0; c < kLaneColumns; ++c) {
+          float fb[4];
+          load4(fb, b.segment(b0 + column(thread, c), k / 4));
+          CCNET_UNROLL
+          for (int e = 0; e < 4; ++e) {
+            CCNET_UNROLL
+            for (int r = 0; r < kLaneRows; ++r) sum[r][c] = fmaf(fa[r][e], fb[e], sum[r][c]);
+          }
+        }
+      } else if (A == Order::kOuter) {
+        float fa[kLaneRows][4];
+        CCNET_UNROLL
+        for (int r = 0; r < kLaneRows; ++r) load4(fa[r], a.segment(a0 + row(thread, r), k / 4));
+        CCNET_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          CCNET_UNROLL
+          for (int q = 0; q < kLaneColumns / 4; ++q) {
+            float fb[4];
+            load4(fb, b.segment(k + e, (b0 + column(thread, 4 * q)) / 4));
+            CCNET_UNROLL
+            for (int r = 0; r < kLaneRows; ++r) {
+              CCNET_UNROLL
+              for (int f = 0; f < 4; ++f) sum[r][4 * q + f] = fmaf(fa[r][e], fb[f], sum[r][4 * q + f]);
+            }
+          }
+        }
+      } else {
+        static_assert(A == Order::kOuter || B == Order::kDepth, "a transposed A goes with a B stored by depth");
+        CCNET_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          float fa[kLaneRows / 4][4];
+          CCNET_UNROLL
+          for (int p = 0; p < kLaneRows / 4; ++p) load4(fa[p], a.segment(k + e, (a0 + row(thread, 4 * p)) / 4));
+          CCNET_UNROLL
+          for (int q = 0; q < kLaneColumns / 4; ++q) {
+            float fb[4];
+            load4(fb, b.segment(k + e, (b0 + column(thread, 4 * q)) / 4));
+            CCNET_UNROLL
+            for (int r = 0; r < kLaneRows; ++r) {
+              CCNET_UNROLL
+              for (int f = 0; f < 4; ++f) sum[r][4 * q + f] = fmaf(fa[r >> 2][r & 3], fb[f], sum[r][4 * q + f]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  static CCNET_DEVICE float row_max(float v) {
+    CCNET_UNROLL
+    for (int bit = 1; bit < 8; bit *= 2) v = fmaxf(v, shuffle_xor(v, bit));
+    return v;
+  }
+  static CCNET_DEVICE float row_sum(float v) {
+    CCNET_UNROLL
+    for (int bit = 1; bit < 8; bit *= 2) v += shuffle_xor(v, bit);
+    return v;
+  }
+  static CCNET_DEVICE bool leads_row() { return (thread_index() & 7) == 0; }
+
+  static CCNET_DEVICE void fetch(const Panels& p, int thread, int row0, int column0, int r, int c, float (&v)[1]) {
+    v[0] = load_shared<float>(p.element<float>(row0 + row(thread, r), column0 + column(thread, c)));
+  }
+  static CCNET_DEVICE void put(const Panels& p, int thread, int row0, int column0, int r, int c, const float (&v)[1]) {
+    store_shared<float>(p.element<float>(row0 + row(thread, r), column0 + column(thread, c)), v[0]);
+  }
+
+  static CCNET_HD constexpr int segment_column(int thread, int s) { return s * 32 + (thread & 7) * 4; }
+  CCNET_DEVICE void segment(int r, int s, float (&v)[4]) {
+    static_assert(B == Order::kDepth, "only then are a lane's columns neighbours");
+    CCNET_UNROLL
+    for (int e = 0; e < 4; ++e) v[e] = at(r, 4 * s + e);
+  }
+};
+
+}  // namespace cuda
+}  // namespace ccnet

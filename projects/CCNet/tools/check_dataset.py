@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Read a data set once and report everything that would spoil a training run.
+
+Label histogram, values that are no class, black and white masks, missing, damaged or mismatched files, and
+classes that the validation set has but the training set lacks. Exits with 1 if something is wrong.
+
+Examples:
+    python projects/CCNet/tools/check_dataset.py camvid_sem_seg_train camvid_sem_seg_val
+    python projects/CCNet/tools/check_dataset.py --config-file my_run.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from detectron2.config import LazyConfig
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from ccnet_d2.data import DatasetError
+from ccnet_d2.data.check import DatasetReport, check_coverage, check_dataset, format_report
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "datasets", nargs="*", metavar="TRAIN [VAL ...]", help="registered names, training first"
+    )
+    parser.add_argument("--config-file", help="take the names from the dataloader of a LazyConfig file")
+    parser.add_argument("--labels-only", action="store_true", help="do not decode images (faster)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="files read at once")
+    parser.add_argument("--max-problems", type=int, default=20, help="problems printed for each data set")
+    args = parser.parse_args(argv)
+    if bool(args.datasets) == bool(args.config_file):
+        parser.error("give the names of registered data sets, or --config-file")
+    return args
+
+
+def names_in_config(path: str) -> list[str]:
+    """Data sets of ``dataloader.train`` and ``dataloader.test``, the training one first."""
+    if not os.path.isfile(path):
+        raise DatasetError(f"The config file '{path}' does not exist.")
+    cfg = LazyConfig.load(path)
+    names: list[str] = []
+    for split in ("train", "test"):
+        found = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")
+        if found is not None:
+            names += [found] if isinstance(found, str) else list(found)
+    if not names:
+        raise DatasetError(f"The config file '{path}' has no dataloader.train.dataset.names.")
+    return list(dict.fromkeys(names))
+
+
+def run_check(name: str, args: argparse.Namespace) -> DatasetReport:
+    """Check one data set under a progress bar on standard error."""
+    with tqdm(desc=name, unit="sample", leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return check_dataset(
+            name, with_images=not args.labels_only, threads=max(args.threads, 1), progress=progress
+        )
+
+
+def print_findings(problems: list[str], notes: list[str], most: int) -> None:
+    for problem in problems[:most]:
+        print(f"  problem: {problem}")
+    if len(problems) > most:
+        print(f"  problem: … and {len(problems) - most} more; see them with --max-problems.")
+    for note in notes:
+        print(f"  note: {note}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    wrong = 0
+    reports: list[DatasetReport] = []
+    try:
+        names = args.datasets or names_in_config(args.config_file)
+    except DatasetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for name in names:
+        try:
+            report = run_check(name, args)
+        except DatasetError as error:
+            print(f"error: {error}", file=sys.stderr)
+            wrong += 1
+            continue
+        reports.append(report)
+        print(format_report(report))
+        print_findings(report.problems, report.notes, args.max_problems)
+        wrong += len(report.problems)
+    # The first is the training set; if that one could not be read there is nothing to compare with.
+    if reports and reports[0].name == names[0]:
+        for other in reports[1:]:
+            problems, notes = check_coverage(reports[0], other)
+            if problems or notes:
+                print(f"{names[0]} against {other.name}")
+                print_findings(problems, notes, args.max_problems)
+            wrong += len(problems)
+    print(f"{wrong} problem{'s' * (wrong != 1)} found." if wrong else "No problems found.")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Fetch one known file from the package index that pip is configured for, without pip.
+
+The set-up needs two files that pip cannot get: pip itself where the system has none, and the source archive
+of Detectron2, which pip refuses for a dependency that it declares. Both are known by their sha256, so that it
+does not matter which index they come from. Standard library only.
+"""
+
+from __future__ import annotations
+
+import base64
+import configparser
+import hashlib
+import os
+import re
+import ssl
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+from pip_runner import InstallError
+
+DEFAULT_INDEX = "https://pypi.org/simple"
+MAX_BYTES = 64 * 2**20
+TIMEOUT_S = 60.0
+
+
+def pip_option(name: str) -> str | None:
+    """Return an option of ``pip install`` from the environment or from pip's configuration files.
+
+    Args:
+        name: the option as in pip's files, such as "index-url".
+    """
+    from_environment = os.environ.get("PIP_" + name.upper().replace("-", "_"))
+    if from_environment:
+        return from_environment
+    home = Path(os.path.expanduser("~"))
+    config_home = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
+    # Later files win, as with pip.
+    files = [Path("/etc/pip.conf"), home / ".pip" / "pip.conf", config_home / "pip" / "pip.conf"]
+    if os.environ.get("PIP_CONFIG_FILE"):
+        files.append(Path(os.environ["PIP_CONFIG_FILE"]))
+    parser = configparser.RawConfigParser()
+    try:
+        parser.read(files, encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError) as error:
+        raise InstallError(f"pip's configuration cannot be read: {str(error).splitlines()[0]}.") from error
+    for section in ("install", "global"):
+        if parser.has_option(section, name):
+            return parser.get(section, name).strip() or None
+    return None
+
+
+def configured_indexes() -> list[str]:
+    """Return the package indexes pip asks, the main one first."""
+    indexes = [pip_option("index-url") or DEFAULT_INDEX, *(pip_option("extra-index-url") or "").split()]
+    return [index.rstrip("/") for index in indexes]
+
+
+def without_credentials(url: str) -> str:
+    """Return the URL without user name and password, for messages and for the request line."""
+    parts = urllib.parse.urlsplit(url)
+    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def find_link(page: str, page_url: str, filename: str) -> str | None:
+    """Return the address of a file on an index page (HTML, PEP 503), None if it is not there."""
+    for href in re.findall(r"""<a\b[^>]*?\bhref=["']([^"']+)["']""", page, flags=re.IGNORECASE):
+        url = urllib.parse.urljoin(page_url, href.replace("&amp;", "&"))
+        path = urllib.parse.urlsplit(url).path
+        if urllib.parse.unquote(path.rpartition("/")[2]) == filename:
+            return urllib.parse.urldefrag(url).url
+    return None
+
+
+def _read(url: str, context: ssl.SSLContext, credentials: str) -> tuple[bytes, str]:
+    """Read a URL; returns the content and the URL it came from after redirections."""
+    request = urllib.request.Request(
+        url, headers={"Accept": "text/html, */*;q=0.1", "User-Agent": "ccnet_d2"}
+    )
+    if credentials:
+        token = base64.b64encode(urllib.parse.unquote(credentials).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=context) as response:
+        content: bytes = response.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"it sends more than {MAX_BYTES} bytes")
+        return content, response.url
+
+
+def fetch_file(project: str, filename: str, sha256: str, directory: Path) -> Path:
+    """Download a file of a project from the package index and check its sha256.
+
+    Args:
+        project: normalized name of the project on the index.
+        filename: the file wanted.
+        sha256: its hash.
+        directory: where it goes, under the same name.
+
+    Returns:
+        The file, whole and verified.
+
+    Raises:
+        InstallError: no index can be reached, none has the file, or it is another one.
+    """
+    try:
+        context = ssl.create_default_context(cafile=pip_option("cert"))
+    except OSError as error:
+        raise InstallError(f"PIP_CERT, {pip_option('cert')}, cannot be used: {error.strerror}.") from error
+    failures = []
+    for index in configured_indexes():
+        host = urllib.parse.urlsplit(index).netloc
+        credentials = host.rpartition("@")[0]
+        place = without_credentials(index)
+        try:
+            page, page_url = _read(f"{place}/{project}/", context, credentials)
+            link = find_link(page.decode("utf-8", errors="replace"), page_url, filename)
+            if link is None:
+                failures.append(f"{place} has no {filename}")
+                continue
+            same_host = urllib.parse.urlsplit(link).netloc == urllib.parse.urlsplit(place).netloc
+            content, _ = _read(link, context, credentials if same_host else "")
+        except (OSError, ValueError) as error:  # URLError and HTTPError are OSErrors
+            reason = getattr(error, "reason", None) or error
+            if isinstance(reason, ssl.SSLCertVerificationError):
+                reason = "its certificate cannot be verified: apt install ca-certificates, or set PIP_CERT"
+            failures.append(f"{place} cannot be read ({reason})")
+            continue
+        found = hashlib.sha256(content).hexdigest()
+        if found != sha256:
+            failures.append(f"{filename} of {place} has sha256 {found} instead of {sha256}")
+            continue
+        path = directory / filename
+        path.write_bytes(content)
+        return path
+    raise InstallError(
+        f"{filename} cannot be downloaded ({'; '.join(failures)}): check the network, or the index that pip is"
+        " configured for, and run the command again."
+    )

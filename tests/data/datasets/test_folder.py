@@ -1,0 +1,221 @@
+"""Registration of two folders."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ccnet_d2.data import DatasetError, classes_of, get_sem_seg_dataset_dicts, register_sem_seg_folder
+from ccnet_d2.data.datasets.folder import default_colors
+
+LABEL = np.zeros((4, 6), np.uint8)
+
+
+def _register(root: Path, **kwargs) -> None:
+    register_sem_seg_folder("mine", root / "images", root / "labels", ["a", "b"], **kwargs)
+
+
+def test_pairs_by_name_in_order(tmp_path: Path, write_pair: Callable) -> None:
+    pairs = {
+        name: write_pair(name, LABEL, extension=ext)
+        for name, ext in (("b", "jpg"), ("a", "png"), ("c/d", "png"))
+    }
+    (tmp_path / "images" / "Thumbs.db").write_bytes(b"no image")
+    (tmp_path / "labels" / ".hidden.png").write_bytes(b"no label map")
+    _register(tmp_path)
+    samples = DatasetCatalog.get("mine")
+    assert [(s["file_name"], s["sem_seg_file_name"]) for s in samples] == [
+        pairs["a"],
+        pairs["b"],
+        pairs["c/d"],
+    ]
+    assert [s["image_id"] for s in samples] == ["a", "b", "c/d"]
+
+
+def test_metadata(tmp_path: Path) -> None:
+    _register(tmp_path, colors=[[1, 2, 3], [4, 5, 6]], ignore_label=7)
+    metadata = MetadataCatalog.get("mine")
+    assert metadata.stuff_classes == ["a", "b"]
+    assert metadata.stuff_colors == [(1, 2, 3), (4, 5, 6)]
+    assert metadata.ignore_label == 7
+    assert metadata.image_root == str(tmp_path / "images")
+    assert metadata.sem_seg_root == str(tmp_path / "labels")
+    assert metadata.evaluator_type == "sem_seg"
+    assert classes_of("mine") == (["a", "b"], 7)
+
+
+def test_split_list_chooses_and_orders(tmp_path: Path, write_pair: Callable) -> None:
+    for name in "abc":
+        write_pair(name, LABEL)
+    (tmp_path / "some.txt").write_text("c\n\na\n")
+    _register(tmp_path, split_file=tmp_path / "some.txt")
+    assert [s["image_id"] for s in DatasetCatalog.get("mine")] == ["c", "a"]
+    for content, message in (
+        ("a\nx\n", "no image for 'x'"),
+        ("", "is empty"),
+        ("a\nb\na\n", "names 'a' twice"),
+    ):
+        (tmp_path / "some.txt").write_text(content)
+        with pytest.raises(DatasetError, match=message):
+            DatasetCatalog.get("mine")
+    (tmp_path / "some.txt").unlink()
+    with pytest.raises(DatasetError, match=r"split list .*some.txt' does not exist"):
+        DatasetCatalog.get("mine")
+
+
+def test_suffixes(tmp_path: Path, write_pair: Callable) -> None:
+    image, _ = write_pair("x/one_leftImg8bit", LABEL)
+    os.renames(
+        tmp_path / "labels" / "x" / "one_leftImg8bit.png", tmp_path / "labels" / "x" / "one_gt_ids.png"
+    )
+    (tmp_path / "labels" / "x" / "one_gt_color.png").write_bytes(b"ignored")
+    _register(tmp_path, image_suffix="_leftImg8bit.png", label_suffix="_gt_ids.png")
+    assert DatasetCatalog.get("mine") == [
+        {
+            "file_name": image,
+            "sem_seg_file_name": str(tmp_path / "labels" / "x" / "one_gt_ids.png"),
+            "image_id": "x/one",
+        }
+    ]
+
+
+def test_missing_folders_and_pairs(tmp_path: Path, write_pair: Callable) -> None:
+    _register(tmp_path, hint="Ask the librarian.")
+    with pytest.raises(DatasetError, match=r"image folder '.*images' does not exist. Ask the librarian.$"):
+        DatasetCatalog.get("mine")
+    (tmp_path / "images").mkdir()
+    with pytest.raises(DatasetError, match=r"'.*images' holds no image files. Ask the librarian.$"):
+        DatasetCatalog.get("mine")
+    for name in "abcde":
+        write_pair(name, LABEL)
+    (tmp_path / "labels" / "c.png").unlink()
+    with pytest.raises(DatasetError, match=r"'.*labels' has no label map for 'c', which '.*images' names"):
+        DatasetCatalog.get("mine")
+    for name in "abde":
+        (tmp_path / "images" / f"{name}.png").unlink()
+    write_pair("c", LABEL)
+    with pytest.raises(DatasetError, match=r"'.*images' has no image for 'a', 'b', 'd' and 1 more"):
+        DatasetCatalog.get("mine")
+
+
+def test_two_images_of_one_name(tmp_path: Path, write_pair: Callable) -> None:
+    write_pair("a", LABEL)
+    write_pair("a", LABEL, extension="jpg")
+    _register(tmp_path)
+    with pytest.raises(DatasetError, match="have the same name"):
+        DatasetCatalog.get("mine")
+
+
+def test_registering_again_replaces(tmp_path: Path, write_pair: Callable) -> None:
+    write_pair("a", LABEL)
+    _register(tmp_path / "elsewhere")
+    _register(tmp_path)
+    _register(tmp_path)
+    assert len(DatasetCatalog.get("mine")) == 1
+    assert MetadataCatalog.get("mine").image_root == str(tmp_path / "images")
+    DatasetCatalog.register("theirs", list)
+    with pytest.raises(DatasetError, match="'theirs' is already registered by another library"):
+        register_sem_seg_folder("theirs", tmp_path, tmp_path, ["a"])
+
+
+def test_bad_descriptions(tmp_path: Path) -> None:
+    for kwargs, message in (
+        ({"classes": []}, "at least one class"),
+        ({"classes": ["a", "a"]}, "same name"),
+        ({"classes": ["a", "b"], "colors": [(0, 0, 0)]}, "1 colours for 2 classes"),
+        ({"classes": ["a", "b"], "ignore_label": 1}, "ignore_label 1 is class 'b'"),
+    ):
+        with pytest.raises(DatasetError, match=message):
+            register_sem_seg_folder("mine", tmp_path, tmp_path, **kwargs)
+    assert "mine" not in DatasetCatalog
+
+
+def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write_pair: Callable) -> None:
+    write_pair("a", LABEL)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    register_sem_seg_folder("mine", "~/images", "~/labels", ["a"])
+    assert DatasetCatalog.get("mine")[0]["file_name"] == str(tmp_path / "images" / "a.png")
+
+
+def test_voc_colours() -> None:
+    # From the development kit: aeroplane, bicycle, chair, train, tvmonitor.
+    colors = default_colors(21)
+    assert colors[0] == (0, 0, 0)
+    assert [colors[i] for i in (1, 2, 9, 19, 20)] == [
+        (128, 0, 0),
+        (0, 128, 0),
+        (192, 0, 0),
+        (128, 192, 0),
+        (0, 64, 128),
+    ]
+    assert len(set(default_colors(200))) == 200
+
+
+def test_unknown_names_and_disagreeing_sets(tmp_path: Path) -> None:
+    with pytest.raises(
+        DatasetError, match="no data set 'camvid_sem_seg_trian'; did you mean 'camvid_sem_seg_train'"
+    ):
+        get_sem_seg_dataset_dicts("camvid_sem_seg_trian")
+    with pytest.raises(DatasetError, match="No data set is named"):
+        get_sem_seg_dataset_dicts([])
+    _register(tmp_path)
+    with pytest.raises(DatasetError, match="'mine' and 'camvid_sem_seg_train' differ"):
+        classes_of(["mine", "camvid_sem_seg_train"])
+    with pytest.raises(DatasetError, match="without stuff_classes"):
+        classes_of("voc_2007_train")
+
+
+FIVE_LINES = """
+from detectron2.config import LazyCall as L
+from detectron2.data import build_detection_train_loader
+from omegaconf import OmegaConf
+from ccnet_d2.data import SemSegMapper, get_sem_seg_dataset_dicts
+from ccnet_d2.data.transforms import RandomScaleCrop
+
+{registration}
+
+dataloader = OmegaConf.create()
+dataloader.train = L(build_detection_train_loader)(
+    dataset=L(get_sem_seg_dataset_dicts)(names="my_street_train"),
+    mapper=L(SemSegMapper)(
+        is_train=True,
+        augmentations=[L(RandomScaleCrop)(crop_size=(16, 24), scale_range=(0.5, 2.0))],
+        dataset_names="${{..dataset.names}}",
+    ),
+    total_batch_size=2,
+    aspect_ratio_grouping=False,
+)
+"""
+
+
+def _registration_in_readme() -> str:
+    readme = Path(__file__).parents[3] / "projects" / "CCNet" / "datasets" / "README.md"
+    section = readme.read_text(encoding="utf-8").partition("## Your own folders")[2]
+    return section.partition("```python\n")[2].partition("```")[0]
+
+
+def test_own_folders_from_a_lazy_config(
+    tmp_path: Path, write_pair: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The five lines that the README shows, in a config file."""
+    registration = _registration_in_readme()
+    assert 0 < len(registration.strip().splitlines()) <= 5
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for index in range(3):
+            write_pair(f"{split}/{index}", rng.integers(0, 3, (20, 30), dtype=np.uint8))
+    (tmp_path / "my_street").mkdir()
+    for kind in ("images", "labels"):
+        os.rename(tmp_path / kind, tmp_path / "my_street" / kind)
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "my_run.py"
+    config.write_text(FIVE_LINES.format(registration=registration))
+    for _ in range(2):  # a config file may be loaded twice in one process
+        batch = next(iter(instantiate(LazyConfig.load(str(config)).dataloader.train)))
+    assert len(batch) == 2
+    assert batch[0]["image"].shape == (3, 16, 24) and batch[0]["sem_seg"].shape == (16, 24)
+    assert set(batch[0]["sem_seg"].unique().tolist()) <= {0, 1, 2, 255}

@@ -1,0 +1,187 @@
+"""Reading of image and label files, whole and damaged."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from ccnet_d2.data import SampleError
+from ccnet_d2.data.image_files import read_image, read_label
+
+RNG = np.random.default_rng(0)
+PIXELS = cv2.resize(RNG.integers(0, 256, (8, 12, 3), dtype=np.uint8), (96, 64), interpolation=cv2.INTER_CUBIC)
+
+
+def _encoded(suffix: str, **options) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(PIXELS).save(stream, suffix, **options)
+    return stream.getvalue()
+
+
+def _with_thumbnail() -> bytes:
+    """A JPEG file whose Exif holds a whole JPEG file, end marker and all."""
+    thumbnail = io.BytesIO()
+    Image.fromarray(PIXELS[::4, ::4]).save(thumbnail, "JPEG")
+    exif = b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0" + thumbnail.getvalue()
+    plain = _encoded("JPEG")
+    return plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + plain[2:]
+
+
+FORMATS = {
+    "png": _encoded("PNG"),
+    "png-stored": _encoded("PNG", compress_level=0),
+    "jpg": _encoded("JPEG", quality=95),
+    "jpg-progressive": _encoded("JPEG", progressive=True, quality=95),
+    "jpg-restarts": _encoded("JPEG", restart_marker_blocks=4),
+    "jpg-thumbnail": _with_thumbnail(),
+    "bmp": _encoded("BMP"),
+    "tif": _encoded("TIFF", compression="tiff_lzw"),
+    "webp": _encoded("WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_same_pixels_as_pillow(tmp_path: Path, kind: str, order: str) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(FORMATS[kind])
+    with Image.open(path) as image:
+        expected = np.asarray(image.convert("RGB")).astype(int)
+    found = read_image(str(path), order)
+    assert found.dtype == np.uint8 and found.flags.c_contiguous
+    # The two libraries round JPEG colours differently.
+    np.testing.assert_allclose(
+        found if order == "RGB" else found[..., ::-1], expected, atol=4 * kind.startswith("jpg")
+    )
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kept", [0.02, 0.3, 0.6, 0.9])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_truncated_images_are_noticed(tmp_path: Path, kind: str, kept: float) -> None:
+    path = tmp_path / "cut.img"
+    path.write_bytes(FORMATS[kind][: int(len(FORMATS[kind]) * kept)])
+    with pytest.raises(SampleError, match=r"image '.*cut\.img' (is truncated|cannot be decoded)") as error:
+        read_image(str(path))
+    assert error.value.path == str(path)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind.startswith(("png", "jpg"))])
+def test_a_missing_last_byte_is_noticed(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "cut.img"
+    path.write_bytes(FORMATS[kind][:-1])
+    with pytest.raises(SampleError, match="is truncated"):
+        read_image(str(path))
+
+
+def test_bytes_after_the_end_do_no_harm(tmp_path: Path) -> None:
+    for kind in ("png", "jpg", "jpg-progressive"):
+        path = tmp_path / kind
+        path.write_bytes(FORMATS[kind] + b"\0" * 100)
+        assert read_image(str(path)).shape == PIXELS.shape
+
+
+def test_unusable_images(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    with pytest.raises(SampleError, match=r"'.*image\.png' cannot be read: No such file"):
+        read_image(str(path))
+    for data, message in (
+        (b"", "is an empty file"),
+        (b"this is a text", "cannot be decoded"),
+        (b"\x89PNG\r\n\x1a\n", "is truncated"),
+        (b"\xff\xd8\xff", "is truncated"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(SampleError, match=message):
+            read_image(str(path))
+    damaged = bytearray(FORMATS["png"])
+    damaged[len(damaged) // 2] ^= 0xFF
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(SampleError, match="cannot be decoded"):
+        read_image(str(path))
+    with pytest.raises(SampleError, match="cannot be read: Is a directory"):
+        read_image(str(tmp_path))
+
+
+def test_gray_alpha_deep_and_rotated_images(tmp_path: Path) -> None:
+    path = str(tmp_path / "image.png")
+    Image.fromarray(PIXELS[..., 0]).save(path)
+    np.testing.assert_array_equal(read_image(path), np.repeat(PIXELS[..., :1], 3, axis=2))
+    Image.fromarray(np.dstack([PIXELS, np.full(PIXELS.shape[:2], 7, np.uint8)])).save(path)
+    np.testing.assert_array_equal(read_image(path), PIXELS)
+    cv2.imwrite(path, PIXELS[..., ::-1].astype(np.uint16) * 257)
+    np.testing.assert_array_equal(read_image(path), PIXELS)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.fromarray(PIXELS).save(path := str(tmp_path / "image.jpg"), exif=exif, quality=95)
+    assert read_image(path).shape == (PIXELS.shape[1], PIXELS.shape[0], 3)
+
+
+LABEL = RNG.integers(0, 21, (10, 14), dtype=np.uint8)
+
+
+def test_gray_palette_and_deep_labels(tmp_path: Path) -> None:
+    path = str(tmp_path / "label.png")
+    Image.fromarray(LABEL).save(path)
+    np.testing.assert_array_equal(read_label(path), LABEL)
+    image = Image.fromarray(LABEL)
+    image.putpalette([(i * 91) % 256 for i in range(768)])
+    for bits in (8, 5):  # Pillow packs 21 colours into 8 bits, 16 into 4
+        image.save(path, bits=bits)
+        np.testing.assert_array_equal(read_label(path), LABEL)
+    few = LABEL % 4
+    image = Image.fromarray(few)
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255])
+    image.save(path, bits=2)
+    np.testing.assert_array_equal(read_label(path), few)
+    cv2.imwrite(path, LABEL.astype(np.uint16) + 300)
+    assert read_label(path).dtype == np.uint16
+    np.testing.assert_array_equal(read_label(path), LABEL.astype(int) + 300)
+    Image.fromarray(LABEL).save(path := str(tmp_path / "label.tif"))
+    np.testing.assert_array_equal(read_label(path), LABEL)
+
+
+def test_one_bit_masks_are_zero_and_one(tmp_path: Path) -> None:
+    path = str(tmp_path / "label.png")
+    Image.fromarray(LABEL > 9).save(path)
+    np.testing.assert_array_equal(read_label(path), (LABEL > 9).astype(np.uint8))
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_coloured_labels_are_refused(tmp_path: Path, channels: int) -> None:
+    path = str(tmp_path / "label.png")
+    Image.fromarray(np.repeat(LABEL[..., None], channels, axis=2)).save(path)
+    with pytest.raises(SampleError, match=rf"label map '.*label\.png' has {channels} channels"):
+        read_label(path)
+
+
+def test_lossy_float_and_damaged_labels_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(LABEL).save(jpg := str(tmp_path / "label.jpg"))
+    with pytest.raises(SampleError, match="is a JPEG file, which alters labels"):
+        read_label(jpg)
+    Image.fromarray(LABEL.astype(np.float32)).save(tif := str(tmp_path / "label.tif"))
+    with pytest.raises(SampleError, match="holds float32 values"):
+        read_label(tif)
+    Image.fromarray(LABEL).save(png := tmp_path / "label.png")
+    png.write_bytes(png.read_bytes()[:-13])
+    with pytest.raises(SampleError, match=r"label map .* is truncated"):
+        read_label(str(png))
+
+
+def test_headers_that_lie(tmp_path: Path) -> None:
+    """Chunk lengths beyond the file, and a PNG file that begins with another chunk."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    path = tmp_path / "image.png"
+    for body in (chunk(b"IEND", b""), struct.pack(">I", 0xFFFFFFFF) + b"IHDR"):
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+        for read in (read_image, read_label):
+            with pytest.raises(SampleError, match="is truncated"):
+                read(str(path))

@@ -1,0 +1,48 @@
+"""Errors of the user are one sentence on stderr; errors of the program keep their traceback."""
+
+import pickle
+
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from ccnet_d2.data.errors import SampleError
+from ccnet_d2.engine.user_errors import one_sentence_errors
+
+
+class Broken(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise SampleError("The image 'a.png' is cut off.", "a.png")
+
+
+def test_nothing_wrong():
+    with one_sentence_errors() as status:
+        pass
+    assert status.code == 0
+
+
+def test_user_error_is_one_line(capsys):
+    with one_sentence_errors() as status:
+        raise ValueError("recurrence must be at least 1.")
+    assert status.code == 1
+    assert capsys.readouterr().err == "error: recurrence must be at least 1.\n"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_error_in_a_loader_worker_is_the_same_line(capsys, workers):
+    with one_sentence_errors() as status:
+        next(iter(DataLoader(Broken(), num_workers=workers)))
+    assert status.code == 1
+    assert capsys.readouterr().err == "error: The image 'a.png' is cut off.\n"
+
+
+def test_program_errors_pass_through():
+    with pytest.raises(ZeroDivisionError), one_sentence_errors():
+        1 / 0
+
+
+def test_sample_error_survives_pickling():
+    error = pickle.loads(pickle.dumps(SampleError("bad", "a.png")))
+    assert str(error) == "bad" and error.path == "a.png"

@@ -1,0 +1,38 @@
+"""The input pipeline's benchmark, at a size at which it takes no time."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog
+
+SCRIPT = Path(__file__).parents[2] / "projects" / "CCNet" / "tools" / "benchmark_data.py"
+
+
+def test_prints_stages_and_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location("benchmark_data", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    arguments = [
+        "--size",
+        "128",
+        "256",
+        "--crop",
+        "65",
+        "--seconds",
+        "0.2",
+        "--images",
+        "2",
+        "--workers",
+        "0",
+        "1",
+    ]
+    assert script.main(arguments) == 0
+    out = capsys.readouterr().out
+    times = {match[1]: float(match[2]) for match in re.finditer(r"^  (.+?) +([\d.]+) ms$", out, re.MULTILINE)}
+    assert len(times) == 8 and times["the whole mapper"] > times["read and decode image"] / 2 > 0
+    assert len(re.findall(r"worker.*: [\d.]+ images/s", out)) == 2
+    assert script.main(["--dataset", "no_such_set"]) == 1
+    DatasetCatalog.pop(script.NAME)
