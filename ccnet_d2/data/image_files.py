@@ -1,9 +1,8 @@
 """Reading of images and label maps with OpenCV, strict about what is wrong with a file.
 
-OpenCV is several times faster than Pillow on large PNG files, but forgiving where a training run should not
-be: depending on version and format it returns what it could decode of a truncated file, and it turns palette
-    label maps
-into colours. Both are handled here.
+OpenCV's decoders are as fast as any, but forgiving where a training run should not be: depending on version
+and format they return what could be decoded of a truncated file, and they turn palette label maps into
+colours. Both are handled here.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import struct
 import cv2
 import numpy as np
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ccnet_d2.data.errors import SampleError
 
@@ -99,6 +98,10 @@ def _decode_with_pillow(data: bytes, path: str, kind: str, mode: str | None = No
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(image.convert(mode) if mode else image)
+    except UnidentifiedImageError as error:
+        raise SampleError(
+            f"The {kind} '{path}' cannot be decoded; it is damaged or no image.", path
+        ) from error
     # Pillow's decoders raise these for files they cannot make sense of.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise SampleError(f"The {kind} '{path}' cannot be decoded: {error}.", path) from error

@@ -122,6 +122,8 @@ class _Process:
         self._start = time.monotonic()
         self._log = run.output_dir / "train.log"
         run.output_dir.mkdir(parents=True, exist_ok=True)
+        for stale in ("metrics.json", "evaluation.json"):  # of an earlier run, which would pass for this one's
+            (run.output_dir / stale).unlink(missing_ok=True)
         variables = {**os.environ, **environment, "OMP_NUM_THREADS": str(max(1, threads))}
         if device is not None:
             variables["CUDA_VISIBLE_DEVICES"] = device
@@ -132,9 +134,9 @@ class _Process:
     def finish(self) -> None:
         self.run.seconds = time.monotonic() - self._start
         if self.popen.returncode != 0:
-            lines = self._log.read_text().strip().splitlines() or ["no output"]
-            reason = lines[-1].removeprefix("error: ")
-            raise UserError(f"Training of {self.run.variant.name} failed: {reason} (whole output in {self._log})")
+            lines = self._log.read_text(errors="replace").strip().splitlines() or ["no output"]
+            reason = lines[-1].removeprefix("error: ").rstrip(".")
+            raise UserError(f"Training of {self.run.variant.name} failed: {reason} (whole output in {self._log}).")
         self.run.metrics = json.loads((self.run.output_dir / "evaluation.json").read_text())
 
 

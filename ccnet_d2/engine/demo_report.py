@@ -21,11 +21,10 @@ from ccnet_d2.model_zoo import get_config
 from .comparison import Variant, VariantRun, train_variants
 from .overrides import apply_overrides
 
-VARIANTS = (
-    Variant("rcca_r2", "RCCA, R=2", ("model.sem_seg_head.context=rcca_r2",)),
-    Variant("rcca_r1", "RCCA, R=1", ("model.sem_seg_head.context=rcca_r1",)),
-    Variant("fcn", "no attention (FCN)", ("model.sem_seg_head.context=none",)),
-)
+TWO_LOOPS = Variant("rcca_r2", "RCCA, R=2", ("model.sem_seg_head.context=rcca_r2",))
+ONE_LOOP = Variant("rcca_r1", "RCCA, R=1", ("model.sem_seg_head.context=rcca_r1",))
+NO_ATTENTION = Variant("fcn", "no attention (FCN)", ("model.sem_seg_head.context=none",))
+VARIANTS = (TWO_LOOPS, ONE_LOOP, NO_ATTENTION)
 """The longest training comes first, so that the last one to start is the shortest."""
 
 _PICTURES = 4
@@ -68,6 +67,7 @@ def run_demo(dataset: str, output: Path, *, seed: int = 0, overrides: Sequence[s
     start = time.monotonic()
     demo = DEMOS[dataset]
     output.mkdir(parents=True, exist_ok=True)
+    (output / "report.json").unlink(missing_ok=True)  # no old report beside a failed run
     environment = {}
     if dataset == "synthetic":
         root = (output / "datasets").resolve()
@@ -117,8 +117,7 @@ def _markdown(demo: Demo, cfg: DictConfig, runs: Sequence[VariantRun], report: d
 {demo.about}
 
 {_table(runs)}
-{cfg.train.max_iter} iterations each, seed {report["seed"]}, on the {len(_test_records(cfg))} images of
-`{cfg.dataloader.test.dataset.names}`.
+{cfg.train.max_iter} iterations each, seed {report["seed"]}, measured on the {len(_test_records(cfg))} images of `{cfg.dataloader.test.dataset.names}`.
 
 ![predictions](predictions.png)
 
@@ -150,8 +149,8 @@ def _draw(cfg: DictConfig, runs: Sequence[VariantRun], output: Path) -> None:
     save_prediction_grid(
         output / "predictions.png", [read_image(image) for image in images], predictions, classes, truths
     )
-    pixel = _pixel_to_explain(truths[0], len(classes))
-    attention = predictors["rcca_r2"].attention(images[0], *pixel)
+    image, pixel = _pixel_to_explain(truths, *(predictions[v.title] for v in (ONE_LOOP, TWO_LOOPS)))
+    attention = predictors[TWO_LOOPS.name].attention(images[image], *pixel)
     write_image(output / "attention.png", draw_attention(attention))
 
 
@@ -159,13 +158,20 @@ def _test_records(cfg: DictConfig) -> list[dict]:
     return DatasetCatalog.get(cfg.dataloader.test.dataset.names)
 
 
-def _pixel_to_explain(truth: np.ndarray, num_classes: int) -> tuple[int, int]:
-    """(x, y) in the middle of the largest region of the highest class shown, an object on the synthetic set."""
-    label = max(int(value) for value in np.unique(truth) if value < num_classes)
-    _, _, stats, centers = cv2.connectedComponentsWithStats((truth == label).astype(np.uint8))
-    largest = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
-    x, y = centers[largest]
-    return int(x), int(y)
+def _pixel_to_explain(
+    truths: Sequence[np.ndarray], one_loop: Sequence[np.ndarray], two_loops: Sequence[np.ndarray]
+) -> tuple[int, tuple[int, int]]:
+    """The image, and in it the pixel (x, y), that best shows what the second loop adds.
+
+    It is the one deepest inside what two loops get right and one loop gets wrong, or else inside what two get right.
+    """
+    gained = [(two == truth) & (one != truth) for truth, one, two in zip(truths, one_loop, two_loops, strict=True)]
+    if not any(mask.any() for mask in gained):
+        gained = [two == truth for truth, two in zip(truths, two_loops, strict=True)]
+    depths = [cv2.distanceTransform(np.pad(m, 1).astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1] for m in gained]
+    image = int(np.argmax([depth.max() for depth in depths]))
+    row, column = np.unravel_index(depths[image].argmax(), depths[image].shape)
+    return image, (int(column), int(row))
 
 
 def _write(path: Path, text: str) -> None:

@@ -184,7 +184,7 @@ def draw_attention(attention: AttentionMaps, *, titles: Sequence[str] | None = N
     for loop, shares in enumerate(attention.maps, start=1):
         heat = _on_image(shares, attention.extent, height, width)
         panels.append(_marked(_blend(image, np.sqrt(heat / max(heat.max(), 1e-12))), point, thin=True))
-        heads.append(f"R = {loop} (max {100 * shares.max():.2g} %)")
+        heads.append(f"R = {loop} (max {100 * shares.max():.1f} %)")
     if titles is not None:
         if len(titles) != len(panels):
             raise ValueError(f"{len(titles)} titles for {len(panels)} panels.")
@@ -230,7 +230,7 @@ def draw_clip_attention(
         if time == pixel[0]:
             panels = [_marked(panel, point, thin=position > 0) for position, panel in enumerate(panels)]
         rows.append(panels)
-    heads = ["frame"] + [f"R = {loop} (max {100 * m.max():.2g} %)" for loop, m in enumerate(maps, start=1)]
+    heads = ["frame"] + [f"R = {loop} (max {100 * m.max():.1f} %)" for loop, m in enumerate(maps, start=1)]
     grid = panel_grid(rows, heads, row_titles=[f"t = {time}" for time in range(len(frames))])
     return stack([grid, _scale_bar(grid.shape[1])])
 

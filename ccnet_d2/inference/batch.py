@@ -16,7 +16,7 @@ from ccnet_d2.data.image_files import read_label
 from ccnet_d2.errors import UserError
 
 from .attention import draw_attention
-from .drawing import stack, text_line
+from .drawing import readable, stack, text_line
 from .images import find_images, write_image
 from .predictor import Predictor
 from .visualize import confidence_map, save_labels, side_by_side
@@ -119,11 +119,10 @@ def _write_one(
 
 
 def _confidence_picture(confidence: np.ndarray) -> np.ndarray:
-    picture = confidence_map(confidence)
-    width = max(picture.shape[1], 240)
-    return stack(
-        [picture, text_line(f"confidence: dark 0, bright 1; mean {confidence.mean():.2f}", width, 13)]
-    )
+    factor = readable(confidence.shape)
+    picture = confidence_map(confidence).repeat(factor, axis=0).repeat(factor, axis=1)
+    text = f"confidence: dark 0, bright 1; mean {confidence.mean():.2f}"
+    return stack([picture, text_line(text, max(picture.shape[1], 240), 13)])
 
 
 def _targets(paths: Sequence[Path], output: Path) -> list[Path]:

@@ -105,6 +105,11 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ImageFileError(
+            f"cannot write '{path}': folder '{path.parent}' cannot be made, {error.strerror or error}."
+        ) from error
+    try:
         Image.fromarray(np.ascontiguousarray(image)).save(part, format=formats[suffix])
         os.replace(part, path)
     except OSError as error:

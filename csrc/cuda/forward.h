@@ -238,12 +238,18 @@ void forward_kernel(ForwardArgs<T> a) {
       new_scale = load_shared<float>(p);
       old_scale = load_shared<float>(p + Shape::kQueries * sizeof(float));
     };
-    // In halves: all at once would not fit into the registers.
-    constexpr int kHalf = OutTile::kLaneRows / 2;
-    if (kept) writer.template read<0, kHalf>();
-    writer.template write<0, kHalf>(sums, kept, row_scales);
-    if (kept) writer.template read<kHalf, kHalf>();
-    writer.template write<kHalf, kHalf>(sums, kept, row_scales);
+    if (kept) {
+      writer.template read<0, 1>();
+      writer.template write<0, 1>(sums, true, row_scales);
+      writer.template read<1, 1>();
+      writer.template write<1, 1>(sums, true, row_scales);
+      writer.template read<2, 1>();
+      writer.template write<2, 1>(sums, true, row_scales);
+      writer.template read<3, 1>();
+      writer.template write<3, 1>(sums, true, row_scales);
+    } else {
+      writer.write(sums, false, row_scales);
+    }
   }
 }
 

@@ -73,7 +73,7 @@ struct Input {
   bool vectors;
 };
 
-// An output (B, C, *S), channel stride 1. `vectors` as for an input.
+// An output (B, C, *S), channel stride 1. `vectors` as for an input, and the channels are whole segments.
 template <typename T>
 struct Output {
   T* data;
@@ -170,45 +170,41 @@ CCNET_DEVICE Segment pack_segment(const float (&v)[kSegmentLength<T>]) {
   return s;
 }
 
-// A lane's share of an output tile, written as 16-byte segments: out = tile * tile_scale + out * old_scale. Rows and
-// channels outside the line or the tensor are left alone. With kept = false, what the output holds is not read.
+// A lane's share of an output tile, written: out = tile * tile_scale + out * old_scale, or without the second term, and
+// then without reading the output, where `kept` is false. Rows and channels outside the line or the tensor are left
+// alone. Outputs with vectors are read and written as 16-byte segments, others element by element.
 template <typename T, typename Tile>
 struct TileWriter {
   static constexpr int kLength = kSegmentLength<T>;
 
-  int thread;
-  T* place;  // of the lane's first element
+  T* corner;  // of the tile
   int64_t stride;
-  int rows, channels;  // that exist, counted from there
+  int rows, channels;  // that exist, counted from the corner
   bool vectors;
   Segment old[Tile::kLaneRows][Tile::kSegments];
 
   // `line` is the line's first position in memory.
   CCNET_DEVICE TileWriter(T* line, const Output<T>& out, int row0, int row_count, int channel0, int channel_count)
-      : stride(out.strides.step), vectors(out.vectors) {
-    // Anew for every tile: kept from one to the next, the lane's addresses would not fit into the registers.
-    thread = recompute(thread_index());
-    const int row = row0 + Tile::row(thread, 0), channel = channel0 + Tile::segment_column(thread, 0);
-    place = line + row * stride + channel;
-    rows = row_count - row;
-    channels = channel_count - channel;
-  }
+      : corner(line + row0 * out.strides.step + channel0),
+        stride(out.strides.step),
+        rows(row_count - row0),
+        channels(channel_count - channel0),
+        vectors(out.vectors) {}
 
-  CCNET_DEVICE bool has(int r, int s) const { return Tile::row_offset(r) < rows && 32 * s < channels; }
-  CCNET_DEVICE T* at(int r, int s) const { return place + Tile::row_offset(r) * stride + 32 * s; }
-
-  CCNET_DEVICE bool whole(int r, int s) const { return vectors && has(r, s) && 32 * s + kLength <= channels; }
-
-  // Reads what lane rows First .. First + Count - 1 hold, all loads in flight together. Segments that cannot be read
-  // whole are left to write().
+  // What lane rows First .. First + Count - 1 of an output with vectors hold, all loads in flight together.
   template <int First = 0, int Count = Tile::kLaneRows>
   CCNET_DEVICE void read() {
+    if (!vectors) return;
+    const int thread = recompute(thread_index());
+    const T* const lane = corner + Tile::row(thread, 0) * stride + Tile::segment_column(thread, 0);
     CCNET_UNROLL
     for (int r = First; r < First + Count; ++r) {
       CCNET_UNROLL
       for (int s = 0; s < Tile::kSegments; ++s) {
         old[r][s] = {{0, 0, 0, 0}};
-        if (whole(r, s)) old[r][s] = load_global(reinterpret_cast<const Segment*>(at(r, s)));
+        if (Tile::row(thread, r) < rows && Tile::segment_column(thread, s) < channels) {
+          old[r][s] = load_global(reinterpret_cast<const Segment*>(lane + Tile::row_offset(r) * stride + 32 * s));
+        }
       }
     }
   }
@@ -216,33 +212,44 @@ struct TileWriter {
   // scales(row, tile_scale, old_scale) gives the factors of a row of the tile. A collective of the warp.
   template <int First = 0, int Count = Tile::kLaneRows, typename Scales>
   CCNET_DEVICE void write(Tile& tile, bool kept, Scales scales) {
-    CCNET_UNROLL
-    for (int r = First; r < First + Count; ++r) {
-      float tile_scale, old_scale;
-      scales(Tile::row(thread, r), tile_scale, old_scale);
+    const int thread = recompute(thread_index());
+    if (vectors) {
+      T* const lane = corner + Tile::row(thread, 0) * stride + Tile::segment_column(thread, 0);
       CCNET_UNROLL
-      for (int s = 0; s < Tile::kSegments; ++s) {
-        float v[kLength];
-        tile.segment(r, s, v);
+      for (int r = First; r < First + Count; ++r) {
+        float tile_scale, old_scale;
+        scales(Tile::row(thread, r), tile_scale, old_scale);
         CCNET_UNROLL
-        for (int e = 0; e < kLength; ++e) v[e] *= tile_scale;
-        if (whole(r, s)) {
+        for (int s = 0; s < Tile::kSegments; ++s) {
+          float v[kLength];
+          tile.segment(r, s, v);
+          CCNET_UNROLL
+          for (int e = 0; e < kLength; ++e) v[e] *= tile_scale;
           if (kept) {
             float before[kLength];
             unpack<T>(old[r][s], before);
             CCNET_UNROLL
             for (int e = 0; e < kLength; ++e) v[e] = fmaf(before[e], old_scale, v[e]);
           }
-          store_global(reinterpret_cast<Segment*>(at(r, s)), pack_segment<T>(v));
-        } else if (has(r, s)) {
-          T* const p = at(r, s);
-          CCNET_UNROLL
-          for (int e = 0; e < kLength; ++e) {
-            if (32 * s + e < channels) {
-              if (kept) v[e] = fmaf(to_float<T>(load_global(p + e)), old_scale, v[e]);
-              store_global(p + e, from_float<T>(v[e]));
-            }
+          if (Tile::row(thread, r) < rows && Tile::segment_column(thread, s) < channels) {
+            store_global(reinterpret_cast<Segment*>(lane + Tile::row_offset(r) * stride + 32 * s),
+                         pack_segment<T>(v));
           }
+        }
+      }
+    } else {
+      T* const lane = corner + Tile::row(thread, 0) * stride + Tile::column(thread, 0);
+      CCNET_UNROLL
+      for (int r = First; r < First + Count; ++r) {
+        float tile_scale, old_scale;
+        scales(Tile::row(thread, r), tile_scale, old_scale);
+        CCNET_UNROLL
+        for (int c = 0; c < Tile::kLaneColumns; ++c) {
+          if (Tile::row(thread, r) >= rows || Tile::column(thread, c) >= channels) continue;
+          T* const p = lane + Tile::row_offset(r) * stride + Tile::column_offset(c);
+          float v = tile.at(r, c) * tile_scale;
+          if (kept) v = fmaf(to_float<T>(load_global(p)), old_scale, v);
+          store_global(p, from_float<T>(v));
         }
       }
     }

@@ -29,7 +29,8 @@ Input<T> input_of(const TensorRef& t, const Grid& g, int axis, int channels) {
 
 template <typename T>
 Output<T> output_of(const TensorRef& t, const Grid& g, int axis, int channels) {
-  return {static_cast<T*>(t.data), strides_along(g, t.strides, axis), has_vectors<T>(t, g, channels)};
+  const bool vectors = has_vectors<T>(t, g, channels) && channels % kSegmentLength<T> == 0;
+  return {static_cast<T*>(t.data), strides_along(g, t.strides, axis), vectors};
 }
 
 // An axis of size 1 that masks self has no keys.

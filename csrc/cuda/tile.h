@@ -66,7 +66,7 @@ struct WarpTile {
 
   // Row `a0` of A and column `b0` of B are the tile's corner; the depth runs from 0.
   CCNET_DEVICE void multiply(const Panels& a, int a0, const Panels& b, int b0, int depth) {
-    const int lane = thread_index() % kWarp;
+    const int lane = recompute(thread_index()) % kWarp;
     const FragmentRow ra = fragment_row_a<A>(lane);
     const FragmentRow rb = fragment_row_b<B>(lane);
     CCNET_UNROLL_BY(2)

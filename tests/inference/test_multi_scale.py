@@ -59,7 +59,7 @@ def test_scale_one_without_flip_is_the_whole_image(make_segmenter, random_image)
 
 
 def test_a_mirrored_image_gives_the_mirrored_answer(make_segmenter, random_image):
-    """The mean over an image and its mirror image is symmetric, whatever the network; answers alone are not."""
+    """The mean over an image and its mirror image is symmetric, whatever the network."""
     model = make_segmenter(stride=1)
     image = random_image(20, 30)
     mode = MultiScaleFlip(model, scales=[1.0])

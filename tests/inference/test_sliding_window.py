@@ -11,7 +11,7 @@ from ccnet_d2.inference.sliding_window import tile_starts
 
 
 def tiles_by_moving_back(size, tile, stride):
-    """The tiles of mmseg's slide_inference: a regular grid, then each end clipped and its start moved back."""
+    """The tiles of mmseg's slide_inference: a regular grid, each end clipped and its start moved back."""
     count = max(size - tile + stride - 1, 0) // stride + 1
     ends = [min(index * stride + tile, size) for index in range(count)]
     return [max(end - tile, 0) for end in ends]
@@ -213,13 +213,13 @@ def test_memory_for_labels_does_not_grow_with_height(make_segmenter, random_imag
     model = make_segmenter(40)
     mode = SlidingWindow(model, tile=32, stride=20)
     peaks = []
-    for height in (96, 768):
+    for height in (92, 772):  # the last tile is moved back equally far
         image = random_image(height, 64)
         answer = int(height * answer_scale), int(64 * answer_scale)
         with LargestFloatTensor() as noted:
             mode.predict_labels(as_input(image, *answer))
         peaks.append(noted.largest)
-    assert peaks[0] == peaks[1] < 40 * 96 * 64
+    assert peaks[0] == peaks[1] <= 40 * 32 * 64
 
 
 def test_nan_is_not_made_of_a_large_overlap(make_segmenter, random_image):

@@ -193,7 +193,8 @@ from omegaconf import OmegaConf
 from ccnet_d2.data import register_sem_seg_folder
 
 for split in ("train", "val"):
-    register_sem_seg_folder(f"mine_{{split}}", f"{root}/{{split}}/images", f"{root}/{{split}}/labels", {classes})
+    folders = f"{root}/{{split}}/images", f"{root}/{{split}}/labels"
+    register_sem_seg_folder(f"mine_{{split}}", *folders, {classes})
 dataloader = OmegaConf.create(
     {{"train": {{"dataset": {{"names": "mine_train"}}}}, "test": {{"dataset": {{"names": "mine_val"}}}}}}
 )

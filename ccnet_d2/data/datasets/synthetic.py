@@ -1,12 +1,12 @@
 """A synthetic data set on which context decides: the class of every object hangs on a cue somewhere else.
 
-Each image is noise with a few squares (the objects) and one small cue, whose colour is one of k. By default all objects
-look alike and the cue's colour is their class; with c > 1 object colours the class is ``(the object's colour + the
-cue's colour) mod k``, for k = c = 2 the exclusive or, which takes longer to learn. Either way an object's look says
-nothing about its class, and as the cue lies anywhere in the image, a network that sees a neighbourhood can do no better
-than chance on the objects. With one criss-cross step an object learns the cue's colour only if it shares rows or
-columns with it; with two steps, always. It is the argument of CCNet (Fig. 1 and Sec. 3.3 of the paper) as something
-that trains in minutes on a CPU.
+Each image is noise with a few squares (the objects) and one small cue, whose colour is one of k. By default
+all objects look alike and the cue's colour is their class; with c > 1 object colours the class is ``(the
+object's colour + the cue's colour) mod k``, for k = c = 2 the exclusive or, which takes longer to learn.
+Either way an object's look says nothing about its class, and as the cue lies anywhere in the image, a
+network that sees a neighbourhood can do no better than chance on the objects. With one criss-cross step an
+object learns the cue's colour only if it shares rows or columns with it; with two steps, always. It is the
+argument of CCNet (Fig. 1 and Sec. 3.3 of the paper) as something that trains in minutes on a CPU.
 
 Classes: 0 background, 1 cue, 2 … k + 1 the object classes.
 """

@@ -27,6 +27,7 @@ from ccnet_d2.data.datasets.synthetic import (
 )
 
 SMALL = SyntheticConfig(train_images=12, val_images=6)
+XOR = replace(SMALL, object_colors=2)
 
 
 def _contents(root: Path) -> dict[str, bytes]:
@@ -44,13 +45,18 @@ def _lines(square: dict) -> tuple[set[int], set[int]]:
     )
 
 
-@pytest.mark.parametrize("num_kinds", [2, 3, 4])
-def test_label_files_follow_from_the_drawn_parameters(tmp_path: Path, num_kinds: int) -> None:
-    config = replace(SMALL, num_kinds=num_kinds, height=50, width=64)
+@pytest.mark.parametrize(("num_kinds", "object_colors"), [(2, 1), (2, 2), (3, 3), (4, 2)])
+def test_label_files_follow_from_the_drawn_parameters(
+    tmp_path: Path, num_kinds: int, object_colors: int
+) -> None:
+    config = replace(SMALL, num_kinds=num_kinds, object_colors=object_colors, height=50, width=64)
     generate_synthetic_dataset(tmp_path / "set", config)
     for split in ("train", "val"):
         scenes = json.loads((tmp_path / "set" / f"{split}_scenes.json").read_text())
         assert list(scenes) == (tmp_path / "set" / f"{split}.txt").read_text().split()
+        assert {square["color"] for scene in scenes.values() for square in scene["objects"]} == set(
+            range(object_colors)
+        )
         for name, scene in scenes.items():
             label = cv2.imread(str(tmp_path / "set" / "labels" / split / f"{name}.png"), cv2.IMREAD_UNCHANGED)
             expected = [[0] * 64 for _ in range(50)]
@@ -68,7 +74,7 @@ def test_label_files_follow_from_the_drawn_parameters(tmp_path: Path, num_kinds:
 
 def test_classes_are_colour_xor_cue_in_the_image_itself(tmp_path: Path) -> None:
     """Colours are read off the image files, knowing only which is which."""
-    generate_synthetic_dataset(tmp_path / "set", SMALL)
+    generate_synthetic_dataset(tmp_path / "set", XOR)
     for path in sorted((tmp_path / "set" / "images" / "train").iterdir()):
         blue, green, red = np.moveaxis(cv2.imread(str(path)).astype(float), 2, 0)
         label = cv2.imread(str(path).replace("images", "labels"), cv2.IMREAD_UNCHANGED)
@@ -77,6 +83,21 @@ def test_classes_are_colour_xor_cue_in_the_image_itself(tmp_path: Path) -> None:
             if (label == value).any():
                 yellow = red[label == value].mean() > 0.5 * green[label == value].mean()
                 assert value == 2 + (yellow ^ cue_is_blue)
+
+
+def test_by_default_the_cue_is_the_class_and_objects_look_alike(tmp_path: Path) -> None:
+    generate_synthetic_dataset(tmp_path / "set", replace(SMALL, train_images=40))
+    looks: dict[int, list[np.ndarray]] = {2: [], 3: []}
+    for path in sorted((tmp_path / "set" / "images" / "train").iterdir()):
+        image = cv2.imread(str(path)).astype(float)
+        label = cv2.imread(str(path).replace("images", "labels"), cv2.IMREAD_UNCHANGED)
+        blue, _, red = image[label == 1].mean(axis=0)
+        (value,) = set(np.unique(label)) - {0, 1}
+        assert value == (3 if blue > red else 2)
+        looks[value].append(image[label == value].mean(axis=0))
+    assert min(len(found) for found in looks.values()) > 8
+    # Mean colour of some 250 pixels of noise 20: one grey level.
+    np.testing.assert_allclose(np.mean(looks[2], axis=0), np.mean(looks[3], axis=0), atol=2)
 
 
 def test_xor_in_closed_form() -> None:
@@ -91,7 +112,7 @@ def test_xor_in_closed_form() -> None:
 
 
 def test_colour_alone_says_nothing_about_the_class() -> None:
-    config = SyntheticConfig()
+    config = replace(XOR, train_images=600)
     counts = np.zeros((2, 2))
     for scene in _scenes(config, 600):
         for square in scene.objects:
@@ -175,7 +196,9 @@ def test_several_processes_may_ask_at_once(tmp_path: Path) -> None:
 
 def test_interrupted_leaves_nothing(tmp_path: Path) -> None:
     code = (
-        "import sys; from ccnet_d2.data import *\n"
+        "import signal, sys; from ccnet_d2.data import *\n"
+        # Jobs in the background of a shell inherit SIGINT ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "print('go', flush=True)\n"
         "generate_synthetic_dataset(sys.argv[1], SyntheticConfig(train_images=100000))"
     )
@@ -199,6 +222,7 @@ def test_interrupted_leaves_nothing(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"num_kinds": 5}, "num_kinds is 5, outside 2 to 4"),
+        ({"object_colors": 3}, "object_colors is 3, outside 1 to num_kinds"),
         ({"train_images": 0}, "train_images is 0"),
         ({"width": 7}, "width is 7, but a square of 8 pixels has to fit"),
         ({"max_object_size": 3}, "max_object_size is 3"),

@@ -77,6 +77,8 @@ def test_image_and_labels_stay_aligned() -> None:
         flat = interior & (
             cv2.erode(augmented.sem_seg, np.ones((5, 5))) == cv2.dilate(augmented.sem_seg, np.ones((5, 5)))
         )
+        # At the crop's edge the image is blended with labels just outside, which `flat` does not see.
+        flat[:2], flat[-2:], flat[:, :2], flat[:, -2:] = False, False, False, False
         assert flat.sum() > 300 and same[flat].all()
 
 

@@ -1,0 +1,101 @@
+"""Checkpoints are data: nothing in them runs, and what does not fit is an error."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ccnet_d2.checkpoint import CheckpointError, SafeCheckpointer, load_checkpoint, load_file
+
+
+class Payload:
+    """Creates a file when unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_code_in_a_file_is_not_run(tmp_path, suffix):
+    victim, path = tmp_path / "victim", tmp_path / f"evil{suffix}"
+    data = {"model": {"0.weight": Payload(victim)}}
+    if suffix == ".pth":
+        torch.save(data, path)
+    else:
+        path.write_bytes(pickle.dumps(data))
+    with pytest.raises(CheckpointError, match="evil"):
+        load_checkpoint(model(), path)
+    assert not victim.exists()
+
+
+def test_detectron2_pickles_load(tmp_path):
+    path = tmp_path / "zoo.pkl"
+    weights = {k: v.numpy() for k, v in model().state_dict().items()}
+    path.write_bytes(pickle.dumps({"model": weights, "__author__": "test"}))
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    load_checkpoint(net, path)
+    np.testing.assert_array_equal(net[0].weight.detach().numpy(), weights["0.weight"])
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 not a zip"])
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_damaged_files_are_named(tmp_path, content, suffix):
+    path = tmp_path / f"broken{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="broken"):
+        load_file(path)
+
+
+def test_truncated_checkpoint(tmp_path):
+    path = tmp_path / "cut.pth"
+    torch.save({"model": model().state_dict()}, path)
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(CheckpointError, match="cut.pth cannot be read"):
+        load_file(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere\.pth"):
+        load_checkpoint(model(), tmp_path / "nowhere.pth")
+
+
+def test_wrong_shape_is_an_error(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"model": nn.Sequential(nn.Conv2d(3, 5, 1)).state_dict()}, path)
+    with pytest.raises(CheckpointError, match=r"shape \(5,.*\(4,"):
+        load_checkpoint(model(), path, strict=False)
+
+
+def test_missing_parameters_are_an_error_when_strict(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"model": model()[:1].state_dict()}, path)
+    with pytest.raises(CheckpointError, match=r"lacks 1\."):
+        load_checkpoint(model(), path)
+    load_checkpoint(model(), path, strict=False)
+
+
+def test_nothing_in_common_is_an_error_always(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"model": {"other.weight": torch.zeros(1)}}, path)
+    with pytest.raises(CheckpointError, match="no parameter"):
+        load_checkpoint(model(), path, strict=False)
+
+
+def test_saved_checkpoint_comes_back(tmp_path):
+    source = model()
+    SafeCheckpointer(source, str(tmp_path)).save("model_final", iteration=7)
+    target = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    extra = SafeCheckpointer(target, str(tmp_path)).resume_or_load("", resume=True)
+    assert extra["iteration"] == 7
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values()))

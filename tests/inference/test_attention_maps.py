@@ -1,0 +1,224 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ccnet_d2.inference import AttentionMaps, Predictor, draw_attention, draw_clip_attention, pixel_attention
+from ccnet_d2.inference.attention import attention_weights, find_rcca, record_input
+from ccnet_d2.layers import RCCA
+from ccnet_d2.ops import criss_cross_attention
+
+
+def make_rcca(spatial_dims, recurrence, channels=16):
+    torch.manual_seed(3)
+    rcca = RCCA(channels, recurrence=recurrence, spatial_dims=spatial_dims).double().eval()
+    with torch.no_grad():
+        rcca.gamma.fill_(0.8)
+        rcca.qkv.weight.mul_(2)  # attention far from uniform
+    return rcca
+
+
+def dense_matrix(query, key):
+    """(N, N) criss-cross weights of one sample, pair by pair."""
+    sizes = query.shape[1:]
+    positions = list(itertools.product(*map(range, sizes)))
+    matrix = torch.zeros(len(positions), len(positions), dtype=query.dtype)
+    for i, p in enumerate(positions):
+        for j, q in enumerate(positions):
+            if sum(a != b for a, b in zip(p, q, strict=True)) <= 1:
+                matrix[i, j] = torch.exp((query[(slice(None), *p)] * key[(slice(None), *q)]).sum())
+    return matrix / matrix.sum(dim=1, keepdim=True), positions
+
+
+def dense_loops(rcca, features):
+    """The loops' dense matrices A_1, A_2, … for one sample, running the layer's arithmetic densely as
+    well."""
+    x = features[0]
+    matrices = []
+    for _ in range(rcca.recurrence):
+        query, key, value = (part[0] for part in rcca.project(x[None]))
+        matrix, positions = dense_matrix(query, key)
+        matrices.append(matrix)
+        x = rcca.gamma * (value.flatten(1) @ matrix.T).view_as(x) + x
+    return matrices, positions
+
+
+@pytest.mark.parametrize(
+    ("sizes", "recurrence"), [((5, 7), 1), ((5, 7), 2), ((4, 6), 3), ((3, 4, 5), 3), ((1, 6), 2), ((7,), 2)]
+)
+@torch.no_grad()
+def test_maps_are_rows_of_the_product_of_dense_matrices(sizes, recurrence):
+    rcca = make_rcca(len(sizes), recurrence)
+    features = torch.randn(1, 16, *sizes, dtype=torch.float64)
+    matrices, positions = dense_loops(rcca, features)
+    for position in (positions[0], positions[len(positions) // 2 + 1]):
+        maps = pixel_attention(rcca, features, position)
+        assert len(maps) == recurrence
+        row = torch.zeros(len(positions), dtype=torch.float64)
+        row[positions.index(position)] = 1
+        product = torch.eye(len(positions), dtype=torch.float64)
+        for loop in range(recurrence):
+            product = matrices[loop] @ product  # A_r … A_1
+            torch.testing.assert_close(maps[loop][0].flatten(), row @ product)
+            assert maps[loop].sum().item() == pytest.approx(1, abs=1e-12)
+
+
+@torch.no_grad()
+def test_one_loop_is_zero_off_the_cross_and_two_loops_nowhere():
+    rcca = make_rcca(2, 2)
+    first, second = pixel_attention(rcca, torch.randn(2, 16, 6, 8, dtype=torch.float64), (2, 5))
+    cross = torch.zeros(6, 8, dtype=torch.bool)
+    cross[2] = cross[:, 5] = True
+    assert first[:, ~cross].eq(0).all()
+    assert first[:, cross].gt(0).all()
+    assert second.gt(0).all()
+    in_3d = pixel_attention(make_rcca(3, 3), torch.randn(1, 16, 3, 4, 5, dtype=torch.float64), (1, 2, 3))
+    assert [int((one > 0).sum()) for one in in_3d] == [
+        3 + 4 + 5 - 2,
+        3 * 4 + 3 * 5 + 4 * 5 - 3 - 4 - 5 + 1,
+        60,
+    ]
+
+
+def test_maps_equal_the_gradient_of_the_linearised_layer():
+    """With each loop's weights held fixed the aggregation is linear: its gradient is the influence."""
+    rcca = make_rcca(2, 3)
+    features = torch.randn(1, 16, 5, 6, dtype=torch.float64)
+    projections, x = [], features
+    with torch.no_grad():
+        for _ in range(3):
+            query, key, _ = rcca.project(x)
+            projections.append((query, key))
+            x = rcca.attend(x)
+    for loops, expected in enumerate(pixel_attention(rcca, features, (3, 1)), start=1):
+        values = torch.randn(1, 1, 5, 6, dtype=torch.float64, requires_grad=True)
+        out = values
+        for query, key in projections[:loops]:
+            out = criss_cross_attention(query, key, out, backend="reference")
+        out[0, 0, 3, 1].backward()
+        torch.testing.assert_close(values.grad[0, 0], expected[0])
+
+
+@torch.no_grad()
+def test_the_samples_of_a_batch_do_not_mix():
+    rcca = make_rcca(2, 2)
+    features = torch.randn(3, 16, 4, 5, dtype=torch.float64)
+    together = pixel_attention(rcca, features, (1, 1))[1]
+    alone = pixel_attention(rcca, features[2:], (1, 1))[1]
+    torch.testing.assert_close(together[2:], alone)
+
+
+def test_recurrence_may_be_chosen_and_half_features_are_taken():
+    rcca = make_rcca(2, 2).float()
+    features = torch.randn(1, 16, 4, 5).half()
+    assert len(attention_weights(rcca, features, recurrence=4)) == 4
+    maps = pixel_attention(rcca, features, (0, 0), recurrence=1)
+    assert len(maps) == 1 and maps[0].dtype == torch.float32
+    with pytest.raises(ValueError, match="recurrence must be at least 1"):
+        attention_weights(rcca, features, recurrence=0)
+    for outside in ((4, 0), (0, -1), (0,)):
+        with pytest.raises(ValueError, match="lies outside features of sizes"):
+            pixel_attention(rcca, features, outside)
+
+
+def test_finding_the_layer_and_recording_its_input():
+    one = nn.Sequential(nn.Conv2d(3, 8, 1), RCCA(8))
+    assert find_rcca(one) is one[1]
+    two = nn.ModuleDict({"a": RCCA(8), "b": RCCA(8)})
+    assert find_rcca(two, "b") is two["b"]
+    with pytest.raises(ValueError, match="several RCCA layers, name one: a, b"):
+        find_rcca(two)
+    with pytest.raises(ValueError, match="no RCCA layer 'c': a, b"):
+        find_rcca(two, "c")
+    with pytest.raises(ValueError, match="has no criss-cross attention"):
+        find_rcca(nn.Conv2d(3, 3, 1))
+    image = torch.randn(1, 3, 4, 4)
+    with record_input(one[1]) as seen:
+        one(image)
+    one(image)
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], one[0](image))
+
+
+class PaddingModel(nn.Module):
+    """Stride 8, padded to a multiple of 32, with a context module on the features."""
+
+    input_format = "RGB"
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Conv2d(3, 16, 8, stride=8)
+        self.context = RCCA(16, recurrence=2)
+        self.classify = nn.Conv2d(16, 3, 1)
+
+    def forward(self, inputs):
+        image = inputs[0]["image"].float() / 255
+        height, width = image.shape[-2:]
+        padded = nn.functional.pad(image, (0, -width % 32, 0, -height % 32))
+        logits = self.classify(self.context(self.backbone(padded[None])))
+        logits = nn.functional.interpolate(logits, scale_factor=8, mode="bilinear")[..., :height, :width]
+        size = (inputs[0]["height"], inputs[0]["width"])
+        return [{"sem_seg": nn.functional.interpolate(logits, size, mode="bilinear")[0]}]
+
+
+def test_pixels_of_a_resized_and_padded_image_find_their_cell():
+    from detectron2.data import transforms as T
+
+    torch.manual_seed(0)
+    image = np.random.default_rng(0).integers(0, 256, (60, 100, 3), dtype=np.uint8)
+    predictor = Predictor(PaddingModel(), augmentations=[T.Resize((40, 72))])
+    # 40x72 in the network, padded to 64x96: 8x12 cells, of which 5x9 show the image.
+    for (x, y), cell in {
+        (0, 0): (0, 0),
+        (99, 59): (4, 8),
+        (50, 30): (2, 4),
+        (10, 12): (1, 0),
+        (11, 11): (0, 1),
+    }.items():
+        found = predictor.attention(image, x, y)
+        assert found.cell == cell
+        assert found.extent == (5.0, 9.0)
+        assert [one.shape for one in found.maps] == [(8, 12), (8, 12)]
+        assert all(one.sum() == pytest.approx(1, abs=1e-5) for one in found.maps)
+    assert len(predictor.attention(image, 0, 0, recurrence=3).maps) == 3
+    with pytest.raises(ValueError, match=r"pixel \(100, 0\) lies outside the image of 100x60"):
+        predictor.attention(image, 100, 0)
+
+
+def panel_pixels(picture, color):
+    return int((picture == np.array(color, np.uint8)).all(axis=2).sum())
+
+
+def test_the_figure_shows_a_panel_for_each_loop_and_marks_the_pixel():
+    image = np.full((48, 48, 3), 90, np.uint8)
+    cross = np.zeros((12, 12), np.float32)
+    cross[3, :] = cross[:, 4] = 1 / 23
+    even = np.full((12, 12), 1 / 144, np.float32)
+    pixel = (18, 14)
+    one = draw_attention(AttentionMaps(image, pixel, (3, 4), [cross], (12.0, 12.0)))
+    two = draw_attention(AttentionMaps(image, pixel, (3, 4), [cross, even], (12.0, 12.0)))
+    assert two.shape[1] - one.shape[1] >= 240  # 48 pixels are enlarged five times
+    green = (40, 255, 60)
+    assert 0 < panel_pixels(one, green) < panel_pixels(two, green)
+    # Off the cross the picture is the darkened image, on it bright: rows of the first map's panel.
+    dark, bright = panel_pixels(one, (46, 46, 47)), panel_pixels(one, (236, 239, 155))
+    assert dark > 100 * 100 and bright > 200 * 15
+
+    titled = draw_attention(AttentionMaps(image, pixel, (3, 4), [cross], (12.0, 12.0)), titles=["a", "b"])
+    assert titled.shape == one.shape
+    with pytest.raises(ValueError, match="1 titles for 2 panels"):
+        draw_attention(AttentionMaps(image, pixel, (3, 4), [cross], (12.0, 12.0)), titles=["a"])
+
+
+def test_the_figure_of_a_clip_has_a_row_for_each_frame():
+    frames = np.full((3, 48, 60, 3), 90, np.uint8)
+    maps = [np.full((3, 6, 8), 1 / 144, np.float32)] * 2
+    three = draw_clip_attention(frames, maps, (1, 30, 20))
+    two = draw_clip_attention(frames[:2], [m[:2] for m in maps], (1, 30, 20))
+    assert three.shape[1] == two.shape[1]
+    assert three.shape[0] - two.shape[0] >= 192  # four times 48 pixels and a title
+    assert panel_pixels(three, (40, 255, 60)) == panel_pixels(two, (40, 255, 60)) > 0
+    with pytest.raises(ValueError, match="an attention map of 2 frames for 3 images"):
+        draw_clip_attention(frames, [maps[0][:2]], (0, 0, 0))

@@ -1,0 +1,295 @@
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ccnet_d2.inference import (
+    ClassTable,
+    ImageFileError,
+    colorize,
+    difference,
+    find_images,
+    overlay,
+    save_labels,
+    save_prediction_grid,
+    side_by_side,
+    write_image,
+)
+from ccnet_d2.inference.classes import distinct_colors
+from ccnet_d2.inference.drawing import legend, panel_grid, readable, resize_labels, resize_rgb, text_line
+from ccnet_d2.inference.images import as_rgb
+from ccnet_d2.inference.visualize import confidence_map, heat_colors
+
+RED, GREEN, BLUE = (200, 0, 0), (0, 180, 0), (0, 0, 220)
+
+
+@pytest.fixture
+def classes():
+    return ClassTable.create(["sky", "road", "car"], [RED, GREEN, BLUE], ignore_label=11)
+
+
+def count(picture, color):
+    return int((picture == np.array(color, np.uint8)).all(axis=-1).sum())
+
+
+def test_labels_become_class_colours_and_the_rest_black(classes):
+    labels = np.array([[0, 1, 2], [3, 11, 255]], np.uint8)
+    expected = np.array([[RED, GREEN, BLUE], [(0, 0, 0)] * 3], np.uint8)
+    assert np.array_equal(colorize(labels, classes), expected)
+    assert np.array_equal(colorize(labels.astype(np.int64) - 12, classes), np.zeros((2, 3, 3), np.uint8))
+
+
+def test_overlay_blends_and_draws_only_present_classes_in_the_legend(classes):
+    image = np.full((300, 400, 3), 100, np.uint8)
+    labels = np.zeros((300, 400), np.uint8)
+    labels[:, 200:] = 1
+    plain = overlay(image, labels, classes, outlines=False, with_legend=False)
+    assert plain.shape == image.shape
+    assert count(plain, (150, 50, 50)) == count(plain, (50, 140, 50)) == 300 * 200
+    assert (
+        count(overlay(image, labels, classes, outlines=True, with_legend=False), (150, 50, 50)) == 300 * 199
+    )
+    full = overlay(image, labels, classes, outlines=False)
+    below = full[300:]
+    assert np.array_equal(full[:300], plain)
+    assert count(below, RED) > 50 and count(below, GREEN) > 50
+    assert count(below, BLUE) == 0
+
+
+@pytest.mark.parametrize(("size", "factor"), [((48, 48), 5), ((360, 480), 1), ((1, 1), 240), ((100, 30), 3)])
+def test_tiny_pictures_are_enlarged_by_whole_pixels(classes, size, factor):
+    assert readable(size) == factor
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    labels = rng.integers(0, 3, size, dtype=np.uint8)
+    picture = overlay(image, labels, classes, alpha=0, outlines=False, with_legend=False)
+    assert np.array_equal(picture, image.repeat(factor, axis=0).repeat(factor, axis=1))
+    with_legend = overlay(image, labels, classes)
+    assert with_legend.shape[1] == size[1] * factor
+
+
+def test_difference_tells_right_wrong_and_not_labelled_apart(classes):
+    prediction = np.array([[0, 1, 2, 0, 1]], np.uint8)
+    truth = np.array([[0, 2, 2, 11, 255]], np.int32)
+    picture = difference(prediction, truth, classes)
+    right, wrong = picture[0, 0], picture[0, 1]
+    assert np.array_equal(picture[0, 2], right)
+    assert right.min() == right.max() > 200
+    assert wrong[0] > 180 > 80 > wrong[1]
+    assert picture[0, 3].max() < 70 and np.array_equal(picture[0, 3], picture[0, 4])
+
+
+def test_comparison_has_a_panel_for_each_thing_known(classes):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (240, 320, 3), dtype=np.uint8)
+    prediction, truth = np.zeros((240, 320), np.uint8), np.zeros((240, 320), np.uint8)
+    truth[:, 160:] = 2
+    without = side_by_side(image, prediction, classes)
+    with_truth = side_by_side(image, prediction, classes, truth)
+    assert with_truth.shape[1] - without.shape[1] == 2 * (320 + 8)
+    assert count(without, RED) >= 240 * 320 and count(without, BLUE) == 0
+    assert count(with_truth, RED) >= 240 * 480 and count(with_truth, BLUE) >= 240 * 160
+    # The image itself is there, pixel for pixel.
+    rows, columns = np.where((without == image[0, 0]).all(axis=2))
+    assert any(
+        np.array_equal(without[y : y + 240, x : x + 320], image) for y, x in zip(rows, columns, strict=True)
+    )
+
+
+def test_grids_compare_models_row_by_row(tmp_path, classes):
+    images = [np.full((48, 48, 3), shade, np.uint8) for shade in (60, 120, 180)]
+    truths = [np.full((48, 48), 1, np.uint8)] * 3
+    models = {"R = 1": [np.zeros((48, 48), np.uint8)] * 3, "R = 2": truths}
+    save_prediction_grid(tmp_path / "grid.png", images, models, classes, truths, row_titles=["a", "b", "c"])
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))
+    cell = 240 * 240
+    assert count(picture, RED) in range(3 * cell, 3 * cell + 400)  # three panels and a swatch
+    assert count(picture, GREEN) in range(6 * cell, 6 * cell + 400)
+    assert all(count(picture, (shade,) * 3) >= cell for shade in (60, 120, 180))
+
+    save_prediction_grid(tmp_path / "one.png", images, truths, classes)
+    single = np.asarray(Image.open(tmp_path / "one.png"))
+    assert count(single, GREEN) in range(3 * cell, 3 * cell + 400)
+
+
+def test_grids_of_images_of_different_sizes(tmp_path, classes):
+    images = [np.full((300, 400, 3), 60, np.uint8), np.full((200, 100, 3), 120, np.uint8)]
+    labels = [np.zeros(image.shape[:2], np.uint8) for image in images]
+    save_prediction_grid(tmp_path / "grid.jpg", images, labels, classes, labels)
+    assert Image.open(tmp_path / "grid.jpg").size[0] == 4 * 400 + 3 * 8 + 2 * 8
+
+
+def test_large_panels_are_reduced(classes):
+    image = np.full((2000, 4000, 3), 50, np.uint8)
+    assert side_by_side(image, np.zeros((2000, 4000), np.uint8), classes).shape[1] == 2 * 720 + 8 + 2 * 8
+
+
+def test_grids_refuse_what_does_not_fit(tmp_path, classes):
+    image, labels = np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.uint8)
+    path = tmp_path / "grid.png"
+    with pytest.raises(ValueError, match="2 entries in 'prediction' for 1 images"):
+        save_prediction_grid(path, [image], [labels, labels], classes)
+    with pytest.raises(ValueError, match="1 entries in 'ground truth' for 2 images"):
+        save_prediction_grid(path, [image] * 2, [labels] * 2, classes, [labels])
+    with pytest.raises(ValueError, match="at least one image"):
+        save_prediction_grid(path, [], [], classes)
+    with pytest.raises(ValueError, match="differ in size"):
+        save_prediction_grid(path, [image], [np.zeros((4, 5), np.uint8)], classes)
+    with pytest.raises(ValueError, match="differ in size"):
+        overlay(image, np.zeros((5, 4), np.uint8), classes)
+    assert not path.exists()
+
+
+def test_legend_names_every_class_and_void(classes):
+    assert legend(classes, [], 300).shape == (0, 300, 3)
+    three = legend(classes, [0, 1, 2, 3], 300)
+    for color in (RED, GREEN, BLUE, (0, 0, 0)):
+        assert count(three, color) > 50
+    many = ClassTable.numbered(150)
+    assert legend(many, list(range(150)), 500).shape[0] > legend(many, list(range(20)), 500).shape[0]
+
+
+def test_text_is_shortened_to_its_width():
+    short, long = text_line("abc", 100), text_line("abc " * 100, 100)
+    assert short.shape == long.shape == (22, 100, 3)
+    assert (long < 200).any() and not np.array_equal(short, long)
+    assert (text_line("x" * 50, 6) == 255).mean() > 0.5
+
+
+def test_resizes():
+    labels = np.array([[0, 1], [2, 300]], np.int16)
+    assert np.array_equal(resize_labels(labels, 4, 6), labels.repeat(2, axis=0).repeat(3, axis=1))
+    assert np.array_equal(resize_labels(resize_labels(labels, 6, 6), 2, 2), labels)
+    image = np.zeros((4, 4, 3), np.uint8)
+    image[::2] = 100
+    assert np.array_equal(resize_rgb(image, 2, 2), np.full((2, 2, 3), 50, np.uint8))
+
+
+def test_empty_cells_and_uneven_panels():
+    grid = panel_grid(
+        [[np.zeros((300, 300, 3), np.uint8), None], [np.zeros((150, 300, 3), np.uint8)]], ["a", "b"]
+    )
+    assert grid.shape[1] == 2 * 300 + 8 + 16
+    assert count(grid, (0, 0, 0)) >= 300 * 300 + 150 * 300
+
+
+def test_heat_is_brighter_for_more():
+    colors = heat_colors(np.linspace(-0.5, 1.5, 101)).astype(int)
+    brightness = colors @ np.array([299, 587, 114])
+    assert (np.diff(brightness) >= 0).all() and brightness[0] < 2000 and brightness[-1] > 240_000
+    assert np.array_equal(confidence_map(np.array([[1.0]])), heat_colors(np.array([[1.0]])))
+
+
+def test_distinct_colors_are_distinct():
+    colors = distinct_colors(150)
+    assert len(set(colors)) == 150
+    assert all(0 <= channel <= 255 for color in colors for channel in color)
+
+
+def test_class_tables():
+    class Metadata:
+        name = "set"
+        stuff_classes = ("a", "b")
+        stuff_colors = ((1, 2, 3), (4, 5, 6))
+        ignore_label = 7
+
+    table = ClassTable.from_metadata(Metadata)
+    assert (
+        table.names == ("a", "b")
+        and table.ignore_label == 7
+        and table.colors.tolist() == [[1, 2, 3], [4, 5, 6]]
+    )
+    del Metadata.stuff_colors, Metadata.ignore_label
+    assert ClassTable.from_metadata(Metadata).ignore_label == 255
+    with pytest.raises(ValueError, match="1 colours for 2 classes"):
+        ClassTable.create(["a", "b"], [(0, 0, 0)])
+    del Metadata.stuff_classes
+    with pytest.raises(ValueError, match="data set 'set' has no 'stuff_classes'"):
+        ClassTable.from_metadata(Metadata)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+def test_label_maps_come_back_as_written(tmp_path, dtype):
+    labels = np.array([[0, 1], [7, 254 if dtype is np.uint8 else 400]], dtype)
+    save_labels(tmp_path / "labels.png", labels)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "labels.png")), labels)
+    with pytest.raises(ValueError, match=r"label maps are written as .png"):
+        save_labels(tmp_path / "labels.jpg", labels)
+    assert os.listdir(tmp_path) == ["labels.png"]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    image = np.zeros((8, 8, 3), np.uint8)
+    write_image(path, image)
+    before = path.read_bytes()
+
+    def disk_full(self, target, **_):
+        with open(target, "wb") as stream:
+            stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", disk_full)
+    with pytest.raises(ImageFileError, match=r"cannot write '.*picture.png': No space left on device"):
+        write_image(path, image + 1)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["picture.png"]
+
+
+def test_unwritable_places_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ImageFileError, match=r"cannot write '.*file/picture.png'"):
+        write_image(tmp_path / "file" / "picture.png", np.zeros((2, 2, 3), np.uint8))
+    with pytest.raises(ImageFileError, match=r"unknown image type '.xyz', take .png or .jpg"):
+        write_image(tmp_path / "picture.xyz", np.zeros((2, 2, 3), np.uint8))
+
+
+def test_finding_images(tmp_path, monkeypatch):
+    for name in ("b.png", "a.JPG", "notes.txt", ".hidden.png", "sub/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "d[1].png").write_bytes(b"")
+
+    def names(*inputs):
+        return [str(path.relative_to(tmp_path)) for path in find_images(inputs)]
+
+    assert names(tmp_path) == ["a.JPG", "b.png", "d[1].png"]
+    assert names(tmp_path / "b.png", tmp_path) == ["b.png", "a.JPG", "d[1].png"]
+    assert names(str(tmp_path / "*.png")) == ["b.png", "d[1].png"]
+    assert names(str(tmp_path / "**" / "*.png")) == ["b.png", "d[1].png", "sub/c.png"]
+    assert names(tmp_path / "d[1].png") == ["d[1].png"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_images("~/b.png") == [tmp_path / "b.png"]
+    for missing, message in (
+        (tmp_path / "x.png", "image '.*x.png' does not exist"),
+        (str(tmp_path / "*.gif"), "pattern '.*' matches no image"),
+    ):
+        with pytest.raises(ImageFileError, match=message):
+            find_images([missing])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImageFileError, match=r"folder '.*empty' holds no image"):
+        find_images(tmp_path / "empty")
+    with pytest.raises(ImageFileError, match="no image given"):
+        find_images([])
+
+
+def test_arrays_and_pillow_images_become_rgb():
+    grey = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    expected = np.repeat(grey[:, :, None], 3, axis=2)
+    for image in (grey, grey[:, :, None], expected, Image.fromarray(grey)):
+        assert np.array_equal(as_rgb(image), expected)
+    rgba = np.dstack([expected, np.full((2, 3), 9, np.uint8)])
+    assert np.array_equal(as_rgb(rgba), expected)
+    assert np.array_equal(as_rgb(Image.fromarray(rgba)), expected)
+    palette = Image.fromarray(grey)
+    palette.putpalette([10, 20, 30] * 256)
+    assert np.array_equal(as_rgb(palette), np.broadcast_to(np.uint8([10, 20, 30]), (2, 3, 3)))
+    with pytest.raises(ValueError, match=r"must be uint8 in 0..255, got float64"):
+        as_rgb(np.zeros((2, 2, 3)))
+    with pytest.raises(ValueError, match=r"got shape \(3, 2, 2, 1\)"):
+        as_rgb(np.zeros((3, 2, 2, 1), np.uint8))
+    with pytest.raises(ValueError, match="not 8 bits per channel"):
+        as_rgb(Image.new("I;16", (2, 2)))
+    with pytest.raises(TypeError, match="got list"):
+        as_rgb([1, 2])

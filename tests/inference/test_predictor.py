@@ -1,0 +1,204 @@
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from PIL import Image
+
+from ccnet_d2.inference import ClassTable, Predictor, SlidingWindow, WholeImage
+from ccnet_d2.inference.batch import write_pictures
+from ccnet_d2.model_zoo import get_config
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (30, 42, 3), dtype=np.uint8)
+    path = tmp_path / "photos" / "street.png"
+    path.parent.mkdir()
+    Image.fromarray(array).save(path)
+    return path, array
+
+
+@pytest.fixture(scope="module")
+def toy_checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    model = instantiate(get_config("toy/ccnet_synthetic.py").model)
+    path = tmp_path_factory.mktemp("checkpoint") / "model.pth"
+    torch.save({"model": model.state_dict()}, path)
+    return path
+
+
+def test_files_arrays_and_pillow_images_give_one_answer(make_segmenter, photograph):
+    path, array = photograph
+    model = make_segmenter()
+    predictor = Predictor(model)
+    tensor = torch.from_numpy(array.transpose(2, 0, 1).copy())
+    expected = WholeImage(model)([{"image": tensor, "height": 30, "width": 42}])[0]["sem_seg"]
+    for given in (path, str(path), array, Image.fromarray(array)):
+        prediction = predictor(given)
+        assert torch.equal(prediction.logits, expected)
+        assert np.array_equal(prediction.labels, expected.argmax(0).numpy())
+        assert prediction.labels.dtype == np.uint8
+        assert np.array_equal(prediction.image, array)
+    assert predictor(path).path == path and predictor(array).path is None
+
+
+def test_labels_only_keeps_no_logits(make_segmenter, photograph):
+    path, _ = photograph
+    predictor = Predictor(make_segmenter(), mode=SlidingWindow(tile=16))
+    without = predictor(path, labels_only=True)
+    full = predictor(path)
+    assert without.logits is None
+    assert np.array_equal(without.labels, full.labels)
+    with pytest.raises(ValueError, match="the confidence needs logits"):
+        without.confidence()
+    np.testing.assert_allclose(full.confidence(), full.logits.softmax(0).amax(0).numpy(), atol=1e-6)
+
+
+def test_models_in_bgr_get_bgr(make_segmenter, photograph):
+    _, array = photograph
+    model = make_segmenter()
+    rgb = Predictor(model)(array).logits
+    assert torch.equal(Predictor(model, input_format="BGR")(array[:, :, ::-1].copy()).logits, rgb)
+    assert not torch.equal(Predictor(model, input_format="BGR")(array).logits, rgb)
+    model.input_format = "BGR"
+    assert torch.equal(Predictor(model)(array[:, :, ::-1].copy()).logits, rgb)
+    model.input_format = None
+    with pytest.raises(ValueError, match="channel order of TinySegmenter must be 'RGB' or 'BGR', got None"):
+        Predictor(model)
+
+
+def test_answers_have_the_images_size_whatever_the_network_saw(make_segmenter, photograph):
+    from detectron2.data import transforms as T
+
+    path, array = photograph
+    model = make_segmenter()
+    prediction = Predictor(model, augmentations=[T.Resize((20, 28))])(path)
+    assert model.calls[-1] == [(3, 20, 28)]
+    assert prediction.labels.shape == array.shape[:2]
+    assert prediction.logits.shape == (5, *array.shape[:2])
+
+
+def test_folders_and_patterns_are_predicted_one_by_one(make_segmenter, photograph):
+    path, array = photograph
+    Image.fromarray(array[::-1].copy()).save(path.with_name("upside.png"))
+    model = make_segmenter()
+    results = Predictor(model).predict_all(path.parent)
+    calls = len(model.calls)
+    first = next(results)
+    assert first.path == path and len(model.calls) == calls + 1
+    assert [one.path.name for one in results] == ["upside.png"]
+    pattern = str(path.parent / "up*.png")
+    assert [one.path.name for one in Predictor(model).predict_all(pattern)] == ["upside.png"]
+    with pytest.raises(ValueError, match="does not exist"):
+        Predictor(model).predict_all([path, "missing.png"])
+
+
+def test_class_names(make_segmenter, photograph):
+    path, _ = photograph
+    model = make_segmenter()
+    assert Predictor(model)(path).classes.names == tuple(f"class {i}" for i in range(5))
+    named = Predictor(model, classes=list("abcde"))
+    assert named(path).classes.names == tuple("abcde")
+    assert named(path).overlay().ndim == 3
+    table = ClassTable.create(list("abcde"))
+    assert Predictor(model, classes=table)(path).classes is table
+    with pytest.raises(ValueError, match="the model gives 5 classes, but 2 class names are known"):
+        Predictor(model, classes=["a", "b"])(path)
+    with pytest.raises(ValueError, match="has no 'stuff_classes'"):
+        Predictor(model, classes="no_such_data_set")
+
+
+def test_two_lines_from_a_run_and_a_checkpoint(toy_checkpoint, photograph):
+    path, array = photograph
+    predictor = Predictor("toy/ccnet_synthetic.py", toy_checkpoint)
+    prediction = predictor(path)
+
+    model = instantiate(get_config("toy/ccnet_synthetic.py").model)
+    model.load_state_dict(torch.load(toy_checkpoint, weights_only=True)["model"])
+    tensor = torch.from_numpy(array.transpose(2, 0, 1).copy())
+    with torch.no_grad():
+        expected = model.eval()([{"image": tensor, "height": 30, "width": 42}])[0]["sem_seg"]
+    torch.testing.assert_close(prediction.logits.cpu(), expected, atol=1e-4, rtol=1e-4)
+    assert len(prediction.classes) == len(expected)
+    assert not prediction.classes.names[0].startswith("class ")
+
+    cfg = get_config("toy/ccnet_synthetic.py")
+    cfg.train.init_checkpoint = str(toy_checkpoint)
+    cfg.test = dict(inference=L(SlidingWindow)(tile=16))
+    configured = Predictor(cfg)
+    assert isinstance(configured.mode, SlidingWindow) and configured.mode.tile == (16, 16)
+    assert isinstance(Predictor(cfg, mode="whole").mode, WholeImage)
+
+
+def test_attention_of_a_run(toy_checkpoint, photograph):
+    path, _ = photograph
+    found = Predictor("toy/ccnet_synthetic.py", toy_checkpoint).attention(path, 21, 9)
+    assert found.extent == (15.0, 21.0)  # stride 2
+    assert found.cell == (4, 10)
+    first, second = found.maps
+    assert (first > 0).sum() == 15 + 21 - 1
+    assert (second > 0).all()
+
+
+def test_what_is_missing_is_said(toy_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"There is no config 'toy/ccnet_synthetik\.py'"):
+        Predictor("toy/ccnet_synthetik.py", toy_checkpoint)
+    with pytest.raises(ValueError, match="no weights to predict with"):
+        Predictor("toy/ccnet_synthetic.py")
+    with pytest.raises(ValueError, match=r"nowhere\.pth"):
+        Predictor("toy/ccnet_synthetic.py", tmp_path / "nowhere.pth")
+    with pytest.raises(TypeError, match="model must be a module"):
+        Predictor(3)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device 'cuda' was asked for, but torch sees no GPU"):
+            Predictor(torch.nn.Conv2d(3, 3, 1), device="cuda", input_format="RGB")
+
+
+def test_damaged_images_are_named(make_segmenter, photograph, tmp_path):
+    path, _ = photograph
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"cut\.png"):
+        Predictor(make_segmenter())(cut)
+
+
+def test_a_damaged_image_does_not_stop_the_others(make_segmenter, photograph, tmp_path):
+    path, _ = photograph
+    path.with_name("broken.png").write_bytes(path.read_bytes()[:500])
+    out = tmp_path / "out"
+    result = write_pictures(Predictor(make_segmenter()), path.parent, out, picture="labels", progress=False)
+    assert [one.name for one in result.written] == ["street.png"]
+    assert len(result.problems) == 1 and "broken.png" in result.problems[0]
+    assert [one.name for one in out.iterdir()] == ["street.png"]
+
+
+def test_outputs_that_do_not_fit_are_refused_before_predicting(make_segmenter, photograph, tmp_path):
+    path, array = photograph
+    model = make_segmenter()
+    predictor = Predictor(model)
+    jpg = path.with_name("street.jpg")
+    Image.fromarray(array).save(jpg)
+    (tmp_path / "taken").write_text("")
+    cases = [
+        (([path, jpg], tmp_path / "one.png"), {}, "2 images cannot all be written to"),
+        (([path, jpg], tmp_path / "out"), {}, "would both be written to"),
+        ((path, path.parent), {}, "would overwrite it"),
+        ((path, path), {}, "would overwrite it"),
+        ((path, tmp_path / "taken"), {}, "is a file without an image suffix"),
+        ((path, tmp_path / "o.jpg"), {"picture": "labels"}, r"label maps are written as \.png"),
+        ((path, tmp_path), {"picture": "drawing"}, "unknown picture 'drawing'"),
+        ((path, tmp_path), {"picture": "attention"}, "go together"),
+        ((path, tmp_path), {"pixel": (1, 1)}, "go together"),
+        ((path, tmp_path), {"ground_truth": tmp_path}, "side-by-side pictures only"),
+        (
+            (path, tmp_path / "out"),
+            {"ground_truth": tmp_path / "none", "picture": "side-by-side"},
+            r"ground truth '.*none/street\.png' does not exist",
+        ),
+    ]
+    for arguments, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            write_pictures(predictor, *arguments, progress=False, **options)
+    assert model.calls == []
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,156 @@
+"""train_net.py from the command line: train, evaluate, resume, and every kind of wrong input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
+from ccnet_d2.engine.command_line import main
+
+CONFIG = "toy/ccnet_synthetic.py"
+TRAIN_NET = Path(__file__).parents[2] / "projects/CCNet/train_net.py"
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    """A synthetic set of eight images, registered; its folder."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    root = tmp_path / "ccnet_synthetic"
+    generate_synthetic_dataset(root, SyntheticConfig(train_images=8, val_images=4))
+    register_all(tmp_path)
+    yield root
+    monkeypatch.undo()
+    register_all()
+
+
+@pytest.fixture
+def train_net(dataset, tmp_path, capsys):
+    """Runs train_net.py in this process; gives its status and the last line on stderr."""
+
+    def run(*arguments, config=CONFIG, output="output"):
+        options = [
+            f"train.output_dir={tmp_path / output}",
+            "train.max_iter=4",
+            "train.device=cpu",
+            "train.seed=0",
+            "train.num_pictures=2",
+            "dataloader.train.total_batch_size=2",
+        ]
+        flags = [a for a in arguments if a.startswith("--")]
+        overrides = [a for a in arguments if not a.startswith("--")]
+        status = main(["--config-file", config, *flags, *options, *overrides])
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return status, errors[-1] if errors else ""
+
+    return run
+
+
+def test_train_evaluate_resume(train_net, tmp_path):
+    output = tmp_path / "output"
+    assert train_net()[0] == 0
+    for name in ("model_final.pth", "last_checkpoint", "config.yaml", "metrics.json", "log.txt"):
+        assert (output / name).is_file(), name
+    assert list((output / "pictures").glob("*.png")) and list(output.glob("events.out.tfevents.*"))
+    trained = json.loads((output / "evaluation.json").read_text())
+
+    status, _ = train_net("--eval-only", f"train.init_checkpoint={output / 'model_final.pth'}", output="again")
+    assert status == 0
+    assert json.loads((tmp_path / "again/evaluation.json").read_text()) == trained
+
+    assert train_net("--resume", "train.max_iter=6")[0] == 0
+    assert torch.load(output / "model_final.pth", weights_only=True)["iteration"] == 5
+    status, error = train_net("--resume", "train.max_iter=6")
+    assert status == 1 and "Nothing to train" in error
+
+
+def test_same_seed_same_weights(train_net, tmp_path):
+    for output in ("a", "b"):
+        assert train_net(output=output)[0] == 0
+    a, b = (torch.load(tmp_path / x / "model_final.pth", weights_only=True)["model"] for x in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_bf16_autocast_on_cpu(train_net):
+    assert train_net("train.amp.enabled=True")[0] == 0
+    status, error = train_net("train.amp.enabled=True", "train.amp.dtype=float16")
+    assert status == 1 and "float16 does not train on a CPU" in error
+
+
+def first(dataset, kind):
+    return sorted((dataset / kind / "train").iterdir())[0]
+
+
+def damage_nothing(dataset):
+    pass
+
+
+def remove_dataset(dataset):
+    dataset.rename(dataset.with_name("elsewhere"))
+
+
+def label_out_of_range(dataset):
+    for path in (dataset / "labels/train").iterdir():
+        cv2.imwrite(str(path), np.full((48, 48), 77, np.uint8))
+
+
+def label_of_other_size(dataset):
+    for path in (dataset / "labels/train").iterdir():
+        cv2.imwrite(str(path), np.zeros((40, 48), np.uint8))
+
+
+def truncate_images(dataset):
+    for path in (dataset / "images/train").iterdir():
+        path.write_bytes(path.read_bytes()[:-200])
+
+
+@pytest.mark.parametrize(
+    ("damage", "arguments", "words"),
+    [
+        (remove_dataset, [], ["ccnet_synthetic"]),
+        (label_out_of_range, [], ["labels/train", "77"]),
+        (label_of_other_size, [], ["labels/train", "48x40", "48x48"]),
+        (truncate_images, [], ["images/train"]),
+        (truncate_images, ["dataloader.train.num_workers=1"], ["images/train"]),
+        (damage_nothing, ["train.max_itr=3"], ["train.max_itr", "max_iter"]),
+        (damage_nothing, ["model.sem_seg_head.context=rcca_r0"], ["recurrence", "0"]),
+        (damage_nothing, ["model.sem_seg_head.channels=20"], ["channels=20", "8"]),
+        (damage_nothing, ["model.sem_seg_head.context=rca"], ["rca"]),
+        (damage_nothing, ["--eval-only"], ["train.init_checkpoint"]),
+        (damage_nothing, ["train.init_checkpoint=/nowhere/x.pth"], ["/nowhere/x.pth"]),
+    ],
+)
+def test_wrong_input_is_one_sentence(train_net, dataset, damage, arguments, words):
+    damage(dataset)
+    status, error = train_net(*arguments)
+    assert status == 1
+    assert all(word in error for word in words), error
+    assert "Traceback" not in error
+
+
+def test_unknown_config(train_net):
+    status, error = train_net(config="toy/ccnet_sinthetic.py")
+    assert status == 1 and "toy/ccnet_synthetic.py" in error
+
+
+def test_checkpoint_of_another_model(train_net, tmp_path):
+    assert train_net()[0] == 0
+    checkpoint = f"train.init_checkpoint={tmp_path / 'output/model_final.pth'}"
+    status, error = train_net("--eval-only", checkpoint, "model.sem_seg_head.num_classes=5", output="x")
+    assert status == 1 and "shape" in error
+    status, error = train_net("--eval-only", checkpoint, "model.sem_seg_head.context=hv", output="x")
+    assert status == 1 and "lacks" in error
+
+
+def test_script_exits_non_zero_without_traceback():
+    run = subprocess.run(
+        [sys.executable, TRAIN_NET, "--config-file", "nothing.py"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("error: There is no config 'nothing.py'")
+    assert "Traceback" not in run.stderr

@@ -1,0 +1,32 @@
+"""Configs are found by name and by path, and wrong names are answered with near ones."""
+
+import pytest
+
+from ccnet_d2.errors import UserError
+from ccnet_d2.model_zoo import config_names, config_path, get_config
+
+
+def test_names_are_runs():
+    names = config_names()
+    assert "camvid/ccnet_R_18_D8_half.py" in names
+    assert not [name for name in names if name.startswith("common/")]
+
+
+def test_by_name_with_and_without_suffix_and_by_path():
+    path = config_path("toy/ccnet_synthetic.py")
+    assert config_path("toy/ccnet_synthetic") == path == config_path(str(path))
+
+
+def test_get_config_gives_a_run():
+    cfg = get_config("toy/ccnet_synthetic.py")
+    assert {"model", "dataloader", "optimizer", "lr_multiplier", "train"} <= set(cfg)
+
+
+def test_unknown_name():
+    with pytest.raises(UserError, match=r"no config 'toy/ccnet_sintetic'.*toy/ccnet_synthetic\.py"):
+        get_config("toy/ccnet_sintetic")
+
+
+def test_a_part_is_not_a_run():
+    with pytest.raises(UserError, match="is not a run"):
+        get_config("common/optim.py")

@@ -1,0 +1,151 @@
+"""The CCNet meta-architecture: Detectron2's input and output format, losses, padding, yacs and LazyConfig."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
+
+from ccnet_d2.layers import RCCA
+from ccnet_d2.modeling import CCNet, CCNetHead, PlainConvNet, add_ccnet_config
+
+SHAPE = {"conv": ShapeSpec(channels=16, stride=2)}
+
+
+def small_model(**head_options):
+    torch.manual_seed(0)
+    options = {"num_classes": 5, "in_feature": "conv", "channels": 16, "norm": "BN", "aux_feature": None}
+    return CCNet(
+        backbone=PlainConvNet(channels=(8, 16), strides=(1, 2)),
+        sem_seg_head=CCNetHead(SHAPE, **{**options, **head_options}),
+        pixel_mean=[127.5] * 3,
+        pixel_std=[64.0] * 3,
+    )
+
+
+def sample(height=24, width=32, classes=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "image": torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8),
+        "sem_seg": torch.randint(0, classes, (height, width), generator=generator),
+        "height": height,
+        "width": width,
+    }
+
+
+def test_inference_gives_logits_of_the_wanted_size():
+    model = small_model().eval()
+    outputs = model([{**sample(24, 32), "height": 48, "width": 60}, sample(21, 30)])
+    assert [tuple(o["sem_seg"].shape) for o in outputs] == [(5, 48, 60), (5, 21, 30)]
+
+
+def test_without_height_and_width_the_image_s_own_size_is_used():
+    out = small_model().eval()([{"image": sample(21, 30)["image"]}])
+    assert out[0]["sem_seg"].shape == (5, 21, 30)
+
+
+def test_head_is_the_published_composition():
+    """conva, context, convb, concatenation with the input, fusion, classifier; written out here."""
+    model = small_model(dropout=0.0).eval()
+    head = model.sem_seg_head
+    torch.nn.init.constant_(head.context.gamma, 0.5)
+    x = torch.randn(1, 16, 12, 16)
+    a = head.conva(x)
+    expected = head.classifier(head.fuse(torch.cat([x, head.convb(head.context(a))], 1)))
+    torch.testing.assert_close(head.predict(x), expected)
+    logits, losses = head({"conv": x}, image_size=(23, 31))
+    wanted = F.interpolate(expected, (23, 31), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(logits, wanted)
+    assert losses == {}
+
+
+def test_losses_equal_plain_cross_entropy():
+    model = small_model(dropout=0.0, aux_feature="conv", aux_channels=8, aux_loss_weight=0.4)
+    batch = [sample(seed=0), sample(seed=1)]
+    batch[0]["sem_seg"][:4] = 255
+    losses = model(batch)
+    assert set(losses) == {"loss_sem_seg", "loss_sem_seg_aux"}
+    # The norm layers' batch statistics are those of the same batch, so a second pass gives the same features.
+    images = torch.stack([(x["image"] - 127.5) / 64 for x in batch])
+    targets = torch.stack([x["sem_seg"] for x in batch])
+    features = model.backbone(images)["conv"]
+    main = F.interpolate(model.sem_seg_head.predict(features), (24, 32), mode="bilinear")
+    expected = F.cross_entropy(main, targets, ignore_index=255)
+    torch.testing.assert_close(losses["loss_sem_seg"], expected, rtol=1e-4, atol=1e-5)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_padding_is_the_mean_and_carries_no_loss():
+    model = small_model(dropout=0.0)
+    small, large = sample(16, 20), sample(24, 32)
+    images, sizes = model._batch_images([small, large])
+    assert images.shape == (2, 3, 24, 32) and sizes == [(16, 20), (24, 32)]
+    assert (images[0, :, 16:] == 0).all() and (images[0, :, :, 20:] == 0).all()
+    targets = model._batch_targets([small, large], (24, 32))
+    assert (targets[0, 16:] == 255).all() and torch.equal(targets[0, :16, :20], small["sem_seg"])
+
+
+def test_batch_of_ignored_labels_trains():
+    model = small_model()
+    batch = [{**sample(), "sem_seg": torch.full((24, 32), 255)}]
+    loss = sum(model(batch).values())
+    loss.backward()
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize(("context", "recurrence"), [("rcca", 2), ("rcca_r1", 1), ("rcca_r3", 3)])
+def test_context_by_name(context, recurrence):
+    module = small_model(context=context).sem_seg_head.context
+    assert isinstance(module, RCCA) and module.recurrence == recurrence
+
+
+@pytest.mark.parametrize(
+    "context", ["none", "nl", "nl_r2", "hv", "hv_vh", "gcn", "asymmetric_nl", "psp", "aspp", "danet", "psanet"]
+)
+def test_every_context_trains(context):
+    # Two images: pooled branches of some modules need more than one value a channel to normalise.
+    model = small_model(context=context)
+    sum(model([sample(seed=0), sample(seed=1)]).values()).backward()
+    assert model.sem_seg_head.classifier.weight.grad.abs().sum() > 0
+    assert model.eval()([sample()])[0]["sem_seg"].shape == (5, 24, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": "rcca_r0"}, "recurrence must be at least 1"),
+        ({"context": "magic"}, "magic"),
+        ({"in_feature": "res9"}, "'res9' is not among"),
+        ({"activation": "swish"}, "activation='swish'"),
+        ({"loss": "l2"}, "loss='l2'"),
+        ({"channels": 20}, "channels=20 is not a positive multiple"),
+    ],
+)
+def test_wrong_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        small_model(**options)
+
+
+def test_yacs_config_builds_and_trains():
+    cfg = get_cfg()
+    add_ccnet_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "CCNet"
+    cfg.MODEL.BACKBONE.NAME = "build_ccnet_resnet_backbone"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res4", "res5"]
+    cfg.MODEL.SEM_SEG_HEAD.NAME = "CCNetHead"
+    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res5"]
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 7
+    cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = 32
+    cfg.MODEL.SEM_SEG_HEAD.NORM = "BN"
+    cfg.MODEL.CCNET.CONTEXT = "rcca_r1"
+    cfg.MODEL.CCNET.AUX_CHANNELS = 16
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    assert isinstance(model, CCNet) and model.sem_seg_head.context.recurrence == 1
+    losses = model.train()([sample(64, 64, 7), sample(64, 64, 7, seed=1)])
+    sum(losses.values()).backward()
