@@ -13,7 +13,6 @@ _SUBPACKAGES = (
     "checkpoint",
     "data",
     "engine",
-    "evaluation",
     "inference",
     "layers",
     "losses",

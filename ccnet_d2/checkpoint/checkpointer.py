@@ -45,7 +45,9 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         data = load_file(filename)
         if not isinstance(data, dict):
-            raise CheckpointError(f"Checkpoint {filename} holds a {type(data).__name__} instead of a state dict.")
+            raise CheckpointError(
+                f"Checkpoint {filename} holds a {type(data).__name__} instead of a state dict."
+            )
         if filename.endswith(".pkl"):
             return _model_zoo_format(data)
         if filename.endswith(".pyth"):
@@ -63,8 +65,10 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"in the model{f', and {more} more differ' if more else ''}; check that config and checkpoint "
                 "belong together."
             )
-        if len(incompatible.missing_keys) == len(self.model.state_dict()):
-            raise CheckpointError("The checkpoint does not fit the model: no parameter has the name of one in it.")
+        if {name for name, _ in self.model.named_parameters()} <= set(incompatible.missing_keys):
+            raise CheckpointError(
+                "The checkpoint does not fit the model: no parameter has the name of one in it."
+            )
         if self.strict and incompatible.missing_keys:
             keys = incompatible.missing_keys
             raise CheckpointError(

@@ -49,7 +49,15 @@ def load_file(path: str | Path) -> Any:
             with path.open("rb") as file:
                 return _ArrayUnpickler(file, encoding="latin1").load()
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, KeyError, AttributeError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        RuntimeError,
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+    ) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise CheckpointError(
             f"Checkpoint {path} cannot be read as weights: it is damaged, or holds objects that would run code "

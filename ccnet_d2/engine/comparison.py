@@ -116,13 +116,18 @@ def train_variants(
 class _Process:
     """A training process on one GPU, or on some of the CPU's cores."""
 
-    def __init__(self, run: VariantRun, device: str | None, threads: int, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, run: VariantRun, device: str | None, threads: int, environment: Mapping[str, str]
+    ) -> None:
         self.run = run
         self.device = device
         self._start = time.monotonic()
         self._log = run.output_dir / "train.log"
         run.output_dir.mkdir(parents=True, exist_ok=True)
-        for stale in ("metrics.json", "evaluation.json"):  # of an earlier run, which would pass for this one's
+        for stale in (
+            "metrics.json",
+            "evaluation.json",
+        ):  # of an earlier run, which would pass for this one's
             (run.output_dir / stale).unlink(missing_ok=True)
         variables = {**os.environ, **environment, "OMP_NUM_THREADS": str(max(1, threads))}
         if device is not None:
@@ -136,7 +141,9 @@ class _Process:
         if self.popen.returncode != 0:
             lines = self._log.read_text(errors="replace").strip().splitlines() or ["no output"]
             reason = lines[-1].removeprefix("error: ").rstrip(".")
-            raise UserError(f"Training of {self.run.variant.name} failed: {reason} (whole output in {self._log}).")
+            raise UserError(
+                f"Training of {self.run.variant.name} failed: {reason} (whole output in {self._log})."
+            )
         self.run.metrics = json.loads((self.run.output_dir / "evaluation.json").read_text())
 
 

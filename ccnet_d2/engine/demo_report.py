@@ -81,7 +81,10 @@ def run_demo(dataset: str, output: Path, *, seed: int = 0, overrides: Sequence[s
     # Fail on a wrong override or a missing data set at once, not three times in other processes.
     cfg = apply_overrides(get_config(demo.config), overrides)
     len(DatasetCatalog.get(cfg.dataloader.train.dataset.names))
-    print(f"Training {', '.join(v.name for v in VARIANTS)} for {cfg.train.max_iter} iterations each.", flush=True)
+    print(
+        f"Training {', '.join(v.name for v in VARIANTS)} for {cfg.train.max_iter} iterations each.",
+        flush=True,
+    )
 
     runs = train_variants(demo.config, VARIANTS, output, overrides=overrides, environment=environment)
     runs.reverse()  # the order of the paper's table
@@ -117,7 +120,8 @@ def _markdown(demo: Demo, cfg: DictConfig, runs: Sequence[VariantRun], report: d
 {demo.about}
 
 {_table(runs)}
-{cfg.train.max_iter} iterations each, seed {report["seed"]}, measured on the {len(_test_records(cfg))} images of `{cfg.dataloader.test.dataset.names}`.
+{cfg.train.max_iter} iterations each with seed {report["seed"]}; measured on the {len(_test_records(cfg))} images of
+`{cfg.dataloader.test.dataset.names}`.
 
 ![predictions](predictions.png)
 
@@ -165,10 +169,14 @@ def _pixel_to_explain(
 
     It is the one deepest inside what two loops get right and one loop gets wrong, or else inside what two get right.
     """
-    gained = [(two == truth) & (one != truth) for truth, one, two in zip(truths, one_loop, two_loops, strict=True)]
+    gained = [
+        (two == truth) & (one != truth) for truth, one, two in zip(truths, one_loop, two_loops, strict=True)
+    ]
     if not any(mask.any() for mask in gained):
         gained = [two == truth for truth, two in zip(truths, two_loops, strict=True)]
-    depths = [cv2.distanceTransform(np.pad(m, 1).astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1] for m in gained]
+    depths = [
+        cv2.distanceTransform(np.pad(m, 1).astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1] for m in gained
+    ]
     image = int(np.argmax([depth.max() for depth in depths]))
     row, column = np.unravel_index(depths[image].argmax(), depths[image].shape)
     return image, (int(column), int(row))

@@ -36,7 +36,9 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     try:
         return LazyConfig.apply_overrides(config, list(overrides))
     except (HydraException, OmegaConfBaseException, ValueError, KeyError) as error:
-        raise UserError(f"Overrides {list(overrides)} cannot be applied: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"Overrides {list(overrides)} cannot be applied: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _check_key(config: DictConfig, key: str) -> None:

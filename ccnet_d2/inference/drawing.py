@@ -19,6 +19,7 @@ __all__ = [
     "resize_rgb",
     "stack",
     "text_line",
+    "text_size",
 ]
 
 PAPER = (255, 255, 255)
@@ -141,7 +142,7 @@ def panel_grid(
     reduce = min(_MAX_CELL_SIDE / max(height, width), 1.0)
     height, width = max(round(height * reduce), 1), max(round(width * reduce), 1)
 
-    size = _text_size(width)
+    size = text_size(width)
     gap = np.full((1, _MARGIN, 3), PAPER, np.uint8)
     lines = [_beside([text_line(title, width, size) for title in titles], gap)]
     for position, row in enumerate(rows):
@@ -154,7 +155,8 @@ def panel_grid(
     return _framed(np.concatenate(lines, axis=0))
 
 
-def _text_size(width: int) -> int:
+def text_size(width: int) -> int:
+    """Pixels of a title over a panel of that width."""
     return int(min(max(width // 22, 13), 22))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .classes import ClassTable
-from .drawing import legend, panel_grid, readable, resize_labels, resize_rgb, stack, text_line
+from .drawing import legend, panel_grid, readable, resize_labels, resize_rgb, stack, text_line, text_size
 from .images import write_image
 
 __all__ = [
@@ -217,7 +217,8 @@ def _prediction_grid(
     grid = panel_grid(rows, titles, row_titles=row_titles)
     everything = np.concatenate([np.asarray(map_).ravel() for _, labels in maps for map_ in labels])
     present, _ = _present(everything, classes)
-    parts = [grid, legend(classes, present, grid.shape[1], size=_legend_size(grid.shape[1]))]
+    size = text_size(grid.shape[1] // len(titles))
+    parts = [grid, legend(classes, present, grid.shape[1], size=size)]
     if truths is not None and len(predictions) == 1:
         parts.append(text_line("difference: red = wrong, dark blue = not labelled", grid.shape[1], 13))
     return stack(parts)

@@ -22,14 +22,18 @@ def config_root() -> Path:
     for root in (_PACKAGED, _CHECKOUT):
         if (root / "common").is_dir():
             return root
-    raise UserError(f"No configs at {_PACKAGED} or {_CHECKOUT}: the installation is incomplete, reinstall ccnet_d2.")
+    raise UserError(
+        f"No configs at {_PACKAGED} or {_CHECKOUT}: the installation is incomplete, reinstall ccnet_d2."
+    )
 
 
 def config_names() -> list[str]:
     """Names of all runs, such as "camvid/ccnet_R_18_small.py"."""
     root = config_root()
     files = (path.relative_to(root) for path in root.rglob("*.py"))
-    return sorted(file.as_posix() for file in files if file.parts[0] != "common" and file.name != "__init__.py")
+    return sorted(
+        file.as_posix() for file in files if file.parts[0] != "common" and file.name != "__init__.py"
+    )
 
 
 def config_path(name: str) -> Path:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from ccnet_d2.layers.build import build_context
 from ccnet_d2.layers.norm_act import ACTIVATIONS
-from ccnet_d2.losses import CrossEntropy, OHEMCrossEntropy, SegmentationLoss
+from ccnet_d2.losses import CategoryConsistentLoss, CrossEntropy, OHEMCrossEntropy, SegmentationLoss
+from ccnet_d2.losses.category_consistent import FORMS
 from ccnet_d2.losses.resize import upsample
 
 LOSSES: dict[str, Callable[..., SegmentationLoss]] = {"cross_entropy": CrossEntropy, "ohem": OHEMCrossEntropy}
+CATEGORY_CONSISTENT_CHANNELS = 16  # TPAMI, Sec. 3.4
 _RECURRENCE = re.compile(r"(?P<name>.+)_r(?P<recurrence>\d+)")
 
 
@@ -59,6 +61,7 @@ class CCNetHead(nn.Module):
         aux_channels: int = 512,
         aux_loss_weight: float = 0.4,
         loss: SegmentationLoss | str = "cross_entropy",
+        category_consistent: CategoryConsistentLoss | str | None = None,
         ignore_value: int = 255,
         align_corners: bool = False,
     ) -> None:
@@ -77,11 +80,15 @@ class CCNetHead(nn.Module):
             aux_channels: C of the auxiliary classifier.
             aux_loss_weight: factor of the auxiliary loss, which is always plain cross entropy.
             loss: see `ccnet_d2.losses.SegmentationLoss`, or a name in `LOSSES`.
+            category_consistent: loss on the context module's output, before `convb`, reduced to 16 channels by a 1x1
+                convolution: a `CategoryConsistentLoss`, or its form, "piecewise" or "quadratic", for one with the
+                paper's weights; None for none.
             ignore_value: label that carries no loss.
             align_corners: of every upsampling of logits.
 
         Raises:
-            ValueError: a feature, context, loss or activation name is unknown.
+            ValueError: a feature, context, loss or activation name is unknown, or `category_consistent` is asked for
+                with a standalone context module.
         """
         super().__init__()
         for feature in (in_feature, aux_feature):
@@ -91,6 +98,8 @@ class CCNetHead(nn.Module):
             raise ValueError(f"activation={activation!r} is not one of {sorted(ACTIVATIONS)}.")
         if isinstance(loss, str) and loss not in LOSSES:
             raise ValueError(f"loss={loss!r} is not one of {sorted(LOSSES)}.")
+        if isinstance(category_consistent, str) and category_consistent not in FORMS:
+            raise ValueError(f"category_consistent={category_consistent!r} is not one of {sorted(FORMS)} or None.")
         self.in_feature = in_feature
         self.aux_feature = aux_feature
         self.aux_loss_weight = aux_loss_weight
@@ -122,6 +131,20 @@ class CCNetHead(nn.Module):
         loss_args = {"ignore_index": ignore_value, "align_corners": align_corners}
         self.loss = LOSSES[loss](**loss_args) if isinstance(loss, str) else loss
 
+        self.category_features = None
+        if category_consistent is not None:
+            if self.standalone:
+                raise ValueError(
+                    f"category_consistent works on the map that goes into convb, which {type(self.context).__name__} "
+                    "as a whole head of its own does not have: choose another context, or category_consistent=None."
+                )
+            self.category_features = nn.Conv2d(channels, CATEGORY_CONSISTENT_CHANNELS, kernel_size=1)
+            self.category_consistent_loss = (
+                CategoryConsistentLoss(form=category_consistent, **loss_args)
+                if isinstance(category_consistent, str)
+                else category_consistent
+            )
+
         self.auxiliary = None
         if aux_feature is not None:
             self.auxiliary = AuxiliaryHead(
@@ -151,6 +174,7 @@ class CCNetHead(nn.Module):
             "aux_channels": ccnet.AUX_CHANNELS,
             "aux_loss_weight": ccnet.AUX_LOSS_WEIGHT,
             "loss": ccnet.LOSS,
+            "category_consistent": ccnet.CATEGORY_CONSISTENT or None,
             "align_corners": ccnet.ALIGN_CORNERS,
         }
 
@@ -169,13 +193,16 @@ class CCNetHead(nn.Module):
         Returns:
             In training None and a dict of scalar losses, in inference (B, K, H, W) logits and an empty dict.
         """
-        logits = self.predict(features[self.in_feature])
+        logits, context = self._predict(features[self.in_feature])
         if not self.training:
             if image_size is None:
                 image_size = (logits.shape[-2] * self.stride, logits.shape[-1] * self.stride)
             return upsample(logits.float(), image_size, self.align_corners), {}
         assert targets is not None, "training needs targets"
         losses = {"loss_sem_seg": self.loss(logits, targets)}
+        if self.category_features is not None:
+            embedding = self.category_features(context)
+            losses["loss_category_consistent"] = self.category_consistent_loss(embedding, targets)
         if self.auxiliary is not None:
             aux_logits = self.auxiliary(features[self.aux_feature])
             losses["loss_sem_seg_aux"] = self.aux_loss_weight * self.aux_loss(aux_logits, targets)
@@ -183,12 +210,16 @@ class CCNetHead(nn.Module):
 
     def predict(self, x: Tensor) -> Tensor:
         """(B, C_in, h, w) backbone features -> (B, K, h, w) logits."""
+        return self._predict(x)[0]
+
+    def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and the context module's output."""
         if self.standalone:
-            out = self.context(x)
+            out = context = self.context(x)
         else:
-            out = self.convb(self.context(self.conva(x)))
-            out = self.fuse(torch.cat([x, out], dim=1))
-        return self.classifier(self.dropout(out))
+            context = self.context(self.conva(x))
+            out = self.fuse(torch.cat([x, self.convb(context)], dim=1))
+        return self.classifier(self.dropout(out)), context
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: str, activation: str) -> Conv2d:

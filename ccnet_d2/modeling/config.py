@@ -14,9 +14,12 @@ def add_ccnet_config(cfg: CfgNode) -> None:
     node.STEM_CHANNELS = (64, 64, 128)
     node.CEIL_MODE = False
     node.CONTRACT_DILATION = False
-    # Head: names are those of ccnet_d2.layers.build_context and ccnet_d2.losses.build_loss
+    # Head: names are those of ccnet_d2.layers.CONTEXT_MODULES (a suffix _r<R> sets the loops) and LOSSES in
+    # ccnet_d2.modeling.ccnet_head
     node.CONTEXT = "rcca"
     node.LOSS = "cross_entropy"
+    # Category consistent loss: "piecewise", "quadratic", or "" for none
+    node.CATEGORY_CONSISTENT = ""
     node.ACTIVATION = "relu"
     node.DROPOUT = 0.1
     node.ALIGN_CORNERS = False

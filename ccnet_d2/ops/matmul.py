@@ -19,12 +19,15 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         spatial = q.shape[1:-1]
         axes = [axis for axis, length in enumerate(spatial) if length > 1 or axis == len(spatial) - 1]
         energies = [_energies(q, k, axis) for axis in axes]
-        log_sums = [_from_lines(s.logsumexp(-1, keepdim=True), q.shape, a) for s, a in zip(energies, axes)]
+        log_sums = [
+            _from_lines(s.logsumexp(-1, keepdim=True), q.shape, a)
+            for s, a in zip(energies, axes, strict=True)
+        ]
         total = log_sums[0]
         for log_sum in log_sums[1:]:
             total = torch.logaddexp(total, log_sum)
         out = None
-        for energy, axis in zip(energies, axes):
+        for energy, axis in zip(energies, axes, strict=True):
             weights = (energy - _to_lines(total, axis)).exp().to(v.dtype)
             part = _from_lines(_bmm(weights, _to_lines(v, axis)), v.shape, axis)
             out = part if out is None else out + part

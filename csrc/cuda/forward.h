@@ -16,7 +16,11 @@ template <typename T>
 struct ForwardShape {
   static constexpr int kWarps = sizeof(T) == 2 ? 8 : 4;
   static constexpr int kThreads = kWarps * kWarp;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr int kBlocksPerSm = 1;  // there is no shared memory for a second, and so registers to spare
+#else
   static constexpr int kBlocksPerSm = 2;
+#endif
   static constexpr int kQueries = kWarps * 16;               // rows of a CTA
   static constexpr int kKeys = 128;                          // keys of one block
   static constexpr int kChannels = 2 * kPanelWidth<T>;       // channels of one step of P V

@@ -61,7 +61,7 @@ def test_truncated_checkpoint(tmp_path):
     path = tmp_path / "cut.pth"
     torch.save({"model": model().state_dict()}, path)
     path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(CheckpointError, match="cut.pth cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cut\.pth cannot be read"):
         load_file(path)
 
 
@@ -98,4 +98,7 @@ def test_saved_checkpoint_comes_back(tmp_path):
     target = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     extra = SafeCheckpointer(target, str(tmp_path)).resume_or_load("", resume=True)
     assert extra["iteration"] == 7
-    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )

@@ -37,7 +37,10 @@ def test_plus_adds_a_key():
     ("override", "message"),
     [
         ("train.max_itr=20", "Unknown key 'train.max_itr': train has no 'max_itr'; did you mean 'max_iter'?"),
-        ("trian.max_iter=20", "Unknown key 'trian.max_iter': the config has no 'trian'; did you mean 'train'?"),
+        (
+            "trian.max_iter=20",
+            "Unknown key 'trian.max_iter': the config has no 'trian'; did you mean 'train'?",
+        ),
         ("model.chanels=3", "did you mean 'in_channels'|it has"),
         ("train.max_iter.x=1", "Unknown key 'train.max_iter.x': train.max_iter has no keys"),
         ("train.max_iter", "'train.max_iter' is not of the form key=value"),

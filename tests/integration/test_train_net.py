@@ -59,7 +59,9 @@ def test_train_evaluate_resume(train_net, tmp_path):
     assert list((output / "pictures").glob("*.png")) and list(output.glob("events.out.tfevents.*"))
     trained = json.loads((output / "evaluation.json").read_text())
 
-    status, _ = train_net("--eval-only", f"train.init_checkpoint={output / 'model_final.pth'}", output="again")
+    status, _ = train_net(
+        "--eval-only", f"train.init_checkpoint={output / 'model_final.pth'}", output="again"
+    )
     assert status == 0
     assert json.loads((tmp_path / "again/evaluation.json").read_text()) == trained
 
@@ -149,7 +151,10 @@ def test_checkpoint_of_another_model(train_net, tmp_path):
 
 def test_script_exits_non_zero_without_traceback():
     run = subprocess.run(
-        [sys.executable, TRAIN_NET, "--config-file", "nothing.py"], capture_output=True, text=True, check=False
+        [sys.executable, TRAIN_NET, "--config-file", "nothing.py"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].startswith("error: There is no config 'nothing.py'")

@@ -84,7 +84,10 @@ def test_runs_under_autocast():
         (lambda: RCCA(20), "channels=20 is not a positive multiple of reduction=8"),
         (lambda: RCCA(16, recurrence=0), "recurrence must be at least 1, got 0"),
         (lambda: RCCA(16, spatial_dims=4), "spatial_dims must be 1, 2 or 3"),
-        (lambda: CrissCrossAttention(16)(torch.zeros(1, 8, 4, 4)), r"inputs \(B, 16, H, W\), got \(1, 8, 4, 4\)"),
+        (
+            lambda: CrissCrossAttention(16)(torch.zeros(1, 8, 4, 4)),
+            r"inputs \(B, 16, H, W\), got \(1, 8, 4, 4\)",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(build, message):

@@ -102,7 +102,8 @@ def test_context_by_name(context, recurrence):
 
 
 @pytest.mark.parametrize(
-    "context", ["none", "nl", "nl_r2", "hv", "hv_vh", "gcn", "asymmetric_nl", "psp", "aspp", "danet", "psanet"]
+    "context",
+    ["none", "nl", "nl_r2", "hv", "hv_vh", "gcn", "asymmetric_nl", "psp", "aspp", "danet", "psanet"],
 )
 def test_every_context_trains(context):
     # Two images: pooled branches of some modules need more than one value a channel to normalise.

@@ -41,7 +41,9 @@ def test_equals_torchvision_with_dilation():
         50, output_stride=8, stem="basic", contract_dilation=True, norm="BN", out_features=("res5",)
     ).eval()
     theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True]).eval()
-    theirs.load_state_dict({to_torchvision_name(k, True): v for k, v in ours.state_dict().items()}, strict=False)
+    theirs.load_state_dict(
+        {to_torchvision_name(k, True): v for k, v in ours.state_dict().items()}, strict=False
+    )
     x = torch.randn(1, 3, 65, 65)
     y = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(x))))
     for layer in (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4):

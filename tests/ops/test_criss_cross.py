@@ -17,7 +17,9 @@ def dense_weights(query, key):
     sizes = query.shape[2:]
     q, k = query.double().flatten(2), key.double().flatten(2)
     positions = list(itertools.product(*(range(size) for size in sizes)))
-    mask = torch.tensor([[sum(a != b for a, b in zip(p, o)) <= 1 for o in positions] for p in positions])
+    mask = torch.tensor(
+        [[sum(a != b for a, b in zip(p, o, strict=True)) <= 1 for o in positions] for p in positions]
+    )
     energy = (q.transpose(1, 2) @ k).masked_fill(~mask, float("-inf"))
     return energy.softmax(-1)
 
@@ -49,7 +51,7 @@ def test_output_and_gradients_equal_dense_oracle(backend, dtype, sizes):
     torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
     got = torch.autograd.grad(out, inputs, grad)
     wanted = torch.autograd.grad(exact, exact_inputs, grad.double())
-    for g, w in zip(got, wanted):
+    for g, w in zip(got, wanted, strict=True):
         torch.testing.assert_close(g.double(), w, rtol=10 * tolerance, atol=10 * tolerance)
 
 

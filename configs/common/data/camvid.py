@@ -1,7 +1,11 @@
 """CamVid in two dimensions, at the 960x720 of its original release, to which smaller copies are enlarged."""
 
 from detectron2.config import LazyCall as L
-from detectron2.data import build_detection_test_loader, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import (
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.data import transforms as T
 from detectron2.evaluation import SemSegEvaluator
 from omegaconf import OmegaConf

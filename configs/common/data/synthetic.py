@@ -1,7 +1,11 @@
 """The synthetic set: noise images whose objects take their class from a cue elsewhere in the image."""
 
 from detectron2.config import LazyCall as L
-from detectron2.data import build_detection_test_loader, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import (
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.data import transforms as T
 from detectron2.evaluation import SemSegEvaluator
 from omegaconf import OmegaConf
@@ -24,9 +28,7 @@ dataloader.train = L(build_detection_train_loader)(
 
 dataloader.test = L(build_detection_test_loader)(
     dataset=L(get_detection_dataset_dicts)(names="ccnet_synthetic_val", filter_empty=False),
-    mapper=L(SemSegMapper)(
-        is_train=False, augmentations=[], image_format="${...train.mapper.image_format}"
-    ),
+    mapper=L(SemSegMapper)(is_train=False, augmentations=[], image_format="${...train.mapper.image_format}"),
     num_workers=0,
 )
 

@@ -134,6 +134,6 @@ def fetch_file(project: str, filename: str, sha256: str, directory: Path) -> Pat
         path.write_bytes(content)
         return path
     raise InstallError(
-        f"{filename} cannot be downloaded ({'; '.join(failures)}): check the network, or the index that pip is"
-        " configured for, and run the command again."
+        f"{filename} cannot be downloaded ({'; '.join(failures)}): check the network, or the index that pip"
+        " is configured for, and run the command again."
     )

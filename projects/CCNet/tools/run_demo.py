@@ -18,7 +18,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--dataset", choices=sorted(DEMOS), default="synthetic")
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="default: output/demo")
-    parser.add_argument("--seed", type=int, default=0, help="of data, initial weights and data order; default: 0")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of data, initial weights and data order; default: 0"
+    )
     parser.add_argument("opts", nargs="*", help="config overrides for all three, such as train.max_iter=100")
     args = parser.parse_args(argv)
     with one_sentence_errors() as status:

@@ -143,6 +143,8 @@ class Environment:
         self.state = self.venv / ".setup"
         self.log = self.venv / "setup.log"
         self.constraints = root / "constraints.txt"
+        # Temporary files are kept here: /tmp is often small, and what a killed pip leaves behind is found again.
+        self.temporary = self.state / "tmp"
         # There while a stage works, so that the next run knows that one was interrupted.
         self.working = self.state / "working"
         # There until the environment itself is complete; a half-made one is no use and is remade.
@@ -196,9 +198,11 @@ class Environment:
             print(f"[{number}/{len(stages) + 1}] {stage.title}", flush=True)
             self.stamp(stage).unlink(missing_ok=True)
             self.working.touch()
+            self.temporary.mkdir(exist_ok=True)
             stage.run()
             write_atomically(self.stamp(stage), json.dumps({"inputs": stage.inputs, "wishes": stage.wishes}))
             self.working.unlink()
+            shutil.rmtree(self.temporary, ignore_errors=True)
             done = True
         if done:
             print(f"The environment {self.venv} is ready ({time.monotonic() - start:.0f} s).", flush=True)
@@ -311,6 +315,8 @@ class Environment:
 
     def repair(self) -> None:
         """Clear away what an interrupted stage left half done."""
+        if self.temporary.exists():
+            shutil.rmtree(self.temporary)
         for site_packages in self.venv.glob("lib/python*/site-packages"):
             removed = drop_incomplete_distributions(site_packages)
             if removed:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from detectron2.data import (
 from detectron2.data.datasets.builtin import register_all_ade20k, register_all_cityscapes
 from detectron2.evaluation import SemSegEvaluator
 from PIL import Image
+from scipy.io import savemat
 
 from ccnet_d2.data import DatasetError, SemSegMapper, get_sem_seg_dataset_dicts, register_all
 from ccnet_d2.data.datasets.camvid import CAMVID_CLASSES
@@ -258,3 +260,49 @@ def test_importing_registers_under_the_environments_folder_without_touching_it(t
         "cityscapes/leftImg8bit/val",
     ]
     assert not (tmp_path / "sets").exists()
+
+
+def _readme_code(section: str) -> str:
+    readme = Path(__file__).parents[3] / "projects" / "CCNet" / "datasets" / "README.md"
+    text = readme.read_text(encoding="utf-8").partition(f"## {section}")[2]
+    return text.partition("```python\n")[2].partition("```")[0]
+
+
+def _run(code: str, root: Path, folder: Path) -> str:
+    env = {**os.environ, "DETECTRON2_DATASETS": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_readmes_preparation_of_ade20k(tmp_path: Path) -> None:
+    _ade20k(tmp_path)
+    written = (tmp_path / "ADEChallengeData2016" / "annotations_detectron2").rglob("*.png")
+    pixels = {path: cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in written}
+    assert len(pixels) == 4
+    shutil.rmtree(tmp_path / "ADEChallengeData2016" / "annotations_detectron2")
+    _run(_readme_code("ADE20K"), tmp_path, tmp_path)
+    for path, label in pixels.items():
+        np.testing.assert_array_equal(cv2.imread(str(path), cv2.IMREAD_UNCHANGED), label)
+
+
+def test_the_readmes_preparation_of_voc12(tmp_path: Path) -> None:
+    _voc12(tmp_path)
+    voc = tmp_path / "VOC2012"
+    shutil.rmtree(voc / "SegmentationClassAug")
+    (voc / "ImageSets" / "Segmentation" / "train_aug.txt").unlink()
+    mats = tmp_path / "benchmark_RELEASE" / "dataset" / "cls"
+    mats.mkdir(parents=True)
+    sbd = _labels(list(range(21)), 5)
+    for name in ("2007_000032", "2007_000033", "2008_000002", "2008_000003"):
+        savemat(mats / f"{name}.mat", {"GTcls": {"Segmentation": sbd}})
+    out = _run(_readme_code("PASCAL VOC 2012"), tmp_path, tmp_path)
+    assert out.startswith("3 training images")
+
+    samples = get_sem_seg_dataset_dicts("voc12_sem_seg_train_aug")
+    assert [sample["image_id"] for sample in samples] == ["2007_000032", "2008_000002", "2008_000003"]
+    mapper = SemSegMapper(True, augmentations=[], dataset_names="voc12_sem_seg_train_aug")
+    np.testing.assert_array_equal(mapper(samples[1])["sem_seg"].numpy(), sbd)
+    # Where VOC has an annotation of its own, that one counts.
+    with Image.open(voc / "SegmentationClass" / "2007_000032.png") as image:
+        np.testing.assert_array_equal(mapper(samples[0])["sem_seg"].numpy(), np.asarray(image))

@@ -1,0 +1,33 @@
+"""Learning-rate schedules that fvcore does not have."""
+
+from fvcore.common.param_scheduler import ParamScheduler
+
+
+class PolynomialDecayToMinimum(ParamScheduler):
+    """Polynomial decay of the learning rate from its base value to a minimum, as a multiplier of the base value.
+
+    lr(t) = (base_lr - min_lr) (1 - t)^power + min_lr, with t from 0 to 1 over the training, as in mmsegmentation's
+    recipes. Like every fvcore scheduler it knows no iterations, so it follows `train.max_iter`.
+    """
+
+    def __init__(self, *, base_lr: float, min_lr: float, power: float = 0.9) -> None:
+        """
+        Args:
+            base_lr: the optimizer's learning rate.
+            min_lr: the learning rate at the end.
+            power: exponent of the decay.
+
+        Raises:
+            ValueError: not 0 <= min_lr <= base_lr, or base_lr is 0.
+        """
+        if not 0 <= min_lr <= base_lr or base_lr == 0:
+            raise ValueError(
+                f"the learning rate cannot decay from base_lr={base_lr} to min_lr={min_lr}: "
+                "0 <= min_lr <= base_lr is needed, with base_lr above 0."
+            )
+        self.floor = min_lr / base_lr
+        self.power = power
+
+    def __call__(self, where: float) -> float:
+        """The multiplier at `where`, the part of the training that is done, 0 to 1."""
+        return (1 - self.floor) * (1 - where) ** self.power + self.floor
