@@ -1,5 +1,7 @@
 """Loading and saving checkpoints: Detectron2's formats, without running code from them."""
 
+import ccnet_d2.compat  # noqa: F401  first: it imports Detectron2 without its warnings
+
 from .checkpointer import CheckpointError, SafeCheckpointer, load_checkpoint
 from .safe_load import load_file
 

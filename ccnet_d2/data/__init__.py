@@ -3,6 +3,8 @@
 Importing this package registers the data sets under ``$DETECTRON2_DATASETS`` (no file is touched).
 """
 
+import ccnet_d2.compat  # noqa: F401  first: it imports Detectron2 without its warnings
+
 try:
     import cv2  # noqa: F401
 except ImportError as error:

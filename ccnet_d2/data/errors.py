@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 
+from ccnet_d2.errors import UserError
+
 __all__ = ["DatasetError", "SampleError"]
 
 _WORKER_PREFIX = re.compile(r"Caught \w+ in DataLoader worker process")
@@ -17,7 +19,7 @@ def _own_sentence(message: str) -> str:
     return message
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
     """A data set is missing, incomplete or wrongly described; the message says which and what to do."""
 
     def __init__(self, message: str) -> None:

@@ -13,11 +13,12 @@ from detectron2.engine import default_writers, hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ccnet_d2.checkpoint import SafeCheckpointer, load_checkpoint
 from ccnet_d2.errors import UserError
+from ccnet_d2.inference import build_mode
 
 from .pictures import PredictionPictures
 from .trainer import Trainer, auto_amp_dtype
@@ -100,7 +101,8 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> Mapping[str, Any] | None:
-    """Evaluate on `dataloader.test` with `dataloader.evaluator`, under the run's autocast setting.
+    """Evaluate on `dataloader.test` with `dataloader.evaluator`, in the test mode `test.inference` and under the run's
+    autocast setting.
 
     Results are printed and written to `train.output_dir`/evaluation.json.
 
@@ -113,7 +115,9 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> Mapping[str, Any] | None:
     device_type = torch.device(cfg.train.device).type
     with torch.autocast(device_type, dtype=getattr(torch, dtype) if dtype else None, enabled=bool(dtype)):
         results = inference_on_dataset(
-            model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+            _in_test_mode(cfg, model),
+            instantiate(cfg.dataloader.test),
+            instantiate(cfg.dataloader.evaluator),
         )
     if not comm.is_main_process():
         return None
@@ -136,6 +140,14 @@ def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any]
     model = build_model(cfg)
     load_checkpoint(model, path)
     return evaluate(cfg, create_ddp_model(model))
+
+
+def _in_test_mode(cfg: DictConfig, model: nn.Module) -> nn.Module:
+    """The model as `test.inference`, a mode or its name, says to run it; the model itself if the run says nothing."""
+    mode = OmegaConf.select(cfg, "test.inference")
+    if mode is None:
+        return model
+    return (build_mode(mode) if isinstance(mode, str) else instantiate(mode)).bind(model)
 
 
 def _amp_dtype(cfg: DictConfig) -> str | None:

@@ -1,5 +1,7 @@
 """Running trained models: test modes, predictions from files, pictures, attention maps."""
 
+import ccnet_d2.compat  # noqa: F401  first: it imports Detectron2 without its warnings
+
 from .attention import AttentionMaps, draw_attention, draw_clip_attention, pixel_attention
 from .build import MODE_NAMES, build_mode
 from .classes import ClassTable

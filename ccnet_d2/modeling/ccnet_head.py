@@ -99,7 +99,9 @@ class CCNetHead(nn.Module):
         if isinstance(loss, str) and loss not in LOSSES:
             raise ValueError(f"loss={loss!r} is not one of {sorted(LOSSES)}.")
         if isinstance(category_consistent, str) and category_consistent not in FORMS:
-            raise ValueError(f"category_consistent={category_consistent!r} is not one of {sorted(FORMS)} or None.")
+            raise ValueError(
+                f"category_consistent={category_consistent!r} is not one of {sorted(FORMS)} or None."
+            )
         self.in_feature = in_feature
         self.aux_feature = aux_feature
         self.aux_loss_weight = aux_loss_weight

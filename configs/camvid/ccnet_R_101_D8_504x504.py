@@ -1,6 +1,7 @@
 """CCNet with ResNet-101 on CamVid, single frames (T=1): the paper's 2D baseline of Tab. 9."""
 
 from ..common.data.camvid import dataloader
+from ..common.inference import whole as test
 from ..common.models.ccnet import model
 from ..common.optim import SGD as optimizer
 from ..common.schedule import poly as lr_multiplier

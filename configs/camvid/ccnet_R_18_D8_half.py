@@ -9,6 +9,7 @@ from detectron2.config import LazyCall as L
 from ccnet_d2.data.transforms import ResizeToFit
 
 from ..common.data.camvid import dataloader
+from ..common.inference import whole as test
 from ..common.models.ccnet_small import model
 from ..common.optim import AdamW as optimizer
 from ..common.schedule import poly as lr_multiplier
@@ -16,10 +17,9 @@ from ..common.train import train
 
 model.sem_seg_head.num_classes = 11
 
-scale_crop = dataloader.train.mapper.augmentations[0]
-scale_crop.base_size = [240, 180]
-scale_crop.crop_size = [160, 208]
-scale_crop.scale_range = [0.8, 1.6]
+dataloader.train.mapper.augmentations[0].base_size = [240, 180]
+dataloader.train.mapper.augmentations[0].crop_size = [160, 208]
+dataloader.train.mapper.augmentations[0].scale_range = [0.8, 1.6]
 dataloader.test.mapper.augmentations = [L(ResizeToFit)(long_side=240, short_side=180)]
 dataloader.train.num_workers = 1
 

@@ -1,6 +1,6 @@
 """CCNet with ResNet-50 on CamVid, single frames (T=1)."""
 
-from .ccnet_R_101_D8_504x504 import dataloader, lr_multiplier, model, optimizer, train
+from .ccnet_R_101_D8_504x504 import dataloader, lr_multiplier, model, optimizer, test, train
 
 model.backbone.depth = 50
 # torchvision's weights have the basic stem.

@@ -71,9 +71,8 @@ template <>
 inline float to_float<BFloat16>(BFloat16 v) {
   return bits_to_float(static_cast<uint32_t>(v.bits) << 16);
 }
-template <>
-inline float to_float<Half>(Half v) {
-  const int exponent = v.bits >> 10 & 31, fraction = v.bits & 1023;
+inline float half_value(int bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   double magnitude;
   if (exponent == 31) {
     magnitude = fraction == 0 ? INFINITY : NAN;
@@ -82,7 +81,16 @@ inline float to_float<Half>(Half v) {
   } else {
     magnitude = ldexp(1024 + fraction, exponent - 25);
   }
-  return static_cast<float>(v.bits & 0x8000 ? -magnitude : magnitude);
+  return static_cast<float>(bits & 0x8000 ? -magnitude : magnitude);
+}
+template <>
+inline float to_float<Half>(Half v) {
+  static const std::vector<float> values = [] {
+    std::vector<float> all(65536);
+    for (int bits = 0; bits < 65536; ++bits) all[static_cast<size_t>(bits)] = half_value(bits);
+    return all;
+  }();
+  return values[v.bits];
 }
 
 template <typename T>

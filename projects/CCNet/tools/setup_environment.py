@@ -329,6 +329,7 @@ class Environment:
             what=what,
             python=self.python,
             log=self.log,
+            extra_env={"TMPDIR": str(self.temporary)},
         )
 
     def install_tools(self) -> None:
@@ -345,6 +346,7 @@ class Environment:
         run_command(
             [str(self.python), str(script), "--constraint", str(self.constraints), "--log", str(self.log)],
             what="Installing Detectron2",
+            environment={**os.environ, "TMPDIR": str(self.temporary)},
         )
 
     def install_project(self) -> None:

@@ -1,0 +1,13 @@
+"""CCNet with ResNet-50 on ADE20K, crops of 512x512, as in mmsegmentation's model zoo."""
+
+from ..common.data.ade20k import dataloader
+from ..common.inference import whole as test
+from ..common.models.ccnet_mmseg import model
+from ..common.optim import SGD as optimizer
+from ..common.schedule import poly_to_minimum as lr_multiplier
+from ..common.train import train
+
+model.sem_seg_head.num_classes = 150
+optimizer.weight_decay = 5e-4
+train.init_checkpoint = "pretrained/resnet${model.backbone.depth}_v1c.pth"  # see projects/CCNet/MODEL_ZOO.md
+train.max_iter = 80000
