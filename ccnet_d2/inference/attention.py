@@ -183,8 +183,8 @@ def draw_attention(attention: AttentionMaps, *, titles: Sequence[str] | None = N
     heads = [f"pixel ({attention.pixel[0]}, {attention.pixel[1]})"]
     for loop, shares in enumerate(attention.maps, start=1):
         heat = _on_image(shares, attention.extent, height, width)
-        panels.append(_marked(_blend(image, np.sqrt(heat / max(heat.max(), 1e-12))), point, thin=True))
-        heads.append(f"R = {loop} (max {100 * shares.max():.1f} %)")
+        panels.append(_marked(_blend(image, np.sqrt(heat / max(heat.max(), 1e-12))), point))
+        heads.append(f"R = {loop} (max {_percent(shares.max())})")
     if titles is not None:
         if len(titles) != len(panels):
             raise ValueError(f"{len(titles)} titles for {len(panels)} panels.")
@@ -228,9 +228,9 @@ def draw_clip_attention(
             heat = _on_image(shares[time], extent or shares.shape[1:], height, width)
             panels.append(_blend(image, np.sqrt(heat / max(shares.max(), 1e-12))))
         if time == pixel[0]:
-            panels = [_marked(panel, point, thin=position > 0) for position, panel in enumerate(panels)]
+            panels = [_marked(panel, point) for panel in panels]
         rows.append(panels)
-    heads = ["frame"] + [f"R = {loop} (max {100 * m.max():.1f} %)" for loop, m in enumerate(maps, start=1)]
+    heads = ["frame"] + [f"R = {loop} (max {_percent(m.max())})" for loop, m in enumerate(maps, start=1)]
     grid = panel_grid(rows, heads, row_titles=[f"t = {time}" for time in range(len(frames))])
     return stack([grid, _scale_bar(grid.shape[1])])
 
@@ -249,17 +249,23 @@ def _blend(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return mixed.round().clip(0, 255).astype(np.uint8)
 
 
-def _marked(image: np.ndarray, point: Sequence[float], *, thin: bool = False) -> np.ndarray:
-    """A green cross, edged in black so that it shows on any ground."""
+def _marked(image: np.ndarray, point: Sequence[float]) -> np.ndarray:
+    """Four green arms around the point, edged in black so that they show on any ground; the point stays free."""
     canvas = Image.fromarray(image)
     draw = ImageDraw.Draw(canvas)
-    arm = max(min(image.shape[:2]) // 28, 6)
+    outer = max(min(image.shape[:2]) // 24, 8)
+    inner = outer // 3
     x, y = point
-    for color, line in (((0, 0, 0), 5), ((40, 255, 60), 2)):
-        line = max(line - 1, 1) if thin else line
-        draw.line((x - arm, y, x + arm, y), fill=color, width=line)
-        draw.line((x, y - arm, x, y + arm), fill=color, width=line)
+    for color, line, edge in (((0, 0, 0), 6, 2), ((40, 255, 60), 2, 0)):
+        for sign in (-1, 1):
+            near, far = sign * (inner - edge), sign * (outer + edge)
+            draw.line((x + near, y, x + far, y), fill=color, width=line)
+            draw.line((x, y + near, x, y + far), fill=color, width=line)
     return np.asarray(canvas)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.{0 if share >= 0.1 else 1 if share >= 0.01 else 2}f} %"
 
 
 def _scale_bar(width: int) -> np.ndarray:

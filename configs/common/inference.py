@@ -1,7 +1,7 @@
 """How a run is tested; import one as `test`.
 
 `test.inference` is a mode of `ccnet_d2.inference` or the name of one, so an override chooses another:
-`test.inference=slide` (tiles of 769), `test.inference=ms` (six scales, each also mirrored) or `test.inference=ms-slide`.
+`test.inference=slide` (tiles of 769), `=ms` (six scales, each also mirrored) or `=ms-slide` (both).
 """
 
 from detectron2.config import LazyCall as L

@@ -243,14 +243,7 @@ void forward_kernel(ForwardArgs<T> a) {
       old_scale = load_shared<float>(p + Shape::kQueries * sizeof(float));
     };
     if (kept) {
-      writer.template read<0, 1>();
-      writer.template write<0, 1>(sums, true, row_scales);
-      writer.template read<1, 1>();
-      writer.template write<1, 1>(sums, true, row_scales);
-      writer.template read<2, 1>();
-      writer.template write<2, 1>(sums, true, row_scales);
-      writer.template read<3, 1>();
-      writer.template write<3, 1>(sums, true, row_scales);
+      writer.add(sums, row_scales);
     } else {
       writer.write(sums, false, row_scales);
     }

@@ -209,6 +209,14 @@ struct TileWriter {
     }
   }
 
+  // read() and write() of one lane row after the other, for kernels that have no registers for all at once.
+  template <int First = 0, typename Scales>
+  CCNET_DEVICE void add(Tile& tile, Scales scales) {
+    read<First, 1>();
+    write<First, 1>(tile, true, scales);
+    if constexpr (First + 1 < Tile::kLaneRows) add<First + 1>(tile, scales);
+  }
+
   // scales(row, tile_scale, old_scale) gives the factors of a row of the tile. A collective of the warp.
   template <int First = 0, int Count = Tile::kLaneRows, typename Scales>
   CCNET_DEVICE void write(Tile& tile, bool kept, Scales scales) {
