@@ -21,12 +21,16 @@ _SUBPACKAGES = (
     "ops",
 )
 
-__all__ = ["__version__", *_SUBPACKAGES]
+_FUNCTIONS = {"add_rcca": "modeling"}
+
+__all__ = ["__version__", *_FUNCTIONS, *_SUBPACKAGES]
 
 
 def __getattr__(name: str) -> Any:
     if name in _SUBPACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

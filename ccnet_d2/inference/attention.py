@@ -138,7 +138,7 @@ def pixel_attention(
     maps = []
     for loops in range(1, len(weights) + 1):
         row = weights[0][0].new_zeros((features.shape[0], *sizes))
-        row[(slice(None), *position)] = 1
+        row.movedim(0, -1)[tuple(position)] = 1
         for table in reversed(weights[:loops]):
             row = propagate(row, table)
         maps.append(row)
@@ -218,10 +218,10 @@ def draw_clip_attention(
     factor = readable(frames.shape[1:])
     height, width = frames.shape[1] * factor, frames.shape[2] * factor
     point = tuple((value + 0.5) * factor for value in pixel[1:])
-    rows: list[list[np.ndarray | None]] = []
+    rows = []
     for time, frame in enumerate(frames):
         image = resize_rgb(frame, height, width)
-        panels: list[np.ndarray | None] = [image]
+        panels = [image]
         for shares in maps:
             if len(shares) != len(frames):
                 raise ValueError(f"an attention map of {len(shares)} frames for {len(frames)} images.")

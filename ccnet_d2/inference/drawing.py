@@ -101,6 +101,7 @@ def legend(
     needed = max(font.getlength(text) for text in texts) + swatch + 18
     columns = int(max(min((width - _MARGIN) // needed, len(texts)), 1))
     rows = -(-len(texts) // columns)
+    columns = -(-len(texts) // rows)
     line = size + 8
     column_width = (width - _MARGIN) / columns
     canvas = Image.new("RGB", (width, rows * line + _MARGIN), PAPER)

@@ -148,7 +148,8 @@ class WholeImage(InferenceMode):
 
     def labels(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         # At the input's size: K float maps in the size of a large photograph may not fit.
-        logits = self.run([image], [tuple(image.shape[-2:])])[0]
-        bands = LabelBands(tuple(logits.shape[-2:]), size, align_corners=self.resize_aligned())
+        own = (image.shape[-2], image.shape[-1])
+        logits = self.run([image], [own])[0]
+        bands = LabelBands(own, size, align_corners=self.resize_aligned())
         bands.push(logits)
         return bands.labels

@@ -123,7 +123,7 @@ class Predictor:
                 f"model must be a module, a LazyConfig or the name of one, got {type(model).__name__}."
             )
         if checkpoint is not None:
-            load_checkpoint(model, checkpoint)
+            load_checkpoint(model, os.fspath(checkpoint))
         self.model = model.to(_available(device)) if device is not None else model
         self.model.eval()
 

@@ -7,7 +7,8 @@ black.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -81,11 +82,12 @@ def overlay(
     factor = readable(image.shape)
     height, width = image.shape[0] * factor, image.shape[1] * factor
     shown = resize_labels(labels, height, width)
-    blended = (1 - alpha) * resize_rgb(image, height, width).astype(np.float32)
-    blended += alpha * colorize(shown, classes)
+    picture = resize_rgb(image, height, width).copy()
+    for rows in _row_bands(height):
+        blended = (1 - alpha) * picture[rows].astype(np.float32) + alpha * colorize(shown[rows], classes)
+        picture[rows] = blended.round().astype(np.uint8)
     if outlines:
-        blended[_edges(shown)] *= 0.35
-    picture = blended.round().astype(np.uint8)
+        picture[_edges(shown)] //= 3
     if not with_legend:
         return picture
     present, shares = _present(labels, classes)
@@ -186,7 +188,9 @@ def _prediction_grid(
     truths: Sequence[np.ndarray] | None,
     row_titles: Sequence[str] | None,
 ) -> np.ndarray:
-    lists = {**predictions, **({} if truths is None else {"ground truth": truths})}
+    lists: dict[str, Sequence[Any]] = dict(predictions)
+    if truths is not None:
+        lists["ground truth"] = truths
     if row_titles is not None:
         lists["row titles"] = row_titles
     if not images or not predictions:
@@ -216,7 +220,7 @@ def _prediction_grid(
 
     grid = panel_grid(rows, titles, row_titles=row_titles)
     everything = np.concatenate([np.asarray(map_).ravel() for _, labels in maps for map_ in labels])
-    present, _ = _present(everything, classes)
+    present, _ = _present(everything.reshape(-1, 1), classes)
     size = text_size(grid.shape[1] // len(titles))
     parts = [grid, legend(classes, present, grid.shape[1], size=size)]
     if truths is not None and len(predictions) == 1:
@@ -244,11 +248,19 @@ def _labelled(truth: np.ndarray, classes: ClassTable) -> np.ndarray:
 def _present(labels: np.ndarray, classes: ClassTable) -> tuple[list[int], list[float]]:
     """Class indices that occur, most frequent first, and their shares; everything that is no class counts as
     one."""
-    index = labels.astype(np.int64).ravel()
-    index = np.where((index >= 0) & (index < len(classes)), index, len(classes))
-    counts = np.bincount(index, minlength=len(classes) + 1)
+    counts = np.zeros(len(classes) + 1, np.int64)
+    for rows in _row_bands(len(labels)):
+        index = labels[rows].astype(np.int64).ravel()
+        index = np.where((index >= 0) & (index < len(classes)), index, len(classes))
+        counts += np.bincount(index, minlength=len(counts))
     order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
-    return order, [counts[i] / index.size for i in order]
+    return order, [counts[i] / labels.size for i in order]
+
+
+def _row_bands(height: int, size: int = 256) -> Iterator[slice]:
+    """Slices of rows: pictures may be large, and their working copies in wider types several times so."""
+    for top in range(0, height, size):
+        yield slice(top, min(top + size, height))
 
 
 def _edges(labels: np.ndarray) -> np.ndarray:

@@ -30,7 +30,9 @@ Examples:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        description="Segment images with a trained run and write pictures of the result.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config-file", required=True, metavar="FILE", help="run: a path or a model zoo name"
@@ -59,11 +61,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     modes = parser.add_argument_group("test mode")
     modes.add_argument("--mode", choices=MODE_NAMES, help="default: that of the run, else whole")
     modes.add_argument(
-        "--tile", type=int, nargs="+", default=[769], metavar="N", help="size, or height and width"
+        "--tile", type=int, nargs="+", metavar="N", help="size, or height and width (default: 769)"
     )
     modes.add_argument("--stride", type=int, nargs="+", metavar="N", help="default: 2/3 of the tile")
-    modes.add_argument("--tiles-per-batch", type=int, default=1, metavar="N")
-    modes.add_argument("--scales", type=float, nargs="+", default=list(DEFAULT_SCALES), metavar="S")
+    modes.add_argument("--tiles-per-batch", type=int, metavar="N", help="tiles in one pass (default: 1)")
+    modes.add_argument("--scales", type=float, nargs="+", metavar="S", help="default: 0.5 to 1.75 by 0.25")
     modes.add_argument("--no-flip", action="store_true", help="do not average with the mirrored image")
 
     parser.add_argument(
@@ -76,6 +78,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if args.attention is not None and args.mode not in (None, "whole"):
         parser.error("--attention looks at the image as a whole: leave --mode out")
+    for option, needed in (
+        ("tile", "slide"),
+        ("stride", "slide"),
+        ("tiles_per_batch", "slide"),
+        ("scales", "ms"),
+    ):
+        if getattr(args, option) is not None and needed not in (args.mode or ""):
+            parser.error(f"--{option.replace('_', '-')} needs --mode {needed} or ms-slide")
     return args
 
 
@@ -86,10 +96,10 @@ def run(args: argparse.Namespace) -> None:
     if args.mode is not None:
         mode = build_mode(
             args.mode,
-            tile=_one_or_two(args.tile),
+            tile=769 if args.tile is None else _one_or_two(args.tile),
             stride=None if args.stride is None else _one_or_two(args.stride),
-            tiles_per_batch=args.tiles_per_batch,
-            scales=args.scales,
+            tiles_per_batch=1 if args.tiles_per_batch is None else args.tiles_per_batch,
+            scales=args.scales or DEFAULT_SCALES,
             flip=not args.no_flip,
         )
     predictor = Predictor(cfg, args.checkpoint, mode=mode)

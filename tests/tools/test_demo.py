@@ -133,6 +133,8 @@ def test_weights_may_be_named_by_override(run, photos, tmp_path, checkpoint):
             {"--mode": "slide", "--tile": "8", "--stride": "9"},
             "error: stride (9, 9) is larger than tile (8, 8)",
         ),
+        ({"--tile": "8"}, "error: --tile needs --mode slide or ms-slide"),
+        ({"--scales": "1", "--mode": "slide"}, "error: --scales needs --mode ms or ms-slide"),
         ({"--zoom": "2"}, "unrecognized arguments: --zoom 2"),
         ({"--opts": "train.device=cuda"}, "" if torch.cuda.is_available() else "torch sees no GPU"),
     ],

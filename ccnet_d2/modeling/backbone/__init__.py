@@ -2,6 +2,7 @@
 
 from .basic_block import DilatedBasicBlock
 from .plain import PlainConvNet
+from .rcca_resnet import build_resnet_rcca_backbone, build_resnet_rcca_fpn_backbone, rcca_resnet
 from .resnet import build_ccnet_resnet_backbone, build_resnet, resnet_output_shape
 from .stem import DeepStem
 
@@ -11,5 +12,8 @@ __all__ = [
     "PlainConvNet",
     "build_ccnet_resnet_backbone",
     "build_resnet",
+    "build_resnet_rcca_backbone",
+    "build_resnet_rcca_fpn_backbone",
+    "rcca_resnet",
     "resnet_output_shape",
 ]

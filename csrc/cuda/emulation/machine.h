@@ -32,7 +32,7 @@ enum class Order { kAscending, kDescending, kRandom };
 // Deliberate faults of the machine; the checks and the oracle must notice each.
 enum class Fault {
   kNone,
-  kSkipBarrier,      // one barrier in three does not wait
+  kSkipBarrier,      // one barrier in three does not exist
   kCopyLate,         // a wait leaves the copies under way
   kSwapFragments,    // words 1 and 2 of ldmatrix exchanged
   kTransposeMma,     // the fragment of A read as if transposed
@@ -101,7 +101,7 @@ class Machine {
   char* shared() { return shared_; }
 
   void barrier() {
-    if (options_.fault == Fault::kSkipBarrier && ++barriers_met_ / threads_ % 3 == 2) return;
+    if (options_.fault == Fault::kSkipBarrier && ++fibers_[static_cast<size_t>(running_)].barriers % 3 == 0) return;
     ++at_barrier_;
     if (at_barrier_ == threads_) {
       at_barrier_ = 0;
@@ -222,6 +222,7 @@ class Machine {
     ucontext_t start;
     jmp_buf at;
     bool started = false, waiting = false, done = false;
+    int barriers = 0;
     std::vector<Copy> copies;
     std::unique_ptr<char[]> stack;
   };
@@ -347,6 +348,7 @@ class Machine {
     for (int t = 0; t < threads; ++t) {
       Fiber& fiber = fibers_[static_cast<size_t>(t)];
       fiber.started = fiber.waiting = fiber.done = false;
+      fiber.barriers = 0;
       fiber.copies.clear();
       order[static_cast<size_t>(t)] = t;
     }
@@ -398,7 +400,7 @@ class Machine {
   std::string error_;
   int running_ = 0, threads_ = 0, at_barrier_ = 0;
   int64_t block_ = 0, launch_ = 0, epoch_ = 0;
-  long bank_conflicts_ = 0, matrix_loads_ = 0, barriers_met_ = 0, late_ = 0;
+  long bank_conflicts_ = 0, matrix_loads_ = 0, late_ = 0;
 };
 
 }  // namespace emulation

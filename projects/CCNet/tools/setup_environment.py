@@ -186,6 +186,7 @@ class Environment:
     def run(self) -> bool:
         """Make or complete the environment; returns whether anything was done."""
         start = time.monotonic()
+        check_python(sys.version_info[:2], sys.executable)
         self.clear_discarded()
         stages = self.stages()
         done = self.make_venv(len(stages) + 1)
@@ -264,7 +265,6 @@ class Environment:
             self.venv.rename(self.discarded)
             self.clear_discarded()
 
-        check_python(sys.version_info[:2], sys.executable)
         print(f"[1/{stages}] environment {self.venv} with Python {sys.version.split()[0]}", flush=True)
         self.require_space()
         self.state.mkdir(parents=True)
@@ -320,7 +320,7 @@ class Environment:
         for site_packages in self.venv.glob("lib/python*/site-packages"):
             removed = drop_incomplete_distributions(site_packages)
             if removed:
-                print(f"The last set-up was interrupted; installing again: {', '.join(removed)}", flush=True)
+                print(f"The last set-up was interrupted; cleared away: {', '.join(removed)}", flush=True)
 
     def pip_install(self, arguments: Iterable[str], what: str) -> None:
         """Run pip install in the environment, within the constraints."""

@@ -1,0 +1,110 @@
+"""The CUDA kernels without a GPU: run on the emulated machine, and compiled for each architecture.
+
+The emulation (csrc/cuda/emulation) compiles the kernel sources with the host compiler, runs every thread of a CTA, checks
+memory accesses and barriers, and compares with float64 brute force. Nothing here has executed on a GPU.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CUDA_SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+DTYPES = ("float", "half", "bfloat16")
+KERNELS = ("forward_kernel", "backward_kernel", "delta_kernel")
+
+pytestmark = pytest.mark.skipif(not CUDA_SOURCES.is_dir(), reason="the CUDA sources are not here")
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path_factory.mktemp("emulation") / "emulate"
+    # Fibers change stacks with longjmp, which fortified builds refuse.
+    command = [compiler, "-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-DCCNET_EMULATION", "-Wall", "-Wextra", "-Werror"]
+    _run([*command, "-Wno-unknown-pragmas", str(CUDA_SOURCES / "emulation" / "main.cpp"), "-o", str(program)])
+    return program
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_agree_with_brute_force(emulator: Path, dtype: str) -> None:
+    output = _run([str(emulator), "--dtype", dtype, "--cases", "17"])
+    assert re.match(rf"{dtype}: 17 cases, largest errors out ", output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_agree_with_brute_force_on_many_shapes(emulator: Path, dtype: str) -> None:
+    assert f"{dtype}: 100 cases" in _run([str(emulator), "--dtype", dtype, "--cases", "100", "--seed", "7"])
+
+
+@pytest.mark.parametrize(
+    ("fault", "dtype", "symptom"),
+    [
+        ("skip-barrier", "float", "without a barrier"),
+        ("skip-barrier", "bfloat16", "without a barrier"),
+        ("copy-late", "half", "while a copy into it is under way"),
+        ("swap-fragments", "bfloat16", "errors: "),
+        ("transpose-mma", "half", "errors: "),
+        ("shuffle", "float", "errors: "),
+        ("drop-tail", "bfloat16", "errors: "),
+    ],
+)
+def test_emulation_notices_faults(emulator: Path, fault: str, dtype: str, symptom: str) -> None:
+    result = subprocess.run(
+        [str(emulator), "--dtype", dtype, "--fault", fault], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert symptom in result.stdout
+
+
+@pytest.mark.parametrize("architecture", ["80", "90"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_compile_without_spills(dtype: str, architecture: str, tmp_path: Path) -> None:
+    command = [
+        *(str(_nvcc()), "-std=c++17", "-O3", "-Xptxas", "-v"),
+        *("-gencode", f"arch=compute_{architecture},code=sm_{architecture}"),
+        *("-c", str(CUDA_SOURCES / f"kernels_{dtype}.cu"), "-o", str(tmp_path / "kernels.o")),
+    ]
+    report = _run(command)
+    assert "warning" not in report, report
+    entries = re.split(r"Compiling entry function '", report)[1:]
+    assert sorted(name for name in KERNELS for entry in entries if name in entry.split("'")[0]) == sorted(KERNELS)
+    for entry in entries:
+        figures = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        assert figures is not None, entry
+        assert figures.groups() == ("0", "0", "0"), entry
+
+
+def test_binding_compiles(tmp_path: Path) -> None:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    headers = _nvcc().resolve().parents[1] / "include"
+    if compiler is None or not (headers / "cuda_runtime_api.h").is_file():
+        pytest.skip("no C++ compiler or no CUDA headers")
+    from torch.utils.cpp_extension import include_paths
+
+    includes = [option for path in [*include_paths(), str(headers)] for option in ("-isystem", path)]
+    defines = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    warnings = ["-Wall", "-Wextra", "-Werror"]
+    source = str(CUDA_SOURCES / "bind_cuda.cpp")
+    _run([compiler, "-std=c++17", "-fsyntax-only", *warnings, *defines, *includes, source])
+
+
+def _nvcc() -> Path:
+    """The compiler inside its toolkit: what is on PATH may be a script that forwards to it."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    for home in homes:
+        if home and (Path(home) / "bin" / "nvcc").is_file():
+            return Path(home) / "bin" / "nvcc"
+    pytest.skip("no CUDA toolkit: set CUDA_HOME to one to compile the kernels")
+
+
+def _run(command: list[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
