@@ -10,6 +10,7 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import config_path, get_config
 
+from . import yacs
 from .overrides import apply_overrides
 from .training import evaluate_only, train
 from .user_errors import one_sentence_errors
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.config_file.endswith((".yaml", ".yml")):
+        yacs.run(args)
+        return
     cfg = apply_overrides(get_config(args.config_file), args.opts)
     args.config_file = str(config_path(args.config_file))
     default_setup(cfg, args)

@@ -220,7 +220,7 @@ def _prediction_grid(
 
     grid = panel_grid(rows, titles, row_titles=row_titles)
     everything = np.concatenate([np.asarray(map_).ravel() for _, labels in maps for map_ in labels])
-    present, _ = _present(everything.reshape(-1, 1), classes)
+    present, _ = _present(everything[None], classes)
     size = text_size(grid.shape[1] // len(titles))
     parts = [grid, legend(classes, present, grid.shape[1], size=size)]
     if truths is not None and len(predictions) == 1:

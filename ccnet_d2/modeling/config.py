@@ -1,13 +1,27 @@
-"""Keys that CCNet adds to a yacs config."""
+"""Keys that this package adds to a yacs config."""
 
 from detectron2.config import CfgNode
 
 
 def add_ccnet_config(cfg: CfgNode) -> None:
-    """Add `MODEL.CCNET`, for use with META_ARCHITECTURE "CCNet", BACKBONE.NAME "build_ccnet_resnet_backbone" and
-    SEM_SEG_HEAD.NAME "CCNetHead", and `MODEL.RCCA`, for use with BACKBONE.NAME "build_resnet_rcca_backbone" and
-    "build_resnet_rcca_fpn_backbone" in Detectron2's detection models. Head width, norm, classes and ignored label
-    are Detectron2's own MODEL.SEM_SEG_HEAD keys."""
+    """Add this package's keys, with their defaults, to a Detectron2 config.
+
+    `MODEL.CCNET` is for use with META_ARCHITECTURE "CCNet", BACKBONE.NAME "build_ccnet_resnet_backbone" and
+    SEM_SEG_HEAD.NAME "CCNetHead"; head width, norm, classes and ignored label are Detectron2's own MODEL.SEM_SEG_HEAD
+    keys. `MODEL.RCCA` is for use with BACKBONE.NAME "build_resnet_rcca_backbone" and "build_resnet_rcca_fpn_backbone"
+    in Detectron2's detection models. `INPUT.CCNET`, `TEST.CCNET` and `SOLVER.POLY_LR_*` are read by
+    `ccnet_d2.engine.yacs`.
+    """
+    cfg.MODEL.CCNET = _ccnet_keys()
+    cfg.MODEL.RCCA = _rcca_keys()
+    cfg.INPUT.CCNET = _input_keys()
+    cfg.TEST.CCNET = _test_keys()
+    # For SOLVER.LR_SCHEDULER_NAME "PolyLR"; the minimum is a learning rate
+    cfg.SOLVER.POLY_LR_POWER = 0.9
+    cfg.SOLVER.POLY_LR_MINIMUM = 0.0
+
+
+def _ccnet_keys() -> CfgNode:
     node = CfgNode()
     # Backbone
     node.OUTPUT_STRIDE = 8
@@ -30,8 +44,10 @@ def add_ccnet_config(cfg: CfgNode) -> None:
     node.AUX_LOSS_WEIGHT = 0.4
     # Images are padded to a multiple of this; 0 pads no further than the batch needs
     node.SIZE_DIVISIBILITY = 0
-    cfg.MODEL.CCNET = node
+    return node
 
+
+def _rcca_keys() -> CfgNode:
     node = CfgNode()
     # "rcca", or "nl" for the non-local block, right before this block of this stage
     node.MODULE = "rcca"
@@ -39,4 +55,27 @@ def add_ccnet_config(cfg: CfgNode) -> None:
     node.BEFORE = -1
     # Loops; 0 for the module's own number: 2 for "rcca", 1 for "nl"
     node.RECURRENCE = 0
-    cfg.MODEL.RCCA = node
+    return node
+
+
+def _input_keys() -> CfgNode:
+    """Beside INPUT.CROP (of TYPE "absolute"), see `ccnet_d2.data.transforms.RandomScaleCrop`; () for none."""
+    node = CfgNode()
+    node.SCALE_RANGE = ()
+    node.SHORT_SIDES = ()
+    node.BASE_SIZE = ()
+    # 0 for no limit
+    node.CATEGORY_MAX_RATIO = 0.0
+    # Brightness, contrast, saturation and hue
+    node.PHOTOMETRIC = False
+    return node
+
+
+def _test_keys() -> CfgNode:
+    """See `ccnet_d2.inference.build_mode`."""
+    node = CfgNode()
+    node.MODE = "whole"
+    node.TILE = (769, 769)
+    # () for two thirds of the tile
+    node.STRIDE = ()
+    return node

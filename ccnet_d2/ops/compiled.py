@@ -1,19 +1,151 @@
-"""The compiled criss-cross op (being written)."""
+"""The compiled criss-cross op: the only module that uses the binaries, and that says why they are missing.
 
+The libraries register two operators, `ccnet_d2::criss_cross_forward` and `ccnet_d2::criss_cross_backward`, for CPU
+(`_C_cpu`, which also holds their schemas) and for CUDA (`_C_cuda`). What torch needs to know of them besides their
+kernels (shapes without data, gradients, FLOPs) is registered here, in Python.
+
+Nothing of size N x (H+W) is kept for the backward pass, which recomputes the attention weights from query, key and
+the log-sum-exp of each position's energies. Results are bitwise equal between runs and do not depend on the number of
+threads. Outputs are channels-last in memory whatever the inputs are, since the kernels work on channels-last lines.
+Autocast does not touch the op: like the other backends it returns the dtype it is given.
+"""
+
+from math import prod
+from typing import Any
+
+import torch
 from torch import Tensor
+
+from . import _library
+
+_DTYPES = {
+    "cpu": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
+
+_CPU_REASON = _library.load("_C_cpu")
+_CUDA_REASON = _library.load(
+    "_C_cuda",
+    required=None
+    if _CPU_REASON is None
+    else "the CUDA extension needs the CPU one, which defines the operators: " + _CPU_REASON,
+)
 
 
 def is_available() -> bool:
-    return False
+    """Whether the compiled operator runs here, on CPU at least."""
+    return _CPU_REASON is None
 
 
-def unavailable_reason() -> str | None:
-    return "the extension is not built."
+def unavailable_reason(device: str = "cpu") -> str | None:
+    """Why the compiled operator does not run on this type of device, as one sentence; None where it does."""
+    if device == "cpu":
+        return _CPU_REASON
+    if device == "cuda":
+        return _CUDA_REASON
+    return f"the compiled operator runs on CPU and CUDA, not on {device!r}."
+
+
+def instruction_set(dtype: torch.dtype) -> str | None:
+    """The CPU kernels chosen for inputs of `dtype` ("portable", "avx2", "avx512", "amx"); None without a library."""
+    if _CPU_REASON is not None:
+        return None
+    name: str = torch.ops.ccnet_d2.cpu_instruction_set(str(dtype).removeprefix("torch."))
+    return name
 
 
 def supports(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    return unavailable_reason()
+    """Why the compiled operator does not run for these inputs, as one sentence; None where it does."""
+    reason = unavailable_reason(query.device.type)
+    if reason is not None:
+        return reason
+    if query.dtype not in _DTYPES[query.device.type]:
+        return f"the compiled operator has no {query.dtype} kernel on {query.device.type}."
+    return None
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    raise RuntimeError(unavailable_reason())
+    """See `ccnet_d2.ops.criss_cross_attention`; the output is channels-last in memory.
+
+    Raises:
+        RuntimeError: the library is missing, the inputs do not fit together, or a second derivative is asked for.
+    """
+    reason = supports(query, key, value)
+    if reason is not None:
+        raise RuntimeError(reason)
+    out: Tensor = torch.ops.ccnet_d2.criss_cross_forward(query, key, value)[0]
+    return out
+
+
+def _empty_channels_last(like: Tensor) -> Tensor:
+    batch, channels, *spatial = like.shape
+    return like.new_empty((batch, *spatial, channels)).movedim(-1, 1)
+
+
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    statistic = torch.float64 if query.dtype == torch.float64 else torch.float32
+    lse = query.new_empty((query.shape[0], *query.shape[2:]), dtype=statistic)
+    return _empty_channels_last(value), lse
+
+
+def _backward_fake(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_channels_last(query), _empty_channels_last(key), _empty_channels_last(value)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return None, None, None
+    query, key, value, out, lse = ctx.saved_tensors
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.ccnet_d2.criss_cross_backward(
+        grad_out, query, key, value, out, lse
+    )
+    return grads
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "The compiled criss-cross attention has no second derivative: "
+        "use backend='matmul' where gradients of gradients are needed."
+    )
+
+
+def _forward_flops(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:
+    pairs = _query_key_pairs(query)
+    return 2 * pairs * (query[1] + value[1])
+
+
+def _backward_flops(
+    grad_out: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any
+) -> int:
+    pairs = _query_key_pairs(query)
+    return 2 * pairs * (3 * query[1] + 2 * value[1])
+
+
+def _query_key_pairs(query: torch.Size) -> int:
+    """B * N * (sum of the line lengths): the masked pairs are multiplied too."""
+    return query[0] * prod(query[2:]) * sum(query[2:])
+
+
+def _register() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    forward = "ccnet_d2::criss_cross_forward"
+    backward = "ccnet_d2::criss_cross_backward"
+    torch.library.register_fake(forward, _forward_fake)
+    torch.library.register_fake(backward, _backward_fake)
+    torch.library.register_autograd(forward, _differentiate, setup_context=_save)
+    torch.library.register_autograd(backward, _refuse_second_derivative)
+    register_flop_formula(torch.ops.ccnet_d2.criss_cross_forward)(_forward_flops)
+    register_flop_formula(torch.ops.ccnet_d2.criss_cross_backward)(_backward_flops)
+
+
+if _CPU_REASON is None:
+    _register()

@@ -1,6 +1,578 @@
+// bf16 on x86-64 processors with matrix units (AMX-BF16: Sapphire Rapids and newer), Linux.
+//
+// The same walk over lines as line_kernels.h, with every product done by 16 x 16 tiles: fp32 accumulators, bf16
+// operands of 32 numbers a row. The left operand of a tile product is row-major; the right one has pairs of rows
+// interleaved, so that a 32-bit unit holds two successive k of one column. Two packings produce it:
+//   pack_pairs        B[k, n] = src[k, n]   rows 2k and 2k+1 interleaved. The unpack instructions work within 128-bit
+//                                           lanes, which permutes the columns in each 32; store_rows undoes it.
+//   pack_transposed   B[k, n] = src[n, k]   a transpose of 32-bit units, columns in order.
+// Everything is padded with zeros to whole tiles. Weights and their gradients are rounded to bf16 between products,
+// as in plain PyTorch; energies, softmax, sums and accumulators are fp32.
 #include "common.h"
+
+#if defined(CCNET_X86_DISPATCH) && defined(__linux__)
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target(                                                           \
+                                 "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c")
+#endif
+
+namespace ccnet {
+namespace cpu {
+namespace {
+
+#include "storage.h"
+#include "vector_avx512.h"
+#include "work.h"
+
+using V = Avx512;
+using reg = __m512;
+
+constexpr int64_t kTile = 16;   // rows of a tile, columns of an accumulator
+constexpr int64_t kDepth = 32;  // bf16 numbers in a tile's row
+constexpr int64_t kPanel = 64;  // output columns per pass
+
+// ---------------------------------------------------------------------------------------------------- tiles
+
+struct alignas(64) TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+
+// Eight full tiles for as long as it lives; whatever configuration the thread had is put back.
+class Tiles {
+ public:
+  Tiles() {
+    _tile_storeconfig(&before_);
+    TileConfig config;
+    memset(&config, 0, sizeof config);
+    config.palette = 1;
+    for (int i = 0; i < 8; ++i) {
+      config.row_bytes[i] = 64;
+      config.rows[i] = kTile;
+    }
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() {
+    if (before_.palette == 0) {
+      _tile_release();
+    } else {
+      _tile_loadconfig(&before_);
+    }
+  }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+ private:
+  TileConfig before_;
+};
+
+// C[16 * MT, 16 * NT] = A B over `depth` steps of 32; lda and ldb in bytes, ldc in floats.
+template <int MT, int NT>
+void tile_product(int64_t depth, const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c,
+                  int64_t ldc) {
+  const char* pa = reinterpret_cast<const char*>(a);
+  const char* pb = reinterpret_cast<const char*>(b);
+  _tile_zero(0);
+  if (NT > 1) _tile_zero(1);
+  if (MT > 1) _tile_zero(2);
+  if (MT > 1 && NT > 1) _tile_zero(3);
+  for (int64_t k = 0; k < depth; ++k) {
+    _tile_loadd(4, pa, lda);
+    _tile_loadd(6, pb, ldb);
+    _tile_dpbf16ps(0, 4, 6);
+    if (NT > 1) {
+      _tile_loadd(7, pb + 64, ldb);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (MT > 1) {
+      _tile_loadd(5, pa + kTile * lda, lda);
+      _tile_dpbf16ps(2, 5, 6);
+      if (NT > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+    pa += 64;
+    pb += kTile * ldb;
+  }
+  const int64_t stride = ldc * static_cast<int64_t>(sizeof(float));
+  _tile_stored(0, c, stride);
+  if (NT > 1) _tile_stored(1, c + kTile, stride);
+  if (MT > 1) _tile_stored(2, c + kTile * ldc, stride);
+  if (MT > 1 && NT > 1) _tile_stored(3, c + kTile * ldc + kTile, stride);
+}
+
+// C[M, N] = A B with M, N multiples of 16; lda in numbers, ldb in 32-bit units.
+void product(int64_t M, int64_t N, int64_t depth, const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb,
+             float* c, int64_t ldc) {
+  for (int64_t n = 0; n < N; n += 2 * kTile) {
+    const bool wide = n + kTile < N;
+    for (int64_t m = 0; m < M; m += 2 * kTile) {
+      const bool tall = m + kTile < M;
+      const auto run = tall ? (wide ? tile_product<2, 2> : tile_product<2, 1>)
+                            : (wide ? tile_product<1, 2> : tile_product<1, 1>);
+      run(depth, a + m * lda, lda * 2, b + n, ldb * 4, c + m * ldc + n, ldc);
+    }
+  }
+}
+
+// -------------------------------------------------------------------------------------------------- packing
+
+inline __mmask32 first_words(int64_t n) {
+  return n >= 32 ? ~__mmask32(0) : static_cast<__mmask32>((1u << n) - 1u);
+}
+
+inline __m512i load_words(const BFloat16* p, int64_t n) {
+  return n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(first_words(n), p);
+}
+
+// dst[i, c] = src[i, c], i < rows, c < cols, zeros up to padded_rows and to a multiple of 32 columns.
+void pack_plain(const BFloat16* src, int64_t row, int64_t rows, int64_t cols, int64_t padded_rows, BFloat16* dst,
+                int64_t ld) {
+  for (int64_t i = 0; i < padded_rows; ++i) {
+    for (int64_t c = 0; c < cols; c += 32) {
+      const __m512i x = i < rows ? load_words(src + i * row + c, cols - c) : _mm512_setzero_si512();
+      _mm512_storeu_si512(dst + i * ld + c, x);
+    }
+  }
+}
+
+// dst[r, c] = (src[2r, c], src[2r+1, c]) for c < cols padded to 32, 2r < padded_rows; columns permuted (see above).
+void pack_pairs(const BFloat16* src, int64_t row, int64_t rows, int64_t cols, int64_t padded_rows, uint32_t* dst,
+                int64_t ld) {
+  for (int64_t i = 0; i < padded_rows; i += 2) {
+    const BFloat16* p = src + i * row;
+    uint32_t* d = dst + i / 2 * ld;
+    for (int64_t c = 0; c < cols; c += 32) {
+      const __m512i a = i < rows ? load_words(p + c, cols - c) : _mm512_setzero_si512();
+      const __m512i b = i + 1 < rows ? load_words(p + row + c, cols - c) : _mm512_setzero_si512();
+      _mm512_storeu_si512(d + c, _mm512_unpacklo_epi16(a, b));
+      _mm512_storeu_si512(d + c + 16, _mm512_unpackhi_epi16(a, b));
+    }
+  }
+}
+
+// dst[k, i] = (src[i, 2k], src[i, 2k+1]) for i < padded_rows (a multiple of 16), 2k < cols padded to 32.
+void pack_transposed(const BFloat16* src, int64_t row, int64_t rows, int64_t cols, int64_t padded_rows,
+                     uint32_t* dst, int64_t ld) {
+  for (int64_t i = 0; i < padded_rows; i += kTile) {
+    for (int64_t c = 0; c < cols; c += 32) {
+      reg t[16];
+      CCNET_UNROLL
+      for (int r = 0; r < 16; ++r) {
+        t[r] = i + r < rows ? _mm512_castsi512_ps(load_words(src + (i + r) * row + c, cols - c)) : V::zero();
+      }
+      V::transpose(t);
+      CCNET_UNROLL
+      for (int r = 0; r < 16; ++r) _mm512_storeu_ps(dst + (c / 2 + r) * ld + i, t[r]);
+    }
+  }
+}
+
+inline void prefetch(const BFloat16* src, int64_t row, int64_t begin, int64_t end, int64_t cols) {
+  for (int64_t i = begin; i < end; ++i) {
+    const char* p = reinterpret_cast<const char*>(src + i * row);
+    for (int64_t b = 0; b < cols * 2; b += 64) CCNET_PREFETCH(p + b);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- storing
+
+inline __m512i words_in_order(reg lo, reg hi) {
+  const __m512i order = _mm512_set_epi16(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8,  //
+                                         23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(hi, lo));
+}
+
+// dst[r, c] = old * dst[r, c] + fresh * tile[r, c], columns of `tile` in the order of pack_pairs. old is not read
+// from memory where it is 0 for all rows (first).
+inline void store_row(const float* tile, int64_t cols, bool first, float old, float fresh, BFloat16* dst) {
+  const reg f = V::set1(fresh), o = V::set1(old);
+  for (int64_t c = 0; c < cols; c += 32) {
+    reg lo = V::mul(V::load(tile + c), f), hi = V::mul(V::load(tile + c + 16), f);
+    if (!first) {
+      const __m512i before = load_words(dst + c, cols - c), zero = _mm512_setzero_si512();
+      lo = V::fma(_mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, before)), o, lo);
+      hi = V::fma(_mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, before)), o, hi);
+    }
+    const __m512i words = words_in_order(lo, hi);
+    if (cols - c >= 32) {
+      _mm512_storeu_si512(dst + c, words);
+    } else {
+      _mm512_mask_storeu_epi16(dst + c, first_words(cols - c), words);
+    }
+  }
+}
+
+// dst[M, N] (+)= A B for one line of a gradient: M rows of which `rows` are real, N = cols padded to 32. Where a line
+// comes in several blocks of queries, `sums` [M, N] keeps the fp32 totals and dst is written with the last block.
+struct BlockPosition {
+  bool first, last;
+};
+void product_to_line(int64_t M, int64_t rows, int64_t cols, int64_t depth, const BFloat16* a, int64_t lda,
+                     const uint32_t* b, int64_t ldb, float* tile, BFloat16* dst, int64_t dst_row, bool accumulate,
+                     float* sums, BlockPosition at) {
+  const int64_t padded = round_up(cols, 32);
+  for (int64_t c = 0; c < padded; c += kPanel) {
+    const int64_t width = padded - c < kPanel ? padded - c : kPanel;
+    for (int64_t m = 0; m < M; m += 2 * kTile) {
+      const int64_t height = M - m < 2 * kTile ? M - m : 2 * kTile;
+      const int64_t real = rows - m < height ? rows - m : height;
+      const int64_t valid = cols - c < width ? cols - c : width;
+      if (accumulate) prefetch(dst + m * dst_row + c, dst_row, 0, real, valid);
+      product(height, width, depth, a + m * lda, lda, b + c, ldb, tile, kPanel);
+      for (int64_t r = 0; r < real; ++r) {
+        float* t = tile + r * kPanel;
+        if (sums != nullptr) {
+          float* s = sums + (m + r) * padded + c;
+          for (int64_t x = 0; x < width; x += 16) {
+            if (!at.first) V::store(t + x, V::add(V::load(s + x), V::load(t + x)));
+            if (!at.last) V::store(s + x, V::load(t + x));
+          }
+          if (!at.last) continue;
+        }
+        store_row(t, valid, !accumulate, 1.0f, 1.0f, dst + (m + r) * dst_row + c);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- forward
+
+// Query rows handled at once, a multiple of 32 unless it is the whole line.
+int64_t block_rows(int64_t length) {
+  if (length <= 256) return length;
+  const int64_t rows = 256 * 256 / length / 32 * 32;
+  return rows < 32 ? 32 : rows;
+}
+
+void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
+  const Grid& grid = args.grid;
+  const int64_t L = grid.size[axis], QK = args.qk_channels, C = args.channels;
+  const int64_t block = block_rows(L), blocks = (L + block - 1) / block;
+  const int64_t l32 = round_up(L, 32), b16 = round_up(block, 16);
+  const int64_t qk32 = round_up(QK, 32), c32 = round_up(C, 32);
+  const bool masked = !keeps_self(grid.axes, axis);
+  const Strides stat = scalar_strides(grid);
+  const int64_t stat_row = stat.axis[axis];
+  const int64_t v_row = args.value.strides.axis[axis], o_row = args.out.strides.axis[axis];
+  const int64_t q_row = args.query.strides.axis[axis], k_row = args.key.strides.axis[axis];
+
+  run_items(args, grid.lines(axis) * blocks, [&](auto next) {
+    Scratch<float> scratch(b16 * qk32 / 2 + qk32 / 2 * l32 + b16 * l32 + b16 * l32 / 2 + l32 / 2 * kPanel +
+                           2 * kTile * kPanel + 2 * b16);
+    if (!scratch.ok()) return false;
+    BFloat16* q_plain = reinterpret_cast<BFloat16*>(scratch.take(b16 * qk32 / 2));
+    uint32_t* k_transposed = reinterpret_cast<uint32_t*>(scratch.take(qk32 / 2 * l32));
+    float* s = scratch.take(b16 * l32);
+    BFloat16* p = reinterpret_cast<BFloat16*>(scratch.take(b16 * l32 / 2));
+    uint32_t* v_pairs = reinterpret_cast<uint32_t*>(scratch.take(l32 / 2 * kPanel));
+    float* tile = scratch.take(2 * kTile * kPanel);
+    float* keep = scratch.take(b16);
+    float* fresh = scratch.take(b16);
+    Tiles tiles;
+
+    int64_t item, upcoming, packed_line = -1;
+    bool more = next(&item);
+    for (; more; item = upcoming) {
+      more = next(&upcoming);
+      const int64_t line = item / blocks, i0 = item % blocks * block;
+      const int64_t rows = L - i0 < block ? L - i0 : block;
+      const int64_t r16 = round_up(rows, 16);
+      const BFloat16* v = line_data<BFloat16>(args.value, grid, axis, line);
+      BFloat16* o = line_data<BFloat16>(args.out, grid, axis, line) + i0 * o_row;
+      // The next line is asked for while this one is computed; its rows may be far apart in memory.
+      const int64_t next_line = more ? upcoming / blocks : line;
+      const bool ahead = next_line != line;
+      const BFloat16* v_next = line_data<BFloat16>(args.value, grid, axis, next_line);
+      const BFloat16* o_next = line_data<BFloat16>(args.out, grid, axis, next_line);
+      const BFloat16* q_next = line_data<BFloat16>(args.query, grid, axis, next_line);
+      const BFloat16* k_next = line_data<BFloat16>(args.key, grid, axis, next_line);
+      const int64_t stat0 = line_offset(grid, stat, axis, line) + i0 * stat_row;
+      float* max_out = static_cast<float*>(args.max) + stat0;
+      float* sum_out = static_cast<float*>(args.lse) + stat0;
+
+      if (packed_line != line) {
+        pack_transposed(line_data<BFloat16>(args.key, grid, axis, line), k_row, L, QK, l32, k_transposed, l32);
+        packed_line = line;
+      }
+      pack_plain(line_data<BFloat16>(args.query, grid, axis, line) + i0 * q_row, q_row, rows, QK, r16, q_plain, qk32);
+      product(r16, l32, qk32 / 32, q_plain, qk32, k_transposed, l32, s, l32);
+
+      const __mmask16 tail = V::first(static_cast<int>(L % 16 ? L % 16 : 16));
+      const reg minus_infinity = V::set1(-INFINITY);
+      const int64_t whole = (L - 1) / 16 * 16;  // columns before the last, perhaps partial, vector
+      for (int64_t i = 0; i < rows; ++i) {
+        float* row = s + i * l32;
+        if (masked) row[i0 + i] = -INFINITY;
+        const reg end = _mm512_mask_loadu_ps(minus_infinity, tail, row + whole);
+        reg m = end;
+        for (int64_t j = 0; j < whole; j += 16) m = V::max(m, V::load(row + j));
+        const float largest = _mm512_reduce_max_ps(m);
+        m = V::set1(largest);
+        reg sum = V::exp(V::sub(end, m));
+        BFloat16* weights = p + i * l32;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + whole), (__m256i)_mm512_cvtneps_pbh(sum));
+        for (int64_t j = whole + 16; j < l32; j += 16) {
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + j), _mm256_setzero_si256());
+        }
+        for (int64_t j = 0; j < whole; j += 16) {
+          const reg e = V::exp(V::sub(V::load(row + j), m));
+          sum = V::add(sum, e);
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + j), (__m256i)_mm512_cvtneps_pbh(e));
+        }
+        const Stats<float> here{largest, _mm512_reduce_add_ps(sum)};
+        const Stats<float> before =
+            first ? empty_stats<float>() : Stats<float>{max_out[i * stat_row], sum_out[i * stat_row]};
+        const Merge<float> m2 = merge(before, here);
+        keep[i] = before.sum * m2.scale_a / m2.stats.sum;
+        fresh[i] = m2.scale_b / m2.stats.sum;
+        max_out[i * stat_row] = m2.stats.max;
+        sum_out[i * stat_row] = last ? log_sum_exp(m2.stats) : m2.stats.sum;
+      }
+      memset(p + rows * l32, 0, static_cast<size_t>((r16 - rows) * l32) * sizeof(BFloat16));
+      if (ahead) {
+        prefetch(q_next, q_row, 0, L, QK);
+        prefetch(k_next, k_row, 0, L, QK);
+      }
+
+      for (int64_t c = 0; c < c32; c += kPanel) {
+        const int64_t width = c32 - c < kPanel ? c32 - c : kPanel;
+        const int64_t valid = C - c < width ? C - c : width;
+        pack_pairs(v + c, v_row, L, valid, l32, v_pairs, kPanel);
+        for (int64_t m = 0; m < r16; m += 2 * kTile) {
+          const int64_t height = r16 - m < 2 * kTile ? r16 - m : 2 * kTile;
+          if (ahead) {
+            const int64_t from = m * L / r16, to = (m + height) * L / r16;
+            prefetch(v_next + c, v_row, from, to, valid);
+            if (!first) prefetch(o_next + c, o_row, from, to, valid);
+          }
+          product(height, width, l32 / 32, p + m * l32, l32, v_pairs, kPanel, tile, kPanel);
+          const int64_t real = rows - m < height ? rows - m : height;
+          for (int64_t r = 0; r < real; ++r) {
+            store_row(tile + r * kPanel, valid, first, keep[m + r], fresh[m + r], o + (m + r) * o_row + c);
+          }
+        }
+      }
+    }
+    return true;
+  });
+}
+
+void forward(const ForwardArgs& args) {
+  const int first = first_axis(args.grid);
+  for (int axis = first; axis < args.grid.axes; ++axis) {
+    if (contributes(args.grid, axis)) forward_axis(args, axis, axis == first, axis == args.grid.axes - 1);
+  }
+}
+
+// --------------------------------------------------------------------------------------------------- backward
+
+// dst[i, j] = src[j, i] for i < M, j < N, multiples of 16 and 32.
+void transpose_words(const BFloat16* src, int64_t src_ld, int64_t M, int64_t N, BFloat16* dst, int64_t dst_ld) {
+  for (int64_t j = 0; j < N; j += 32) {
+    for (int64_t i = 0; i < M; i += 32) {
+      reg lo[16], hi[16];
+      CCNET_UNROLL
+      for (int r = 0; r < 16; ++r) {
+        const __m512i a = _mm512_loadu_si512(src + (j + 2 * r) * src_ld + i);
+        const __m512i b = _mm512_loadu_si512(src + (j + 2 * r + 1) * src_ld + i);
+        lo[r] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b));
+        hi[r] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b));
+      }
+      V::transpose(lo);
+      V::transpose(hi);
+      CCNET_UNROLL
+      for (int r = 0; r < 16; ++r) {
+        const int64_t at = i + r / 4 * 8 + r % 4;  // undoes the order that the unpack instructions gave
+        _mm512_storeu_ps(dst + at * dst_ld + j, lo[r]);
+        _mm512_storeu_ps(dst + (at + 4) * dst_ld + j, hi[r]);
+      }
+    }
+  }
+}
+
+void backward_axis(const BackwardArgs& args, int axis, bool first) {
+  const Grid& grid = args.grid;
+  const int64_t L = grid.size[axis], QK = args.qk_channels, C = args.channels;
+  const int64_t block = block_rows(L), blocks = (L + block - 1) / block;
+  const int64_t l32 = round_up(L, 32), l16 = round_up(L, 16), b32 = round_up(block, 32);
+  const int64_t qk32 = round_up(QK, 32), c32 = round_up(C, 32);
+  const bool masked = !keeps_self(grid.axes, axis);
+  const Strides stat = scalar_strides(grid);
+  const int64_t stat_row = stat.axis[axis];
+  const int64_t q_row = args.query.strides.axis[axis], k_row = args.key.strides.axis[axis];
+  const int64_t v_row = args.value.strides.axis[axis], o_row = args.out.strides.axis[axis];
+  const int64_t g_row = args.grad_out.strides.axis[axis];
+  const int64_t dq_row = args.grad_query.strides.axis[axis], dk_row = args.grad_key.strides.axis[axis];
+  const int64_t dv_row = args.grad_value.strides.axis[axis];
+
+  run_items(args, grid.lines(axis), [&](auto next) {
+    const int64_t kept = blocks > 1 ? l32 * (qk32 + c32) : 0;
+    Scratch<float> scratch(l16 * qk32 / 2 + l32 / 2 * qk32 + qk32 / 2 * b32 + b32 / 2 * qk32 + 2 * l32 * b32 +
+                           l32 * b32 + b32 * l32 / 2 + l16 * c32 / 2 + c32 / 2 * b32 + b32 / 2 * c32 +
+                           2 * kTile * kPanel + 2 * b32 + kept);
+    if (!scratch.ok()) return false;
+    const auto take_words = [&](int64_t n) { return reinterpret_cast<BFloat16*>(scratch.take(n / 2)); };
+    const auto take_pairs = [&](int64_t n) { return reinterpret_cast<uint32_t*>(scratch.take(n)); };
+    BFloat16* k_plain = take_words(l16 * qk32);
+    uint32_t* k_pairs = take_pairs(l32 / 2 * qk32);
+    uint32_t* q_transposed = take_pairs(qk32 / 2 * b32);
+    uint32_t* q_pairs = take_pairs(b32 / 2 * qk32);
+    float* s = scratch.take(l32 * b32);        // energies [j, i]
+    float* dp = scratch.take(l32 * b32);       // grad of the weights [j, i]
+    BFloat16* p = take_words(l32 * b32);       // weights [j, i]
+    BFloat16* ds = take_words(l32 * b32);      // grad of the energies [j, i]
+    BFloat16* ds_rows = take_words(b32 * l32);  // the same [i, j]
+    BFloat16* v_plain = take_words(l16 * c32);
+    uint32_t* g_transposed = take_pairs(c32 / 2 * b32);
+    uint32_t* g_pairs = take_pairs(b32 / 2 * c32);
+    float* tile = scratch.take(2 * kTile * kPanel);
+    float* lse = scratch.take(b32);
+    float* delta = scratch.take(b32);
+    float* dk_sums = blocks > 1 ? scratch.take(l32 * qk32) : nullptr;
+    float* dv_sums = blocks > 1 ? scratch.take(l32 * c32) : nullptr;
+    Tiles tiles;
+
+    int64_t line, upcoming;
+    bool more = next(&line);
+    for (; more; line = upcoming) {
+      more = next(&upcoming);
+      const int64_t next_line = more ? upcoming : line;
+      const BFloat16* k = line_data<BFloat16>(args.key, grid, axis, line);
+      const BFloat16* v = line_data<BFloat16>(args.value, grid, axis, line);
+      pack_plain(k, k_row, L, QK, l16, k_plain, qk32);
+      pack_pairs(k, k_row, L, QK, l32, k_pairs, qk32);
+      pack_plain(v, v_row, L, C, l16, v_plain, c32);
+
+      for (int64_t i0 = 0; i0 < L; i0 += block) {
+        const int64_t rows = L - i0 < block ? L - i0 : block;
+        const int64_t r32 = round_up(rows, 32), r16 = round_up(rows, 16);
+        const BFloat16* q = line_data<BFloat16>(args.query, grid, axis, line) + i0 * q_row;
+        const BFloat16* o = line_data<BFloat16>(args.out, grid, axis, line) + i0 * o_row;
+        const BFloat16* g = line_data<BFloat16>(args.grad_out, grid, axis, line) + i0 * g_row;
+        BFloat16* dq = line_data<BFloat16>(args.grad_query, grid, axis, line) + i0 * dq_row;
+        const int64_t stat0 = line_offset(grid, stat, axis, line) + i0 * stat_row;
+        const float* lse_in = static_cast<const float*>(args.lse) + stat0;
+        float* delta_io = static_cast<float*>(args.delta) + stat0;
+
+        pack_transposed(q, q_row, rows, QK, r16, q_transposed, b32);
+        pack_pairs(q, q_row, rows, QK, r32, q_pairs, qk32);
+        pack_transposed(g, g_row, rows, C, r16, g_transposed, b32);
+        pack_pairs(g, g_row, rows, C, r32, g_pairs, c32);
+        for (int64_t i = 0; i < rows; ++i) {
+          lse[i] = lse_in[i * stat_row];
+          if (first) {
+            reg even = V::zero(), odd = V::zero();
+            const __m512i zero = _mm512_setzero_si512();
+            for (int64_t c = 0; c < C; c += 32) {
+              const __m512i x = load_words(g + i * g_row + c, C - c), y = load_words(o + i * o_row + c, C - c);
+              even = V::fma(_mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, x)),
+                            _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, y)), even);
+              odd = V::fma(_mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, x)),
+                           _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, y)), odd);
+            }
+            delta_io[i * stat_row] = _mm512_reduce_add_ps(V::add(even, odd));
+          }
+          delta[i] = delta_io[i * stat_row];
+        }
+        for (int64_t i = rows; i < r32; ++i) lse[i] = delta[i] = 0.0f;
+
+        product(l16, r16, qk32 / 32, k_plain, qk32, q_transposed, b32, s, b32);
+        product(l16, r16, c32 / 32, v_plain, c32, g_transposed, b32, dp, b32);
+        for (int64_t j = 0; j < l32; ++j) {
+          // Rows beyond the line and columns beyond the block are zero in p and ds.
+          for (int64_t i = 0; i < r32; i += 16) {
+            const int64_t at = j * b32 + i;
+            __m256i weights = _mm256_setzero_si256(), grads = _mm256_setzero_si256();
+            if (j < L && i < rows) {
+              __mmask16 valid = V::first(static_cast<int>(rows - i < 16 ? rows - i : 16));
+              const int64_t self = j - i0 - i;
+              if (masked && self >= 0 && self < 16) valid &= static_cast<__mmask16>(~(1u << self));
+              const reg w = _mm512_maskz_mov_ps(valid, V::exp(V::sub(V::load(s + at), V::load(lse + i))));
+              weights = (__m256i)_mm512_cvtneps_pbh(w);
+              grads = (__m256i)_mm512_cvtneps_pbh(
+                  _mm512_maskz_mul_ps(valid, w, V::sub(V::load(dp + at), V::load(delta + i))));
+            }
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + at), weights);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds + at), grads);
+          }
+        }
+        transpose_words(ds, b32, r32, l32, ds_rows, l32);
+        const BlockPosition at{i0 == 0, i0 + block >= L};
+        product_to_line(r16, rows, QK, l32 / 32, ds_rows, l32, k_pairs, qk32, tile, dq, dq_row, !first, nullptr, at);
+        product_to_line(l16, L, QK, r32 / 32, ds, b32, q_pairs, qk32, tile,
+                        line_data<BFloat16>(args.grad_key, grid, axis, line), dk_row, !first, dk_sums, at);
+        if (more && at.last) {
+          const int64_t n = L < block ? L : block;
+          prefetch(line_data<BFloat16>(args.grad_out, grid, axis, next_line), g_row, 0, n, C);
+          prefetch(line_data<BFloat16>(args.value, grid, axis, next_line), v_row, 0, n, C);
+        }
+        product_to_line(l16, L, C, r32 / 32, p, b32, g_pairs, c32, tile,
+                        line_data<BFloat16>(args.grad_value, grid, axis, line), dv_row, !first, dv_sums, at);
+      }
+    }
+    return true;
+  });
+}
+
+void backward(const BackwardArgs& args) {
+  const int first = first_axis(args.grid);
+  for (int axis = first; axis < args.grid.axes; ++axis) {
+    if (contributes(args.grid, axis)) backward_axis(args, axis, axis == first);
+  }
+}
+
+const Kernels kKernels{"amx", forward, backward};
+
+}  // namespace
+}  // namespace cpu
+}  // namespace ccnet
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace ccnet {
+namespace cpu {
+namespace {
+
+// The processor has the tiles, the kernel saves them, and this process may use them (Linux asks for permission).
+bool tiles_usable() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(1, 0, &eax, &ebx, &ecx, &edx) || !(ecx & (1u << 27))) return false;  // OSXSAVE
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if (!(edx & (1u << 22)) || !(edx & (1u << 24))) return false;  // AMX-BF16, AMX-TILE
+  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax & (1u << 5))) return false;  // AVX512-BF16
+  unsigned low = 0, high = 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low & (3u << 17)) != (3u << 17)) return false;
+  const long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+}  // namespace
+
+const Kernels* amx_kernels() {
+  static const bool usable = avx512_kernels() != nullptr && tiles_usable();
+  return usable ? &kKernels : nullptr;
+}
+}  // namespace cpu
+}  // namespace ccnet
+
+#else
 namespace ccnet {
 namespace cpu {
 const Kernels* amx_kernels() { return nullptr; }
 }  // namespace cpu
 }  // namespace ccnet
+#endif

@@ -116,6 +116,7 @@ struct Avx2 {
   }
 };
 
+#include "work.h"
 #include "line_kernels.h"
 
 const Kernels kKernels{"avx2", forward_any<Avx2>, backward_any<Avx2>};

@@ -18,6 +18,7 @@ namespace {
 
 #include "storage.h"
 #include "vector_avx512.h"
+#include "work.h"
 #include "line_kernels.h"
 
 const Kernels kKernels{"avx512", forward_any<Avx512>, backward_any<Avx512>};

@@ -97,6 +97,7 @@ struct ArrayVector {
   }
 };
 
+#include "work.h"
 #include "line_kernels.h"
 
 void forward(const ForwardArgs& args) {

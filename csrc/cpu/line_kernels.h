@@ -130,8 +130,6 @@ void gemm(int64_t M, int64_t n, int64_t K, const typename V::T* a, int64_t lda, 
 
 // -------------------------------------------------------------------------------------------------- packing
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // One line of a tensor, as a matrix [L, channels] with element strides.
 template <class S>
 struct LineView {
@@ -216,43 +214,10 @@ void prefetch_rows(const LineView<const S>& src, int64_t begin, int64_t end, int
   }
 }
 
-// -------------------------------------------------------------------------------------------------- scratch
-
-// One worker's memory, cache-line aligned.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count)
-      : raw_(static_cast<char*>(malloc(static_cast<size_t>(count) * sizeof(T) + 64 * 32))),
-        next_(raw_ ? raw_ + (64 - reinterpret_cast<uintptr_t>(raw_) % 64) % 64 : nullptr) {}
-  ~Scratch() { free(raw_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  bool ok() const { return raw_ != nullptr; }
-  T* take(int64_t count) {
-    T* p = reinterpret_cast<T*>(next_);
-    next_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return p;
-  }
-
- private:
-  char* raw_;
-  char* next_;
-};
-
 template <class S>
 LineView<S> line_view(const TensorRef& t, const Grid& grid, int axis, int64_t line) {
   return {static_cast<S*>(t.data) + line_offset(grid, t.strides, axis, line), t.strides.axis[axis],
           t.strides.channel};
-}
-
-// A masked axis of size 1 has no key at all.
-inline bool contributes(const Grid& grid, int axis) { return grid.size[axis] > 1 || keeps_self(grid.axes, axis); }
-
-inline int first_axis(const Grid& grid) {
-  int a = 0;
-  while (!contributes(grid, a)) ++a;
-  return a;
 }
 
 // Query rows handled at once: the whole line, unless its L x rows energies would overflow the second-level cache.
@@ -262,31 +227,6 @@ int64_t rows_per_block(int64_t length, int64_t limit_bytes) {
   rows = rows / 48 * 48;
   if (rows < 48) rows = 48;
   return rows < length ? rows : length;
-}
-
-// Hands out items 0 .. count-1 to the workers of one parallel region.
-template <class Args, class Worker>
-void run_items(const Args& args, int64_t count, const Worker& worker) {
-  struct Context {
-    std::atomic<int64_t> next;
-    int64_t count;
-    const Worker* worker;
-    std::atomic<bool> out_of_memory;
-  } context{{0}, count, &worker, {false}};
-  const int64_t workers = args.workers < count ? args.workers : count;
-  if (workers <= 0) return;
-  args.parallel(
-      static_cast<int>(workers),
-      [](void* p, int) {
-        Context* c = static_cast<Context*>(p);
-        const bool ok = (*c->worker)([c](int64_t* item) {
-          *item = c->next.fetch_add(1, std::memory_order_relaxed);
-          return *item < c->count;
-        });
-        if (!ok) c->out_of_memory = true;
-      },
-      &context);
-  if (context.out_of_memory) throw std::bad_alloc();
 }
 
 // -------------------------------------------------------------------------------------------------- forward

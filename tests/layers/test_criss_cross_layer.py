@@ -96,11 +96,11 @@ def test_wrong_arguments_are_named(build, message):
 
 
 def test_layers_need_torch_alone():
-    """Importing ops, layers and losses loads neither Detectron2 nor anything else beside torch's own needs."""
+    """Importing ops, layers and losses loads neither Detectron2 nor anything else; triton is torch's own choice."""
     code = (
         "import sys, torch; before = {m.partition('.')[0] for m in sys.modules};"
         "import ccnet_d2.ops, ccnet_d2.layers, ccnet_d2.losses;"
         "after = {m.partition('.')[0] for m in sys.modules} - before - set(sys.stdlib_module_names);"
-        "assert after <= {'ccnet_d2'}, after"
+        "assert after <= {'ccnet_d2', 'triton'}, after"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

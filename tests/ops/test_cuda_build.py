@@ -34,7 +34,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_agree_with_brute_force(emulator: Path, dtype: str) -> None:
     output = _run([str(emulator), "--dtype", dtype, "--cases", "17"])
-    assert re.match(rf"{dtype}: 17 cases, largest errors out ", output)
+    assert re.match(rf"{dtype}: 17 cases; largest errors: out ", output)
 
 
 @pytest.mark.slow

@@ -209,18 +209,34 @@ Expected brute_force(const Case& c, const std::vector<double>& q, const std::vec
   return e;
 }
 
-// Largest error of one element, in units of the expected tensor's root mean square; `least` is the smallest unit, for
-// tensors that vanish by cancellation.
-double largest_error(const std::vector<double>& got, const std::vector<double>& expected, const char* what,
-                     double least) {
-  double squares = 0, worst = 0;
-  for (double x : expected) squares += x * x;
-  const double unit = std::max(sqrt(squares / static_cast<double>(expected.size())), least);
+// Errors in units of the expected tensor's root mean square.
+struct Errors {
+  double worst = 0, rms = 0;
+
+  void join(const Errors& e) {
+    worst = std::max(worst, e.worst);
+    rms = std::max(rms, e.rms);
+  }
+  bool within(const Errors& tolerance, double slack) const {
+    return worst <= tolerance.worst * slack && rms <= tolerance.rms * slack;
+  }
+};
+
+// `least` is the smallest unit, for tensors that vanish by cancellation.
+Errors errors_of(const std::vector<double>& got, const std::vector<double>& expected, const char* what, double least) {
+  double squares = 0, error_squares = 0;
+  Errors e;
   for (size_t i = 0; i < got.size(); ++i) {
     if (!std::isfinite(got[i])) throw Error(std::string(what) + " is not finite");
-    worst = std::max(worst, fabs(got[i] - expected[i]) / unit);
+    squares += expected[i] * expected[i];
+    error_squares += (got[i] - expected[i]) * (got[i] - expected[i]);
+    e.worst = std::max(e.worst, fabs(got[i] - expected[i]));
   }
-  return worst;
+  const double count = static_cast<double>(got.size());
+  const double unit = std::max(sqrt(squares / count), least);
+  e.worst /= unit;
+  e.rms = sqrt(error_squares / count) / unit;
+  return e;
 }
 
 template <typename T>
@@ -308,26 +324,34 @@ bool same_bits(const Tensor<T>& a, const Tensor<T>& b) {
   return memcmp(a.data, b.data, a.count * sizeof(T)) == 0;
 }
 
-// Largest errors allowed, in units of the tensor's root mean square.
+// What the formats allow. The root mean square is the sharp test; single elements scatter, most of all where a few keys
+// attract every query.
 template <typename T>
 struct Tolerance;
 template <>
 struct Tolerance<float> {
-  static constexpr double out = 1e-5, grad = 3e-5;
+  static constexpr Errors out{1e-5, 2e-6}, grad{6e-5, 1e-5};
 };
 template <>
 struct Tolerance<Half> {
-  static constexpr double out = 6e-3, grad = 1.2e-2;
+  static constexpr Errors out{1e-2, 1e-3}, grad{8e-2, 4e-3};
 };
 template <>
 struct Tolerance<BFloat16> {
-  static constexpr double out = 5e-2, grad = 1e-1;
+  static constexpr Errors out{8e-2, 8e-3}, grad{4e-1, 3e-2};
 };
+constexpr Errors kLseTolerance{1e-5, 2e-6};
 
 struct Worst {
-  double out = 0, lse = 0, grad = 0;
+  Errors out, lse, grad;
   Counts counts;
 };
+
+std::string text_of(const Errors& e) {
+  char text[64];
+  snprintf(text, sizeof text, "%.1e (rms %.1e)", e.worst, e.rms);
+  return text;
+}
 
 std::string describe(const Case& c) {
   std::string text = "B=" + std::to_string(c.grid.batch) + " S=";
@@ -358,24 +382,22 @@ void check_case(const Case& c, uint32_t seed, Fault fault, Worst& worst) {
   options.seed = seed;
   options.order = emulation::Order::kRandom;
   Run<T> run = run_kernels(c, query, key, value, grad_out, options, worst.counts);
-  const double out = largest_error(run.out.values, expected.out, "out", 0.05);
-  std::vector<double> lse(run.lse.begin(), run.lse.end());
-  const double lse_error = largest_error(lse, expected.lse, "lse", 0.1);
+  const Errors out = errors_of(run.out.values, expected.out, "out", 0.05);
+  const Errors lse = errors_of({run.lse.begin(), run.lse.end()}, expected.lse, "lse", 0.1);
   // dP and delta, which mostly cancel, are of the size of sqrt(C).
   const double qk_unit = 0.1 * scale * sqrt(static_cast<double>(c.channels));
-  const double grad = std::max({largest_error(run.grad_query.values, expected.grad_query, "grad_query", qk_unit),
-                                largest_error(run.grad_key.values, expected.grad_key, "grad_key", qk_unit),
-                                largest_error(run.grad_value.values, expected.grad_value, "grad_value", 0.05)});
-  worst.out = std::max(worst.out, out);
-  worst.lse = std::max(worst.lse, lse_error);
-  worst.grad = std::max(worst.grad, grad);
-  char text[160];
-  snprintf(text, sizeof text, "errors: out %.2e, lse %.2e, gradients %.2e", out, lse_error, grad);
+  Errors grad = errors_of(run.grad_query.values, expected.grad_query, "grad_query", qk_unit);
+  grad.join(errors_of(run.grad_key.values, expected.grad_key, "grad_key", qk_unit));
+  grad.join(errors_of(run.grad_value.values, expected.grad_value, "grad_value", 0.05));
   // Large energies amplify the rounding of the inputs' products and of lse.
-  const double slack = std::max(1.0, static_cast<double>(c.logit_scale) / 4);
-  if (out > Tolerance<T>::out * slack || lse_error > 1e-5 * slack || grad > Tolerance<T>::grad * slack) {
-    throw Error(text);
+  const double slack = std::max(1.0, static_cast<double>(c.logit_scale) / 3);
+  if (!out.within(Tolerance<T>::out, slack) || !lse.within(kLseTolerance, slack) ||
+      !grad.within(Tolerance<T>::grad, slack)) {
+    throw Error("errors: out " + text_of(out) + ", lse " + text_of(lse) + ", gradients " + text_of(grad));
   }
+  worst.out.join(out);
+  worst.lse.join(lse);
+  worst.grad.join(grad);
 
   // Other orders of threads and CTAs, copies landing at once: not one bit may differ.
   options.order = seed % 2 == 0 ? emulation::Order::kAscending : emulation::Order::kDescending;
@@ -522,8 +544,9 @@ void check_dtype(const char* name, int cases, uint32_t seed, Fault fault) {
     throw Error(std::string(name) + ": " + std::to_string(worst.counts.bank_conflicts) + " of " +
                 std::to_string(worst.counts.matrix_loads) + " matrix loads have bank conflicts");
   }
-  printf("%s: %d cases, largest errors out %.2e, lse %.2e, gradients %.2e, %ld matrix loads without bank conflicts\n",
-         name, cases, worst.out, worst.lse, worst.grad, worst.counts.matrix_loads);
+  printf("%s: %d cases; largest errors: out %s, lse %s, gradients %s; %ld matrix loads without bank conflicts\n", name,
+         cases, text_of(worst.out).c_str(), text_of(worst.lse).c_str(), text_of(worst.grad).c_str(),
+         worst.counts.matrix_loads);
 }
 
 int run(int argc, char** argv) {

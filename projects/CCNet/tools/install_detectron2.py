@@ -376,6 +376,11 @@ def install(arguments: argparse.Namespace) -> None:
             raise InstallError(f"The constraints file {arguments.constraint} does not exist.")
         constraint = ["--constraint", arguments.constraint.resolve()]
     requirement = arguments.requirement.strip()
+    if requirement.startswith(("/", "./", "../", "~")):
+        path = Path(requirement).expanduser().resolve()
+        if not path.exists():
+            raise InstallError(f"There is no {path}, which DETECTRON2 names.")
+        requirement = str(path)
     present, _ = import_detectron2()
     if present and not (requirement or arguments.force or arguments.wheel_dir):
         print(f"Detectron2 {present} is kept.")

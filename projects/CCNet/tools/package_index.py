@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import base64
 import configparser
+import contextlib
 import hashlib
+import importlib
+import importlib.util
 import os
 import re
 import ssl
@@ -73,6 +76,20 @@ def find_link(page: str, page_url: str, filename: str) -> str | None:
     return None
 
 
+def _ssl_context() -> ssl.SSLContext:
+    """Return the certificates to trust: those pip is told to, else the system's and the ones pip brings."""
+    certificates = pip_option("cert")
+    try:
+        context = ssl.create_default_context(cafile=certificates)
+    except OSError as error:
+        raise InstallError(f"The certificates {certificates} (PIP_CERT) cannot be read: {error}.") from error
+    if certificates is None and importlib.util.find_spec("pip") is not None:
+        # A bare system may have no certificates at all.
+        with contextlib.suppress(ImportError, OSError):
+            context.load_verify_locations(importlib.import_module("pip._vendor.certifi").where())
+    return context
+
+
 def _read(url: str, context: ssl.SSLContext, credentials: str) -> tuple[bytes, str]:
     """Read a URL; returns the content and the URL it came from after redirections."""
     request = urllib.request.Request(
@@ -103,10 +120,7 @@ def fetch_file(project: str, filename: str, sha256: str, directory: Path) -> Pat
     Raises:
         InstallError: no index can be reached, none has the file, or it is another one.
     """
-    try:
-        context = ssl.create_default_context(cafile=pip_option("cert"))
-    except OSError as error:
-        raise InstallError(f"PIP_CERT, {pip_option('cert')}, cannot be used: {error.strerror}.") from error
+    context = _ssl_context()
     failures = []
     for index in configured_indexes():
         host = urllib.parse.urlsplit(index).netloc

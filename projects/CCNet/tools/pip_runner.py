@@ -18,6 +18,9 @@ class InstallError(RuntimeError):
     """A set-up step failed; the message is the one sentence to show to the user."""
 
 
+# How install_detectron2.py, run by the set-up, ends when it fails: already a sentence.
+OWN_FAILURE = re.compile(r"^install_detectron2: (?P<sentence>.+)\s*\Z", re.MULTILINE)
+
 # pip's own wording -> what it means for the user. The first match wins, so causes come before consequences
 # (a dead network also ends in "No matching distribution found").
 _CAUSES: tuple[tuple[str, str], ...] = (
@@ -40,8 +43,8 @@ _CAUSES: tuple[tuple[str, str], ...] = (
         r"NewConnectionError|Failed to establish a new connection|Name or service not known|ConnectionRefused"
         r"|Connection refused|Temporary failure in name resolution|Max retries exceeded|ConnectTimeout"
         r"|Read timed out|ReadTimeoutError|ProxyError|Network is unreachable|Connection reset|IncompleteRead"
-        r"|Connection aborted|Connection broken|RemoteDisconnected|Could not resolve host",
-        "the package index cannot be reached: check the network (or the index and proxy that pip is"
+        r"|Connection aborted|Connection broken|RemoteDisconnected|Could not resolve host|Failed to connect to",
+        "the server that holds the packages cannot be reached: check the network (or the index and proxy that pip is"
         " configured for) and run the command again, it goes on where it stopped",
     ),
     (
@@ -73,8 +76,6 @@ def explain_failure(output: str) -> str:
     if errors:
         return re.sub(r"^\s*(ERROR|error|fatal):\s*", "", errors[-1]).strip()
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    if lines and lines[-1].startswith("install_detectron2: "):  # one of our own scripts: already a sentence
-        return lines[-1].partition(": ")[2]
     return lines[-1] if lines else "pip printed nothing"
 
 
@@ -169,6 +170,9 @@ def run_command(
             sink.close()
     output = "".join(captured)
     if code != 0:
+        sentence = OWN_FAILURE.search(output)
+        if sentence:
+            raise InstallError(sentence["sentence"])
         where = f" All of the output is in {log}." if log else ""
         raise InstallError(f"{what} failed: {explain_failure(output).rstrip('.')}.{where}")
     return output

@@ -1,0 +1,192 @@
+"""Training and evaluating yacs (.yaml) configs with Detectron2's `DefaultTrainer`."""
+
+import argparse
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import transforms as T
+from detectron2.engine import DefaultTrainer, default_setup
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import SemSegEvaluator
+from detectron2.solver import LRMultiplier
+from torch import nn
+from torch.optim import Optimizer
+
+from ccnet_d2.checkpoint import SafeCheckpointer, load_checkpoint
+from ccnet_d2.data import SemSegMapper, get_sem_seg_dataset_dicts
+from ccnet_d2.data.transforms import RandomPhotometricDistortion, RandomScaleCrop, ResizeToFit
+from ccnet_d2.errors import UserError
+from ccnet_d2.inference import build_mode
+from ccnet_d2.model_zoo import config_path
+from ccnet_d2.modeling import add_ccnet_config
+
+from .schedule import PolynomialDecayToMinimum
+
+POLY_LR = "PolyLR"
+"""The value of SOLVER.LR_SCHEDULER_NAME for the papers' schedule; all others are Detectron2's."""
+
+
+class YacsTrainer(DefaultTrainer):
+    """Detectron2's `DefaultTrainer` with this package's mapper, schedule, test modes and safe checkpoints."""
+
+    def build_hooks(self) -> list:
+        # Before a hook takes hold of Detectron2's own, which runs code from the checkpoints it reads.
+        self.checkpointer = SafeCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        return super().build_hooks()
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        names = list(cfg.DATASETS.TRAIN)
+        mapper = SemSegMapper(
+            is_train=True,
+            augmentations=train_augmentations(cfg),
+            dataset_names=names,
+            image_format=cfg.INPUT.FORMAT,
+        )
+        return build_detection_train_loader(cfg, mapper=mapper, dataset=get_sem_seg_dataset_dicts(names))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        mapper = SemSegMapper(
+            is_train=False, augmentations=test_augmentations(cfg), image_format=cfg.INPUT.FORMAT
+        )
+        return build_detection_test_loader(
+            dataset=get_sem_seg_dataset_dicts(dataset_name),
+            mapper=mapper,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+        )
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> SemSegEvaluator:
+        return SemSegEvaluator(dataset_name)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer):
+        solver = cfg.SOLVER
+        if solver.LR_SCHEDULER_NAME != POLY_LR:
+            return super().build_lr_scheduler(cfg, optimizer)
+        schedule = PolynomialDecayToMinimum(
+            base_lr=solver.BASE_LR, min_lr=solver.POLY_LR_MINIMUM, power=solver.POLY_LR_POWER
+        )
+        return LRMultiplier(optimizer, schedule, solver.MAX_ITER)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> Mapping[str, Any]:
+        test = cfg.TEST.CCNET
+        mode = build_mode(test.MODE, tile=tuple(test.TILE), stride=tuple(test.STRIDE) or None)
+        return super().test(cfg, mode.bind(model), evaluators)
+
+
+def train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
+    """Those of INPUT.CROP, INPUT.CCNET and INPUT.RANDOM_FLIP.
+
+    Raises:
+        UserError: INPUT.CROP is not of the type "absolute".
+    """
+    augmentations: list[T.Augmentation] = []
+    crop, extra = cfg.INPUT.CROP, cfg.INPUT.CCNET
+    if crop.ENABLED:
+        if crop.TYPE != "absolute":
+            raise UserError(
+                f"INPUT.CROP.TYPE is {crop.TYPE!r}: all crops need one size, so set INPUT.CROP.TYPE to 'absolute' and "
+                "INPUT.CROP.SIZE to [height, width] in pixels."
+            )
+        augmentations.append(
+            RandomScaleCrop(
+                crop.SIZE,
+                scale_range=extra.SCALE_RANGE or None,
+                short_side_choices=extra.SHORT_SIDES or None,
+                base_size=extra.BASE_SIZE or None,
+                category_max_ratio=extra.CATEGORY_MAX_RATIO or None,
+                pad_value=cfg.MODEL.PIXEL_MEAN,
+            )
+        )
+    if cfg.INPUT.RANDOM_FLIP != "none":
+        vertical = cfg.INPUT.RANDOM_FLIP == "vertical"
+        augmentations.append(T.RandomFlip(horizontal=not vertical, vertical=vertical))
+    if extra.PHOTOMETRIC:
+        augmentations.append(RandomPhotometricDistortion(image_format=cfg.INPUT.FORMAT))
+    return augmentations
+
+
+def test_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
+    """Detectron2's resize to INPUT.{MIN,MAX}_SIZE_TEST; none where MIN_SIZE_TEST is 0."""
+    if cfg.INPUT.MIN_SIZE_TEST == 0:
+        return []
+    return [ResizeToFit(long_side=cfg.INPUT.MAX_SIZE_TEST, short_side=cfg.INPUT.MIN_SIZE_TEST)]
+
+
+def load_config(name: str, options: Sequence[str] = ()) -> CfgNode:
+    """A yacs config with CCNet's keys.
+
+    Args:
+        name: a path, or a name relative to the project's configs, such as "yacs/toy/ccnet_synthetic.yaml".
+        options: KEY VALUE pairs that change it, as one flat list.
+
+    Raises:
+        UserError: there is no such file, it cannot be read as data, or a key or value is wrong.
+    """
+    path = config_path(name)
+    cfg = get_cfg()
+    add_ccnet_config(cfg)
+    # yacs tells wrong keys and values by exceptions of several kinds.
+    try:
+        cfg.merge_from_file(str(path), allow_unsafe=False)
+    except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
+        raise UserError(f"Config {path} cannot be used: {_first_line(error)}") from error
+    if len(options) % 2:
+        raise UserError(
+            f"Options of a .yaml config are KEY VALUE pairs, but there are {len(options)}: {list(options)}."
+        )
+    try:
+        cfg.merge_from_list(list(options))
+    except (KeyError, ValueError, AssertionError) as error:
+        raise UserError(f"Options {list(options)} cannot be applied: {_first_line(error)}") from error
+    return cfg
+
+
+def run(args: argparse.Namespace) -> Mapping[str, Any] | None:
+    """Train, or with --eval-only evaluate, the yacs config `args.config_file`.
+
+    Args:
+        args: of Detectron2's `default_argument_parser`; `opts` are KEY VALUE pairs.
+
+    Returns:
+        The last evaluation's results; None where there is none.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    cfg.freeze()
+    args.config_file = str(config_path(args.config_file))
+    default_setup(cfg, args)
+    if args.eval_only:
+        return _evaluate(cfg, resume=args.resume)
+    trainer = YacsTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    if trainer.start_iter >= trainer.max_iter:
+        raise UserError(
+            f"Nothing to train: {cfg.OUTPUT_DIR} has a checkpoint of iteration {trainer.start_iter} and "
+            f"SOLVER.MAX_ITER is {trainer.max_iter}; raise it, or use --eval-only."
+        )
+    trainer.train()
+    return getattr(trainer, "_last_eval_results", None)
+
+
+def _evaluate(cfg: CfgNode, *, resume: bool) -> Mapping[str, Any]:
+    path = cfg.MODEL.WEIGHTS
+    if resume:
+        path = SafeCheckpointer(nn.Module(), cfg.OUTPUT_DIR).get_checkpoint_file()
+    if not path:
+        raise UserError("--eval-only needs a checkpoint: name one with MODEL.WEIGHTS PATH.")
+    model = YacsTrainer.build_model(cfg)
+    load_checkpoint(model, path)
+    return YacsTrainer.test(cfg, create_ddp_model(model))
+
+
+def _first_line(error: Exception) -> str:
+    # str() of a KeyError is its argument in quotes.
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return (text or type(error).__name__).splitlines()[0].rstrip(".") + "."

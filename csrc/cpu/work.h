@@ -1,0 +1,65 @@
+// How the kernels of every instruction set walk over lines: scratch memory, and workers that take line after line.
+// Included inside each translation unit's anonymous namespace (see line_kernels.h).
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// One worker's memory, cache-line aligned.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : raw_(static_cast<char*>(malloc(static_cast<size_t>(count) * sizeof(T) + 64 * 32))),
+        next_(raw_ ? raw_ + (64 - reinterpret_cast<uintptr_t>(raw_) % 64) % 64 : nullptr) {}
+  ~Scratch() { free(raw_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  bool ok() const { return raw_ != nullptr; }
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(next_);
+    next_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return p;
+  }
+
+ private:
+  char* raw_;
+  char* next_;
+};
+
+// A masked axis of size 1 has no key at all.
+inline bool contributes(const Grid& grid, int axis) { return grid.size[axis] > 1 || keeps_self(grid.axes, axis); }
+
+inline int first_axis(const Grid& grid) {
+  int a = 0;
+  while (!contributes(grid, a)) ++a;
+  return a;
+}
+
+template <class S>
+S* line_data(const TensorRef& t, const Grid& grid, int axis, int64_t line) {
+  return static_cast<S*>(t.data) + line_offset(grid, t.strides, axis, line);
+}
+
+// Hands out items 0 .. count-1 to the workers of one parallel region.
+template <class Args, class Worker>
+void run_items(const Args& args, int64_t count, const Worker& worker) {
+  struct Context {
+    std::atomic<int64_t> next;
+    int64_t count;
+    const Worker* worker;
+    std::atomic<bool> out_of_memory;
+  } context{{0}, count, &worker, {false}};
+  const int64_t workers = args.workers < count ? args.workers : count;
+  if (workers <= 0) return;
+  args.parallel(
+      static_cast<int>(workers),
+      [](void* p, int) {
+        Context* c = static_cast<Context*>(p);
+        const bool ok = (*c->worker)([c](int64_t* item) {
+          *item = c->next.fetch_add(1, std::memory_order_relaxed);
+          return *item < c->count;
+        });
+        if (!ok) c->out_of_memory = true;
+      },
+      &context);
+  if (context.out_of_memory) throw std::bad_alloc();
+}

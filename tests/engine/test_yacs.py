@@ -1,0 +1,137 @@
+"""A yacs config from train_net.py's command line: train, resume, evaluate; and that it says what the LazyConfig says."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from detectron2.config import instantiate
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.solver import build_optimizer
+
+from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
+from ccnet_d2.engine import yacs
+from ccnet_d2.engine.command_line import main
+from ccnet_d2.errors import UserError
+from ccnet_d2.model_zoo import get_config
+
+CONFIG = "yacs/toy/ccnet_synthetic.yaml"
+
+
+@pytest.fixture
+def train_net(tmp_path, monkeypatch, capsys):
+    """Runs train_net.py in this process on a synthetic set of eight images; gives its status and last error."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    generate_synthetic_dataset(tmp_path / "ccnet_synthetic", SyntheticConfig(train_images=8, val_images=2))
+    register_all(tmp_path)
+    small = {
+        "SOLVER.MAX_ITER": 2,
+        "SOLVER.IMS_PER_BATCH": 2,
+        "MODEL.SEM_SEG_HEAD.CONVS_DIM": 16,
+        "MODEL.DEVICE": "cpu",
+        "SEED": 1,
+    }
+
+    def run(*flags, config=CONFIG, output="output", **options):
+        pairs = {**small, "OUTPUT_DIR": tmp_path / output}
+        pairs |= {key.replace("__", "."): value for key, value in options.items()}
+        status = main(
+            ["--config-file", str(config), *flags, *[str(x) for pair in pairs.items() for x in pair]]
+        )
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return status, errors[-1] if errors else ""
+
+    yield run
+    monkeypatch.undo()
+    register_all()
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def test_train_resume_evaluate(train_net, tmp_path):
+    output = tmp_path / "output"
+    status, error = train_net(
+        TEST__CCNET__MODE="slide", TEST__CCNET__TILE="(24,24)", MODEL__CCNET__CATEGORY_CONSISTENT="piecewise"
+    )
+    assert (status, error) == (0, "")
+    for name in ("model_final.pth", "last_checkpoint", "config.yaml", "log.txt"):
+        assert (output / name).is_file(), name
+    record = metrics(output)[-1]
+    assert record["loss_category_consistent"] > 0 and record["loss_sem_seg_aux"] > 0
+    slide = record["sem_seg/mIoU"]
+
+    checkpoint = output / "model_final.pth"
+    options = {"MODEL__WEIGHTS": checkpoint, "TEST__CCNET__MODE": "slide", "TEST__CCNET__TILE": "(24,24)"}
+    assert train_net("--eval-only", output="again", **options)[0] == 0
+    # The same weights in the same mode; the log holds the percentages with four decimals.
+    assert f"{slide:.4f}" in (tmp_path / "again/log.txt").read_text()
+
+    assert train_net("--resume", SOLVER__MAX_ITER=3, MODEL__CCNET__CATEGORY_CONSISTENT="piecewise")[0] == 0
+    assert torch.load(checkpoint, weights_only=True)["iteration"] == 2
+    status, error = train_net("--resume", SOLVER__MAX_ITER=3, MODEL__CCNET__CATEGORY_CONSISTENT="piecewise")
+    assert status == 1 and "Nothing to train" in error
+
+
+def test_wrong_input_is_one_sentence(train_net, tmp_path):
+    status, error = train_net(SOLVER__MAX_ITR=3)
+    assert status == 1 and "SOLVER.MAX_ITR" in error
+    status, error = train_net(MODEL__CCNET__CONTEXT="rca")
+    assert status == 1 and "'rca'" in error
+    status, error = train_net(INPUT__CROP__ENABLED=True)
+    assert status == 1 and "INPUT.CROP.TYPE" in error and "absolute" in error
+    assert train_net(TEST__CCNET__MODE="tiles")[0] == 1
+    assert train_net("--eval-only") == (
+        1,
+        "error: --eval-only needs a checkpoint: name one with MODEL.WEIGHTS PATH.",
+    )
+    with pytest.raises(UserError, match="KEY VALUE pairs, but there are 1"):
+        yacs.load_config(CONFIG, ["SOLVER.MAX_ITER=3"])
+    status, error = train_net(config="yacs/toy/ccnet_sinthetic.yaml")
+    assert status == 1 and "no config" in error
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_nothing_in_a_config_or_checkpoint_is_executed(train_net, tmp_path):
+    canary = tmp_path / "canary"
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(f"MODEL:\n  WEIGHTS: !!python/object/apply:builtins.open ['{canary}', 'w']\n")
+    status, error = train_net(config=bad)
+    assert status == 1 and str(bad) in error
+    (tmp_path / "bad.pkl").write_bytes(pickle.dumps({"model": Payload(canary)}))
+    status, error = train_net(MODEL__WEIGHTS=tmp_path / "bad.pkl")
+    assert status == 1 and "bad.pkl" in error
+    assert not canary.exists()
+
+
+def test_the_paper_s_run_is_the_same_from_yaml_and_from_python():
+    cfg = yacs.load_config("yacs/cityscapes/ccnet_R_101_D8_769x769_60k.yaml")
+    lazy = get_config("cityscapes/ccnet_R_101_D8_769x769_60k.py")
+    with torch.device("meta"):
+        model, expected = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg), instantiate(lazy.model)
+    assert str(model) == str(expected)
+    assert model.input_format == expected.input_format
+    for name in ("align_corners", "aux_loss_weight", "num_classes"):
+        assert getattr(model.sem_seg_head, name) == getattr(expected.sem_seg_head, name)
+    assert list(lazy.model.pixel_mean) == cfg.MODEL.PIXEL_MEAN
+    assert list(lazy.model.pixel_std) == cfg.MODEL.PIXEL_STD
+
+    optimizer = build_optimizer(cfg, model)
+    assert {(g["lr"], g["weight_decay"]) for g in optimizer.param_groups} == {(0.01, 1e-4)}
+    scheduler = yacs.YacsTrainer.build_lr_scheduler(cfg, optimizer)
+    assert scheduler._max_iter == lazy.train.max_iter
+    assert scheduler._multiplier(0.3) == pytest.approx(instantiate(lazy.lr_multiplier)(0.3))
+
+    ours, theirs = yacs.train_augmentations(cfg), instantiate(lazy.dataloader.train.mapper).augmentations.augs
+    assert [vars(one) for one in ours] == [vars(one) for one in theirs]
+    assert yacs.test_augmentations(cfg) == []
+    assert cfg.SOLVER.IMS_PER_BATCH == lazy.dataloader.train.total_batch_size
+    assert cfg.MODEL.WEIGHTS == lazy.train.init_checkpoint
