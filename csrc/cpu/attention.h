@@ -10,7 +10,8 @@ namespace cpu {
 
 enum class DType : int { kFloat, kHalf, kBFloat16, kDouble };
 
-// A (B, C, *S) tensor; `data` points at its first element.
+// A (B, C, *S) tensor; `data` points at its first element. The forward and backward kernels want a channel stride of 1
+// (channels-last memory) everywhere; to_channels_last brings other tensors into it.
 struct TensorRef {
   void* data;
   Strides strides;
@@ -25,7 +26,7 @@ struct ForwardArgs {
   int64_t channels;     // C
   DType dtype;
   TensorRef query, key, value;
-  TensorRef out;  // channel stride 1
+  TensorRef out;
   void* max;      // (B, N) running maximum; fp32, fp64 for kDouble, as are the next two
   void* lse;      // (B, N) holds the running sum until the last axis is done, log-sum-exp afterwards
   int workers;
@@ -38,15 +39,26 @@ struct BackwardArgs {
   int64_t channels;
   DType dtype;
   TensorRef query, key, value, out, grad_out;
-  TensorRef grad_query, grad_key, grad_value;  // channel stride 1
+  TensorRef grad_query, grad_key, grad_value;
   const void* lse;
   void* delta;  // (B, N) sum_c grad_out * out, written by the first axis
   int workers;
   Parallel parallel;
 };
 
+struct CopyArgs {
+  Grid grid;
+  int64_t channels;
+  DType dtype;
+  TensorRef from;  // any strides
+  TensorRef to;    // dense, channels-last
+  int workers;
+  Parallel parallel;
+};
+
 struct Kernels {
   const char* name;
+  void (*to_channels_last)(const CopyArgs&);
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
 };

@@ -11,6 +11,10 @@
 #include <string>
 #include <tuple>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "attention.h"
 
 namespace ccnet {
@@ -72,6 +76,24 @@ TensorRef reference(const Tensor& t, const Grid& grid) {
   return r;
 }
 
+Tensor empty_channels_last(const Tensor& like, int64_t channels);
+
+// The tensor itself where its channels lie one beside the other, else a channels-last copy.
+Tensor channels_last(const Tensor& t, const Grid& grid) {
+  if (t.stride(1) == 1 || t.size(1) == 1 || t.numel() == 0) return t;
+  Tensor copy = empty_channels_last(t, t.size(1));
+  CopyArgs args{};
+  args.grid = grid;
+  args.channels = t.size(1);
+  args.dtype = kernel_dtype(t);
+  args.from = reference(t, grid);
+  args.to = reference(copy, grid);
+  args.workers = static_cast<int>(torch::stable::get_num_threads());
+  args.parallel = parallel;
+  select_kernels(args.dtype).to_channels_last(args);
+  return copy;
+}
+
 void check_alike(const Tensor& t, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(t.is_cpu(), name, " must be a CPU tensor.");
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of query.");
@@ -95,6 +117,20 @@ Grid checked_grid(const Tensor& query, const Tensor& key, const Tensor& value) {
   return grid;
 }
 
+// A hint, nothing depends on it: lines along the slow axes touch a page for every position, and first touching a large
+// result in 4 KiB pages costs as much as a good part of the arithmetic.
+void use_huge_pages(const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t huge = uintptr_t(2) << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
+  const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)t;
+#endif
+}
+
 // An uninitialised (B, channels, *S) tensor in channels-last memory.
 Tensor empty_channels_last(const Tensor& like, int64_t channels) {
   int64_t sizes[2 + kMaxAxes];
@@ -103,6 +139,7 @@ Tensor empty_channels_last(const Tensor& like, int64_t channels) {
   for (int64_t d = 2; d < dims; ++d) sizes[d - 1] = like.size(d);
   sizes[dims - 1] = channels;
   Tensor t = torch::stable::new_empty(like, {sizes, static_cast<size_t>(dims)});
+  use_huge_pages(t);
   for (int64_t d = dims - 1; d > 1; --d) t = torch::stable::transpose(t, d - 1, d);
   return t;
 }
@@ -122,6 +159,9 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value) {
   Tensor lse = empty_statistic(query);
   if (lse.numel() > 0) {
     Tensor max = empty_statistic(query);
+    query = channels_last(query, grid);
+    key = channels_last(key, grid);
+    value = channels_last(value, grid);
     ForwardArgs args{};
     args.grid = grid;
     args.qk_channels = query.size(1);
@@ -154,6 +194,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor query, Tenso
   Tensor grad_value = empty_channels_last(value, value.size(1));
   if (lse.numel() > 0) {
     Tensor delta = empty_statistic(query);
+    query = channels_last(query, grid);
+    key = channels_last(key, grid);
+    value = channels_last(value, grid);
+    out = channels_last(out, grid);
+    grad_out = channels_last(grad_out, grid);
     BackwardArgs args{};
     args.grid = grid;
     args.qk_channels = query.size(1);

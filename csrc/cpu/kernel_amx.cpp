@@ -530,7 +530,7 @@ void backward(const BackwardArgs& args) {
   }
 }
 
-const Kernels kKernels{"amx", forward, backward};
+Kernels kKernels{"amx", nullptr, forward, backward};
 
 }  // namespace
 }  // namespace cpu
@@ -563,8 +563,13 @@ bool tiles_usable() {
 }  // namespace
 
 const Kernels* amx_kernels() {
-  static const bool usable = avx512_kernels() != nullptr && tiles_usable();
-  return usable ? &kKernels : nullptr;
+  static const Kernels* const usable = [] {
+    const Kernels* plain = avx512_kernels();
+    if (plain == nullptr || !tiles_usable()) return static_cast<const Kernels*>(nullptr);
+    kKernels.to_channels_last = plain->to_channels_last;  // nothing to gain from tiles
+    return static_cast<const Kernels*>(&kKernels);
+  }();
+  return usable;
 }
 }  // namespace cpu
 }  // namespace ccnet

@@ -72,10 +72,6 @@ struct Avx2 {
     store(some, x);
     memcpy(p, some, static_cast<size_t>(n) * sizeof(S));
   }
-  template <class S>
-  static float load_one(const S* p) {
-    return to_float(*p);
-  }
 
   // As in vector_avx512.h; the power of two is applied in two halves so that subnormal results come out right.
   static reg exp(reg x) {
@@ -119,7 +115,7 @@ struct Avx2 {
 #include "work.h"
 #include "line_kernels.h"
 
-const Kernels kKernels{"avx2", forward_any<Avx2>, backward_any<Avx2>};
+const Kernels kKernels{"avx2", to_channels_last_any<Avx2>, forward_any<Avx2>, backward_any<Avx2>};
 
 }  // namespace
 }  // namespace cpu

@@ -21,7 +21,7 @@ namespace {
 #include "work.h"
 #include "line_kernels.h"
 
-const Kernels kKernels{"avx512", forward_any<Avx512>, backward_any<Avx512>};
+const Kernels kKernels{"avx512", to_channels_last_any<Avx512>, forward_any<Avx512>, backward_any<Avx512>};
 
 }  // namespace
 }  // namespace cpu

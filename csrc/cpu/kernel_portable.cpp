@@ -110,7 +110,12 @@ void backward(const BackwardArgs& args) {
   backward_any<ArrayVector<float, 4>>(args);
 }
 
-const Kernels kKernels{"portable", forward, backward};
+void to_channels_last(const CopyArgs& args) {
+  if (args.dtype == DType::kDouble) return to_channels_last_typed<ArrayVector<double, 2>, double>(args);
+  to_channels_last_any<ArrayVector<float, 4>>(args);
+}
+
+const Kernels kKernels{"portable", to_channels_last, forward, backward};
 
 }  // namespace
 

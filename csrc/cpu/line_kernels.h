@@ -20,11 +20,48 @@
 
 enum AOrder { kRowMajor, kColMajor };  // A[m, k] at a[m * lda + k] or a[k * lda + m]
 
+// Rows of memory to ask for while a micro-kernel multiplies: the lines of the slow axes are far apart, which no
+// hardware prefetcher follows, and a burst of prefetches would stall on the few misses a core can have under way.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t step = 0;   // bytes between rows
+  int64_t rows = 0;   // still to be asked for
+  int64_t bytes = 0;  // of one row
+  const char* then_at = nullptr;  // a second set of rows of the same width
+  int64_t then_step = 0, then_rows = 0;
+
+  template <class S>
+  void set(const S* first, int64_t row, int64_t count, int64_t cols) {
+    at = reinterpret_cast<const char*>(first);
+    step = row * static_cast<int64_t>(sizeof(S));
+    rows = cols > 0 ? count : 0;
+    bytes = cols * static_cast<int64_t>(sizeof(S));
+    then_rows = 0;
+  }
+  template <class S>
+  void then(const S* first, int64_t row, int64_t count, int64_t cols) {
+    then_at = reinterpret_cast<const char*>(first);
+    then_step = row * static_cast<int64_t>(sizeof(S));
+    then_rows = cols > 0 ? count : 0;
+  }
+  void ask() {
+    for (int64_t b = 0; b < bytes; b += 64) CCNET_PREFETCH(at + b);
+    at += step;
+    if (--rows == 0) {
+      at = then_at;
+      step = then_step;
+      rows = then_rows;
+      then_rows = 0;
+    }
+  }
+};
+
 template <class V, int MR, int NR, AOrder ORDER>
 struct MicroKernel {
   using T = typename V::T;
   // C[MR, NR * W] (+)= A[MR, K] B[K, NR * W]; rows of B are ldb apart.
-  static void run(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool accumulate) {
+  static void run(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool accumulate,
+                  Ahead* ahead) {
     typename V::reg acc[MR][NR];
     CCNET_UNROLL
     for (int r = 0; r < MR; ++r) {
@@ -35,19 +72,22 @@ struct MicroKernel {
     const T* base[(MR + 2) / 3];
     CCNET_UNROLL
     for (int r = 0; r < MR; r += 3) base[r / 3] = a + r * lda;
-    for (int64_t k = 0; k < K; ++k) {
-      typename V::reg bv[NR];
-      CCNET_UNROLL
-      for (int n = 0; n < NR; ++n) bv[n] = V::load(b + n * V::W);
-      b += ldb;
-      CCNET_UNROLL
-      for (int r = 0; r < MR; ++r) {
-        const typename V::reg av =
-            V::set1(ORDER == kColMajor ? a[r] : base[r / 3][(r % 3) * lda + k]);
+    for (int64_t start = 0; start < K; start += 4) {
+      if (ahead->rows > 0) ahead->ask();
+      const int64_t stop = start + 4 < K ? start + 4 : K;
+      for (int64_t k = start; k < stop; ++k) {
+        typename V::reg bv[NR];
         CCNET_UNROLL
-        for (int n = 0; n < NR; ++n) acc[r][n] = V::fma(av, bv[n], acc[r][n]);
+        for (int n = 0; n < NR; ++n) bv[n] = V::load(b + n * V::W);
+        b += ldb;
+        CCNET_UNROLL
+        for (int r = 0; r < MR; ++r) {
+          const typename V::reg av = V::set1(ORDER == kColMajor ? a[r] : base[r / 3][(r % 3) * lda + k]);
+          CCNET_UNROLL
+          for (int n = 0; n < NR; ++n) acc[r][n] = V::fma(av, bv[n], acc[r][n]);
+        }
+        if (ORDER == kColMajor) a += lda;
       }
-      if (ORDER == kColMajor) a += lda;
     }
     CCNET_UNROLL
     for (int r = 0; r < MR; ++r) {
@@ -68,7 +108,7 @@ constexpr int max_rows(int nr) {
 
 template <class V>
 using MicroFn = void (*)(int64_t, const typename V::T*, int64_t, const typename V::T*, int64_t, typename V::T*,
-                         int64_t, bool);
+                         int64_t, bool, Ahead*);
 
 template <class V, int NR, AOrder ORDER, int MR = max_rows<V>(NR)>
 struct MicroTable {
@@ -117,12 +157,13 @@ void for_row_blocks(int64_t M, int vectors, const F& body) {
 // C[M, n] (+)= A[M, K] B[K, n], n a multiple of W, B with row stride ldb, C with row stride ldc.
 template <class V, AOrder ORDER>
 void gemm(int64_t M, int64_t n, int64_t K, const typename V::T* a, int64_t lda, const typename V::T* b, int64_t ldb,
-          typename V::T* c, int64_t ldc, bool accumulate) {
+          typename V::T* c, int64_t ldc, bool accumulate, Ahead* ahead) {
   for (int64_t col = 0; col < n;) {
     const int64_t left = (n - col) / V::W;
     const int vectors = static_cast<int>(left < V::kPanelVectors ? left : V::kPanelVectors);
     for_row_blocks<V, ORDER>(M, vectors, [&](int64_t row, int, MicroFn<V> fn) {
-      fn(K, a + (ORDER == kColMajor ? row : row * lda), lda, b + col, ldb, c + row * ldc + col, ldc, accumulate);
+      fn(K, a + (ORDER == kColMajor ? row : row * lda), lda, b + col, ldb, c + row * ldc + col, ldc, accumulate,
+         ahead);
     });
     col += vectors * V::W;
   }
@@ -130,35 +171,23 @@ void gemm(int64_t M, int64_t n, int64_t K, const typename V::T* a, int64_t lda, 
 
 // -------------------------------------------------------------------------------------------------- packing
 
-// One line of a tensor, as a matrix [L, channels] with element strides.
+// One line of a tensor: a matrix [L, channels] whose rows are `row` elements apart.
 template <class S>
 struct LineView {
   S* data;
-  int64_t row;      // between positions
-  int64_t channel;  // between channels
+  int64_t row;
 };
 
 // dst[i * ld + c] = src[i, first + c] for i < rows, c < cols; columns up to the next multiple of W are zeroed.
 template <class V, class S>
 void pack_rows(const LineView<const S>& src, int64_t rows, int64_t first, int64_t cols, typename V::T* dst,
                int64_t ld) {
-  using T = typename V::T;
-  const S* base = src.data + first * src.channel;
-  if (src.channel == 1) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const S* p = base + i * src.row;
-      T* d = dst + i * ld;
-      int64_t c = 0;
-      for (; c + V::W <= cols; c += V::W) V::store(d + c, V::load(p + c));
-      if (c < cols) V::store(d + c, V::load_n(p + c, static_cast<int>(cols - c)));
-    }
-    return;
-  }
-  const int64_t padded = round_up(cols, V::W);
   for (int64_t i = 0; i < rows; ++i) {
-    T* d = dst + i * ld;
-    for (int64_t c = 0; c < cols; ++c) d[c] = V::load_one(base + i * src.row + c * src.channel);
-    for (int64_t c = cols; c < padded; ++c) d[c] = T(0);
+    const S* p = src.data + i * src.row + first;
+    typename V::T* d = dst + i * ld;
+    int64_t c = 0;
+    for (; c + V::W <= cols; c += V::W) V::store(d + c, V::load(p + c));
+    if (c < cols) V::store(d + c, V::load_n(p + c, static_cast<int>(cols - c)));
   }
 }
 
@@ -166,58 +195,34 @@ void pack_rows(const LineView<const S>& src, int64_t rows, int64_t first, int64_
 template <class V, class S>
 void pack_columns(const LineView<const S>& src, int64_t rows, int64_t first, int64_t cols, typename V::T* dst,
                   int64_t ld) {
-  using T = typename V::T;
-  const S* base = src.data + first * src.channel;
-  if (src.row == 1) {
-    for (int64_t c = 0; c < cols; ++c) {
-      const S* p = base + c * src.channel;
-      T* d = dst + c * ld;
-      int64_t i = 0;
-      for (; i + V::W <= rows; i += V::W) V::store(d + i, V::load(p + i));
-      if (i < rows) V::store(d + i, V::load_n(p + i, static_cast<int>(rows - i)));
-    }
-    return;
-  }
-  if (src.channel == 1) {
-    for (int64_t i = 0; i < rows; i += V::W) {
-      const int count = static_cast<int>(rows - i < V::W ? rows - i : V::W);
-      for (int64_t c = 0; c < cols; c += V::W) {
-        const int width = static_cast<int>(cols - c < V::W ? cols - c : V::W);
-        typename V::reg t[V::W];
-        for (int r = 0; r < V::W; ++r) {
-          const S* p = base + (i + r) * src.row + c;
-          t[r] = r >= count ? V::zero() : (width == V::W ? V::load(p) : V::load_n(p, width));
-        }
-        V::transpose(t);
-        for (int r = 0; r < width; ++r) V::store(dst + (c + r) * ld + i, t[r]);
+  for (int64_t i = 0; i < rows; i += V::W) {
+    const int count = static_cast<int>(rows - i < V::W ? rows - i : V::W);
+    for (int64_t c = 0; c < cols; c += V::W) {
+      const int width = static_cast<int>(cols - c < V::W ? cols - c : V::W);
+      typename V::reg t[V::W];
+      CCNET_UNROLL
+      for (int r = 0; r < V::W; ++r) {
+        const S* p = src.data + (i + r) * src.row + first + c;
+        t[r] = r >= count ? V::zero() : (width == V::W ? V::load(p) : V::load_n(p, width));
       }
+      V::transpose(t);
+      for (int r = 0; r < width; ++r) V::store(dst + (c + r) * ld + i, t[r]);
     }
-    return;
-  }
-  const int64_t padded = round_up(rows, V::W);
-  for (int64_t c = 0; c < cols; ++c) {
-    T* d = dst + c * ld;
-    for (int64_t i = 0; i < rows; ++i) d[i] = V::load_one(base + i * src.row + c * src.channel);
-    for (int64_t i = rows; i < padded; ++i) d[i] = T(0);
   }
 }
 
-// Asks for the cache lines of src[i, first .. first + cols) for i in [begin, end) ahead of their use: the lines of
-// the slow axes are far apart in memory, which no hardware prefetcher follows.
-template <class S>
-void prefetch_rows(const LineView<const S>& src, int64_t begin, int64_t end, int64_t first, int64_t cols) {
-  if (src.channel != 1) return;
-  for (int64_t i = begin; i < end; ++i) {
-    const char* p = reinterpret_cast<const char*>(src.data + i * src.row + first);
-    const char* stop = reinterpret_cast<const char*>(src.data + i * src.row + first + cols);
-    for (; p < stop; p += 64) CCNET_PREFETCH(p);
-  }
+// Row stride, in numbers, of a matrix of n columns: whole vectors, and an odd number of cache lines, since rows a
+// power of two apart would share a few sets of the first-level cache.
+template <class V>
+int64_t leading(int64_t n) {
+  const int64_t line = 64 / static_cast<int64_t>(sizeof(typename V::T));
+  const int64_t lines = (n + line - 1) / line;
+  return (lines | 1) * line;
 }
 
 template <class S>
 LineView<S> line_view(const TensorRef& t, const Grid& grid, int axis, int64_t line) {
-  return {static_cast<S*>(t.data) + line_offset(grid, t.strides, axis, line), t.strides.axis[axis],
-          t.strides.channel};
+  return {line_data<S>(t, grid, axis, line), t.strides.axis[axis]};
 }
 
 // Query rows handled at once: the whole line, unless its L x rows energies would overflow the second-level cache.
@@ -239,7 +244,7 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
   const int64_t L = grid.size[axis], QK = args.qk_channels, C = args.channels;
   const int64_t block = rows_per_block<V>(L, 512 * 1024);
   const int64_t blocks = (L + block - 1) / block;
-  const int64_t lpad = round_up(L, V::W), bpad = round_up(block, V::W);
+  const int64_t lpad = leading<V>(L), bpad = leading<V>(block);
   const int64_t panel = V::kPanelVectors * V::W;
   const bool masked = !keeps_self(grid.axes, axis);
   const Strides stat = scalar_strides(grid);
@@ -255,6 +260,7 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
     T* fresh = scratch.take(bpad);  // factor of this axis' sum_j exp(S - max) V
     T* tile = scratch.take(panel * max_rows<V>(1));
     int64_t packed_line = -1;
+    Ahead ahead;
 
     for (int64_t item; next(&item);) {
       const int64_t line = item / blocks, i0 = item % blocks * block;
@@ -271,13 +277,13 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
       T* sum_out = static_cast<T*>(args.lse) + stat0;
       const int64_t stat_row = stat.axis[axis];
 
-      prefetch_rows(v, 0, L, 0, panel < C ? panel : C);
       if (packed_line != line) {
         pack_columns<V>(k, L, 0, QK, kt, lpad);
         packed_line = line;
       }
       pack_columns<V>(q, rows, 0, QK, qt, bpad);
-      gemm<V, kColMajor>(L, rpad, QK, kt, lpad, qt, bpad, st, bpad, false);
+      ahead.set(v.data, v.row, L, panel < C ? panel : C);
+      gemm<V, kColMajor>(L, rpad, QK, kt, lpad, qt, bpad, st, bpad, false, &ahead);
       if (masked) {
         for (int64_t i = 0; i < rows; ++i) st[(i0 + i) * bpad + i] = static_cast<T>(-INFINITY);
       }
@@ -326,15 +332,12 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
         const int64_t width = round_up(cols, V::W);
         const int64_t next_cols = C - c - cols < panel ? C - c - cols : panel;
         pack_rows<V>(v, L, c, cols, vp, width);
-        int64_t fetched = 0;
         for_row_blocks<V, kColMajor>(rows, static_cast<int>(width / V::W), [&](int64_t row, int count, MicroFn<V> fn) {
-          if (!first) prefetch_rows(LineView<const S>{o.data, o.row, 1}, row, row + count, c, cols);
-          if (next_cols > 0) {
-            const int64_t until = (row + count) * L / rows;
-            prefetch_rows(v, fetched, until, c + cols, next_cols);
-            fetched = until;
-          }
-          fn(L, st + row, bpad, vp, width, tile, width, false);
+          // The rows of out that this block stores to, and a share of the next panel of V.
+          const int64_t from = row * L / rows, to = (row + count) * L / rows;
+          ahead.set(o.data + row * o.row + c, o.row, count, cols);
+          ahead.then(v.data + from * v.row + c + cols, v.row, to - from, next_cols);
+          fn(L, st + row, bpad, vp, width, tile, width, false, &ahead);
           for (int r = 0; r < count; ++r) {
             S* d = o.data + (row + r) * o.row + c;
             const T* t = tile + r * width;
@@ -401,10 +404,9 @@ void gemm_to_line(int64_t M, int64_t cols, int64_t K, const typename V::T* a, in
     const int64_t width = vectors * V::W;
     const int64_t valid = cols - col < width ? cols - col : width;
     for_row_blocks<V, ORDER>(M, vectors, [&](int64_t row, int count, MicroFn<V> fn) {
-      if (accumulate) {
-        prefetch_rows(LineView<const S>{dst.data, dst.row, 1}, row, row + count, first_col + col, valid);
-      }
-      fn(K, a + (ORDER == kColMajor ? row : row * lda), lda, b + col, ldb, tile, width, false);
+      Ahead ahead;
+      ahead.set(dst.data + row * dst.row + first_col + col, dst.row, count, valid);
+      fn(K, a + (ORDER == kColMajor ? row : row * lda), lda, b + col, ldb, tile, width, false, &ahead);
       add_rows<V>(tile, width, count, valid, dst, row, first_col + col, accumulate);
     });
     col += width;
@@ -418,7 +420,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
   const Grid& grid = args.grid;
   const int64_t L = grid.size[axis], QK = args.qk_channels, C = args.channels;
   const int64_t block = rows_per_block<V>(L, 384 * 1024);
-  const int64_t lpad = round_up(L, V::W), bpad = round_up(block, V::W);
+  const int64_t lpad = leading<V>(L), bpad = leading<V>(block), jpad = round_up(L, V::W);
   const int64_t panel = V::kPanelVectors * V::W, qkpad = round_up(QK, V::W);
   const bool masked = !keeps_self(grid.axes, axis);
   const Strides stat = scalar_strides(grid);
@@ -439,6 +441,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
     T* delta = scratch.take(bpad);
     T* dots = scratch.take(bpad * V::W);
     T* tile = scratch.take(panel * max_rows<V>(1));
+    Ahead ahead;
 
     for (int64_t line; next(&line);) {
       const auto q_line = line_view<const S>(args.query, grid, axis, line);
@@ -466,16 +469,15 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         const int64_t stat_row = stat.axis[axis];
         const T* lse_in = static_cast<const T*>(args.lse) + stat0;
         T* delta_io = static_cast<T*>(args.delta) + stat0;
-        prefetch_rows(g, 0, rows, 0, panel < C ? panel : C);
-        prefetch_rows(v, 0, L, 0, panel < C ? panel : C);
-
         pack_columns<V>(q, rows, 0, QK, qt, bpad);
         pack_rows<V>(q, rows, 0, QK, qr, qkpad);
-        gemm<V, kColMajor>(rows, lpad, QK, qt, bpad, kt, lpad, p, lpad, false);
+        ahead.set(g.data, g.row, rows, panel < C ? panel : C);
+        ahead.then(v.data, v.row, L, panel < C ? panel : C);
+        gemm<V, kColMajor>(rows, jpad, QK, qt, bpad, kt, lpad, p, lpad, false, &ahead);
         for (int64_t i = 0; i < rows; ++i) {
           const reg l = V::set1(lse_in[i * stat_row]);
           T* row = p + i * lpad;
-          for (int64_t j = 0; j < lpad; j += V::W) V::store(row + j, V::exp(V::sub(V::load(row + j), l)));
+          for (int64_t j = 0; j < jpad; j += V::W) V::store(row + j, V::exp(V::sub(V::load(row + j), l)));
           if (masked) row[i0 + i] = T(0);
         }
         if (first) {
@@ -491,26 +493,19 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
             // delta_i = sum_c grad_out * out, while grad_out is at hand.
             for (int64_t i = 0; i < rows; ++i) {
               reg sum = V::load(dots + i * V::W);
-              const S* out_row = o.data + i * o.row + c * o.channel;
+              const S* out_row = o.data + i * o.row + c;
               for (int64_t x = 0; x < cols; x += V::W) {
                 const int n = static_cast<int>(cols - x < V::W ? cols - x : V::W);
-                reg y;
-                if (o.channel == 1) {
-                  y = n == V::W ? V::load(out_row + x) : V::load_n(out_row + x, n);
-                } else {
-                  T some[V::W] = {};
-                  for (int e = 0; e < n; ++e) some[e] = V::load_one(out_row + (x + e) * o.channel);
-                  y = V::load(some);
-                }
+                const reg y = n == V::W ? V::load(out_row + x) : V::load_n(out_row + x, n);
                 sum = V::fma(y, V::load(gp + i * width + x), sum);
               }
               V::store(dots + i * V::W, sum);
             }
           }
           pack_columns<V>(v, L, c, cols, vt, lpad);
-          if (next_cols > 0) prefetch_rows(g, 0, rows, c + cols, next_cols);
-          gemm<V, kRowMajor>(rows, lpad, cols, gp, width, vt, lpad, ds, lpad, c > 0);
-          if (next_cols > 0) prefetch_rows(v, 0, L, c + cols, next_cols);
+          ahead.set(g.data + c + cols, g.row, rows, next_cols);
+          ahead.then(v.data + c + cols, v.row, L, next_cols);
+          gemm<V, kRowMajor>(rows, jpad, cols, gp, width, vt, lpad, ds, lpad, c > 0, &ahead);
           gemm_to_line<V, kColMajor>(L, cols, rows, p, lpad, gp, width, tile, dv, c, !first || i0 > 0);
         }
 
@@ -525,7 +520,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
           const reg d = V::set1(delta[i]);
           T* row = ds + i * lpad;
           const T* prob = p + i * lpad;
-          for (int64_t j = 0; j < lpad; j += V::W) {
+          for (int64_t j = 0; j < jpad; j += V::W) {
             // C = 0 leaves ds unwritten, and then delta and every gradient but dV's are zero.
             const reg dp = C > 0 ? V::load(row + j) : V::zero();
             V::store(row + j, V::mul(V::load(prob + j), V::sub(dp, d)));
@@ -547,6 +542,67 @@ void backward_typed(const BackwardArgs& args) {
   }
 }
 
+// ------------------------------------------------------------------------------------------- to channels-last
+
+// Copies one run of positions that are `step` elements apart in the source, W x W blocks at a time.
+template <class V, class S>
+void copy_positions(const S* from, int64_t step, int64_t channel, S* to, int64_t row, int64_t count,
+                    int64_t channels) {
+  if (step != 1) {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t c = 0; c < channels; ++c) to[i * row + c] = from[i * step + c * channel];
+    }
+    return;
+  }
+  for (int64_t i = 0; i < count; i += V::W) {
+    const int rows = static_cast<int>(count - i < V::W ? count - i : V::W);
+    for (int64_t c = 0; c < channels; c += V::W) {
+      const int cols = static_cast<int>(channels - c < V::W ? channels - c : V::W);
+      typename V::reg t[V::W];
+      CCNET_UNROLL
+      for (int r = 0; r < V::W; ++r) {
+        const S* p = from + (c + r) * channel + i;
+        t[r] = r >= cols ? V::zero() : (rows == V::W ? V::load(p) : V::load_n(p, rows));
+      }
+      V::transpose(t);
+      for (int r = 0; r < rows; ++r) {
+        if (cols == V::W) {
+          V::store(to + (i + r) * row + c, t[r]);
+        } else {
+          V::store_n(to + (i + r) * row + c, t[r], cols);
+        }
+      }
+    }
+  }
+}
+
+template <class V, class S>
+void to_channels_last_typed(const CopyArgs& args) {
+  const Grid& grid = args.grid;
+  const int last = grid.axes - 1;
+  // Where the spatial axes lie one behind the other, an image is one run of positions: no remainder per line.
+  bool dense = true;
+  for (int a = 0; a < last; ++a) {
+    dense = dense && args.from.strides.axis[a] == args.from.strides.axis[a + 1] * grid.size[a + 1];
+  }
+  const int64_t step = args.from.strides.axis[last], row = args.to.strides.axis[last];
+  const int64_t length = dense ? grid.positions() : grid.size[last];
+  const int64_t chunk = length < 128 ? length : 128;
+  const int64_t chunks = (length + chunk - 1) / chunk, runs = dense ? grid.batch : grid.lines(last);
+  run_items(args, runs * chunks, [&](auto next) {
+    for (int64_t item; next(&item);) {
+      const int64_t run = item / chunks, begin = item % chunks * chunk;
+      const int64_t count = length - begin < chunk ? length - begin : chunk;
+      const int64_t from = dense ? run * args.from.strides.batch : line_offset(grid, args.from.strides, last, run);
+      const int64_t to = dense ? run * args.to.strides.batch : line_offset(grid, args.to.strides, last, run);
+      copy_positions<V, S>(static_cast<const S*>(args.from.data) + from + begin * step, step,
+                           args.from.strides.channel, static_cast<S*>(args.to.data) + to + begin * row, row, count,
+                           args.channels);
+    }
+    return true;
+  });
+}
+
 template <class V>
 void forward_any(const ForwardArgs& args) {
   switch (args.dtype) {
@@ -563,6 +619,16 @@ void backward_any(const BackwardArgs& args) {
     case DType::kFloat: return backward_typed<V, float>(args);
     case DType::kHalf: return backward_typed<V, Half>(args);
     case DType::kBFloat16: return backward_typed<V, BFloat16>(args);
+    case DType::kDouble: return;  // portable only
+  }
+}
+
+template <class V>
+void to_channels_last_any(const CopyArgs& args) {
+  switch (args.dtype) {
+    case DType::kFloat: return to_channels_last_typed<V, float>(args);
+    case DType::kHalf: return to_channels_last_typed<V, Half>(args);
+    case DType::kBFloat16: return to_channels_last_typed<V, BFloat16>(args);
     case DType::kDouble: return;  // portable only
   }
 }

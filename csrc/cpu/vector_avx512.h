@@ -21,14 +21,12 @@ struct Avx512 {
   static reg load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
   static void store(float* p, reg x) { _mm512_storeu_ps(p, x); }
   static void store_n(float* p, reg x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
-  static float load_one(const float* p) { return *p; }
 
   static reg load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static reg load_n(const Half* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
   static __m256i to_half(reg x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static void store(Half* p, reg x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_half(x)); }
   static void store_n(Half* p, reg x, int n) { _mm256_mask_storeu_epi16(p, first(n), to_half(x)); }
-  static float load_one(const Half* p) { return to_float(*p); }
 
   static reg widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
   static __m256i to_bfloat16(reg x) {
@@ -44,7 +42,6 @@ struct Avx512 {
   static reg load_n(const BFloat16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
   static void store(BFloat16* p, reg x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(x)); }
   static void store_n(BFloat16* p, reg x, int n) { _mm256_mask_storeu_epi16(p, first(n), to_bfloat16(x)); }
-  static float load_one(const BFloat16* p) { return to_float(*p); }
 
   // exp for x <= some tens: 2^n * p(r) with |r| <= ln2 / 2, error below 2 units in the last place. Below the clamp
   // the result is 0, also for -inf.

@@ -167,9 +167,10 @@ int backward(const BackwardRequest& call, Launch&& launch) {
     args.delta = call.delta;
     args.line_blocks = static_cast<int>(ceil_div(g.size[axis], Shape::kBlock));
     const int64_t lines = g.lines(axis);
-    // A CTA that takes a whole line finds most of it in the cache again; that pays while every multiprocessor has a
-    // line. Otherwise the blocks of a line go to different CTAs, one launch for each of their pairings.
-    args.whole_lines = args.line_blocks == 1 || (args.line_blocks <= 4 && 4 * lines >= 3 * device.multiprocessors);
+    // A CTA that takes a whole line finds most of it in the cache again; that pays while nearly every multiprocessor has
+    // a line. Otherwise the blocks of a line go to different CTAs, one launch for each of their pairings.
+    args.whole_lines = args.line_blocks == 1 || (args.line_blocks <= Shape::kWholeLineBlocks &&
+                                                 4 * lines >= 3 * int64_t{device.multiprocessors});
     const int launches = args.whole_lines ? 1 : args.line_blocks;
     for (args.shift = 0; args.shift < launches; ++args.shift) {
       args.accumulate = accumulate;

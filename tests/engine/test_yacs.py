@@ -1,4 +1,4 @@
-"""A yacs config from train_net.py's command line: train, resume, evaluate; and that it says what the LazyConfig says."""
+"""A yacs config from train_net.py's command line: train, resume, evaluate; and that it is the LazyConfig's run."""
 
 import json
 import pickle
@@ -46,8 +46,10 @@ def train_net(tmp_path, monkeypatch, capsys):
     register_all()
 
 
-def metrics(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+def metrics(folder) -> dict:
+    """Each metric's last value."""
+    records = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return {key: value for record in records for key, value in record.items()}
 
 
 def test_train_resume_evaluate(train_net, tmp_path):
@@ -58,7 +60,7 @@ def test_train_resume_evaluate(train_net, tmp_path):
     assert (status, error) == (0, "")
     for name in ("model_final.pth", "last_checkpoint", "config.yaml", "log.txt"):
         assert (output / name).is_file(), name
-    record = metrics(output)[-1]
+    record = metrics(output)
     assert record["loss_category_consistent"] > 0 and record["loss_sem_seg_aux"] > 0
     slide = record["sem_seg/mIoU"]
 

@@ -323,7 +323,9 @@ def test_wrong_arguments_are_named_and_change_nothing(make, arguments, words):
 
 def test_features_that_are_no_map_are_named_when_they_come():
     model = add_rcca(pyramid(), "backbone", before=None, channels=16)
-    with pytest.raises(UserError, match=r"output of backbone is a dict; choose one with feature=, out of p2, p3"):
+    with pytest.raises(
+        UserError, match=r"output of backbone is a dict; choose one with feature=, out of p2, p3"
+    ):
         model["backbone"](image(size=8))
     model = add_rcca(pyramid(), "backbone.conv", before=None, channels=24)
     with pytest.raises(ValueError, match=r"\(B, 24, H, W\), got \(1, 16, 8, 8\)"):

@@ -83,6 +83,9 @@ class Machine {
       }
     }
   }
+  // Bytes of global memory asked for, caches left out.
+  int64_t bytes_read() const { return bytes_read_; }
+  int64_t bytes_written() const { return bytes_written_; }
   long bank_conflicts() const { return bank_conflicts_; }
   long matrix_loads() const { return matrix_loads_; }
 
@@ -159,7 +162,7 @@ class Machine {
   void global_access(const void* p, int bytes, bool write) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(p);
     if (address % static_cast<uintptr_t>(bytes) != 0) throw Error("global memory: misaligned access");
-    if (bytes == 0) return;
+    (write ? bytes_written_ : bytes_read_) += bytes;
     Region& region = find(address, static_cast<uintptr_t>(bytes));
     if (write && !region.writable) throw Error(std::string(region.name) + ": is not an output");
     for (uintptr_t i = (address - region.begin) / kUnit; i < (address - region.begin + bytes) / kUnit; ++i) {
@@ -170,6 +173,7 @@ class Machine {
   void copy_async(char* to, const void* from, int bytes) {
     if (reinterpret_cast<uintptr_t>(from) % 16 != 0) throw Error("global memory: misaligned copy");
     shared_access(to, 16, true, running_);
+    bytes_read_ += bytes;
     if (bytes > 0) {
       const uintptr_t address = reinterpret_cast<uintptr_t>(from);
       Region& region = find(address, static_cast<uintptr_t>(bytes));
@@ -400,6 +404,7 @@ class Machine {
   std::string error_;
   int running_ = 0, threads_ = 0, at_barrier_ = 0;
   int64_t block_ = 0, launch_ = 0, epoch_ = 0;
+  int64_t bytes_read_ = 0, bytes_written_ = 0;
   long bank_conflicts_ = 0, matrix_loads_ = 0, late_ = 0;
 };
 

@@ -1,6 +1,7 @@
 // Runs the CUDA kernels on the emulated machine and compares them with float64 brute force, over drawn shapes, strides,
 // devices and thread orders.
 //
+//   emulate --traffic HEIGHTxWIDTH
 //   emulate [--cases N] [--seed S] [--dtype float|half|bfloat16] [--fault NAME]
 //
 // Prints one line for each dtype and exits with 0, or says what is wrong and exits with 1.
@@ -247,6 +248,13 @@ struct Run {
 
 struct Counts {
   long bank_conflicts = 0, matrix_loads = 0;
+  int64_t forward_bytes = 0, backward_bytes = 0;
+
+  void add(const Machine& machine, int64_t& bytes) {
+    bank_conflicts += machine.bank_conflicts();
+    matrix_loads += machine.matrix_loads();
+    bytes += machine.bytes_read() + machine.bytes_written();
+  }
 };
 
 template <typename T>
@@ -277,8 +285,7 @@ Run<T> run_kernels(const Case& c, Tensor<T>& query, Tensor<T>& key, Tensor<T>& v
                            run.out.ref(), stats.data(),  run.lse.data(), c.device,    nullptr};
     forward<T>(request, Launcher(machine));
     machine.check_outputs_written();
-    counts.bank_conflicts += machine.bank_conflicts();
-    counts.matrix_loads += machine.matrix_loads();
+    counts.add(machine, counts.forward_bytes);
   }
   {
     Machine machine(options);
@@ -309,8 +316,7 @@ Run<T> run_kernels(const Case& c, Tensor<T>& query, Tensor<T>& key, Tensor<T>& v
                             nullptr};
     backward<T>(request, Launcher(machine));
     machine.check_outputs_written();
-    counts.bank_conflicts += machine.bank_conflicts();
-    counts.matrix_loads += machine.matrix_loads();
+    counts.add(machine, counts.backward_bytes);
   }
   read_back(run.out, g, c.channels);
   read_back(run.grad_query, g, c.qk_channels);
@@ -549,6 +555,35 @@ void check_dtype(const char* name, int cases, uint32_t seed, Fault fault) {
          worst.counts.matrix_loads);
 }
 
+// Global memory traffic of one call, against the least: every operand read once, every result written once.
+template <typename T>
+void print_traffic(const char* name, int64_t height, int64_t width) {
+  Case c{};
+  c.grid.batch = 1;
+  c.grid.axes = 2;
+  c.grid.size[0] = height;
+  c.grid.size[1] = width;
+  c.qk_channels = 64;
+  c.channels = 512;
+  c.device = {132, 227 * 1024, 1 << 30};
+  std::mt19937 random(1);
+  Tensor<T> query = make_tensor<T>(c.grid, c.qk_channels, Layout::kChannelsLast);
+  Tensor<T> key = make_tensor<T>(c.grid, c.qk_channels, Layout::kChannelsLast);
+  Tensor<T> value = make_tensor<T>(c.grid, c.channels, Layout::kChannelsLast);
+  Tensor<T> grad_out = make_tensor<T>(c.grid, c.channels, Layout::kChannelsLast);
+  fill(query, c.grid, c.qk_channels, random, 0.3f);
+  fill(key, c.grid, c.qk_channels, random, 0.3f);
+  fill(value, c.grid, c.channels, random, 1.f);
+  fill(grad_out, c.grid, c.channels, random, 1.f);
+  Counts counts;
+  run_kernels(c, query, key, value, grad_out, Options(), counts);
+  const double least = static_cast<double>(height * width * 2 * (64 + 512) * int64_t{sizeof(T)});
+  printf("%s %ldx%ld, C'=64, C=512: forward %.1f MB, %.2f x the least; backward %.1f MB, %.2f x the least\n", name,
+         static_cast<long>(height), static_cast<long>(width), static_cast<double>(counts.forward_bytes) / 1e6,
+         static_cast<double>(counts.forward_bytes) / least, static_cast<double>(counts.backward_bytes) / 1e6,
+         static_cast<double>(counts.backward_bytes) / (2 * least));
+}
+
 int run(int argc, char** argv) {
   int cases = 15;
   uint32_t seed = 1;
@@ -567,6 +602,14 @@ int run(int argc, char** argv) {
       seed = static_cast<uint32_t>(atoi(value.c_str()));
     } else if (option == "--dtype") {
       dtype = value;
+    } else if (option == "--traffic") {
+      long height = 0, width = 0;
+      if (sscanf(value.c_str(), "%ldx%ld", &height, &width) != 2 || height < 1 || width < 1) {
+        fprintf(stderr, "--traffic takes HEIGHTxWIDTH\n");
+        return 2;
+      }
+      print_traffic<BFloat16>("bfloat16", height, width);
+      return 0;
     } else if (option == "--fault" && faults.count(value)) {
       fault = faults.at(value);
     } else {

@@ -2,7 +2,8 @@
 """Measure criss-cross attention: speed, memory, the way to the machine's limits, and growth with the image.
 
 Each backend of the operator beside the textbook formulation in PyTorch (permuted copies, bmm, concatenation, softmax)
-and non-local attention, as the attention core alone and as the whole layer with its projections, NCHW in and out;
+and non-local attention, as the attention core alone (every formulation gets the memory layout it is made for:
+channels-last for the backends, NCHW for the others) and as the whole layer with its projections, NCHW in and out;
 forward, and forward + backward. All candidates of a case take turns within one run, and the medians are compared. The
 floor is the larger of arithmetic at the speed of a large matrix product and memory traffic at the speed of a large
 copy, both measured in the same run.
@@ -53,6 +54,7 @@ SECTIONS = ("core", "module", "memory", "threads", "growth")
 PASSES = ("forward", "forward+backward")
 GROWTH_SIZES = (32, 48, 64, 96, 128, 192, 256)
 MEGA = 1e6
+NCHW_CORE = "compiled, NCHW"
 
 
 class Timer:
@@ -194,9 +196,8 @@ class Case:
     def name(self) -> str:
         return "x".join(map(str, self.sizes))
 
-    def tensor(self, channels: int, *, requires_grad: bool = False, scale: float = 1.0) -> Tensor:
-        x = torch.randn(self.batch, channels, *self.sizes, device=self.device) * scale
-        return x.to(self.dtype).requires_grad_(requires_grad)
+    def tensor(self, channels: int, *, scale: float = 1.0) -> Tensor:
+        return (torch.randn(self.batch, channels, *self.sizes, device=self.device) * scale).to(self.dtype)
 
     def non_local_fits(self) -> bool:
         """Whether N x N weights, several times, stay within a quarter of the memory."""
@@ -236,36 +237,44 @@ class Case:
 
     def core_calls(self, *, backward: bool) -> dict[str, Callable[[], object]]:
         # A scale at which the softmax is neither flat nor a maximum.
-        query, key = (
-            self.tensor(self.key_channels, requires_grad=backward, scale=self.key_channels**-0.25)
-            for _ in range(2)
-        )
-        value = self.tensor(self.channels, requires_grad=backward)
-        grad = self.tensor(self.channels)
-        return {
-            name: _call(function, (query, key, value), (query, key, value), grad, backward=backward)
-            for name, function in self.cores().items()
-        }
+        query, key = (self.tensor(self.key_channels, scale=self.key_channels**-0.25) for _ in range(2))
+        tensors = (query, key, self.tensor(self.channels), self.tensor(self.channels))
+        layouts = {False: tensors, True: tuple(_channels_last(x) for x in tensors)}
+        calls = {}
+        for name, function in self.cores().items():
+            *inputs, grad = layouts[name in BACKENDS]
+            calls[name] = _call(function, inputs, inputs, grad, backward=backward)
+            if name == "compiled":
+                *inputs, grad = tensors
+                calls[NCHW_CORE] = _call(function, inputs, inputs, grad, backward=backward)
+        return calls
 
     def module_calls(
         self, modules: dict[str, nn.Module], *, backward: bool
     ) -> dict[str, Callable[[], object]]:
-        x = self.tensor(self.channels, requires_grad=backward)
-        grad = self.tensor(self.channels)
+        x, grad = self.tensor(self.channels), self.tensor(self.channels)
         return {
-            name: _call(module, (x,), (x, *module.parameters()), grad, backward=backward)
+            name: _call(module, [x], [x, *module.parameters()], grad, backward=backward)
             for name, module in modules.items()
         }
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    """The same values, the channels of a position side by side in memory."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def _call(
     function: Callable[..., Tensor],
-    inputs: tuple[Tensor, ...],
-    wanted: tuple[Tensor, ...],
+    inputs: list[Tensor],
+    wanted: list[Tensor],
     grad: Tensor,
     *,
     backward: bool,
 ) -> Callable[[], object]:
+    for x in wanted:
+        x.requires_grad_()
+
     def forward() -> Tensor:
         with torch.no_grad():
             return function(*inputs)

@@ -195,7 +195,7 @@ def import_detectron2(module: str = "detectron2") -> tuple[str | None, str]:
     return None, (result.stderr.strip().splitlines() or ["it ended without a message"])[-1]
 
 
-def verify_sha256(archive: Path, expected: str = SDIST_SHA256) -> None:
+def verify_sha256(archive: Path, expected: str) -> None:
     """Raise InstallError unless the file has the expected sha256."""
     try:
         found = hashlib.sha256(archive.read_bytes()).hexdigest()
@@ -304,19 +304,20 @@ def provide_setuptools(directory: Path, pip: Pip) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))}
 
 
-def build_wheel(archive: Path, directory: Path, work: Path, pip: Pip) -> Path:
+def build_wheel(archive: Path, directory: Path, work: Path, pip: Pip, sha256: str = SDIST_SHA256) -> Path:
     """Build the pure-Python wheel of 0.5.
 
     Args:
-        archive: the source archive; its sha256 is checked here.
+        archive: the source archive.
         directory: where the wheel goes, made if need be.
         work: an empty directory to work in.
         pip: runs pip.
+        sha256: what the archive must hash to.
 
     Returns:
         The wheel, whole.
     """
-    verify_sha256(archive)
+    verify_sha256(archive, sha256)
     unpacked = work / "source"
     unpacked.mkdir()
     source = extract_archive(archive, unpacked)

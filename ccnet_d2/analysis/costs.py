@@ -1,0 +1,54 @@
+"""The cost of one module on a map of a given size."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .flops import count_flops
+from .memory import LiveMemory, kept_for_backward
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a module costs on one input.
+
+    Attributes:
+        gflops: 10^9 FLOPs of a forward pass, see `CONVENTION`.
+        parameters: number of parameters.
+        kept_mb: 10^6 bytes that a forward pass in fp32 leaves for the backward pass, without parameters, buffers, the
+            input, and an output that nothing but the next layer needs.
+        peak_mb: 10^6 bytes of new tensors, gradients included, that live at once at most in a forward and a backward
+            pass.
+    """
+
+    gflops: float
+    parameters: int
+    kept_mb: float
+    peak_mb: float
+
+    @property
+    def gmacs(self) -> float:
+        """10^9 multiply-adds."""
+        return self.gflops / 2
+
+
+def traced_cost(build: Callable[[], nn.Module], shape: Sequence[int]) -> Cost:
+    """Trace a module's forward and backward pass with fake tensors: every allocation happens, no arithmetic.
+
+    Args:
+        build: makes the module, a function of one tensor, in training mode.
+        shape: of the input, fp32.
+    """
+    with FakeTensorMode():
+        module = build().train()
+        x = torch.empty(tuple(shape), requires_grad=True)
+        flops = count_flops(module, x)["Global"]
+        excluded = [*module.parameters(), *module.buffers(), x]
+        with LiveMemory() as memory:
+            kept, out = kept_for_backward(lambda: module(x), excluded)
+            out.backward(torch.ones_like(out))
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    return Cost(flops / 1e9, parameters, kept / 1e6, memory.peak / 1e6)

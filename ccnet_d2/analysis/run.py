@@ -1,0 +1,200 @@
+"""What a run's model costs: parameters, FLOPs, memory and time."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from detectron2.config import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+
+from ccnet_d2.engine import build_model
+from ccnet_d2.errors import UserError
+
+from .flops import CONVENTION, count_flops
+from .memory import LiveMemory, kept_for_backward
+from .timing import median_seconds
+
+_REPEATS = 3
+
+
+def image_size_of(cfg: DictConfig) -> tuple[int, int]:
+    """Height and width of the crops that a run trains on.
+
+    Raises:
+        UserError: it trains on images of any size.
+    """
+    for augmentation in OmegaConf.select(cfg, "dataloader.train.mapper.augmentations") or ():
+        crop = augmentation.get("crop_size") if isinstance(augmentation, DictConfig) else None
+        if crop is not None:
+            return (crop, crop) if isinstance(crop, int) else (int(crop[0]), int(crop[1]))
+    raise UserError("The run trains on images of any size: give --image-size HEIGHT WIDTH.")
+
+
+def analyze_run(
+    cfg: DictConfig,
+    image_size: tuple[int, int],
+    *,
+    batch_size: int = 1,
+    time: bool = True,
+    training_step: bool = False,
+) -> dict[str, Any]:
+    """Measure a run's model on random images.
+
+    FLOPs and the memory of inference are traced with fake CPU tensors, which costs neither memory nor time. Time, and
+    what a training step takes, are measured on `train.device`; on a GPU so is the memory, by torch's allocator.
+
+    Args:
+        cfg: the run.
+        image_size: height and width in pixels.
+        batch_size: number of images.
+        time: whether to run the model to see how long it takes.
+        training_step: whether to run a training step (forward, loss, backward, in fp32) to see the memory it takes.
+
+    Returns:
+        What `--json` writes; sizes in 10^6 bytes, FLOPs in 10^9.
+
+    Raises:
+        UserError: the device is not there, or the model cannot be traced.
+    """
+    result: dict[str, Any] = {
+        "image_size": list(image_size),
+        "batch_size": batch_size,
+        "conventions": _CONVENTIONS,
+    }
+    with FakeTensorMode():
+        model = instantiate(cfg.model).eval()
+        images = _inputs(image_size, batch_size, None)
+        with torch.no_grad():
+            try:
+                flops = count_flops(model, images)
+                with LiveMemory() as memory:
+                    model(images)
+            except DynamicOutputShapeException as error:
+                raise UserError(
+                    f"{type(model).__name__} cannot be traced: the shapes within depend on the images ({error})."
+                ) from error
+    root = type(model).__name__
+    result["modules"] = {
+        name or "total": {
+            "parameters": sum(parameter.numel() for parameter in module.parameters()),
+            "gflops": flops.get(f"{root}.{name}" if name else "Global", 0) / 1e9,
+        }
+        for name, module in _outline(model)
+    }
+    result["weights_mb"] = _megabytes(model)
+    result["inference_peak_mb"] = memory.peak / 1e6
+    if time or training_step:
+        result["device"] = _describe(torch.device(cfg.train.device))
+        result |= _measured(cfg, image_size, batch_size, time, training_step)
+    return result
+
+
+_CONVENTIONS = {
+    "gflops": f"10^9 FLOPs of inference on the batch: {CONVENTION}",
+    "inference_peak_mb": "10^6 bytes of activations that live at once at most in fp32, beside the weights; every "
+    "allocation followed, workspaces within kernels not included",
+    "training_kept_mb": "10^6 bytes that the forward pass and the losses leave for the backward pass in fp32, beside "
+    "the weights",
+    "training_peak_mb": "10^6 bytes of activations and gradients that live at once at most in a training step in fp32, "
+    "beside the weights and the optimizer's state",
+}
+
+
+def _measured(
+    cfg: DictConfig, image_size: tuple[int, int], batch_size: int, time: bool, training_step: bool
+) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    device = torch.device(cfg.train.device)
+    model = build_model(cfg)
+    # Until it is trained, no gradients of the weights are there.
+    if training_step:
+        images = _inputs(image_size, batch_size, int(cfg.model.sem_seg_head.num_classes))
+        model.train()
+        anyway = [*model.parameters(), *model.buffers()]
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        with LiveMemory() as memory:
+            kept, losses = kept_for_backward(lambda: model(images), anyway)
+            sum(losses.values()).backward()
+        peak = memory.peak if device.type == "cpu" else torch.cuda.max_memory_allocated(device) - before
+        result |= {"training_kept_mb": kept / 1e6, "training_peak_mb": peak / 1e6}
+        del losses
+        model.zero_grad(set_to_none=True)
+    if time:
+        images = _inputs(image_size, batch_size, None)
+        model.eval()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        with torch.no_grad():
+            result["inference_seconds"] = median_seconds(lambda: model(images), device, _REPEATS)
+        if device.type == "cuda":
+            result["inference_peak_mb"] = (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    return result
+
+
+def _inputs(size: tuple[int, int], batch_size: int, classes: int | None) -> list[dict[str, Any]]:
+    """Random images in Detectron2's format, with labels if `classes` is given."""
+    batch = []
+    for _ in range(batch_size):
+        item = {
+            "image": torch.randint(0, 256, (3, *size), dtype=torch.uint8),
+            "height": size[0],
+            "width": size[1],
+        }
+        if classes is not None:
+            item["sem_seg"] = torch.randint(0, classes, size)
+        batch.append(item)
+    return batch
+
+
+def _outline(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model, its parts, and the parts of all but the backbone."""
+    for name, part in model.named_children():
+        yield name, part
+        if name != "backbone":
+            for inner, module in part.named_children():
+                if any(True for _ in module.parameters()):
+                    yield f"{name}.{inner}", module
+    yield "", model
+
+
+def _megabytes(model: nn.Module) -> float:
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 1e6
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def format_run(name: str, result: dict[str, Any]) -> str:
+    """`analyze_run`'s result as text."""
+    height, width = result["image_size"]
+    width_of_names = max(len(module) for module in result["modules"])
+    lines = [
+        f"{name}: {result['batch_size']} x 3 x {height} x {width}",
+        "",
+        f"{'':{width_of_names}}  {'parameters (M)':>14}  {'GFLOPs':>9}",
+    ]
+    for module, cost in result["modules"].items():
+        lines.append(f"{module:{width_of_names}}  {cost['parameters'] / 1e6:>14.2f}  {cost['gflops']:>9.2f}")
+    lines += [
+        "",
+        f"memory (MB): weights {result['weights_mb']:.0f}, inference {result['inference_peak_mb']:.0f}",
+    ]
+    if "training_peak_mb" in result:
+        lines[-1] += (
+            f", training step {result['training_peak_mb']:.0f} "
+            f"(of it kept for the backward pass {result['training_kept_mb']:.0f})"
+        )
+    if "inference_seconds" in result:
+        lines.append(f"time: {result['inference_seconds']:.3f} s ({result['device']})")
+    notes = [
+        f"{key}: {text}." for key, text in result["conventions"].items() if key in result or key == "gflops"
+    ]
+    return "\n".join([*lines, "", *notes])

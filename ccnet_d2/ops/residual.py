@@ -1,0 +1,92 @@
+"""The layer's last step, `x + gamma * attended`, between memory layouts.
+
+The attention's output is channels-last in memory, and x mostly is not: added up by PyTorch, one of the two is read
+against the grain. On CPU the compiled library does it in one blocked pass; elsewhere PyTorch does.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import compiled
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def gated_residual(attended: Tensor, gamma: Tensor, x: Tensor) -> Tensor:
+    """`x + gamma * attended`.
+
+    Args:
+        attended: (B, C, *S).
+        gamma: one number, (1,).
+        x: (B, C, *S).
+
+    Returns:
+        (B, C, *S), laid out in memory like x.
+    """
+    if not _runs_compiled(attended, x):
+        return gamma.to(attended.dtype) * attended + x
+    computed = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out: Tensor = torch.ops.ccnet_d2.gated_residual_forward(attended, gamma.to(computed), x)
+    return out
+
+
+def _runs_compiled(attended: Tensor, x: Tensor) -> bool:
+    dtypes_fit = attended.dtype == x.dtype or (x.dtype == torch.float32 and attended.dtype in _HALF)
+    return (
+        x.device.type == "cpu"
+        and compiled.supports(x, x, x) is None
+        and attended.shape == x.shape
+        and dtypes_fit
+        and _is_dense(x)
+        and _is_dense(attended)
+    )
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+
+
+def _empty_like(x: Tensor, *, channels_last: bool) -> Tensor:
+    if not channels_last:
+        return x.new_empty(x.shape)
+    batch, channels, *spatial = x.shape
+    return x.new_empty((batch, *spatial, channels)).movedim(-1, 1)
+
+
+def _forward_fake(attended: Tensor, gamma: Tensor, x: Tensor) -> Tensor:
+    return _empty_like(x, channels_last=not x.is_contiguous())
+
+
+def _backward_fake(grad: Tensor, attended: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_like(attended, channels_last=True), torch.empty_like(gamma)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    attended, gamma, _ = inputs
+    ctx.save_for_backward(attended, gamma)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    attended, gamma = ctx.saved_tensors
+    if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+        return None, None, grad
+    if not _is_dense(grad):
+        grad = grad.contiguous()
+    grad_attended, grad_gamma = torch.ops.ccnet_d2.gated_residual_backward(grad, attended, gamma)
+    return grad_attended, grad_gamma.reshape(gamma.shape), grad
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "The compiled criss-cross layer has no second derivative: "
+        "use backend='matmul' where gradients of gradients are needed."
+    )
+
+
+if compiled.is_available():
+    torch.library.register_fake("ccnet_d2::gated_residual_forward", _forward_fake)
+    torch.library.register_fake("ccnet_d2::gated_residual_backward", _backward_fake)
+    torch.library.register_autograd("ccnet_d2::gated_residual_forward", _differentiate, setup_context=_save)
+    torch.library.register_autograd("ccnet_d2::gated_residual_backward", _refuse_second_derivative)

@@ -1,0 +1,92 @@
+#!/usr/bin/env python
+"""Parameters, FLOPs, memory and time of a run's model; or the papers' cost tables, computed again."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ccnet_d2.analysis.context_tables import ccnet_table, format_ccnet_table, format_ranet_table, ranet_table
+from ccnet_d2.analysis.run import analyze_run, format_run, image_size_of
+from ccnet_d2.engine import apply_overrides
+from ccnet_d2.engine.user_errors import one_sentence_errors
+from ccnet_d2.model_zoo import get_config
+
+_EPILOG = """
+Examples:
+  analyze_model.py --config-file cityscapes/ccnet_R_101_D8_769x769_60k.py
+  analyze_model.py --config-file CONFIG --image-size 1024 2048 model.sem_seg_head.context=nl
+  analyze_model.py --config-file CONFIG --training-step --batch-size 2 train.device=cuda
+  analyze_model.py --table ccnet --json costs.json
+"""
+
+_TABLES = {"ccnet": (ccnet_table, format_ccnet_table), "ranet": (ranet_table, format_ranet_table)}
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config-file", metavar="FILE", help="run: a path or a model zoo name")
+    what.add_argument("--table", choices=sorted(_TABLES), help="CCNet, Tab. 2 and 5, or RANet, Tab. 3")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="side, or height and width; default: the run's crop",
+    )
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at once; default: 1")
+    parser.add_argument(
+        "--no-time", action="store_true", help="do not run the model to see how long it takes"
+    )
+    parser.add_argument(
+        "--training-step", action="store_true", help="run a training step to see how much memory it takes"
+    )
+    parser.add_argument("opts", nargs="*", metavar="KEY=VALUE", help="change values of the config")
+    args = parser.parse_args(argv)
+    if args.image_size is not None and not (len(args.image_size) in (1, 2) and min(args.image_size) > 0):
+        parser.error("--image-size is one side, or height and width, in pixels")
+    if args.batch_size < 1:
+        parser.error("--batch-size must be at least 1")
+    if args.table and (args.image_size or args.opts or args.training_step):
+        parser.error("--table measures what the paper measured: it takes --json only")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    result: dict[str, Any]
+    if args.table:
+        compute, layout = _TABLES[args.table]
+        result = compute()
+        print(layout(result))
+    else:
+        cfg = apply_overrides(get_config(args.config_file), args.opts)
+        sides = args.image_size or image_size_of(cfg)
+        result = analyze_run(
+            cfg,
+            (sides[0], sides[-1]),
+            batch_size=args.batch_size,
+            time=not args.no_time,
+            training_step=args.training_step,
+        )
+        print(format_run(args.config_file, result))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run analyze_model.py; returns its exit status."""
+    args = parse(argv)
+    with one_sentence_errors() as status:
+        run(args)
+    return status.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The drawn COCO-format set: its annotations against its pixels, through pycocotools and Detectron2."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from pycocotools.coco import COCO
+
+from ccnet_d2.data import DatasetError
+from ccnet_d2.data.datasets import coco_fixture
+from ccnet_d2.data.datasets.coco_fixture import (
+    CLASSES,
+    CocoFixtureConfig,
+    generate_coco_fixture,
+    register_coco_fixture,
+)
+
+SCRIPT = Path(__file__).parents[3] / "projects/CCNet/tools/make_coco_fixture.py"
+
+
+@pytest.fixture
+def root(tmp_path):
+    generate_coco_fixture(tmp_path / "set")
+    return tmp_path / "set"
+
+
+def test_masks_lie_on_what_is_drawn(root):
+    coco = COCO(str(root / "annotations.json"))
+    assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(CLASSES)
+    seen = set()
+    for image_id in coco.getImgIds():
+        record = coco.imgs[image_id]
+        image = cv2.imread(str(root / "images" / record["file_name"])).astype(int)
+        assert image.shape == (record["height"], record["width"], 3)
+        masks = [coco.annToMask(a) for a in coco.imgToAnns[image_id]]
+        assert 1 <= len(masks) <= 3 and sum(masks).max() == 1
+        background = np.median(image[sum(masks) == 0])
+        # Three channels far from the grey of the background, inside and nowhere else.
+        drawn = (np.abs(image - background) > 35).sum(axis=2) >= 2
+        union = sum(masks).astype(bool)
+        assert (drawn & union).sum() / (drawn | union).sum() > 0.9
+        for annotation, mask in zip(coco.imgToAnns[image_id], masks, strict=True):
+            seen.add(CLASSES[annotation["category_id"] - 1])
+            assert mask.sum() == pytest.approx(annotation["area"], rel=0.12)
+            x, y, width, height = annotation["bbox"]
+            rows, columns = np.nonzero(mask)
+            assert (columns.min(), rows.min()) == pytest.approx((x, y), abs=1.5)
+            assert (np.ptp(columns), np.ptp(rows)) == pytest.approx((width, height), abs=2.5)
+    assert seen == set(CLASSES)
+
+
+def test_detectron2_loads_it(root):
+    register_coco_fixture(root, "coco_fixture_test")
+    try:
+        records = DatasetCatalog.get("coco_fixture_test")
+        assert len(records) == 8 and all(Path(r["file_name"]).is_file() for r in records)
+        assert MetadataCatalog.get("coco_fixture_test").thing_classes == list(CLASSES)
+        register_coco_fixture(root.parent / "nowhere", "coco_fixture_test")
+        with pytest.raises(DatasetError, match=r"no COCO fixture in .*nowhere.*make_coco_fixture\.py --root"):
+            DatasetCatalog.get("coco_fixture_test")
+    finally:
+        DatasetCatalog.pop("coco_fixture_test")
+        MetadataCatalog.pop("coco_fixture_test")
+
+
+def test_made_once_and_always_the_same(root, tmp_path):
+    files = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    assert not generate_coco_fixture(root)
+    generate_coco_fixture(tmp_path / "again")
+    assert {p.relative_to(root): data for p, data in files.items()} == {
+        p.relative_to(tmp_path / "again"): p.read_bytes()
+        for p in (tmp_path / "again").rglob("*")
+        if p.is_file()
+    }
+    assert generate_coco_fixture(root, CocoFixtureConfig(images=3))
+    assert len(json.loads((root / "annotations.json").read_text())["images"]) == 3
+
+
+def test_leaves_the_annotations_of_others_alone(tmp_path):
+    path = tmp_path / "annotations.json"
+    path.write_text('{"images": []}')
+    with pytest.raises(DatasetError, match="something other than the COCO fixture"):
+        generate_coco_fixture(tmp_path)
+    assert path.read_text() == '{"images": []}' and list(tmp_path.iterdir()) == [path]
+
+
+def test_unfinished_writing_leaves_no_annotations(tmp_path, monkeypatch):
+    monkeypatch.setattr(coco_fixture.cv2, "imwrite", lambda *_: False)
+    with pytest.raises(DatasetError, match="Cannot write the COCO fixture"):
+        generate_coco_fixture(tmp_path / "set")
+    assert not (tmp_path / "set/annotations.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("images", 0), ("size", 20), ("seed", -1), ("min_object_size", 60)]
+)
+def test_bad_parameters_are_named(key, value):
+    with pytest.raises(DatasetError, match=f"{key}( is |=){value}"):
+        CocoFixtureConfig(**{key: value})
+
+
+def test_script(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("make_coco_fixture", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    arguments = ["--root", str(tmp_path / "set"), "--images", "2"]
+    assert script.main(arguments) == 0 and "Drawn: 2 images of 128x128" in capsys.readouterr().out
+    assert script.main(arguments) == 0 and "Already there" in capsys.readouterr().out
+    assert script.main(["--root", str(tmp_path / "x"), "--images", "0"]) == 1
+    assert capsys.readouterr().err == "error: COCO fixture: images is 0, but at least 1 is needed.\n"

@@ -1,0 +1,374 @@
+"""The making of Detectron2 0.5 from its source archive: what is refused, and what the wheel holds."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import types
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import install_detectron2
+from install_detectron2 import Edit
+from pip_runner import InstallError, run_pip
+
+SCRIPT = Path(install_detectron2.__file__)
+needs_setuptools = pytest.mark.skipif(
+    importlib.util.find_spec("setuptools") is None, reason="builds with the setuptools of this environment"
+)
+
+
+def installed_detectron2() -> str | None:
+    """Version of the distribution, with its local part."""
+    try:
+        return importlib.metadata.version("detectron2")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def add_file(tar: tarfile.TarFile, name: str, content: bytes = b"x") -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def make_source(root: Path) -> Path:
+    """A tree with the archive's layout, whose files hold what the edits look for."""
+    files = {
+        "setup.py": "raise RuntimeError('must not run')\n",
+        "setup.cfg": "[isort]\nline_length = 100\n",
+        "LICENSE": "Apache License\n",
+        "README.md": "Detectron2\n",
+        "detectron2/__init__.py": '__version__ = "0.5"\n',
+        "detectron2/data/__init__.py": "",
+        "detectron2/data/build.py": "import numpy as np\na = np.zeros(2, dtype=np.int)\nb = a.astype(np.int)\n",
+        "detectron2/data/datasets/__init__.py": "",
+        "detectron2/data/datasets/pascal_voc.py": "import numpy as np\na = np.array(['1'], dtype=np.str)\n",
+        "detectron2/data/transforms/__init__.py": "",
+        "detectron2/data/transforms/transform.py": "from PIL import Image\ninterp = Image.LINEAR\n",
+        "detectron2/evaluation/__init__.py": "",
+        "detectron2/evaluation/pascal_voc_evaluation.py": "import numpy as np\n" + "a = np.bool\n" * 2,
+        "detectron2/evaluation/sem_seg_evaluation.py": "import numpy as np\n"
+        + "a = np.int\n" * 2
+        + "b = np.float\n" * 5
+        + "c = np.float32, np.int64, np.bool_\n",
+        "detectron2/evaluation/coco_evaluation.py": (
+            "class E:\n    def __init__(self, use_fast_impl=True):\n        self._logger = self\n"
+            "        self._use_fast_impl = use_fast_impl\n\n    def info(self, text):\n        self.said = text\n"
+        ),
+        "detectron2/structures/__init__.py": "",
+        "detectron2/structures/masks.py": "import numpy as np\na = np.bool, np.bool\n",
+        "detectron2/utils/__init__.py": "",
+        "detectron2/utils/visualizer.py": "import numpy as np\n" + "a = np.bool\n" * 3,
+        "detectron2/utils/video_visualizer.py": "import numpy as np\na = np.bool\n",
+        "detectron2/projects/__init__.py": "",
+        "detectron2/model_zoo/__init__.py": "from .model_zoo import get_config_file\n",
+        "detectron2/model_zoo/model_zoo.py": (
+            "import os\nfrom typing import Optional\nimport pkg_resources\n\n\n"
+            "def get_config_file(config_path):\n"
+            "    cfg_file = pkg_resources.resource_filename(\n"
+            '        "detectron2.model_zoo", os.path.join("configs", config_path)\n'
+            "    )\n    return cfg_file\n"
+        ),
+        "detectron2/model_zoo/configs/Base.yaml": "VERSION: 2\n",
+        "detectron2/model_zoo/configs/common/models/retina.py": "model = 1\n",
+        "projects/PointRend/point_rend/__init__.py": "name = 'point_rend'\n",
+        "projects/DeepLab/deeplab/__init__.py": "name = 'deeplab'\n",
+        "projects/Panoptic-DeepLab/panoptic_deeplab/__init__.py": "name = 'panoptic_deeplab'\n",
+    }
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    return root
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@needs_setuptools
+def test_wheel_from_an_archive(tmp_path: Path) -> None:
+    make_source(tmp_path / "detectron2_cdo-0.5")
+    archive = tmp_path / "archive.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "detectron2_cdo-0.5", "detectron2_cdo-0.5")
+    work = tmp_path / "work"
+    work.mkdir()
+    wheel = install_detectron2.build_wheel(
+        archive,
+        tmp_path / "dist",
+        work,
+        functools.partial(run_pip, extra_env={"PIP_NO_INDEX": "1"}),
+        sha256=hashlib.sha256(archive.read_bytes()).hexdigest(),
+    )
+    assert wheel.name == "detectron2-0.5+cdo-py3-none-any.whl"
+    assert [path.name for path in wheel.parent.iterdir()] == [wheel.name]
+
+    with zipfile.ZipFile(wheel) as content:
+        names = set(content.namelist())
+        metadata = content.read("detectron2-0.5+cdo.dist-info/METADATA").decode()
+    assert {
+        "detectron2/_C.py",
+        "detectron2/model_zoo/configs/Base.yaml",
+        "detectron2/model_zoo/configs/common/models/retina.py",
+        "detectron2/projects/point_rend/__init__.py",
+        "detectron2/projects/deeplab/__init__.py",
+        "detectron2/projects/panoptic_deeplab/__init__.py",
+    } <= names
+    assert not [name for name in names if not name.startswith(("detectron2/", "detectron2-0.5"))]
+    requirements = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
+    assert any("fvcore" in line for line in requirements)
+    assert not [
+        line for line in requirements if any(old in line for old in ("black", "future", "dataclasses"))
+    ]
+
+    # What is in the wheel runs where numpy, Pillow and setuptools have dropped the old names.
+    program = (
+        "from detectron2.model_zoo import get_config_file;"
+        "import detectron2.data.build, detectron2.data.datasets.pascal_voc, detectron2.data.transforms.transform;"
+        "import detectron2.evaluation.sem_seg_evaluation, detectron2.utils.visualizer;"
+        "from detectron2.evaluation.coco_evaluation import E;"
+        "assert E()._use_fast_impl is False and 'not built' in E().said;"
+        "print(open(get_config_file('Base.yaml')).read())"
+    )
+    target = tmp_path / "target"
+    with zipfile.ZipFile(wheel) as content:
+        content.extractall(target)
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(target)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "VERSION: 2"
+
+
+@pytest.mark.parametrize("name", ["detectron2/utils/visualizer.py", "detectron2/model_zoo/model_zoo.py"])
+def test_edit_that_does_not_match_changes_nothing(tmp_path: Path, name: str) -> None:
+    source = make_source(tmp_path)
+    (source / name).write_text("import os\n", encoding="utf-8")
+    before = snapshot(source)
+    with pytest.raises(InstallError, match=rf"edit of {name}.*found 0"):
+        install_detectron2.apply_edits(source)
+    assert snapshot(source) == before
+
+
+def test_edit_that_matches_too_often(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("old old", encoding="utf-8")
+    with pytest.raises(InstallError, match=r"1 time.*found 2"):
+        install_detectron2.apply_edits(tmp_path, {"a.py": (Edit("old", "new", 1),)})
+    install_detectron2.apply_edits(tmp_path, {"a.py": (Edit("old", "new", 2),)})
+    assert (tmp_path / "a.py").read_text() == "new new"
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    source = make_source(tmp_path)
+    (source / "detectron2/data/build.py").unlink()
+    with pytest.raises(InstallError, match=r"detectron2/data/build\.py is missing"):
+        install_detectron2.apply_edits(source)
+
+
+def test_leftover_names_are_refused(tmp_path: Path) -> None:
+    source = make_source(tmp_path)
+    (source / "detectron2/data/more.py").write_text("import numpy as np\na = np.object\n", encoding="utf-8")
+    with pytest.raises(InstallError, match=r"left in detectron2/data/more\.py"):
+        install_detectron2.prepare_source(source)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "top/../../outside", "/tmp/outside-of-install-detectron2", "top\\..\\outside"]
+)
+def test_archive_that_leads_outside(tmp_path: Path, name: str) -> None:
+    archive = tmp_path / "bad.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        add_file(tar, name)
+    destination = tmp_path / "in" / "side"
+    destination.mkdir(parents=True)
+    with pytest.raises(InstallError, match="leads outside"):
+        install_detectron2.extract_archive(archive, destination)
+    assert list((tmp_path / "in").iterdir()) == [destination] and not list(destination.iterdir())
+    assert not Path("/tmp/outside-of-install-detectron2").exists()
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_archive_with_what_is_no_file(tmp_path: Path, kind: bytes) -> None:
+    archive = tmp_path / "bad.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        info = tarfile.TarInfo("top/link")
+        info.type = kind
+        info.linkname = "/etc/passwd"
+        tar.addfile(info)
+    destination = tmp_path / "inside"
+    destination.mkdir()
+    with pytest.raises(InstallError, match="not a plain file"):
+        install_detectron2.extract_archive(archive, destination)
+    assert not list(destination.rglob("*"))
+
+
+def test_archive_that_unpacks_to_too_much(tmp_path: Path) -> None:
+    archive = tmp_path / "bomb.tar.gz"
+    with gzip.open(archive, "wb") as out:
+        # Only a header that promises much: nothing of it may be read, let alone written.
+        info = tarfile.TarInfo("top/zeros")
+        info.size = 8 * 2**30
+        out.write(info.tobuf())
+    destination = tmp_path / "inside"
+    destination.mkdir()
+    with pytest.raises(InstallError, match="far more"):
+        install_detectron2.extract_archive(archive, destination)
+    assert not [p for p in destination.rglob("*") if p.is_file()]
+
+
+def test_archive_with_two_top_directories(tmp_path: Path) -> None:
+    archive = tmp_path / "two.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        add_file(tar, "one/a")
+        add_file(tar, "two/a")
+    destination = tmp_path / "inside"
+    destination.mkdir()
+    with pytest.raises(InstallError, match="one top directory and holds 2"):
+        install_detectron2.extract_archive(archive, destination)
+
+
+def test_truncated_archive(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.tar.gz"
+    with tarfile.open(whole, "w:gz") as tar:
+        add_file(tar, "top/a", os.urandom(20_000))
+    archive = tmp_path / "cut.tar.gz"
+    archive.write_bytes(whole.read_bytes()[:10_000])
+    destination = tmp_path / "inside"
+    destination.mkdir()
+    with pytest.raises(InstallError, match=r"cut\.tar\.gz cannot be unpacked"):
+        install_detectron2.extract_archive(archive, destination)
+
+
+def run_script(*arguments: str, python: str = sys.executable, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("DETECTRON2", "PYTHONPATH")}
+    return subprocess.run(
+        [python, str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        env={**environment, "PIP_NO_INDEX": "1", **env},
+    )
+
+
+def test_wrong_hash_is_one_sentence_and_builds_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    archive = tmp_path / "other.tar.gz"
+    archive.write_bytes(b"something else")
+    result = run_script("--sdist", str(archive), "--wheel-dir", str(tmp_path / "dist"))
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"install_detectron2: {archive} has sha256 ")
+    assert install_detectron2.SDIST_SHA256 in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "dist").exists()
+
+
+def test_requirement_that_does_not_exist() -> None:
+    result = run_script(DETECTRON2="/nonexistent/detectron2")
+    assert result.returncode == 1
+    assert (
+        result.stderr == "install_detectron2: There is no /nonexistent/detectron2, which DETECTRON2 names.\n"
+    )
+
+
+def test_constraints_that_do_not_exist() -> None:
+    result = run_script("--constraint", "/nonexistent/constraints.txt")
+    assert result.returncode == 1
+    assert result.stderr.strip() == (
+        "install_detectron2: The constraints file /nonexistent/constraints.txt does not exist."
+    )
+
+
+@pytest.mark.skipif(installed_detectron2() is None, reason="Detectron2 is not installed")
+def test_installed_detectron2_is_kept() -> None:
+    result = run_script()
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("Detectron2 ") and result.stdout.endswith(" is kept.\n")
+
+
+@needs_setuptools
+def test_another_requirement_replaces_what_is_there(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    source = tmp_path / "fork"
+    (source / "detectron2").mkdir(parents=True)
+    # As upstream's, it imports torch to build, so that only a build without isolation can work.
+    (source / "setup.py").write_text(
+        "import torch\nfrom setuptools import setup\n"
+        "setup(name='detectron2', version='99.0', packages=['detectron2'])\n"
+    )
+    (source / "detectron2" / "__init__.py").write_text("__version__ = '99.0'\n")
+    (source / "detectron2" / "model_zoo.py").write_text("")
+    # An environment of its own that sees this one's packages, so that this one stays as it is.
+    venv.create(tmp_path / "env", with_pip=False, symlinks=True)
+    (site_packages,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    (site_packages / "outer.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    python = str(tmp_path / "env" / "bin" / "python")
+
+    result = run_script("--requirement", str(source), python=python)
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert f"Detectron2 99.0 at {site_packages / 'detectron2'} is installed.\n" in result.stdout
+    assert "99.0" in run_script(python=python).stdout
+    assert installed_detectron2() != "99.0"
+
+
+def test_stand_in_for_the_extension() -> None:
+    module = types.ModuleType("detectron2._C")
+    exec(install_detectron2.MISSING_EXTENSION, module.__dict__)
+    with pytest.raises(ImportError, match=r"detectron2\._C\.box_iou_rotated is not available"):
+        _ = module.box_iou_rotated
+    assert not hasattr(module, "__wrapped__")
+    assert "none" in module.get_compiler_version() and "none" in module.get_cuda_version()
+    assert module.has_cuda() is False
+
+
+@pytest.mark.skipif(installed_detectron2() != install_detectron2.WHEEL_VERSION, reason="another Detectron2")
+def test_coco_evaluation_of_the_installed_wheel(tmp_path: Path) -> None:
+    """COCOEvaluator's default is the compiled implementation, which this build does not have."""
+    import torch
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.evaluation import COCOEvaluator
+    from detectron2.structures import Boxes, Instances
+
+    annotations = {
+        "info": {},
+        "images": [{"id": 1, "height": 40, "width": 60, "file_name": "1.png"}],
+        "categories": [{"id": 1, "name": "thing"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 6, 20, 10], "area": 200, "iscrowd": 0}
+        ],
+    }
+    (tmp_path / "annotations.json").write_text(json.dumps(annotations))
+    name = "test_install_detectron2_coco"
+    DatasetCatalog.register(name, lambda: [])
+    try:
+        MetadataCatalog.get(name).set(
+            json_file=str(tmp_path / "annotations.json"), thing_dataset_id_to_contiguous_id={1: 0}
+        )
+        evaluator = COCOEvaluator(name, tasks=("bbox",), distributed=False)
+        evaluator.reset()
+        found = Instances((40, 60))
+        found.pred_boxes = Boxes(torch.tensor([[5.0, 6.0, 25.0, 16.0]]))
+        found.scores = torch.tensor([0.9])
+        found.pred_classes = torch.tensor([0])
+        evaluator.process([{"image_id": 1}], [{"instances": found}])
+        assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100.0)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
