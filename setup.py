@@ -1,9 +1,9 @@
 """Builds the compiled operator (csrc/) on top of what pyproject.toml says.
 
 There are two libraries beside ccnet_d2/ops: `_C_cpu.so`, built wherever torch can be imported and a C++ compiler is
-found, and `_C_cuda.so`, built where there are a CUDA toolkit and a GPU as well. They speak to torch through the LibTorch
-stable ABI and not to Python at all, so that one build serves every Python, and torch from 2.10 on. What cannot be
-built is left out, with a word of why: the package then computes with PyTorch's own operators.
+found, and `_C_cuda.so`, built where there are a CUDA toolkit and a GPU as well. They speak to torch through the
+LibTorch stable ABI and not to Python at all, so that one build serves every Python, and torch from 2.10 on. What
+cannot be built is left out, with a word of why: the package then computes with PyTorch's own operators.
 
 Environment variables:
     CCNET_EXT: "0" builds nothing, "require" makes it an error when the CPU library (or, under FORCE_CUDA=1, the CUDA
@@ -299,9 +299,10 @@ def extensions() -> list[Extension]:
     return found
 
 
-setup(
-    ext_modules=extensions(),
-    cmdclass={"build_ext": BuildLibraries},
-    # The libraries serve every Python of this or a newer version.
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildLibraries},
+        # The libraries serve every Python of this or a newer version.
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

@@ -10,6 +10,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .flops import count_flops
 from .memory import LiveMemory, kept_for_backward
 
+MEMORY = (
+    "10^6 bytes that a forward pass leaves for the backward pass, in fp32, without parameters and the module's own "
+    "input and output; every allocation followed, workspaces within kernels not included"
+)
+PEAK = (
+    "10^6 bytes of new tensors that live at once at most in a forward and a backward pass, gradients included"
+)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -18,10 +26,8 @@ class Cost:
     Attributes:
         gflops: 10^9 FLOPs of a forward pass, see `CONVENTION`.
         parameters: number of parameters.
-        kept_mb: 10^6 bytes that a forward pass in fp32 leaves for the backward pass, without parameters, buffers, the
-            input, and an output that nothing but the next layer needs.
-        peak_mb: 10^6 bytes of new tensors, gradients included, that live at once at most in a forward and a backward
-            pass.
+        kept_mb: see `MEMORY`.
+        peak_mb: see `PEAK`.
     """
 
     gflops: float

@@ -14,6 +14,7 @@ from ccnet_d2.errors import UserError
 
 from .flops import CONVENTION, count_flops
 from .memory import LiveMemory, kept_for_backward
+from .text import columns, notes
 from .timing import median_seconds
 
 _REPEATS = 3
@@ -29,7 +30,7 @@ def image_size_of(cfg: DictConfig) -> tuple[int, int]:
         crop = augmentation.get("crop_size") if isinstance(augmentation, DictConfig) else None
         if crop is not None:
             return (crop, crop) if isinstance(crop, int) else (int(crop[0]), int(crop[1]))
-    raise UserError("The run trains on images of any size: give --image-size HEIGHT WIDTH.")
+    raise UserError("The run trains on images of any size: give --image-size HEIGHTxWIDTH.")
 
 
 def analyze_run(
@@ -169,32 +170,25 @@ def _megabytes(model: nn.Module) -> float:
 def _describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads != 1)}"
 
 
 def format_run(name: str, result: dict[str, Any]) -> str:
     """`analyze_run`'s result as text."""
-    height, width = result["image_size"]
-    width_of_names = max(len(module) for module in result["modules"])
-    lines = [
-        f"{name}: {result['batch_size']} x 3 x {height} x {width}",
-        "",
-        f"{'':{width_of_names}}  {'parameters (M)':>14}  {'GFLOPs':>9}",
-    ]
+    rows = [("", "parameters (M)", "GFLOPs")]
     for module, cost in result["modules"].items():
-        lines.append(f"{module:{width_of_names}}  {cost['parameters'] / 1e6:>14.2f}  {cost['gflops']:>9.2f}")
-    lines += [
-        "",
-        f"memory (MB): weights {result['weights_mb']:.0f}, inference {result['inference_peak_mb']:.0f}",
-    ]
+        rows.append((module, f"{cost['parameters'] / 1e6:.2f}", f"{cost['gflops']:.2f}"))
+    height, width = result["image_size"]
+    lines = [f"{name}: {result['batch_size']} x 3 x {height} x {width}", "", columns(rows), ""]
+    memory = f"memory (MB): weights {result['weights_mb']:.0f}, inference {result['inference_peak_mb']:.0f}"
     if "training_peak_mb" in result:
-        lines[-1] += (
+        memory += (
             f", training step {result['training_peak_mb']:.0f} "
             f"(of it kept for the backward pass {result['training_kept_mb']:.0f})"
         )
+    lines.append(memory)
     if "inference_seconds" in result:
         lines.append(f"time: {result['inference_seconds']:.3f} s ({result['device']})")
-    notes = [
-        f"{key}: {text}." for key, text in result["conventions"].items() if key in result or key == "gflops"
-    ]
-    return "\n".join([*lines, "", *notes])
+    meant = {key: text for key, text in result["conventions"].items() if key in result or key == "gflops"}
+    return "\n".join([*lines, "", notes(meant)])

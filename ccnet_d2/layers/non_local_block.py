@@ -53,13 +53,14 @@ class NonLocalBlock(ContextModule):
         self.norm = build_norm(norm, channels)
         self.out = nn.Conv2d(self.key_channels, channels, kernel_size=1, bias=self.norm is None)
         last = self.out if self.norm is None else self.norm
-        if not any(parameter is last.weight for parameter in last.parameters()):
+        scale, shift = getattr(last, "weight", None), getattr(last, "bias", None)
+        if not isinstance(scale, nn.Parameter):
             raise ValueError(
                 f"norm {type(last).__name__} has no learned scale, so the block could not learn."
             )
-        nn.init.zeros_(last.weight)
-        if last.bias is not None:
-            nn.init.zeros_(last.bias)
+        nn.init.zeros_(scale)
+        if isinstance(shift, nn.Parameter):
+            nn.init.zeros_(shift)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""

@@ -24,7 +24,7 @@ def select_backend(name: str, query: Tensor, key: Tensor, value: Tensor) -> Atte
         RuntimeError: the named backend does not run here or not for these inputs. Only "auto" chooses another.
     """
     if name == "auto":
-        name = _auto(query, key, value)
+        name = automatic_backend(query, key, value)
     if name == "matmul":
         return matmul.criss_cross_attention
     if name == "reference":
@@ -37,7 +37,8 @@ def select_backend(name: str, query: Tensor, key: Tensor, value: Tensor) -> Atte
     raise ValueError(f"Unknown backend {name!r}: choose 'auto', 'compiled', 'matmul' or 'reference'.")
 
 
-def _auto(query: Tensor, key: Tensor, value: Tensor) -> str:
+def automatic_backend(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """The name of the backend that "auto" stands for with these inputs."""
     # The CUDA kernels have not run on a GPU yet, so CUDA tensors keep to the matmul backend.
     if query.device.type == "cpu" and compiled.supports(query, key, value) is None:
         return "compiled"

@@ -1,5 +1,6 @@
 """The public criss-cross attention function."""
 
+import torch
 from torch import Tensor
 
 from .backends import select_backend
@@ -18,7 +19,8 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, backend: st
     Args:
         query: (B, C', *S), S being one to three spatial sizes, each >= 1.
         key: (B, C', *S).
-        value: (B, C, *S). All three share one floating dtype (fp16, bf16, fp32 or fp64) and one device.
+        value: (B, C, *S). All three share one floating dtype (fp16, bf16, fp32 or fp64) and one device. Under
+            autocast they may differ, and are then all cast to autocast's dtype.
         backend: "auto" (the fastest that runs for these inputs), "compiled", "matmul" or "reference".
 
     Returns:
@@ -28,8 +30,19 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, backend: st
         ValueError: shapes, dtypes or devices do not fit together, or `backend` is unknown.
         RuntimeError: the named backend cannot run here; the message says why.
     """
+    query, key, value = _together_under_autocast(query, key, value)
     _check(query, key, value)
     return select_backend(backend, query, key, value)(query, key, value)
+
+
+def _together_under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    device = query.device.type
+    dtypes = {query.dtype, key.dtype, value.dtype}
+    castable = dtypes <= {torch.float16, torch.bfloat16, torch.float32}
+    if len(dtypes) == 1 or not castable or not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:

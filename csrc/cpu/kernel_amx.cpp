@@ -32,6 +32,7 @@ namespace {
 #include "storage.h"
 #include "vector_avx512.h"
 #include "work.h"
+#include "merge_rows.h"
 
 using V = Avx512;
 using reg = __m512;
@@ -267,7 +268,7 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
 
   run_items(args, grid.lines(axis) * blocks, [&](auto next) {
     Scratch<float> scratch(b16 * qk32 / 2 + qk32 / 2 * l32 + b16 * l32 + b16 * l32 / 2 + l32 / 2 * kPanel +
-                           2 * kTile * kPanel + 2 * b16);
+                           2 * kTile * kPanel + 4 * b16);
     if (!scratch.ok()) return false;
     BFloat16* q_plain = reinterpret_cast<BFloat16*>(scratch.take(b16 * qk32 / 2));
     uint32_t* k_transposed = reinterpret_cast<uint32_t*>(scratch.take(qk32 / 2 * l32));
@@ -277,6 +278,8 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
     float* tile = scratch.take(2 * kTile * kPanel);
     float* keep = scratch.take(b16);
     float* fresh = scratch.take(b16);
+    float* before_max = scratch.take(b16);
+    float* before_sum = scratch.take(b16);
     Tiles tiles;
 
     int64_t item, upcoming, packed_line = -1;
@@ -328,15 +331,10 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
           sum = V::add(sum, e);
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + j), (__m256i)_mm512_cvtneps_pbh(e));
         }
-        const Stats<float> here{largest, _mm512_reduce_add_ps(sum)};
-        const Stats<float> before =
-            first ? empty_stats<float>() : Stats<float>{max_out[i * stat_row], sum_out[i * stat_row]};
-        const Merge<float> m2 = merge(before, here);
-        keep[i] = before.sum * m2.scale_a / m2.stats.sum;
-        fresh[i] = m2.scale_b / m2.stats.sum;
-        max_out[i * stat_row] = m2.stats.max;
-        sum_out[i * stat_row] = last ? log_sum_exp(m2.stats) : m2.stats.sum;
+        keep[i] = largest;
+        fresh[i] = _mm512_reduce_add_ps(sum);
       }
+      merge_rows<V>(rows, first, last, max_out, sum_out, stat_row, keep, fresh, before_max, before_sum);
       memset(p + rows * l32, 0, static_cast<size_t>((r16 - rows) * l32) * sizeof(BFloat16));
       if (ahead) {
         prefetch(q_next, q_row, 0, L, QK);

@@ -43,11 +43,13 @@ struct ArrayVector {
   static reg add(reg a, reg b) { return a + b; }
   static reg sub(reg a, reg b) { return a - b; }
   static reg mul(reg a, reg b) { return a * b; }
+  static reg div(reg a, reg b) { return a / b; }
   static reg fma(reg a, reg b, reg c) { return a * b + c; }
 #else
   static reg add(reg a, reg b) { for (int i = 0; i < W; ++i) a[i] += b[i]; return a; }
   static reg sub(reg a, reg b) { for (int i = 0; i < W; ++i) a[i] -= b[i]; return a; }
   static reg mul(reg a, reg b) { for (int i = 0; i < W; ++i) a[i] *= b[i]; return a; }
+  static reg div(reg a, reg b) { for (int i = 0; i < W; ++i) a[i] /= b[i]; return a; }
   static reg fma(reg a, reg b, reg c) { for (int i = 0; i < W; ++i) c[i] += a[i] * b[i]; return c; }
 #endif
   static reg max(reg a, reg b) {

@@ -236,6 +236,8 @@ int64_t rows_per_block(int64_t length, int64_t limit_bytes) {
 
 // -------------------------------------------------------------------------------------------------- forward
 
+#include "merge_rows.h"
+
 template <class V, class S>
 void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
   using T = typename V::T;
@@ -258,6 +260,8 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
     T* vp = scratch.take(L * panel);
     T* keep = scratch.take(bpad);   // factor of what is already in out
     T* fresh = scratch.take(bpad);  // factor of this axis' sum_j exp(S - max) V
+    T* before_max = scratch.take(bpad);
+    T* before_sum = scratch.take(bpad);
     T* tile = scratch.take(panel * max_rows<V>(1));
     int64_t packed_line = -1;
     Ahead ahead;
@@ -316,16 +320,7 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
         V::store(keep + i, m0);
         V::store(fresh + i, V::add(s0, s1));
       }
-      for (int64_t i = 0; i < rows; ++i) {
-        const Stats<T> here{keep[i], fresh[i]};
-        const Stats<T> before = first ? empty_stats<T>() : Stats<T>{max_out[i * stat_row], sum_out[i * stat_row]};
-        const Merge<T> m = merge(before, here);
-        // out holds the normalised mean over the keys seen so far.
-        keep[i] = before.sum * m.scale_a / m.stats.sum;
-        fresh[i] = m.scale_b / m.stats.sum;
-        max_out[i * stat_row] = m.stats.max;
-        sum_out[i * stat_row] = last ? log_sum_exp(m.stats) : m.stats.sum;
-      }
+      merge_rows<V>(rows, first, last, max_out, sum_out, stat_row, keep, fresh, before_max, before_sum);
 
       for (int64_t c = 0; c < C; c += panel) {
         const int64_t cols = C - c < panel ? C - c : panel;
@@ -396,7 +391,8 @@ void add_rows(const typename V::T* tile, int64_t ld, int64_t rows, int64_t cols,
 // dst[M, 0..cols) (+)= A[M, K] B[K, cols]: B packed with row stride ldb, dst in storage type.
 template <class V, AOrder ORDER, class S>
 void gemm_to_line(int64_t M, int64_t cols, int64_t K, const typename V::T* a, int64_t lda, const typename V::T* b,
-                  int64_t ldb, typename V::T* tile, const LineView<S>& dst, int64_t first_col, bool accumulate) {
+                  int64_t ldb, typename V::T* tile, const LineView<S>& dst, int64_t first_col, bool accumulate,
+                  Ahead more = Ahead()) {
   const int64_t padded = round_up(cols, V::W);
   for (int64_t col = 0; col < padded;) {
     const int64_t left = (padded - col) / V::W;
@@ -406,11 +402,32 @@ void gemm_to_line(int64_t M, int64_t cols, int64_t K, const typename V::T* a, in
     for_row_blocks<V, ORDER>(M, vectors, [&](int64_t row, int count, MicroFn<V> fn) {
       Ahead ahead;
       ahead.set(dst.data + row * dst.row + first_col + col, dst.row, count, valid);
+      const int64_t share = more.rows < count ? more.rows : count;
+      ahead.then_at = more.at;
+      ahead.then_step = more.step;
+      ahead.then_rows = share;
+      more.at += share * more.step;
+      more.rows -= share;
       fn(K, a + (ORDER == kColMajor ? row : row * lda), lda, b + col, ldb, tile, width, false, &ahead);
       add_rows<V>(tile, width, count, valid, dst, row, first_col + col, accumulate);
     });
     col += width;
   }
+}
+
+template <class S>
+Ahead rows_of(const LineView<const S>& line, int64_t first_col, int64_t count, int64_t cols) {
+  Ahead ahead;
+  ahead.set(line.data + first_col, line.row, count, cols);
+  return ahead;
+}
+
+// Keys beyond the last whole vector where they are few: for them dP is a dot product per row rather than a vector of
+// which most is padding. Images of 8n + 1 pixels are the rule in segmentation (97 = 6 * 16 + 1).
+template <class V>
+int64_t edge_columns(int64_t length) {
+  const int64_t rest = length % V::W;
+  return length > V::W && rest <= V::W / 8 ? rest : 0;
 }
 
 template <class V, class S>
@@ -420,14 +437,15 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
   const Grid& grid = args.grid;
   const int64_t L = grid.size[axis], QK = args.qk_channels, C = args.channels;
   const int64_t block = rows_per_block<V>(L, 384 * 1024);
-  const int64_t lpad = leading<V>(L), bpad = leading<V>(block), jpad = round_up(L, V::W);
+  const int64_t lpad = leading<V>(L), bpad = leading<V>(block), edge = edge_columns<V>(L),
+                jpad = edge ? L - edge : round_up(L, V::W), row_pad = round_up(L, V::W);
   const int64_t panel = V::kPanelVectors * V::W, qkpad = round_up(QK, V::W);
   const bool masked = !keeps_self(grid.axes, axis);
   const Strides stat = scalar_strides(grid);
 
   run_items(args, grid.lines(axis), [&](auto next) {
     Scratch<T> scratch(QK * (lpad + bpad) + qkpad * (L + block) + 2 * block * lpad + block * panel + panel * lpad +
-                       2 * bpad + bpad * V::W + panel * max_rows<V>(1) * 2);
+                       2 * bpad + (1 + edge) * bpad * V::W + panel * max_rows<V>(1) * 2);
     if (!scratch.ok()) return false;
     T* kt = scratch.take(QK * lpad);
     T* qt = scratch.take(QK * bpad);
@@ -440,6 +458,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
     T* lse = scratch.take(bpad);
     T* delta = scratch.take(bpad);
     T* dots = scratch.take(bpad * V::W);
+    T* edges = scratch.take(edge * bpad * V::W);
     T* tile = scratch.take(panel * max_rows<V>(1));
     Ahead ahead;
 
@@ -473,16 +492,17 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         pack_rows<V>(q, rows, 0, QK, qr, qkpad);
         ahead.set(g.data, g.row, rows, panel < C ? panel : C);
         ahead.then(v.data, v.row, L, panel < C ? panel : C);
-        gemm<V, kColMajor>(rows, jpad, QK, qt, bpad, kt, lpad, p, lpad, false, &ahead);
+        gemm<V, kColMajor>(rows, row_pad, QK, qt, bpad, kt, lpad, p, lpad, false, &ahead);
         for (int64_t i = 0; i < rows; ++i) {
           const reg l = V::set1(lse_in[i * stat_row]);
           T* row = p + i * lpad;
-          for (int64_t j = 0; j < jpad; j += V::W) V::store(row + j, V::exp(V::sub(V::load(row + j), l)));
+          for (int64_t j = 0; j < row_pad; j += V::W) V::store(row + j, V::exp(V::sub(V::load(row + j), l)));
           if (masked) row[i0 + i] = T(0);
         }
         if (first) {
           for (int64_t i = 0; i < rows * V::W; ++i) dots[i] = T(0);
         }
+        for (int64_t i = 0; i < edge * rows * V::W; ++i) edges[i] = T(0);
 
         for (int64_t c = 0; c < C; c += panel) {
           const int64_t cols = C - c < panel ? C - c : panel;
@@ -502,11 +522,23 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
               V::store(dots + i * V::W, sum);
             }
           }
-          pack_columns<V>(v, L, c, cols, vt, lpad);
+          pack_columns<V>(v, jpad < L ? jpad : L, c, cols, vt, lpad);
+          for (int64_t e = 0; e < edge; ++e) {
+            pack_rows<V>(LineView<const S>{v.data + (jpad + e) * v.row, v.row}, 1, c, cols, tile, width);
+            for (int64_t i = 0; i < rows; ++i) {
+              T* sum_at = edges + (e * rows + i) * V::W;
+              reg sum = V::load(sum_at);
+              for (int64_t x = 0; x < width; x += V::W) {
+                sum = V::fma(V::load(gp + i * width + x), V::load(tile + x), sum);
+              }
+              V::store(sum_at, sum);
+            }
+          }
           ahead.set(g.data + c + cols, g.row, rows, next_cols);
           ahead.then(v.data + c + cols, v.row, L, next_cols);
           gemm<V, kRowMajor>(rows, jpad, cols, gp, width, vt, lpad, ds, lpad, c > 0, &ahead);
-          gemm_to_line<V, kColMajor>(L, cols, rows, p, lpad, gp, width, tile, dv, c, !first || i0 > 0);
+          gemm_to_line<V, kColMajor>(L, cols, rows, p, lpad, gp, width, tile, dv, c, !first || i0 > 0,
+                                     first ? rows_of(o, c + cols, rows, next_cols) : Ahead());
         }
 
         for (int64_t i = 0; i < rows; ++i) {
@@ -520,7 +552,12 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
           const reg d = V::set1(delta[i]);
           T* row = ds + i * lpad;
           const T* prob = p + i * lpad;
-          for (int64_t j = 0; j < jpad; j += V::W) {
+          for (int64_t e = 0; e < edge; ++e) {
+            T sum = T(0);
+            for (int x = 0; x < V::W; ++x) sum += edges[(e * rows + i) * V::W + x];
+            row[jpad + e] = sum;
+          }
+          for (int64_t j = 0; j < row_pad; j += V::W) {
             // C = 0 leaves ds unwritten, and then delta and every gradient but dV's are zero.
             const reg dp = C > 0 ? V::load(row + j) : V::zero();
             V::store(row + j, V::mul(V::load(prob + j), V::sub(dp, d)));

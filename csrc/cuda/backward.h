@@ -117,8 +117,8 @@ void backward_kernel(BackwardArgs<T> a) {
     const int channels = of_values ? a.channels : a.qk_channels;
     load_panel<T, kBlock, Shape::kThreads>(to, choose(of_values, grad_out, query), pair.query_block * kBlock, a.length,
                                            panel * kWidth, channels);
-    load_panel<T, kBlock, Shape::kThreads>(to + panel_bytes(kBlock), choose(of_values, value, key), pair.key_block * kBlock,
-                                           a.length, panel * kWidth, channels);
+    load_panel<T, kBlock, Shape::kThreads>(to + panel_bytes(kBlock), choose(of_values, value, key),
+                                           pair.key_block * kBlock, a.length, panel * kWidth, channels);
     if (++fetch_step == turn_steps) {
       fetch_step = 0;
       ++fetch_turn;

@@ -116,7 +116,7 @@ Tensor with_dense_channels(const Tensor& t) {
   return copy;
 }
 
-// An uninitialised fp32 tensor (B, *S), or of `count` elements.
+// Uninitialised fp32 tensors: (B, *S), and of `count` elements.
 Tensor empty_statistic(const Tensor& like) {
   int64_t sizes[1 + kMaxAxes];
   sizes[0] = like.size(0);

@@ -58,8 +58,8 @@ int64_t forward_launches(const Grid& g, const DeviceInfo& device) {
   return launches;
 }
 
-// Bytes of the statistics kept between launches, in turn in two buffers: a CTA of a launch may still read what another has
-// replaced.
+// Bytes of the statistics kept between launches, in turn in two buffers: a CTA of a launch may still read what another
+// has replaced.
 template <typename T>
 int64_t forward_scratch(const Grid& g, const DeviceInfo& device) {
   const int64_t launches = forward_launches<T>(g, device);
@@ -167,8 +167,8 @@ int backward(const BackwardRequest& call, Launch&& launch) {
     args.delta = call.delta;
     args.line_blocks = static_cast<int>(ceil_div(g.size[axis], Shape::kBlock));
     const int64_t lines = g.lines(axis);
-    // A CTA that takes a whole line finds most of it in the cache again; that pays while nearly every multiprocessor has
-    // a line. Otherwise the blocks of a line go to different CTAs, one launch for each of their pairings.
+    // A CTA that takes a whole line finds most of it in the cache again; that pays while nearly every multiprocessor
+    // has a line. Otherwise the blocks of a line go to different CTAs, one launch for each of their pairings.
     args.whole_lines = args.line_blocks == 1 || (args.line_blocks <= Shape::kWholeLineBlocks &&
                                                  4 * lines >= 3 * int64_t{device.multiprocessors});
     const int launches = args.whole_lines ? 1 : args.line_blocks;

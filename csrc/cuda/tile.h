@@ -1,7 +1,7 @@
 // Products of shared-memory tiles, one warp's share of the result in registers.
 //
-// WarpTile<T, Rows, Columns, A, B> accumulates A B in fp32: A is Rows x depth, B depth x Columns. An operand's Order says
-// how it lies in shared memory. Each lane holds kLaneRows x kLaneColumns elements; row(r) and column(c) tell which.
+// WarpTile<T, Rows, Columns, A, B> accumulates A B in fp32: A is Rows x depth, B depth x Columns. An operand's Order
+// says how it lies in shared memory. Each lane holds kLaneRows x kLaneColumns elements; row(r) and column(c) tell which.
 //   fp16, bf16: tensor cores, mma.m16n8k16; operands by ldmatrix.
 //   fp32: exact multiply-adds, each lane a small outer product; no TF32.
 #pragma once
@@ -115,7 +115,8 @@ struct WarpTile {
     v[0] = to_float<T>(T{static_cast<uint16_t>(word)});
     v[1] = to_float<T>(T{static_cast<uint16_t>(word >> 16)});
   }
-  static CCNET_DEVICE void put(const Panels& p, int thread, int row0, int column0, int r, int c, const float (&v)[kRun]) {
+  static CCNET_DEVICE void put(const Panels& p, int thread, int row0, int column0, int r, int c,
+                               const float (&v)[kRun]) {
     store_shared<uint32_t>(p.element<T>(row0 + row(thread, r), column0 + column(thread, c)), pack<T>(v[0], v[1]));
   }
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("svg")
-import matplotlib.pyplot as plt  # noqa: E402  after the backend is chosen
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.patches import FancyBboxPatch  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch
 
 GREY, BLUE, RED = "#e9ecef", "#d0e1f9", "#f7b6a6"
 EDGE = "#495057"
@@ -30,20 +30,21 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> N
 
 
 def draw(path: Path) -> None:
-    plt.rcParams.update({"font.size": 9, "svg.hashsalt": "add-rcca", "font.family": "DejaVu Sans"})
+    plt.rcParams.update(
+        {"font.size": 9, "svg.hashsalt": "add-rcca", "svg.fonttype": "none", "font.family": "DejaVu Sans"}
+    )
     figure, axes = plt.subplots(figsize=(9.6, 3.1))
     axes.set(xlim=(0, 12.8), ylim=(0, 4.1))
     axes.axis("off")
 
     row = [("image", 0.1), ("stem", 1.5), ("res2", 2.9), ("res3", 4.3), ("res4", 5.7), ("res5", 7.1)]
-    row += [("FPN", 8.5), ("RPN,\nbox and\nmask heads", 9.9)]
+    row += [("FPN", 8.5), ("RPN, box and\nmask heads", 9.9)]
     for name, x in row:
-        width = 1.5 if name.startswith("RPN") else 1.1
+        width = 1.9 if name.startswith("RPN") else 1.1
         plain = name in ("image", "FPN") or name.startswith("RPN")
         box(axes, x, 2.9, width, 0.9, name, GREY if plain else BLUE)
         if x > 0.1:
             arrow(axes, (x - 0.3, 3.35), (x, 3.35))
-    axes.text(12.0, 3.35, "unchanged", color=EDGE, va="center", style="italic")
 
     box(axes, 0.1, 0.35, 12.2, 1.75, "", "white")
     axes.plot([5.7, 0.2], [2.9, 2.1], color=EDGE, linewidth=0.8, linestyle=":")

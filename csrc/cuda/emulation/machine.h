@@ -1,9 +1,9 @@
-// A CTA on the CPU: its threads are fibers that run one at a time and change at barriers and warp collectives. Memory is
-// shadowed, so that what a GPU would leave undefined is an error here:
+// A CTA on the CPU: its threads are fibers that run one at a time and change at barriers and warp collectives. Memory
+// is shadowed, so that what a GPU would leave undefined is an error here:
 //   - two threads that touch the same shared memory, one of them writing, with no barrier in between;
 //   - shared memory read before it was written, or touched while an asynchronous copy is under way;
-//   - two CTAs of one launch, or two threads of a CTA with no barrier in between, that touch the same global memory, one of
-//     them writing;
+//   - two CTAs of one launch, or two threads of a CTA with no barrier in between, that touch the same global memory,
+//     one of them writing;
 //   - global memory outside the registered tensors, outputs read before they were written, misaligned accesses;
 //   - threads that do not meet at a barrier, or lanes that do not call the same warp collective.
 // Asynchronous copies land either at once or not before the wait, and threads take turns in several orders: results
@@ -375,17 +375,17 @@ class Machine {
         if (fiber.done || fiber.waiting) continue;
         resume(t);
         progress = true;
-        if (!error_.empty()) throw Error(error_ + " (block " + std::to_string(block) + ", thread " + std::to_string(t) + ")");
+        if (!error_.empty()) {
+          throw Error(error_ + " (block " + std::to_string(block) + ", thread " + std::to_string(t) + ")");
+        }
         if (fiber.done) {
           --left;
           if (!fiber.copies.empty()) throw Error("a thread ended with copies under way");
         }
       }
-      if (!progress && left > 0 && options_.order != Order::kRandom) throw Error("deadlock: threads wait for each other");
-      if (options_.order == Order::kRandom && left > 0) {
-        bool any = false;
-        for (const Fiber& f : fibers_) any = any || !(f.done || f.waiting);
-        if (!any) throw Error("deadlock: threads wait for each other");
+      if (!progress && left > 0) {  // a random order may have left out the warps that can go on
+        const auto runs = [](const Fiber& f) { return !f.done && !f.waiting; };
+        if (std::none_of(fibers_.begin(), fibers_.end(), runs)) throw Error("deadlock: threads wait for each other");
       }
     }
   }

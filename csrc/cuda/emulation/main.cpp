@@ -463,7 +463,9 @@ std::vector<Case> fixed_cases() {
 
 template <typename T>
 Case draw_case(std::mt19937& random) {
-  const auto draw = [&](int low, int high) { return low + static_cast<int>(random() % static_cast<uint32_t>(high - low + 1)); };
+  const auto draw = [&](int low, int high) {
+    return low + static_cast<int>(random() % static_cast<uint32_t>(high - low + 1));
+  };
   Case c{};
   c.grid.axes = draw(1, 3);
   c.grid.batch = draw(1, 2);

@@ -3,12 +3,14 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ccnet_d2.analysis.context_tables import ccnet_table, format_ccnet_table, format_ranet_table, ranet_table
+from ccnet_d2.analysis.ccnet_table import ccnet_table, format_ccnet_table
+from ccnet_d2.analysis.ranet_table import format_ranet_table, ranet_table
 from ccnet_d2.analysis.run import analyze_run, format_run, image_size_of
 from ccnet_d2.engine import apply_overrides
 from ccnet_d2.engine.user_errors import one_sentence_errors
@@ -17,7 +19,7 @@ from ccnet_d2.model_zoo import get_config
 _EPILOG = """
 Examples:
   analyze_model.py --config-file cityscapes/ccnet_R_101_D8_769x769_60k.py
-  analyze_model.py --config-file CONFIG --image-size 1024 2048 model.sem_seg_head.context=nl
+  analyze_model.py --config-file CONFIG --image-size 1024x2048 model.sem_seg_head.context=nl
   analyze_model.py --config-file CONFIG --training-step --batch-size 2 train.device=cuda
   analyze_model.py --table ccnet --json costs.json
 """
@@ -35,10 +37,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     parser.add_argument(
         "--image-size",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="side, or height and width; default: the run's crop",
+        type=_size,
+        metavar="HxW",
+        help="such as 512x1024, or one side; default: the run's crop",
     )
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at once; default: 1")
     parser.add_argument(
@@ -49,8 +50,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("opts", nargs="*", metavar="KEY=VALUE", help="change values of the config")
     args = parser.parse_args(argv)
-    if args.image_size is not None and not (len(args.image_size) in (1, 2) and min(args.image_size) > 0):
-        parser.error("--image-size is one side, or height and width, in pixels")
     if args.batch_size < 1:
         parser.error("--batch-size must be at least 1")
     if args.table and (args.image_size or args.opts or args.training_step):
@@ -66,10 +65,9 @@ def run(args: argparse.Namespace) -> None:
         print(layout(result))
     else:
         cfg = apply_overrides(get_config(args.config_file), args.opts)
-        sides = args.image_size or image_size_of(cfg)
         result = analyze_run(
             cfg,
-            (sides[0], sides[-1]),
+            args.image_size or image_size_of(cfg),
             batch_size=args.batch_size,
             time=not args.no_time,
             training_step=args.training_step,
@@ -78,6 +76,13 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if sides is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is not HEIGHTxWIDTH in pixels, for instance 512x1024")
+    return int(sides[1]), int(sides[2] or sides[1])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,8 +10,8 @@ again does nothing until one of those things changes, and an interrupted set-up 
 
 Environment variables:
     DETECTRON2: a pip requirement of another Detectron2 than 0.5 from PyPI (see install_detectron2.py).
-    FORCE_CUDA, TORCH_CUDA_ARCH_LIST, CUDA_HOME: respected by the build of the compiled operator; setting one
-        to something new builds it again.
+    FORCE_CUDA, CUDA_HOME, TORCH_CUDA_ARCH_LIST, CCNET_EXT, CXX, CXXFLAGS: how the compiled operator is built,
+        see setup.py; setting one to something new builds it again.
 
 Standard library only.
 """
@@ -49,6 +49,8 @@ BUILD_TOOLS = ("pip", "setuptools", "wheel", "ninja")
 TORCH = ("torch", "torchvision")
 # headless: OpenCV without windows, because the ordinary package needs system libraries a bare machine lacks.
 PROJECT_EXTRAS = "dev,headless"
+# What setup.py looks at.
+BUILD_VARIABLES = ("CCNET_EXT", "FORCE_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "CXX", "CXXFLAGS")
 # What a finished environment takes, and what pip holds besides while it makes it (measured: 6.5 GB and 3 GB).
 NEEDED_BYTES = 10 * 10**9
 
@@ -153,10 +155,9 @@ class Environment:
     def stages(self) -> list[Stage]:
         """Return the stages in order."""
         tools = "projects/CCNet/tools"
-        cuda = {
-            k: os.environ[k] for k in ("FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME") if os.environ.get(k)
-        }
-        detectron2 = {k: os.environ[k].strip() for k in ("DETECTRON2",) if os.environ.get(k, "").strip()}
+        build = {name: os.environ[name] for name in BUILD_VARIABLES if os.environ.get(name)}
+        chosen = os.environ.get("DETECTRON2", "").strip()
+        detectron2 = {"DETECTRON2": chosen} if chosen else {}
 
         def inputs(*names: str, words: Iterable[str] = ()) -> str:
             return hash_of(self.root, ("constraints.txt", *names), *words)
@@ -178,7 +179,7 @@ class Environment:
                 "ccnet_d2 and the tools of its developers",
                 self.install_project,
                 inputs("pyproject.toml", "setup.py", "csrc", words=[PROJECT_EXTRAS]),
-                cuda,
+                build,
             ),
             Stage("check", "check", self.check, inputs(words=[CHECK]), {}),
         ]
@@ -269,6 +270,13 @@ class Environment:
         self.require_space()
         self.state.mkdir(parents=True)
         self.unfinished.touch()
+        self.create()
+        write_atomically(place, str(self.venv))
+        self.unfinished.unlink()
+        return True
+
+    def create(self) -> None:
+        """Make an environment with pip, from whatever this Python has for that."""
         if importlib.util.find_spec("venv") is None:
             raise InstallError(f"{sys.executable} lacks the module venv: apt install python3-venv.")
         has_ensurepip = importlib.util.find_spec("ensurepip") is not None
@@ -279,9 +287,6 @@ class Environment:
         )
         if not has_ensurepip:
             self.install_pip()
-        write_atomically(place, str(self.venv))
-        self.unfinished.unlink()
-        return True
 
     def clear_discarded(self) -> None:
         """Delete the environment that was put aside, perhaps by a run that was interrupted at this."""
@@ -356,13 +361,13 @@ class Environment:
             ["--verbose", "--no-build-isolation", "--editable", f"{self.root}[{PROJECT_EXTRAS}]"],
             "Installing ccnet_d2",
         )
-        built = any((self.root / "ccnet_d2").rglob("*.so"))
-        print(
-            "    compiled operator: built"
-            if built
-            else f"    compiled operator: not built, the PyTorch ones are used ({self.log} says why)",
-            flush=True,
+        libraries = sorted(
+            path.stem.removeprefix("_C_") for path in (self.root / "ccnet_d2").rglob("_C_*.so")
         )
+        if libraries:
+            print(f"    compiled operator: built for {' and '.join(libraries)}", flush=True)
+        else:
+            print(f"    compiled operator: not built, PyTorch's are used ({self.log} says why)", flush=True)
 
     def check(self) -> None:
         """Check that what was installed fits together and can be imported."""

@@ -1,0 +1,91 @@
+"""What a bug report should say: `python -m ccnet_d2.collect_env` prints versions, the machine and the op's backends."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+
+import torch
+
+import ccnet_d2
+from ccnet_d2.ops import available_backends, compiled
+from ccnet_d2.ops.backends import automatic_backend
+
+_DISTRIBUTIONS = ("torchvision", "detectron2", "fvcore", "omegaconf", "numpy", "Pillow")
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_VARIABLES = (
+    "CCNET_CPU_ISA",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "FORCE_CUDA",
+    "CUDA_HOME",
+    "CCNET_EXT",
+)
+
+
+def collect_env_info() -> str:
+    """Versions, devices and which backend of criss-cross attention is active, with a reason for each that is not."""
+    rows = [
+        ("ccnet_d2", f"{ccnet_d2.__version__} ({os.path.dirname(os.path.abspath(ccnet_d2.__file__))})"),
+        ("Python", f"{platform.python_version()} ({sys.executable})"),
+        ("platform", platform.platform()),
+        ("torch", torch.__version__),
+        *((name, _version(name)) for name in _DISTRIBUTIONS),
+        ("CPU threads", str(torch.get_num_threads())),
+        ("CUDA of torch", str(torch.version.cuda)),
+        *_gpus(),
+        *((name, os.environ[name]) for name in _VARIABLES if name in os.environ),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    return "\n".join([*lines, "", "criss-cross attention:", *(f"  {line}" for line in _backends())])
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpus() -> list[tuple[str, str]]:
+    if not torch.cuda.is_available():
+        return [("GPU", "none that torch sees")]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        found.append(
+            (f"GPU {index}", f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}")
+        )
+    return found
+
+
+def _backends() -> list[str]:
+    lines = [f'backend="auto" on cpu: {_automatic(torch.device("cpu"))}']
+    if torch.cuda.is_available():
+        lines.append(f'backend="auto" on cuda: {_automatic(torch.device("cuda"))}')
+    for name, reason in available_backends().items():
+        if name != "compiled":
+            lines.append(f"{name}: available" if reason is None else f"{name}: not available: {reason}")
+    for device in ("cpu", "cuda"):
+        reason = compiled.unavailable_reason(device)
+        if reason is not None:
+            lines.append(f"compiled on {device}: not available: {reason}")
+        elif device == "cpu":
+            sets = ", ".join(
+                f"{str(dtype).removeprefix('torch.')} {compiled.instruction_set(dtype)}"
+                for dtype in _CPU_DTYPES
+            )
+            lines.append(f"compiled on cpu: available; instruction sets: {sets}")
+        else:
+            lines.append("compiled on cuda: available")
+    return lines
+
+
+def _automatic(device: torch.device) -> str:
+    x = torch.zeros(1, 1, 1, 1, device=device)
+    return automatic_backend(x, x, x)
+
+
+if __name__ == "__main__":
+    print(collect_env_info())

@@ -1,0 +1,33 @@
+// Joins one axis' softmax statistics of a block of rows with those of the axes before; `merge` in lines.h, a vector of
+// rows at a time. Included inside each translation unit's anonymous namespace (see line_kernels.h).
+
+// On entry keep and fresh hold the largest energy and the sum of exponentials of each row on this axis; on return the
+// factors of what `out` holds (the mean over the keys seen so far) and of this axis' sum_j exp(S - max) V.
+// max_io and sum_io are rows `step` apart; after the last axis sum_io is the log-sum-exp. The two scratch arrays, keep
+// and fresh have room for whole vectors.
+template <class V>
+void merge_rows(int64_t rows, bool first, bool last, typename V::T* max_io, typename V::T* sum_io, int64_t step,
+                typename V::T* keep, typename V::T* fresh, typename V::T* before_max, typename V::T* before_sum) {
+  using T = typename V::T;
+  using reg = typename V::reg;
+  for (int64_t i = 0; i < rows; ++i) {
+    before_max[i] = first ? static_cast<T>(-INFINITY) : max_io[i * step];
+    before_sum[i] = first ? T(0) : sum_io[i * step];
+  }
+  for (int64_t i = 0; i < rows; i += V::W) {
+    const reg m_here = V::load(keep + i), m_before = V::load(before_max + i);
+    const reg s_here = V::load(fresh + i), s_before = V::load(before_sum + i);
+    const reg m = V::max(m_before, m_here);  // never -inf: an axis that contributes has a key for every row
+    const reg scale_here = V::exp(V::sub(m_here, m));
+    const reg kept = V::mul(V::exp(V::sub(m_before, m)), s_before);
+    const reg sum = V::fma(s_here, scale_here, kept);
+    V::store(before_max + i, m);
+    V::store(before_sum + i, sum);
+    V::store(keep + i, V::div(kept, sum));
+    V::store(fresh + i, V::div(scale_here, sum));
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    max_io[i * step] = before_max[i];
+    sum_io[i * step] = last ? log_sum_exp(Stats<T>{before_max[i], before_sum[i]}) : before_sum[i];
+  }
+}

@@ -1,0 +1,141 @@
+"""setup.py where parts are missing: the package always builds, says what is left out and why, or fails if told to."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCH_IS_NEW_ENOUGH = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None\n"
+RUN_SETUP = (
+    "import runpy, sys; sys.argv = ['setup.py', 'build_ext', '--build-lib', {lib!r}, '--build-temp', {temp!r}]\n"
+    "runpy.run_path('setup.py', run_name='__main__')\n"
+)
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Runs setup.py on a copy of the sources with other environment variables."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    skipped = shutil.ignore_patterns("*.so", "__pycache__", "emulation")
+    for name in ("csrc", "ccnet_d2", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=skipped)
+
+    def run(*, before="", **variables):
+        environment = {k: v for k, v in os.environ.items() if k not in ("CCNET_EXT", "CXX", "CXXFLAGS")}
+        environment |= {"FORCE_CUDA": "0", **variables}
+        lib, temp = (str(tmp_path / name) for name in ("out", "temp"))
+        program = before + RUN_SETUP.format(lib=lib, temp=temp)
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        return done, sorted(path.name for path in tmp_path.rglob("*.so"))
+
+    return run
+
+
+def test_switched_off(build):
+    done, libraries = build(CCNET_EXT="0")
+    assert done.returncode == 0, done.stderr
+    assert libraries == [] and "CCNET_EXT=0 asks to leave it out" in done.stderr
+
+
+def test_without_torch(build):
+    done, libraries = build(before=WITHOUT_TORCH)
+    assert done.returncode == 0, done.stderr
+    assert libraries == []
+    assert "for CPU is NOT built: torch cannot be imported" in done.stderr
+    assert "--no-build-isolation" in done.stderr
+
+
+@pytest.mark.skipif(not TORCH_IS_NEW_ENOUGH, reason="the compiled op needs torch 2.10")
+def test_without_a_compiler(build, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done, libraries = build(PATH=str(empty))
+    assert done.returncode == 0, done.stderr
+    assert libraries == [] and "no C++ compiler was found" in done.stderr
+
+
+@pytest.mark.skipif(not TORCH_IS_NEW_ENOUGH, reason="the compiled op needs torch 2.10")
+def test_compiler_named_but_missing(build):
+    done, libraries = build(CXX="/no/such/compiler")
+    assert done.returncode == 0, done.stderr
+    assert libraries == [] and "CXX names, /no/such/compiler, does not exist" in done.stderr
+
+
+@pytest.mark.skipif(not TORCH_IS_NEW_ENOUGH, reason="the compiled op needs torch 2.10")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_compilation_that_fails(build):
+    flags = "-include no_such_header.h"
+    done, libraries = build(CXXFLAGS=flags)
+    assert done.returncode == 0, done.stderr
+    assert libraries == []
+    assert "the compiler failed" in done.stderr and "no_such_header.h" in done.stderr
+    done, libraries = build(CXXFLAGS=flags, CCNET_EXT="require")
+    assert done.returncode != 0
+    assert libraries == [] and "CCNET_EXT=require asks for it" in done.stderr
+
+
+def test_requiring_what_cannot_be_built_is_an_error(build):
+    done, libraries = build(before=WITHOUT_TORCH, CCNET_EXT="require")
+    assert done.returncode != 0
+    assert libraries == [] and "CCNET_EXT=require asks for it" in done.stderr
+
+
+def test_unknown_wish_is_refused(build):
+    done, _ = build(CCNET_EXT="maybe")
+    assert done.returncode != 0
+    assert "CCNET_EXT=maybe is unknown" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TORCH_IS_NEW_ENOUGH, reason="the compiled op needs torch 2.10")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_build_and_load(build, tmp_path):
+    done, libraries = build(CCNET_EXT="require")
+    assert done.returncode == 0, done.stderr
+    assert libraries == ["_C_cpu.so"]
+    assert "for CUDA is NOT built: FORCE_CUDA=0" in done.stderr
+    program = (
+        "import sys, torch; torch.ops.load_library(sys.argv[1])\n"
+        "x = torch.randn(1, 2, 1, 1); print(torch.equal(torch.ops.ccnet_d2.criss_cross_forward(x, x, x)[0], x))"
+    )
+    library = next((tmp_path / "out").rglob("*.so"))
+    loaded = subprocess.run([sys.executable, "-c", program, str(library)], capture_output=True, text=True)
+    assert loaded.stdout.strip() == "True", loaded.stderr
+    # A second build finds everything done.
+    again, _ = build(CCNET_EXT="require")
+    assert " -c " not in again.stdout, again.stdout
+
+
+@pytest.fixture(scope="module")
+def setup_module():
+    spec = importlib.util.spec_from_file_location("ccnet_d2_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_architectures(setup_module):
+    assert setup_module.architecture_flags("8.0;9.0a+PTX") == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=compute_90a",
+    ]
+    with pytest.raises(setup_module.NotBuilt, match="'Hopper', which is no architecture"):
+        setup_module.architecture_flags("Hopper")
+
+
+def test_toolkit_that_is_none(setup_module, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(setup_module.NotBuilt, match="has no bin/nvcc"):
+        setup_module.find_cuda_toolkit()

@@ -1,0 +1,71 @@
+"""The benchmark of the op: what it measures against computes the right thing, and a small run yields every figure."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ccnet_d2.ops import available_backends, criss_cross_attention
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "projects" / "CCNet" / "tools"))
+import benchmark_op
+from attention_formulations import (
+    non_local_attention,
+    non_local_sdpa,
+    operator_flops,
+    textbook_attention,
+)
+
+
+@pytest.mark.parametrize("sizes", [(6,), (5, 4), (3, 4, 5)])
+def test_textbook_formulation_is_the_op(sizes):
+    query, key, value = (torch.randn(2, c, *sizes, dtype=torch.float64) for c in (3, 3, 7))
+    expected = criss_cross_attention(query, key, value, backend="reference")
+    torch.testing.assert_close(textbook_attention(query, key, value), expected)
+
+
+def test_non_local_formulations_agree_with_a_sum_over_positions():
+    query, key, value = (torch.randn(1, c, 2, 3, dtype=torch.float64) for c in (2, 2, 4))
+    q, k, v = (x.flatten(2)[0] for x in (query, key, value))
+    expected = torch.empty(4, 6, dtype=torch.float64)
+    for i in range(6):
+        weights = torch.tensor([float(q[:, i] @ k[:, j]) for j in range(6)], dtype=torch.float64).softmax(0)
+        expected[:, i] = (v * weights).sum(1)
+    for function in (non_local_attention, non_local_sdpa):
+        torch.testing.assert_close(function(query, key, value), expected.view(1, 4, 2, 3))
+
+
+def test_exponent_of_a_power_law():
+    assert benchmark_op.fit_exponent([(n, 3e-6 * n**1.5) for n in (100, 900, 2500)]) == pytest.approx(1.5)
+
+
+def test_operations():
+    # Four positions on two lines of two each: 16 query-key pairs, counted with the masked ones.
+    assert operator_flops(1, 2, 3, (2, 2)) == (2 * 16 * (2 + 3), 2 * 16 * (3 * 2 + 2 * 3))
+
+
+def test_small_run(tmp_path, capsys):
+    report = tmp_path / "bench.json"
+    command = ["--device", "cpu", "--sizes", "6x5", "--channels", "16", "--seconds", "0.001"]
+    only = ["core", "module", "memory"]
+    assert benchmark_op.main([*command, "--dtype", "float32", "--only", *only, "--json", str(report)]) == 0
+    rows = json.loads(report.read_text())["rows"]
+    wanted = {"textbook"} | {name for name, reason in available_backends().items() if reason is None}
+    for section in only:
+        assert wanted <= {row["candidate"] for row in rows if row["section"] == section}
+    assert all(row["ms"] > 0 and row["speedup"] > 0 for row in rows if row["section"] != "memory")
+    assert all(
+        row["to_floor"] > 0
+        for row in rows
+        if row["section"] == "core" and "non-local" not in row["candidate"]
+    )
+    assert "x textbook" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "x", "0x4", "1x2x3x4"])
+def test_wrong_sizes_are_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_op.parse_arguments(["--sizes", text])
+    assert "is no size" in capsys.readouterr().err

@@ -1,0 +1,21 @@
+import subprocess
+import sys
+
+import torch
+
+from ccnet_d2.ops import available_backends, compiled
+
+
+def test_report_names_versions_and_backends():
+    done = subprocess.run([sys.executable, "-m", "ccnet_d2.collect_env"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert torch.__version__ in done.stdout
+    reason = available_backends()["compiled"]
+    if reason is None:
+        assert 'backend="auto" on cpu: compiled' in done.stdout
+        assert f"float32 {compiled.instruction_set(torch.float32)}" in done.stdout
+    else:
+        assert 'backend="auto" on cpu: matmul' in done.stdout
+        assert f"compiled on cpu: not available: {reason}" in done.stdout
+    cuda = compiled.unavailable_reason("cuda")
+    assert cuda is None or f"compiled on cuda: not available: {cuda}" in done.stdout

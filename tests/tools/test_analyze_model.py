@@ -1,0 +1,132 @@
+"""analyze_model.py: a run's parameters, FLOPs, memory and time, and the tables' files."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "projects/CCNet/tools/analyze_model.py"
+TOY = "toy/ccnet_synthetic.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("analyze_model_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def analyze(script, tmp_path, *arguments) -> dict:
+    assert script.main([*arguments, "--json", str(tmp_path / "new/result.json")]) == 0
+    return json.loads((tmp_path / "new/result.json").read_text())
+
+
+def test_a_small_run(script, tmp_path, capsys):
+    result = analyze(
+        script,
+        tmp_path,
+        "--config-file",
+        TOY,
+        "--image-size=40x48",
+        "--batch-size=2",
+        "--training-step",
+        "train.device=cpu",
+        "model.sem_seg_head.context=rcca_r1",
+    )
+    modules = result["modules"]
+    # Two 3x3 convolutions, the second of stride 2; conva, RCCA, convb, fuse and classifier at half the size.
+    full, half = 2 * 40 * 48, 2 * 20 * 24
+    macs = {
+        "backbone": full * 9 * 3 * 64 + half * 9 * 64 * 64,
+        "sem_seg_head.conva": half * 9 * 64 * 64,
+        "sem_seg_head.fuse": half * 9 * 128 * 64,
+        "sem_seg_head.classifier": half * 64 * 4,
+        "sem_seg_head.context": half * (64 * (64 + 16) + (20 + 24) * (64 + 8)),
+    }
+    for name, count in macs.items():
+        assert modules[name]["gflops"] == pytest.approx(2 * count / 1e9, rel=0.03), name
+    head = sum(modules[n]["gflops"] for n in modules if n.startswith("sem_seg_head."))
+    assert modules["sem_seg_head"]["gflops"] == pytest.approx(head)
+    assert modules["total"]["gflops"] == pytest.approx(head + modules["backbone"]["gflops"])
+    parameters = modules["backbone"]["parameters"]
+    assert parameters == 9 * 3 * 64 + 9 * 64 * 64 + 2 * 2 * 64
+    assert modules["total"]["parameters"] == parameters + modules["sem_seg_head"]["parameters"]
+    assert result["weights_mb"] == pytest.approx(4e-6 * modules["total"]["parameters"], rel=0.02)
+
+    # The first convolution's result alone, and all results of the head's convolutions.
+    assert result["inference_peak_mb"] > 4e-6 * full * 64
+    assert result["training_peak_mb"] > result["training_kept_mb"] > 4e-6 * (2 * full + 5 * half) * 64
+    assert result["inference_seconds"] > 0 and "CPU" in result["device"]
+    printed = capsys.readouterr().out
+    assert (
+        "toy/ccnet_synthetic.py: 2 x 3 x 40 x 48" in printed and "two FLOPs for each multiply-add" in printed
+    )
+
+
+def test_larger_images_cost_more_and_modules_are_interchangeable(script, tmp_path):
+    base = ("--config-file", TOY, "--no-time")
+    small = analyze(script, tmp_path, *base, "--image-size=32")
+    large = analyze(script, tmp_path, *base, "--image-size=64")
+    nl = analyze(script, tmp_path, *base, "--image-size=64", "model.sem_seg_head.context=nl")
+    assert "inference_seconds" not in small
+    assert large["modules"]["backbone"]["gflops"] == pytest.approx(4 * small["modules"]["backbone"]["gflops"])
+    assert large["inference_peak_mb"] > 3 * small["inference_peak_mb"]
+    assert (
+        nl["modules"]["sem_seg_head.context"]["gflops"] > large["modules"]["sem_seg_head.context"]["gflops"]
+    )
+    assert nl["modules"]["backbone"] == large["modules"]["backbone"]
+
+
+def test_the_paper_s_network_without_computing_it(script, tmp_path, capsys):
+    result = analyze(
+        script, tmp_path, "--config-file", "cityscapes/ccnet_R_101_D8_769x769_60k.py", "--no-time"
+    )
+    assert result["image_size"] == [769, 769]  # the run's crop
+    assert result["modules"]["sem_seg_head.context"]["gflops"] == pytest.approx(16.5, rel=0.015)
+    assert result["modules"]["sem_seg_head.auxiliary"]["gflops"] == 0  # trains, but does not predict
+    assert "context" in capsys.readouterr().out
+
+
+def test_table_as_a_file(script, tmp_path, capsys):
+    table = analyze(script, tmp_path, "--table", "ccnet")
+    gflops = {row["method"]: row["gflops"] for row in table["rows"]}
+    assert gflops["RCCA (R=2)"] == pytest.approx(16.5, rel=0.015)
+    assert "RCCA (R=2)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config-file", TOY], "error: The run trains on images of any size: give --image-size"),
+        (["--config-file", "toy/ccnet_synthetik.py"], "error: There is no config"),
+        (["--config-file", TOY, "--image-size=64", "model.nothing=1"], "error: Unknown key 'model.nothing'"),
+    ],
+)
+def test_wrong_input_is_one_sentence(script, arguments, message, capsys):
+    assert script.main(arguments) == 1
+    assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--table", "ccnet", "--config-file", TOY],
+        ["--table", "ccnet", "--image-size=64"],
+        ["--config-file", TOY, "--image-size=64x"],
+        ["--config-file", TOY, "--batch-size=0"],
+    ],
+)
+def test_impossible_requests_show_the_usage(script, arguments, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        script.main(arguments)
+    assert exit_status.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+def test_help_from_the_command_line():
+    run = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True)
+    assert "--table" in run.stdout and run.stderr == ""

@@ -1,0 +1,152 @@
+"""Fetching one known file from a package index, against a server on this machine."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import package_index
+from pip_runner import InstallError
+
+CONTENT = b"a wheel" * 100
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Index(http.server.ThreadingHTTPServer):
+    """Serves ``pages`` (path to content) and keeps the headers of what was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.pages: dict[str, bytes] = {}
+        self.asked: list[tuple[str, str | None]] = []
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Index
+
+    def do_GET(self) -> None:
+        self.server.asked.append((self.path, self.headers.get("Authorization")))
+        content = self.server.pages.get(self.path)
+        self.send_response(404 if content is None else 200)
+        self.end_headers()
+        self.wfile.write(content or b"")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Index]:
+    server = Index()
+    # As pip's environment decides, nothing of this machine's configuration may come in.
+    for name in (
+        "PIP_INDEX_URL",
+        "PIP_EXTRA_INDEX_URL",
+        "PIP_CERT",
+        "PIP_CONFIG_FILE",
+        "http_proxy",
+        "HTTP_PROXY",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home" / "config"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://{server.address}/simple/")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+    server.pages["/simple/thing/"] = (
+        b"<!DOCTYPE html><html><body>\n"
+        b'<a href="../../files/thing-1.0-py3-none-any.whl#sha256=00" data-requires-python="&gt;=3">thing</a><br/>\n'
+        b"<A data-x='1' HREF='../../files/thing-1%2E1.tar.gz'>thing</A>\n</body></html>"
+    )
+    server.pages["/files/thing-1.0-py3-none-any.whl"] = CONTENT
+    server.pages["/files/thing-1%2E1.tar.gz"] = CONTENT
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("filename", ["thing-1.0-py3-none-any.whl", "thing-1.1.tar.gz"])
+def test_file_is_found_and_verified(index: Index, tmp_path: Path, filename: str) -> None:
+    path = package_index.fetch_file("thing", filename, SHA256, tmp_path)
+    assert path == tmp_path / filename
+    assert path.read_bytes() == CONTENT
+
+
+def test_other_content_is_refused(index: Index, tmp_path: Path) -> None:
+    index.pages["/files/thing-1.0-py3-none-any.whl"] = CONTENT + b"!"
+    with pytest.raises(InstallError, match=rf"has sha256 [0-9a-f]{{64}} instead of {SHA256}"):
+        package_index.fetch_file("thing", "thing-1.0-py3-none-any.whl", SHA256, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_file_is_named(index: Index, tmp_path: Path) -> None:
+    with pytest.raises(
+        InstallError, match=r"thing-2\.0\.zip cannot be downloaded .*/simple has no thing-2\.0\.zip"
+    ):
+        package_index.fetch_file("thing", "thing-2.0.zip", SHA256, tmp_path)
+
+
+def test_unreachable_index(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
+    with pytest.raises(InstallError, match=r"127\.0\.0\.1:1/simple cannot be read .*refused") as error:
+        package_index.fetch_file("thing", "thing-1.1.tar.gz", SHA256, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_second_index(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://{index.address}/empty")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", f"http://{index.address}/simple")
+    assert package_index.fetch_file("thing", "thing-1.1.tar.gz", SHA256, tmp_path).is_file()
+
+
+def test_credentials_go_to_the_index_only_and_into_no_message(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = f"http://localhost:{index.server_address[1]}/files/thing-1.0-py3-none-any.whl"
+    index.pages["/simple/elsewhere/"] = f'<a href="{other}">thing</a>'.encode()
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://me:p%40ss@{index.address}/simple")
+    package_index.fetch_file("elsewhere", "thing-1.0-py3-none-any.whl", SHA256, tmp_path)
+    token = "Basic " + base64.b64encode(b"me:p@ss").decode()
+    assert index.asked == [("/simple/elsewhere/", token), ("/files/thing-1.0-py3-none-any.whl", None)]
+    with pytest.raises(InstallError) as error:
+        package_index.fetch_file("thing", "nothing", SHA256, tmp_path)
+    assert "p%40ss" not in str(error.value) and "p@ss" not in str(error.value)
+
+
+def test_index_from_the_configuration_file(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PIP_INDEX_URL")
+    file = tmp_path / "home" / "config" / "pip" / "pip.conf"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "[global]\nindex-url = https://global.example/simple\n[install]\nindex-url = https://mine.example/\n"
+    )
+    assert package_index.configured_indexes()[0] == "https://mine.example"
+    last = tmp_path / "last.conf"
+    last.write_text("[install]\nindex-url = https://last.example/simple\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(last))
+    assert package_index.configured_indexes()[0] == "https://last.example/simple"
+
+
+def test_broken_configuration_file(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIP_INDEX_URL")
+    broken = tmp_path / "broken.conf"
+    broken.write_text("index-url = nowhere\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(broken))
+    with pytest.raises(InstallError, match="pip's configuration cannot be read"):
+        package_index.configured_indexes()

@@ -1,0 +1,78 @@
+"""pip's failures as one sentence."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import pip_runner
+from pip_runner import InstallError
+
+
+@pytest.mark.parametrize(
+    ("output", "meaning"),
+    [
+        (
+            "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(...)': /simple/torch/\n"
+            "ERROR: No matching distribution found for torch",
+            "cannot be reached",
+        ),
+        (
+            "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
+            "disk is full",
+        ),
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.", "expected sha256"),
+        ("SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED]'))", "certificate"),
+        ("error: externally-managed-environment", "virtual environment"),
+        ("/usr/bin/python3: No module named pip", "no pip"),
+        ("ERROR: ResolutionImpossible: for help visit", "contradict"),
+        ("Collecting a\nERROR: Invalid requirement: '??'\n", "Invalid requirement: '??'"),
+        ("Traceback\nValueError: something new\n", "ValueError: something new"),
+        ("", "pip printed nothing"),
+    ],
+)
+def test_causes(output: str, meaning: str) -> None:
+    explanation = pip_runner.explain_failure(output)
+    assert meaning in explanation and "\n" not in explanation
+
+
+def test_failing_command_keeps_its_output_in_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    program = "import sys; print('first'); print('ERROR: it broke.', file=sys.stderr); sys.exit(3)"
+    with pytest.raises(InstallError) as error:
+        pip_runner.run_command([sys.executable, "-c", program], what="The work", log=log)
+    assert str(error.value) == f"The work failed: it broke. All of the output is in {log}."
+    assert sorted(log.read_text().splitlines()) == ["ERROR: it broke.", "first"]
+
+
+def test_sentence_of_our_own_script_is_passed_on() -> None:
+    program = "import sys; print('noise'); sys.exit('install_detectron2: There is no such thing.')"
+    with pytest.raises(InstallError, match=r"^There is no such thing\.$"):
+        pip_runner.run_command([sys.executable, "-c", program], what="The work")
+
+
+def test_command_that_does_not_exist() -> None:
+    with pytest.raises(
+        InstallError, match=r"The work failed: No such file or directory \(/nonexistent/python\)"
+    ):
+        pip_runner.run_command(["/nonexistent/python"], what="The work")
+
+
+def test_only_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    program = (
+        "print('Collecting a'); print('  Downloading https://x/y/a-1-py3-none-any.whl (3 MB)'); print('done')"
+    )
+    output = pip_runner.run_command([sys.executable, "-c", program], what="The work")
+    assert output.count("\n") == 3
+    assert capsys.readouterr().out == "    Downloading a-1-py3-none-any.whl (3 MB)\n"
+
+
+def test_environment_of_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_TARGET", "/elsewhere")
+    monkeypatch.setenv("PIP_INDEX_URL", "https://mine.example/simple")
+    environment = pip_runner.pip_environment({"TMPDIR": "/var/tmp"})
+    assert "PIP_TARGET" not in environment
+    assert environment["PIP_INDEX_URL"] == "https://mine.example/simple"
+    assert environment["TMPDIR"] == "/var/tmp"

@@ -1,0 +1,322 @@
+"""The set-up of .venv: stages, stamps, resuming, and what it refuses. Environments are made for real, offline."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import venv
+from pathlib import Path
+
+import pytest
+
+import setup_environment
+from pip_runner import InstallError
+from setup_environment import Environment, Stage, hash_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_borrowing_environment(directory: Path) -> None:
+    """A real environment that uses this one's packages, pip included: made in no time."""
+    venv.create(directory, with_pip=False, symlinks=True)
+    (site_packages,) = (directory / "lib").glob("python*/site-packages")
+    (site_packages / "outer.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+
+
+class Recorded(Environment):
+    """An environment whose stages, after the real environment itself, only note that they ran."""
+
+    def __init__(self, root: Path, **keywords: bool) -> None:
+        super().__init__(root, **keywords)
+        self.ran: list[str] = []
+        self.wish: dict[str, str] = {}
+        self.failing = ""
+        self.borrow_pip = False
+
+    def create(self) -> None:
+        if self.borrow_pip:
+            make_borrowing_environment(self.venv)
+        else:
+            super().create()
+
+    def stages(self) -> list[Stage]:
+        def stage(name: str, *inputs: str, wishes: dict[str, str] | None = None) -> Stage:
+            def run() -> None:
+                self.ran.append(name)
+                if name == self.failing:
+                    raise InstallError(f"{name} failed")
+
+            return Stage(name, name, run, hash_of(self.root, inputs), wishes or {})
+
+        return [stage("first", "a.txt"), stage("second", "csrc", wishes=self.wish), stage("check")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root whose environment and stages are complete."""
+    if importlib.util.find_spec("ensurepip") is None:
+        pytest.skip("without ensurepip, pip comes from the network")
+    root = tmp_path_factory.mktemp("root")
+    (root / "a.txt").write_text("1")
+    (root / "csrc").mkdir()
+    environment = Recorded(root)
+    assert environment.run()
+    assert environment.ran == ["first", "second", "check"]
+    return root
+
+
+@pytest.fixture
+def root(finished: Path) -> Path:
+    """The finished root, brought back to its finished state."""
+    (finished / "a.txt").write_text("1")
+    shutil.rmtree(finished / "csrc")
+    (finished / "csrc").mkdir()
+    Recorded(finished).run()
+    return finished
+
+
+def test_second_run_does_nothing_at_once(root: Path) -> None:
+    environment = Recorded(root)
+    start = time.monotonic()
+    assert not environment.run()
+    assert environment.ran == []
+    assert time.monotonic() - start < 5
+
+
+def test_environment_has_pip_of_its_own(root: Path) -> None:
+    python = root / ".venv" / "bin" / "python"
+    result = subprocess.run([python, "-m", "pip", "--version"], capture_output=True, text=True, check=True)
+    assert str(root / ".venv") in result.stdout
+    assert Recorded(root).venv_version() == sys.version_info[:2]
+
+
+def test_changed_input_runs_its_stage_and_the_check(root: Path) -> None:
+    (root / "csrc" / "new.cpp").write_text("int f();")
+    environment = Recorded(root)
+    assert environment.run()
+    assert environment.ran == ["second", "check"]
+
+
+def test_wish_counts_when_it_is_new_and_stays_when_it_is_left_out(root: Path) -> None:
+    for wish, expected in [
+        ({"FORCE_CUDA": "1"}, ["second", "check"]),
+        ({"FORCE_CUDA": "1"}, []),
+        ({}, []),
+        ({"FORCE_CUDA": "0"}, ["second", "check"]),
+    ]:
+        environment = Recorded(root)
+        environment.wish = wish
+        environment.run()
+        assert environment.ran == expected
+
+
+def test_failed_stage_is_run_again(root: Path) -> None:
+    (root / "a.txt").write_text("2")
+    environment = Recorded(root)
+    environment.failing = "first"
+    with pytest.raises(InstallError, match="first failed"):
+        environment.run()
+    assert environment.ran == ["first"]
+    again = Recorded(root)
+    assert again.run()
+    assert again.ran == ["first", "check"]
+    assert not again.working.exists() and not again.temporary.exists()
+
+
+def test_failure_of_an_unchanged_stage_leaves_no_old_stamp(root: Path) -> None:
+    environment = Recorded(root)
+    environment.wish, environment.failing = {"FORCE_CUDA": "2"}, "second"
+    with pytest.raises(InstallError):
+        environment.run()
+    # Without the wish the stage would count as done, were its stamp still there.
+    again = Recorded(root)
+    again.run()
+    assert again.ran == ["second", "check"]
+
+
+def test_damaged_stamp_is_no_stamp(root: Path) -> None:
+    environment = Recorded(root)
+    environment.stamp(environment.stages()[0]).write_text("{")
+    environment.run()
+    assert environment.ran == ["first", "check"]
+
+
+def test_interrupted_stage_is_repaired(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    environment = Recorded(root)
+    environment.stamp(environment.stages()[0]).unlink()
+    environment.working.touch()
+    environment.temporary.mkdir()
+    (environment.temporary / "pip-unpack-left").mkdir()
+    (site_packages,) = (root / ".venv" / "lib").glob("python*/site-packages")
+    (site_packages / "half-1.0.dist-info").mkdir()
+    (site_packages / "half-1.0.dist-info" / "METADATA").write_text("Name: half\n")
+    (site_packages / "~ld").mkdir()
+    environment.run()
+    assert environment.ran == ["first", "check"]
+    assert not (site_packages / "half-1.0.dist-info").exists() and not (site_packages / "~ld").exists()
+    assert list(site_packages.glob("pip-*.dist-info")), "a complete distribution was removed"
+    assert not environment.temporary.exists()
+    assert "half-1.0.dist-info, ~ld" in capsys.readouterr().out
+
+
+def test_half_made_or_moved_environment_is_remade(root: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(root, moved, symlinks=True)
+    environment = Recorded(moved)
+    environment.borrow_pip = True
+    assert environment.run()
+    assert environment.ran == ["first", "second", "check"]
+    assert str(moved) in (moved / ".venv" / "bin" / "activate").read_text()
+    assert not environment.discarded.exists()
+
+    environment.unfinished.touch()
+    (environment.venv / "left-over").touch()
+    again = Recorded(moved)
+    again.borrow_pip = True
+    again.run()
+    assert again.ran == ["first", "second", "check"]
+    assert not (again.venv / "left-over").exists() and not again.unfinished.exists()
+
+
+def test_environment_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "mine").write_text("precious")
+    with pytest.raises(InstallError, match=r"was not made by this set-up.*move it away"):
+        Recorded(tmp_path).run()
+    assert (tmp_path / ".venv" / "mine").read_text() == "precious"
+    assert [path.name for path in (tmp_path / ".venv").iterdir()] == ["mine"]
+
+
+def test_usable_environment_of_somebody_else_is_used(tmp_path: Path) -> None:
+    make_borrowing_environment(tmp_path / ".venv")
+    (tmp_path / ".venv" / "mine").touch()
+    (tmp_path / "a.txt").touch()
+    environment = Recorded(tmp_path)
+    environment.run()
+    assert environment.ran == ["first", "second", "check"]
+    assert (tmp_path / ".venv" / "mine").exists()
+
+
+def test_wrong_python_is_named_before_anything_is_touched(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        InstallError, match=r"/usr/bin/python3\.9 is Python 3\.9, and the project needs Python 3\.10 to"
+    ):
+        setup_environment.check_python((3, 9), "/usr/bin/python3.9")
+    with pytest.raises(InstallError, match=r"3\.14"):
+        setup_environment.check_python((3, 14), "python")
+    for minor in range(10, 14):
+        setup_environment.check_python((3, minor), "python")
+    monkeypatch.setattr(setup_environment, "OLDEST", (3, 99))
+    monkeypatch.setattr(setup_environment, "NEWEST", (3, 99))
+    with pytest.raises(InstallError, match=r"3\.99"):
+        Recorded(root, chosen_python=True).run()
+    assert (root / ".venv" / "bin" / "python").exists()
+
+
+def test_too_small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup_environment, "NEEDED_BYTES", 10**18)
+    with pytest.raises(
+        InstallError, match=r"GB free, and the environment and the downloads need 1000000000 GB"
+    ):
+        Recorded(tmp_path).run()
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_hash_follows_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x").write_text("1")
+    first = hash_of(tmp_path, ["d", "missing"], "word")
+    assert first == hash_of(tmp_path, ["d", "missing"], "word")
+    others = {hash_of(tmp_path, ["d"], "word"), hash_of(tmp_path, ["d", "missing"], "other")}
+    (tmp_path / "d" / "x").write_text("2")
+    others.add(hash_of(tmp_path, ["d", "missing"], "word"))
+    (tmp_path / "d" / "x").rename(tmp_path / "d" / "y")
+    others.add(hash_of(tmp_path, ["d", "missing"], "word"))
+    (tmp_path / "missing").write_text("")
+    others.add(hash_of(tmp_path, ["d", "missing"], "word"))
+    assert len(others) == 5 and first not in others
+
+
+def test_real_stages_follow_what_determines_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("constraints.txt", "pyproject.toml", "setup.py"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "csrc").mkdir()
+
+    def inputs() -> dict[str, str]:
+        return {stage.name: stage.inputs for stage in Environment(tmp_path).stages()}
+
+    before = inputs()
+    assert list(before) == ["tools", "torch", "detectron2", "project", "check"]
+    for name, changed in [
+        ("csrc/a.cpp", {"project"}),
+        ("pyproject.toml", {"project"}),
+        ("projects/CCNet/tools/install_detectron2.py", {"detectron2"}),
+        ("constraints.txt", set(before)),
+    ]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("new " + name)
+        after = inputs()
+        assert {stage for stage in after if after[stage] != before[stage]} == changed
+        before = after
+
+    monkeypatch.setenv("DETECTRON2", " git+file:///somewhere ")
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    wishes = {stage.name: stage.wishes for stage in Environment(tmp_path).stages()}
+    assert wishes["detectron2"] == {"DETECTRON2": "git+file:///somewhere"}
+    assert wishes["project"]["FORCE_CUDA"] == "1"
+
+
+def test_stamp_holds_inputs_and_wishes(root: Path) -> None:
+    environment = Recorded(root)
+    stage = environment.stages()[0]
+    assert json.loads(environment.stamp(stage).read_text()) == {"inputs": stage.inputs, "wishes": {}}
+
+
+def test_two_set_ups_take_turns(tmp_path: Path) -> None:
+    """The script waits for the lock that another one holds, and says so."""
+    tools = tmp_path / "projects" / "CCNet" / "tools"
+    tools.mkdir(parents=True)
+    for name in ("setup_environment.py", "pip_runner.py", "package_index.py"):
+        shutil.copy(ROOT / "projects" / "CCNet" / "tools" / name, tools)
+    (tmp_path / "constraints.txt").touch()
+    (tmp_path / ".venv").mkdir()  # not ours, so that the script ends as soon as it has the lock
+    with (tmp_path / "constraints.txt").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen(
+            [sys.executable, str(tools / "setup_environment.py")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("Waiting for another set-up")
+        assert process.poll() is None
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert error.startswith(f"set-up: {tmp_path / '.venv'} exists, was not made by this set-up")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("python", "message"),
+    [("/nonexistent/python", "there is no /nonexistent/python: name an existing Python 3.10 to 3.13")],
+)
+def test_make_with_a_python_that_does_not_exist(python: str, message: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    result = subprocess.run(
+        ["make", "-C", str(ROOT), "setup", f"PYTHON={python}"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert result.returncode != 0
+    assert result.stderr.startswith(f"set-up: {message}")
