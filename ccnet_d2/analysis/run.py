@@ -7,7 +7,7 @@ import torch
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ccnet_d2.engine import build_model
 from ccnet_d2.errors import UserError
@@ -43,8 +43,9 @@ def analyze_run(
 ) -> dict[str, Any]:
     """Measure a run's model on random images.
 
-    FLOPs and the memory of inference are traced with fake CPU tensors, which costs neither memory nor time. Time, and
-    what a training step takes, are measured on `train.device`; on a GPU so is the memory, by torch's allocator.
+    FLOPs and the memory of inference are traced with fake CPU tensors, which costs neither memory nor time, except for
+    models whose shapes depend on what they see (detection): those run for real. Time, and what a training step takes,
+    are measured on `train.device`; on a GPU so is the memory, by torch's allocator.
 
     Args:
         cfg: the run.
@@ -57,39 +58,50 @@ def analyze_run(
         What `--json` writes; sizes in 10^6 bytes, FLOPs in 10^9.
 
     Raises:
-        UserError: the device is not there, or the model cannot be traced.
+        UserError: the device is not there, or a training step is asked of another model than one for segmentation.
     """
+    if training_step and "sem_seg_head" not in cfg.model:
+        raise UserError("A training step needs labels, which are made for semantic segmentation alone.")
+    try:
+        with FakeTensorMode():
+            model = instantiate(cfg.model).eval()
+            flops, peak = _inference_cost(model, _inputs(image_size, batch_size))
+        model_on_device = None
+    except RuntimeError:  # of many kinds; a fault of the model itself comes up again in the real run
+        model = model_on_device = build_model(cfg).eval()
+        flops, peak = _inference_cost(model, _inputs(image_size, batch_size))
+    root = type(model).__name__
     result: dict[str, Any] = {
         "image_size": list(image_size),
         "batch_size": batch_size,
-        "conventions": _CONVENTIONS,
+        "modules": {
+            name or "total": {
+                "parameters": sum(parameter.numel() for parameter in module.parameters()),
+                "gflops": flops.get(f"{root}.{name}" if name else "Global", 0) / 1e9,
+            }
+            for name, module in _outline(model)
+        },
+        "weights_mb": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 1e6,
+        "inference_peak_mb": peak / 1e6,
     }
-    with FakeTensorMode():
-        model = instantiate(cfg.model).eval()
-        images = _inputs(image_size, batch_size, None)
-        with torch.no_grad():
-            try:
-                flops = count_flops(model, images)
-                with LiveMemory() as memory:
-                    model(images)
-            except DynamicOutputShapeException as error:
-                raise UserError(
-                    f"{type(model).__name__} cannot be traced: the shapes within depend on the images ({error})."
-                ) from error
-    root = type(model).__name__
-    result["modules"] = {
-        name or "total": {
-            "parameters": sum(parameter.numel() for parameter in module.parameters()),
-            "gflops": flops.get(f"{root}.{name}" if name else "Global", 0) / 1e9,
-        }
-        for name, module in _outline(model)
-    }
-    result["weights_mb"] = _megabytes(model)
-    result["inference_peak_mb"] = memory.peak / 1e6
     if time or training_step:
+        model_on_device = model_on_device or build_model(cfg)
         result["device"] = _describe(torch.device(cfg.train.device))
-        result |= _measured(cfg, image_size, batch_size, time, training_step)
-    return result
+    if training_step:
+        images = _inputs(image_size, batch_size, int(cfg.model.sem_seg_head.num_classes))
+        kept, peak = _training_cost(model_on_device, images)
+        result |= {"training_kept_mb": kept / 1e6, "training_peak_mb": peak / 1e6}
+    if time:
+        images = _inputs(image_size, batch_size)
+        device = torch.device(cfg.train.device)
+        model_on_device.eval()
+        if device.type == "cuda":
+            result["inference_peak_mb"] = _inference_cost(model_on_device, images)[1] / 1e6
+        with torch.no_grad():
+            result["inference_seconds"] = median_seconds(lambda: model_on_device(images), device, _REPEATS)
+    return result | {
+        "conventions": {key: text for key, text in _CONVENTIONS.items() if key in result or key == "gflops"}
+    }
 
 
 _CONVENTIONS = {
@@ -103,41 +115,50 @@ _CONVENTIONS = {
 }
 
 
-def _measured(
-    cfg: DictConfig, image_size: tuple[int, int], batch_size: int, time: bool, training_step: bool
-) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    device = torch.device(cfg.train.device)
-    model = build_model(cfg)
-    # Until it is trained, no gradients of the weights are there.
-    if training_step:
-        images = _inputs(image_size, batch_size, int(cfg.model.sem_seg_head.num_classes))
-        model.train()
-        anyway = [*model.parameters(), *model.buffers()]
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-        with LiveMemory() as memory:
-            kept, losses = kept_for_backward(lambda: model(images), anyway)
-            sum(losses.values()).backward()
-        peak = memory.peak if device.type == "cpu" else torch.cuda.max_memory_allocated(device) - before
-        result |= {"training_kept_mb": kept / 1e6, "training_peak_mb": peak / 1e6}
-        del losses
-        model.zero_grad(set_to_none=True)
-    if time:
-        images = _inputs(image_size, batch_size, None)
-        model.eval()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-        with torch.no_grad():
-            result["inference_seconds"] = median_seconds(lambda: model(images), device, _REPEATS)
-        if device.type == "cuda":
-            result["inference_peak_mb"] = (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    return result
+@torch.no_grad()
+def _inference_cost(model: nn.Module, images: list[dict[str, Any]]) -> tuple[dict[str, int], int]:
+    """FLOPs by module, and bytes of activations."""
+    flops = count_flops(model, images)
+    with _PeakMemory(model) as memory:
+        model(images)
+    return flops, memory.peak
 
 
-def _inputs(size: tuple[int, int], batch_size: int, classes: int | None) -> list[dict[str, Any]]:
+def _training_cost(model: nn.Module, images: list[dict[str, Any]]) -> tuple[int, int]:
+    """Bytes kept for the backward pass, and of activations and gradients."""
+    model.train()
+    with _PeakMemory(model) as memory:
+        kept, losses = kept_for_backward(lambda: model(images), [*model.parameters(), *model.buffers()])
+        sum(losses.values()).backward()
+    model.zero_grad(set_to_none=True)
+    return kept, memory.peak
+
+
+class _PeakMemory:
+    """Bytes that new tensors take at most: followed one by one on the CPU, told by torch's allocator on a GPU."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._device = next(model.parameters()).device
+        self._live = LiveMemory()
+        self.peak = 0
+
+    def __enter__(self) -> "_PeakMemory":
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        else:
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self._device) - self._before
+        else:
+            self._live.__exit__(*exception)
+            self.peak = self._live.peak
+
+
+def _inputs(size: tuple[int, int], batch_size: int, classes: int | None = None) -> list[dict[str, Any]]:
     """Random images in Detectron2's format, with labels if `classes` is given."""
     batch = []
     for _ in range(batch_size):
@@ -163,10 +184,6 @@ def _outline(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield "", model
 
 
-def _megabytes(model: nn.Module) -> float:
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 1e6
-
-
 def _describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -190,5 +207,4 @@ def format_run(name: str, result: dict[str, Any]) -> str:
     lines.append(memory)
     if "inference_seconds" in result:
         lines.append(f"time: {result['inference_seconds']:.3f} s ({result['device']})")
-    meant = {key: text for key, text in result["conventions"].items() if key in result or key == "gflops"}
-    return "\n".join([*lines, "", notes(meant)])
+    return "\n".join([*lines, "", notes(result["conventions"])])

@@ -77,10 +77,46 @@ class Tiles {
   TileConfig before_;
 };
 
+// Memory to ask for while tiles multiply: the next line, whose rows may be far apart. A core has few misses under way
+// at once, so the requests are spread evenly; each covers two cache lines, which the second level fetches in pairs.
+class Ahead {
+ public:
+  // cols numbers of each of `rows` rows, `row` numbers apart.
+  void add(const BFloat16* first, int64_t row, int64_t rows, int64_t cols) {
+    if (rows <= 0 || cols <= 0) return;
+    streams_[count_++] = {reinterpret_cast<const char*>(first), row * 2, rows, cols * 2};
+    left_ += rows * ((cols * 2 + kStep - 1) / kStep);
+  }
+  // Spread what was added over so many calls of ask.
+  void spread(int64_t calls) { quota_ = calls > 0 ? (left_ + calls - 1) / calls : left_; }
+  void ask() {
+    for (int64_t n = quota_; n > 0 && current_ < count_; --n) {
+      Stream& s = streams_[current_];
+      CCNET_PREFETCH(s.at + offset_);
+      offset_ += kStep;
+      if (offset_ >= s.bytes) {
+        offset_ = 0;
+        s.at += s.step;
+        if (--s.rows == 0) ++current_;
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kStep = 128;
+  struct Stream {
+    const char* at;
+    int64_t step, rows, bytes;
+  };
+  Stream streams_[5];
+  int count_ = 0, current_ = 0;
+  int64_t offset_ = 0, left_ = 0, quota_ = 0;
+};
+
 // C[16 * MT, 16 * NT] = A B over `depth` steps of 32; lda and ldb in bytes, ldc in floats.
 template <int MT, int NT>
 void tile_product(int64_t depth, const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c,
-                  int64_t ldc) {
+                  int64_t ldc, Ahead* ahead) {
   const char* pa = reinterpret_cast<const char*>(a);
   const char* pb = reinterpret_cast<const char*>(b);
   _tile_zero(0);
@@ -100,6 +136,7 @@ void tile_product(int64_t depth, const BFloat16* a, int64_t lda, const uint32_t*
       _tile_dpbf16ps(2, 5, 6);
       if (NT > 1) _tile_dpbf16ps(3, 5, 7);
     }
+    ahead->ask();
     pa += 64;
     pb += kTile * ldb;
   }
@@ -110,19 +147,21 @@ void tile_product(int64_t depth, const BFloat16* a, int64_t lda, const uint32_t*
   if (MT > 1 && NT > 1) _tile_stored(3, c + kTile * ldc + kTile, stride);
 }
 
-// C[M, N] = A B with M, N multiples of 16; lda in numbers, ldb in 32-bit units.
+// C[M, N] = A B with M, N multiples of 16; lda in numbers, ldb in 32-bit units. Asks depth_steps(M, N, depth) times.
 void product(int64_t M, int64_t N, int64_t depth, const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb,
-             float* c, int64_t ldc) {
+             float* c, int64_t ldc, Ahead* ahead) {
   for (int64_t n = 0; n < N; n += 2 * kTile) {
     const bool wide = n + kTile < N;
     for (int64_t m = 0; m < M; m += 2 * kTile) {
       const bool tall = m + kTile < M;
       const auto run = tall ? (wide ? tile_product<2, 2> : tile_product<2, 1>)
                             : (wide ? tile_product<1, 2> : tile_product<1, 1>);
-      run(depth, a + m * lda, lda * 2, b + n, ldb * 4, c + m * ldc + n, ldc);
+      run(depth, a + m * lda, lda * 2, b + n, ldb * 4, c + m * ldc + n, ldc, ahead);
     }
   }
 }
+
+int64_t depth_steps(int64_t M, int64_t N, int64_t depth) { return (M + 31) / 32 * ((N + 31) / 32) * depth; }
 
 // -------------------------------------------------------------------------------------------------- packing
 
@@ -177,13 +216,6 @@ void pack_transposed(const BFloat16* src, int64_t row, int64_t rows, int64_t col
   }
 }
 
-inline void prefetch(const BFloat16* src, int64_t row, int64_t begin, int64_t end, int64_t cols) {
-  for (int64_t i = begin; i < end; ++i) {
-    const char* p = reinterpret_cast<const char*>(src + i * row);
-    for (int64_t b = 0; b < cols * 2; b += 64) CCNET_PREFETCH(p + b);
-  }
-}
-
 // ---------------------------------------------------------------------------------------------------- storing
 
 inline __m512i words_in_order(reg lo, reg hi) {
@@ -219,7 +251,7 @@ struct BlockPosition {
 };
 void product_to_line(int64_t M, int64_t rows, int64_t cols, int64_t depth, const BFloat16* a, int64_t lda,
                      const uint32_t* b, int64_t ldb, float* tile, BFloat16* dst, int64_t dst_row, bool accumulate,
-                     float* sums, BlockPosition at) {
+                     float* sums, BlockPosition at, Ahead* ahead) {
   const int64_t padded = round_up(cols, 32);
   for (int64_t c = 0; c < padded; c += kPanel) {
     const int64_t width = padded - c < kPanel ? padded - c : kPanel;
@@ -227,8 +259,7 @@ void product_to_line(int64_t M, int64_t rows, int64_t cols, int64_t depth, const
       const int64_t height = M - m < 2 * kTile ? M - m : 2 * kTile;
       const int64_t real = rows - m < height ? rows - m : height;
       const int64_t valid = cols - c < width ? cols - c : width;
-      if (accumulate) prefetch(dst + m * dst_row + c, dst_row, 0, real, valid);
-      product(height, width, depth, a + m * lda, lda, b + c, ldb, tile, kPanel);
+      product(height, width, depth, a + m * lda, lda, b + c, ldb, tile, kPanel, ahead);
       for (int64_t r = 0; r < real; ++r) {
         float* t = tile + r * kPanel;
         if (sums != nullptr) {
@@ -254,11 +285,45 @@ int64_t block_rows(int64_t length) {
   return rows < 32 ? 32 : rows;
 }
 
+// Weights of 16 queries: p[i, j] = exp(s[j, i] - max_i) in bf16, zero for L <= j < the next multiple of 32, with the
+// maxima and the (fp32) sums. Down the columns nothing is horizontal; the weights are then transposed in registers.
+void softmax_columns(const float* s, int64_t ld, int64_t L, BFloat16* p, int64_t p_ld, float* max, float* sum) {
+  reg m0 = V::load(s), m1 = m0;
+  for (int64_t j = 1; j < L; j += 2) {
+    m0 = V::max(m0, V::load(s + j * ld));
+    m1 = V::max(m1, V::load(s + (j + 1 < L ? j + 1 : j) * ld));
+  }
+  const reg m = V::max(m0, m1);
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                              23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  reg s0 = V::zero(), s1 = V::zero();
+  for (int64_t j0 = 0; j0 < L; j0 += kDepth) {
+    alignas(64) float pairs[16][16];
+    for (int r = 0; r < 16; ++r) {
+      const int64_t j = j0 + 2 * r;
+      const reg e0 = j < L ? V::exp(V::sub(V::load(s + j * ld), m)) : V::zero();
+      const reg e1 = j + 1 < L ? V::exp(V::sub(V::load(s + (j + 1) * ld), m)) : V::zero();
+      s0 = V::add(s0, e0);
+      s1 = V::add(s1, e1);
+      const __m512i words = _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(e1, e0));
+      _mm512_store_si512(pairs[r], words);
+    }
+    reg t[16];
+    CCNET_UNROLL
+    for (int r = 0; r < 16; ++r) t[r] = _mm512_load_ps(pairs[r]);
+    V::transpose(t);
+    CCNET_UNROLL
+    for (int r = 0; r < 16; ++r) _mm512_storeu_ps(p + r * p_ld + j0, t[r]);
+  }
+  V::store(max, m);
+  V::store(sum, V::add(s0, s1));
+}
+
 void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
   const Grid& grid = args.grid;
   const int64_t L = grid.size[axis], QK = args.qk_channels, C = args.channels;
   const int64_t block = block_rows(L), blocks = (L + block - 1) / block;
-  const int64_t l32 = round_up(L, 32), b16 = round_up(block, 16);
+  const int64_t l32 = round_up(L, 32), l16 = round_up(L, 16), b16 = round_up(block, 16);
   const int64_t qk32 = round_up(QK, 32), c32 = round_up(C, 32);
   const bool masked = !keeps_self(grid.axes, axis);
   const Strides stat = scalar_strides(grid);
@@ -266,14 +331,16 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
   const int64_t v_row = args.value.strides.axis[axis], o_row = args.out.strides.axis[axis];
   const int64_t q_row = args.query.strides.axis[axis], k_row = args.key.strides.axis[axis];
 
+  const int64_t ld = leading<V>(b16);
+
   run_items(args, grid.lines(axis) * blocks, [&](auto next) {
-    Scratch<float> scratch(b16 * qk32 / 2 + qk32 / 2 * l32 + b16 * l32 + b16 * l32 / 2 + l32 / 2 * kPanel +
+    Scratch<float> scratch(l16 * qk32 / 2 + qk32 / 2 * ld + l16 * ld + b16 * l32 / 2 + l32 / 2 * kPanel +
                            2 * kTile * kPanel + 4 * b16);
     if (!scratch.ok()) return false;
-    BFloat16* q_plain = reinterpret_cast<BFloat16*>(scratch.take(b16 * qk32 / 2));
-    uint32_t* k_transposed = reinterpret_cast<uint32_t*>(scratch.take(qk32 / 2 * l32));
-    float* s = scratch.take(b16 * l32);
-    BFloat16* p = reinterpret_cast<BFloat16*>(scratch.take(b16 * l32 / 2));
+    BFloat16* k_plain = reinterpret_cast<BFloat16*>(scratch.take(l16 * qk32 / 2));
+    uint32_t* q_transposed = reinterpret_cast<uint32_t*>(scratch.take(qk32 / 2 * ld));
+    float* s = scratch.take(l16 * ld);  // energies [j, i]
+    BFloat16* p = reinterpret_cast<BFloat16*>(scratch.take(b16 * l32 / 2));  // weights [i, j]
     uint32_t* v_pairs = reinterpret_cast<uint32_t*>(scratch.take(l32 / 2 * kPanel));
     float* tile = scratch.take(2 * kTile * kPanel);
     float* keep = scratch.take(b16);
@@ -291,55 +358,32 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
       const int64_t r16 = round_up(rows, 16);
       const BFloat16* v = line_data<BFloat16>(args.value, grid, axis, line);
       BFloat16* o = line_data<BFloat16>(args.out, grid, axis, line) + i0 * o_row;
-      // The next line is asked for while this one is computed; its rows may be far apart in memory.
-      const int64_t next_line = more ? upcoming / blocks : line;
-      const bool ahead = next_line != line;
-      const BFloat16* v_next = line_data<BFloat16>(args.value, grid, axis, next_line);
-      const BFloat16* o_next = line_data<BFloat16>(args.out, grid, axis, next_line);
-      const BFloat16* q_next = line_data<BFloat16>(args.query, grid, axis, next_line);
-      const BFloat16* k_next = line_data<BFloat16>(args.key, grid, axis, next_line);
       const int64_t stat0 = line_offset(grid, stat, axis, line) + i0 * stat_row;
       float* max_out = static_cast<float*>(args.max) + stat0;
       float* sum_out = static_cast<float*>(args.lse) + stat0;
 
+      Ahead ahead;
+      if (more && upcoming / blocks != line) {
+        const int64_t next_line = upcoming / blocks;
+        ahead.add(line_data<BFloat16>(args.key, grid, axis, next_line), k_row, L, QK);
+        ahead.add(line_data<BFloat16>(args.query, grid, axis, next_line), q_row, L, QK);
+        ahead.add(line_data<BFloat16>(args.value, grid, axis, next_line), v_row, L, C);
+        ahead.add(line_data<BFloat16>(args.out, grid, axis, next_line), o_row, L, C);
+        ahead.spread(depth_steps(l16, r16, qk32 / 32) + depth_steps(r16, c32, l32 / 32));
+      }
+
       if (packed_line != line) {
-        pack_transposed(line_data<BFloat16>(args.key, grid, axis, line), k_row, L, QK, l32, k_transposed, l32);
+        pack_plain(line_data<BFloat16>(args.key, grid, axis, line), k_row, L, QK, l16, k_plain, qk32);
         packed_line = line;
       }
-      pack_plain(line_data<BFloat16>(args.query, grid, axis, line) + i0 * q_row, q_row, rows, QK, r16, q_plain, qk32);
-      product(r16, l32, qk32 / 32, q_plain, qk32, k_transposed, l32, s, l32);
-
-      const __mmask16 tail = V::first(static_cast<int>(L % 16 ? L % 16 : 16));
-      const reg minus_infinity = V::set1(-INFINITY);
-      const int64_t whole = (L - 1) / 16 * 16;  // columns before the last, perhaps partial, vector
-      for (int64_t i = 0; i < rows; ++i) {
-        float* row = s + i * l32;
-        if (masked) row[i0 + i] = -INFINITY;
-        const reg end = _mm512_mask_loadu_ps(minus_infinity, tail, row + whole);
-        reg m = end;
-        for (int64_t j = 0; j < whole; j += 16) m = V::max(m, V::load(row + j));
-        const float largest = _mm512_reduce_max_ps(m);
-        m = V::set1(largest);
-        reg sum = V::exp(V::sub(end, m));
-        BFloat16* weights = p + i * l32;
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + whole), (__m256i)_mm512_cvtneps_pbh(sum));
-        for (int64_t j = whole + 16; j < l32; j += 16) {
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + j), _mm256_setzero_si256());
-        }
-        for (int64_t j = 0; j < whole; j += 16) {
-          const reg e = V::exp(V::sub(V::load(row + j), m));
-          sum = V::add(sum, e);
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + j), (__m256i)_mm512_cvtneps_pbh(e));
-        }
-        keep[i] = largest;
-        fresh[i] = _mm512_reduce_add_ps(sum);
+      pack_transposed(line_data<BFloat16>(args.query, grid, axis, line) + i0 * q_row, q_row, rows, QK, r16,
+                      q_transposed, ld);
+      product(l16, r16, qk32 / 32, k_plain, qk32, q_transposed, ld, s, ld, &ahead);
+      if (masked) {
+        for (int64_t i = 0; i < rows; ++i) s[(i0 + i) * ld + i] = -INFINITY;
       }
+      for (int64_t i = 0; i < r16; i += kTile) softmax_columns(s + i, ld, L, p + i * l32, l32, keep + i, fresh + i);
       merge_rows<V>(rows, first, last, max_out, sum_out, stat_row, keep, fresh, before_max, before_sum);
-      memset(p + rows * l32, 0, static_cast<size_t>((r16 - rows) * l32) * sizeof(BFloat16));
-      if (ahead) {
-        prefetch(q_next, q_row, 0, L, QK);
-        prefetch(k_next, k_row, 0, L, QK);
-      }
 
       for (int64_t c = 0; c < c32; c += kPanel) {
         const int64_t width = c32 - c < kPanel ? c32 - c : kPanel;
@@ -347,12 +391,7 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
         pack_pairs(v + c, v_row, L, valid, l32, v_pairs, kPanel);
         for (int64_t m = 0; m < r16; m += 2 * kTile) {
           const int64_t height = r16 - m < 2 * kTile ? r16 - m : 2 * kTile;
-          if (ahead) {
-            const int64_t from = m * L / r16, to = (m + height) * L / r16;
-            prefetch(v_next + c, v_row, from, to, valid);
-            if (!first) prefetch(o_next + c, o_row, from, to, valid);
-          }
-          product(height, width, l32 / 32, p + m * l32, l32, v_pairs, kPanel, tile, kPanel);
+          product(height, width, l32 / 32, p + m * l32, l32, v_pairs, kPanel, tile, kPanel, &ahead);
           const int64_t real = rows - m < height ? rows - m : height;
           for (int64_t r = 0; r < real; ++r) {
             store_row(tile + r * kPanel, valid, first, keep[m + r], fresh[m + r], o + (m + r) * o_row + c);
@@ -446,6 +485,16 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
       const int64_t next_line = more ? upcoming : line;
       const BFloat16* k = line_data<BFloat16>(args.key, grid, axis, line);
       const BFloat16* v = line_data<BFloat16>(args.value, grid, axis, line);
+      Ahead ahead;
+      if (more) {
+        const int64_t n = L < block ? L : block;
+        ahead.add(line_data<BFloat16>(args.grad_out, grid, axis, next_line), g_row, n, C);
+        if (first) ahead.add(line_data<BFloat16>(args.out, grid, axis, next_line), o_row, n, C);
+        ahead.add(line_data<BFloat16>(args.value, grid, axis, next_line), v_row, L, C);
+        ahead.add(line_data<BFloat16>(args.grad_value, grid, axis, next_line), dv_row, L, C);
+        ahead.spread(blocks * (depth_steps(l16, n, qk32 / 32) + depth_steps(l16, n, c32 / 32) +
+                               depth_steps(n, qk32, l32 / 32) + depth_steps(l16, qk32 + c32, (n + 31) / 32)));
+      }
       pack_plain(k, k_row, L, QK, l16, k_plain, qk32);
       pack_pairs(k, k_row, L, QK, l32, k_pairs, qk32);
       pack_plain(v, v_row, L, C, l16, v_plain, c32);
@@ -483,8 +532,8 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         }
         for (int64_t i = rows; i < r32; ++i) lse[i] = delta[i] = 0.0f;
 
-        product(l16, r16, qk32 / 32, k_plain, qk32, q_transposed, b32, s, b32);
-        product(l16, r16, c32 / 32, v_plain, c32, g_transposed, b32, dp, b32);
+        product(l16, r16, qk32 / 32, k_plain, qk32, q_transposed, b32, s, b32, &ahead);
+        product(l16, r16, c32 / 32, v_plain, c32, g_transposed, b32, dp, b32, &ahead);
         for (int64_t j = 0; j < l32; ++j) {
           // Rows beyond the line and columns beyond the block are zero in p and ds.
           for (int64_t i = 0; i < r32; i += 16) {
@@ -505,16 +554,14 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         }
         transpose_words(ds, b32, r32, l32, ds_rows, l32);
         const BlockPosition at{i0 == 0, i0 + block >= L};
-        product_to_line(r16, rows, QK, l32 / 32, ds_rows, l32, k_pairs, qk32, tile, dq, dq_row, !first, nullptr, at);
+        product_to_line(r16, rows, QK, l32 / 32, ds_rows, l32, k_pairs, qk32, tile, dq, dq_row, !first, nullptr, at,
+                        &ahead);
         product_to_line(l16, L, QK, r32 / 32, ds, b32, q_pairs, qk32, tile,
-                        line_data<BFloat16>(args.grad_key, grid, axis, line), dk_row, !first, dk_sums, at);
-        if (more && at.last) {
-          const int64_t n = L < block ? L : block;
-          prefetch(line_data<BFloat16>(args.grad_out, grid, axis, next_line), g_row, 0, n, C);
-          prefetch(line_data<BFloat16>(args.value, grid, axis, next_line), v_row, 0, n, C);
-        }
+                        line_data<BFloat16>(args.grad_key, grid, axis, line), dk_row, !first, dk_sums, at,
+                        &ahead);
         product_to_line(l16, L, C, r32 / 32, p, b32, g_pairs, c32, tile,
-                        line_data<BFloat16>(args.grad_value, grid, axis, line), dv_row, !first, dv_sums, at);
+                        line_data<BFloat16>(args.grad_value, grid, axis, line), dv_row, !first, dv_sums, at,
+                        &ahead);
       }
     }
     return true;

@@ -211,15 +211,6 @@ void pack_columns(const LineView<const S>& src, int64_t rows, int64_t first, int
   }
 }
 
-// Row stride, in numbers, of a matrix of n columns: whole vectors, and an odd number of cache lines, since rows a
-// power of two apart would share a few sets of the first-level cache.
-template <class V>
-int64_t leading(int64_t n) {
-  const int64_t line = 64 / static_cast<int64_t>(sizeof(typename V::T));
-  const int64_t lines = (n + line - 1) / line;
-  return (lines | 1) * line;
-}
-
 template <class S>
 LineView<S> line_view(const TensorRef& t, const Grid& grid, int axis, int64_t line) {
   return {line_data<S>(t, grid, axis, line), t.strides.axis[axis]};

@@ -3,6 +3,15 @@
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Row stride, in numbers, of a matrix of n columns: whole vectors, and an odd number of cache lines, since rows a
+// power of two apart would share a few sets of the first-level cache.
+template <class V>
+int64_t leading(int64_t n) {
+  const int64_t line = 64 / static_cast<int64_t>(sizeof(typename V::T));
+  const int64_t lines = (n + line - 1) / line;
+  return (lines | 1) * line;
+}
+
 // One worker's memory, cache-line aligned.
 template <class T>
 class Scratch {

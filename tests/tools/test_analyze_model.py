@@ -91,6 +91,17 @@ def test_the_paper_s_network_without_computing_it(script, tmp_path, capsys):
     assert "context" in capsys.readouterr().out
 
 
+def test_a_detection_run(script, tmp_path, capsys):
+    """Its shapes depend on what it sees, so it is not traced but run."""
+    run = ("--config-file", "quick_schedules/mask_rcnn_rcca_R_18_FPN_overfit.py", "--image-size=64")
+    result = analyze(script, tmp_path, *run, "train.device=cpu")
+    modules = result["modules"]
+    assert modules["total"]["gflops"] > modules["backbone"]["gflops"] > 0
+    assert modules["roi_heads"]["parameters"] > 0 and result["inference_seconds"] > 0
+    assert script.main([*run, "--training-step"]) == 1
+    assert "A training step needs labels" in capsys.readouterr().err
+
+
 def test_table_as_a_file(script, tmp_path, capsys):
     table = analyze(script, tmp_path, "--table", "ccnet")
     gflops = {row["method"]: row["gflops"] for row in table["rows"]}

@@ -35,7 +35,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from attention_formulations import operator_elements, operator_flops, textbook_attention
-
 from ccnet_d2.ops import compiled, matmul, reference
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
