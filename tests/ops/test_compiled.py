@@ -46,7 +46,9 @@ def textbook_attention(query, key, value):
         return x.permute(0, 2, 1, 3).reshape(batch * height, -1, width)
 
     vertical = torch.bmm(columns(query).transpose(1, 2), columns(key))
-    vertical = vertical + torch.full((height,), float("-inf"), dtype=query.dtype).diag_embed().nan_to_num(0.0, 0.0)
+    vertical = vertical + torch.full((height,), float("-inf"), dtype=query.dtype).diag_embed().nan_to_num(
+        0.0, 0.0
+    )
     vertical = vertical.view(batch, width, height, height).transpose(1, 2)
     horizontal = torch.bmm(rows(query).transpose(1, 2), rows(key)).view(batch, height, width, width)
     weights = torch.cat([vertical, horizontal], dim=-1).softmax(-1)
@@ -232,7 +234,8 @@ def test_several_threads_share_the_work():
 def test_gradcheck(sizes):
     generator = torch.Generator().manual_seed(0)
     inputs = [
-        torch.randn(2, c, *sizes, generator=generator, dtype=torch.float64, requires_grad=True) for c in (3, 3, 4)
+        torch.randn(2, c, *sizes, generator=generator, dtype=torch.float64, requires_grad=True)
+        for c in (3, 3, 4)
     ]
     assert torch.autograd.gradcheck(compiled.criss_cross_attention, inputs)
 

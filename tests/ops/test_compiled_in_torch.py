@@ -17,7 +17,8 @@ def attend(query, key, value):
 def draw(*sizes, requires_grad=False, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     return [
-        torch.randn(2, c, *sizes, generator=generator).to(dtype).requires_grad_(requires_grad) for c in (4, 4, 6)
+        torch.randn(2, c, *sizes, generator=generator).to(dtype).requires_grad_(requires_grad)
+        for c in (4, 4, 6)
     ]
 
 
