@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import http.server
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,4 +151,19 @@ def test_broken_configuration_file(index: Index, tmp_path: Path, monkeypatch: py
     broken.write_text("index-url = nowhere\n")
     monkeypatch.setenv("PIP_CONFIG_FILE", str(broken))
     with pytest.raises(InstallError, match="pip's configuration cannot be read"):
+        package_index.configured_indexes()
+
+
+def test_unconfigured_index_is_the_one_pip_names(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIP_INDEX_URL")
+    help_text = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert f"(default {package_index.configured_indexes()[0]})" in " ".join(help_text.split())
+
+
+def test_without_pip_and_configuration(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIP_INDEX_URL")
+    monkeypatch.setitem(sys.modules, "pip._internal.models.index", None)
+    with pytest.raises(InstallError, match=r"no pip.*apt install python3-venv"):
         package_index.configured_indexes()

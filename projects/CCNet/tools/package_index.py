@@ -23,7 +23,6 @@ from pathlib import Path
 
 from pip_runner import InstallError
 
-DEFAULT_INDEX = "https://pypi.org/simple"
 MAX_BYTES = 64 * 2**20
 TIMEOUT_S = 60.0
 
@@ -55,9 +54,24 @@ def pip_option(name: str) -> str | None:
 
 
 def configured_indexes() -> list[str]:
-    """Return the package indexes pip asks, the main one first."""
-    indexes = [pip_option("index-url") or DEFAULT_INDEX, *(pip_option("extra-index-url") or "").split()]
+    """Return the package indexes pip asks, the main one first.
+
+    Raises:
+        InstallError: none is configured, and there is no pip to know its default.
+    """
+    indexes = [pip_option("index-url") or _default_index(), *(pip_option("extra-index-url") or "").split()]
     return [index.rstrip("/") for index in indexes]
+
+
+def _default_index() -> str:
+    """Return the index that pip asks unless told otherwise, as pip itself knows it."""
+    try:
+        return str(importlib.import_module("pip._internal.models.index").PyPI.simple_url)
+    except (ImportError, AttributeError):
+        raise InstallError(
+            "This Python has no pip, and no package index is configured: apt install python3-venv,"
+            " or set PIP_INDEX_URL, and run the command again."
+        ) from None
 
 
 def without_credentials(url: str) -> str:
