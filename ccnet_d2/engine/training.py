@@ -52,6 +52,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
     Returns:
         The last evaluation's results, on the main process.
     """
+    os.makedirs(cfg.train.output_dir, exist_ok=True)
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
     cfg.optimizer.params.model = model
