@@ -78,7 +78,7 @@ class Tiles {
 };
 
 // Memory to ask for while tiles multiply: the next line, whose rows may be far apart. A core has few misses under way
-// at once, so the requests are spread evenly; each covers two cache lines, which the second level fetches in pairs.
+// at once, so the requests are spread evenly.
 class Ahead {
  public:
   // cols numbers of each of `rows` rows, `row` numbers apart.
@@ -103,7 +103,7 @@ class Ahead {
   }
 
  private:
-  static constexpr int64_t kStep = 128;
+  static constexpr int64_t kStep = 64;
   struct Stream {
     const char* at;
     int64_t step, rows, bytes;
@@ -162,6 +162,9 @@ void product(int64_t M, int64_t N, int64_t depth, const BFloat16* a, int64_t lda
 }
 
 int64_t depth_steps(int64_t M, int64_t N, int64_t depth) { return (M + 31) / 32 * ((N + 31) / 32) * depth; }
+
+// Row strides of an odd number of cache lines (see `leading`): of bf16 rows, in numbers.
+int64_t words_leading(int64_t n) { return 2 * leading<V>(n / 2); }
 
 // -------------------------------------------------------------------------------------------------- packing
 
@@ -331,16 +334,16 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
   const int64_t v_row = args.value.strides.axis[axis], o_row = args.out.strides.axis[axis];
   const int64_t q_row = args.query.strides.axis[axis], k_row = args.key.strides.axis[axis];
 
-  const int64_t ld = leading<V>(b16);
+  const int64_t ld = leading<V>(b16), k_ld = words_leading(qk32), p_ld = words_leading(l32);
 
   run_items(args, grid.lines(axis) * blocks, [&](auto next) {
-    Scratch<float> scratch(l16 * qk32 / 2 + qk32 / 2 * ld + l16 * ld + b16 * l32 / 2 + l32 / 2 * kPanel +
+    Scratch<float> scratch(l16 * k_ld / 2 + qk32 / 2 * ld + l16 * ld + b16 * p_ld / 2 + l32 / 2 * kPanel +
                            2 * kTile * kPanel + 4 * b16);
     if (!scratch.ok()) return false;
-    BFloat16* k_plain = reinterpret_cast<BFloat16*>(scratch.take(l16 * qk32 / 2));
+    BFloat16* k_plain = reinterpret_cast<BFloat16*>(scratch.take(l16 * k_ld / 2));
     uint32_t* q_transposed = reinterpret_cast<uint32_t*>(scratch.take(qk32 / 2 * ld));
     float* s = scratch.take(l16 * ld);  // energies [j, i]
-    BFloat16* p = reinterpret_cast<BFloat16*>(scratch.take(b16 * l32 / 2));  // weights [i, j]
+    BFloat16* p = reinterpret_cast<BFloat16*>(scratch.take(b16 * p_ld / 2));  // weights [i, j]
     uint32_t* v_pairs = reinterpret_cast<uint32_t*>(scratch.take(l32 / 2 * kPanel));
     float* tile = scratch.take(2 * kTile * kPanel);
     float* keep = scratch.take(b16);
@@ -373,16 +376,16 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
       }
 
       if (packed_line != line) {
-        pack_plain(line_data<BFloat16>(args.key, grid, axis, line), k_row, L, QK, l16, k_plain, qk32);
+        pack_plain(line_data<BFloat16>(args.key, grid, axis, line), k_row, L, QK, l16, k_plain, k_ld);
         packed_line = line;
       }
       pack_transposed(line_data<BFloat16>(args.query, grid, axis, line) + i0 * q_row, q_row, rows, QK, r16,
                       q_transposed, ld);
-      product(l16, r16, qk32 / 32, k_plain, qk32, q_transposed, ld, s, ld, &ahead);
+      product(l16, r16, qk32 / 32, k_plain, k_ld, q_transposed, ld, s, ld, &ahead);
       if (masked) {
         for (int64_t i = 0; i < rows; ++i) s[(i0 + i) * ld + i] = -INFINITY;
       }
-      for (int64_t i = 0; i < r16; i += kTile) softmax_columns(s + i, ld, L, p + i * l32, l32, keep + i, fresh + i);
+      for (int64_t i = 0; i < r16; i += kTile) softmax_columns(s + i, ld, L, p + i * p_ld, p_ld, keep + i, fresh + i);
       merge_rows<V>(rows, first, last, max_out, sum_out, stat_row, keep, fresh, before_max, before_sum);
 
       for (int64_t c = 0; c < c32; c += kPanel) {
@@ -391,7 +394,7 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
         pack_pairs(v + c, v_row, L, valid, l32, v_pairs, kPanel);
         for (int64_t m = 0; m < r16; m += 2 * kTile) {
           const int64_t height = r16 - m < 2 * kTile ? r16 - m : 2 * kTile;
-          product(height, width, l32 / 32, p + m * l32, l32, v_pairs, kPanel, tile, kPanel, &ahead);
+          product(height, width, l32 / 32, p + m * p_ld, p_ld, v_pairs, kPanel, tile, kPanel, &ahead);
           const int64_t real = rows - m < height ? rows - m : height;
           for (int64_t r = 0; r < real; ++r) {
             store_row(tile + r * kPanel, valid, first, keep[m + r], fresh[m + r], o + (m + r) * o_row + c);
@@ -442,6 +445,9 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
   const int64_t block = block_rows(L), blocks = (L + block - 1) / block;
   const int64_t l32 = round_up(L, 32), l16 = round_up(L, 16), b32 = round_up(block, 32);
   const int64_t qk32 = round_up(QK, 32), c32 = round_up(C, 32);
+  const int64_t qk_words = words_leading(qk32), c_words = words_leading(c32);
+  const int64_t i_words = words_leading(b32), j_words = words_leading(l32);
+  const int64_t qk_ld = leading<V>(qk32), c_ld = leading<V>(c32), i_ld = leading<V>(b32);
   const bool masked = !keeps_self(grid.axes, axis);
   const Strides stat = scalar_strides(grid);
   const int64_t stat_row = stat.axis[axis];
@@ -453,24 +459,24 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
 
   run_items(args, grid.lines(axis), [&](auto next) {
     const int64_t kept = blocks > 1 ? l32 * (qk32 + c32) : 0;
-    Scratch<float> scratch(l16 * qk32 / 2 + l32 / 2 * qk32 + qk32 / 2 * b32 + b32 / 2 * qk32 + 2 * l32 * b32 +
-                           l32 * b32 + b32 * l32 / 2 + l16 * c32 / 2 + c32 / 2 * b32 + b32 / 2 * c32 +
+    Scratch<float> scratch((l16 * qk_words + b32 * j_words + l16 * c_words) / 2 + l32 * i_words + l32 / 2 * qk_ld +
+                           qk32 / 2 * i_ld + b32 / 2 * qk_ld + 2 * l32 * i_ld + c32 / 2 * i_ld + b32 / 2 * c_ld +
                            2 * kTile * kPanel + 2 * b32 + kept);
     if (!scratch.ok()) return false;
     const auto take_words = [&](int64_t n) { return reinterpret_cast<BFloat16*>(scratch.take(n / 2)); };
     const auto take_pairs = [&](int64_t n) { return reinterpret_cast<uint32_t*>(scratch.take(n)); };
-    BFloat16* k_plain = take_words(l16 * qk32);
-    uint32_t* k_pairs = take_pairs(l32 / 2 * qk32);
-    uint32_t* q_transposed = take_pairs(qk32 / 2 * b32);
-    uint32_t* q_pairs = take_pairs(b32 / 2 * qk32);
-    float* s = scratch.take(l32 * b32);        // energies [j, i]
-    float* dp = scratch.take(l32 * b32);       // grad of the weights [j, i]
-    BFloat16* p = take_words(l32 * b32);       // weights [j, i]
-    BFloat16* ds = take_words(l32 * b32);      // grad of the energies [j, i]
-    BFloat16* ds_rows = take_words(b32 * l32);  // the same [i, j]
-    BFloat16* v_plain = take_words(l16 * c32);
-    uint32_t* g_transposed = take_pairs(c32 / 2 * b32);
-    uint32_t* g_pairs = take_pairs(b32 / 2 * c32);
+    BFloat16* k_plain = take_words(l16 * qk_words);
+    uint32_t* k_pairs = take_pairs(l32 / 2 * qk_ld);
+    uint32_t* q_transposed = take_pairs(qk32 / 2 * i_ld);
+    uint32_t* q_pairs = take_pairs(b32 / 2 * qk_ld);
+    float* s = scratch.take(l32 * i_ld);        // energies [j, i]
+    float* dp = scratch.take(l32 * i_ld);       // grad of the weights [j, i]
+    BFloat16* p = take_words(l32 * i_words);       // weights [j, i]
+    BFloat16* ds = take_words(l32 * i_words);      // grad of the energies [j, i]
+    BFloat16* ds_rows = take_words(b32 * j_words);  // the same [i, j]
+    BFloat16* v_plain = take_words(l16 * c_words);
+    uint32_t* g_transposed = take_pairs(c32 / 2 * i_ld);
+    uint32_t* g_pairs = take_pairs(b32 / 2 * c_ld);
     float* tile = scratch.take(2 * kTile * kPanel);
     float* lse = scratch.take(b32);
     float* delta = scratch.take(b32);
@@ -495,9 +501,9 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         ahead.spread(blocks * (depth_steps(l16, n, qk32 / 32) + depth_steps(l16, n, c32 / 32) +
                                depth_steps(n, qk32, l32 / 32) + depth_steps(l16, qk32 + c32, (n + 31) / 32)));
       }
-      pack_plain(k, k_row, L, QK, l16, k_plain, qk32);
-      pack_pairs(k, k_row, L, QK, l32, k_pairs, qk32);
-      pack_plain(v, v_row, L, C, l16, v_plain, c32);
+      pack_plain(k, k_row, L, QK, l16, k_plain, qk_words);
+      pack_pairs(k, k_row, L, QK, l32, k_pairs, qk_ld);
+      pack_plain(v, v_row, L, C, l16, v_plain, c_words);
 
       for (int64_t i0 = 0; i0 < L; i0 += block) {
         const int64_t rows = L - i0 < block ? L - i0 : block;
@@ -510,10 +516,10 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         const float* lse_in = static_cast<const float*>(args.lse) + stat0;
         float* delta_io = static_cast<float*>(args.delta) + stat0;
 
-        pack_transposed(q, q_row, rows, QK, r16, q_transposed, b32);
-        pack_pairs(q, q_row, rows, QK, r32, q_pairs, qk32);
-        pack_transposed(g, g_row, rows, C, r16, g_transposed, b32);
-        pack_pairs(g, g_row, rows, C, r32, g_pairs, c32);
+        pack_transposed(q, q_row, rows, QK, r16, q_transposed, i_ld);
+        pack_pairs(q, q_row, rows, QK, r32, q_pairs, qk_ld);
+        pack_transposed(g, g_row, rows, C, r16, g_transposed, i_ld);
+        pack_pairs(g, g_row, rows, C, r32, g_pairs, c_ld);
         for (int64_t i = 0; i < rows; ++i) {
           lse[i] = lse_in[i * stat_row];
           if (first) {
@@ -532,34 +538,34 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         }
         for (int64_t i = rows; i < r32; ++i) lse[i] = delta[i] = 0.0f;
 
-        product(l16, r16, qk32 / 32, k_plain, qk32, q_transposed, b32, s, b32, &ahead);
-        product(l16, r16, c32 / 32, v_plain, c32, g_transposed, b32, dp, b32, &ahead);
+        product(l16, r16, qk32 / 32, k_plain, qk_words, q_transposed, i_ld, s, i_ld, &ahead);
+        product(l16, r16, c32 / 32, v_plain, c_words, g_transposed, i_ld, dp, i_ld, &ahead);
         for (int64_t j = 0; j < l32; ++j) {
           // Rows beyond the line and columns beyond the block are zero in p and ds.
           for (int64_t i = 0; i < r32; i += 16) {
-            const int64_t at = j * b32 + i;
+            const int64_t from = j * i_ld + i, to = j * i_words + i;
             __m256i weights = _mm256_setzero_si256(), grads = _mm256_setzero_si256();
             if (j < L && i < rows) {
               __mmask16 valid = V::first(static_cast<int>(rows - i < 16 ? rows - i : 16));
               const int64_t self = j - i0 - i;
               if (masked && self >= 0 && self < 16) valid &= static_cast<__mmask16>(~(1u << self));
-              const reg w = _mm512_maskz_mov_ps(valid, V::exp(V::sub(V::load(s + at), V::load(lse + i))));
+              const reg w = _mm512_maskz_mov_ps(valid, V::exp(V::sub(V::load(s + from), V::load(lse + i))));
               weights = (__m256i)_mm512_cvtneps_pbh(w);
               grads = (__m256i)_mm512_cvtneps_pbh(
-                  _mm512_maskz_mul_ps(valid, w, V::sub(V::load(dp + at), V::load(delta + i))));
+                  _mm512_maskz_mul_ps(valid, w, V::sub(V::load(dp + from), V::load(delta + i))));
             }
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + at), weights);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds + at), grads);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + to), weights);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds + to), grads);
           }
         }
-        transpose_words(ds, b32, r32, l32, ds_rows, l32);
+        transpose_words(ds, i_words, r32, l32, ds_rows, j_words);
         const BlockPosition at{i0 == 0, i0 + block >= L};
-        product_to_line(r16, rows, QK, l32 / 32, ds_rows, l32, k_pairs, qk32, tile, dq, dq_row, !first, nullptr, at,
+        product_to_line(r16, rows, QK, l32 / 32, ds_rows, j_words, k_pairs, qk_ld, tile, dq, dq_row, !first, nullptr, at,
                         &ahead);
-        product_to_line(l16, L, QK, r32 / 32, ds, b32, q_pairs, qk32, tile,
+        product_to_line(l16, L, QK, r32 / 32, ds, i_words, q_pairs, qk_ld, tile,
                         line_data<BFloat16>(args.grad_key, grid, axis, line), dk_row, !first, dk_sums, at,
                         &ahead);
-        product_to_line(l16, L, C, r32 / 32, p, b32, g_pairs, c32, tile,
+        product_to_line(l16, L, C, r32 / 32, p, i_words, g_pairs, c_ld, tile,
                         line_data<BFloat16>(args.grad_value, grid, axis, line), dv_row, !first, dv_sums, at,
                         &ahead);
       }
