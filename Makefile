@@ -3,7 +3,7 @@
 #   PYTHON=python3.12            the Python to make .venv with (3.10 to 3.13; found by itself otherwise)
 #   DETECTRON2='git+https://…'   another Detectron2, as a pip requirement (0.5 from PyPI otherwise)
 #   DATASET=camvid               what `make demo` trains on
-#   ARGS='-k rcca -x'            more arguments for the command that the target runs
+#   ARGS='-k rcca -n 2'          more arguments for the command that the target runs (here: some tests, in 2 processes)
 
 PYTHON  ?=
 DATASET ?= synthetic

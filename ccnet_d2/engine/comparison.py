@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from ccnet_d2.errors import UserError
 
 _POLL_SECONDS = 0.5
 _REPORT_SECONDS = 10.0
+_EVALUATION, _FINISHED = "evaluation.json", "finished.json"
+_RESULT_FILES = ("metrics.json", _EVALUATION, _FINISHED)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class VariantRun:
     arguments: list[str]
     seconds: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
 
     @property
     def miou(self) -> float:
@@ -46,6 +50,12 @@ class VariantRun:
     def checkpoint(self) -> Path:
         """The trained weights."""
         return self.output_dir / "model_final.pth"
+
+    @property
+    def seconds_per_iteration(self) -> float:
+        """Median over the logged iterations, data loading included."""
+        times = [line["time"] for line in _metrics_lines(self.output_dir / "metrics.json") if "time" in line]
+        return statistics.median(times) if times else float("nan")
 
     def progress(self) -> str:
         """One phrase: how far it is."""
@@ -64,6 +74,8 @@ def train_variants(
     *,
     overrides: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    keep_finished: bool = False,
+    stop_at_failure: bool = True,
 ) -> list[VariantRun]:
     """Train and evaluate every variant in a process of its own, as many at once as there are GPUs, or else CPU cores.
 
@@ -73,6 +85,8 @@ def train_variants(
         output_dir: each variant writes to `output_dir`/<name>; what it prints goes to train.log there.
         overrides: for all variants.
         environment: variables for the processes, beside the current ones.
+        keep_finished: do not train a variant again that an earlier call finished with the same arguments.
+        stop_at_failure: raise for a variant that fails; otherwise its `error` says why, and the others go on.
 
     Returns:
         The finished runs, in the order of `variants`.
@@ -89,7 +103,7 @@ def train_variants(
     cores = len(os.sched_getaffinity(0))
     if not devices:
         devices = [None] * min(cores, len(runs))
-    waiting = list(runs)
+    waiting = [run for run in runs if not (keep_finished and _was_finished(run))]
     running: list[_Process] = []
     reported = time.monotonic()
     try:
@@ -103,7 +117,9 @@ def train_variants(
                 devices.append(process.device)
                 process.finish()
                 run = process.run
-                print(f"{run.variant.title}: mIoU {run.miou:.1f} in {run.seconds:.0f} s", flush=True)
+                if run.error and stop_at_failure:
+                    raise UserError(run.error)
+                print(f"{run.variant.title}: {_outcome(run)}", flush=True)
             if running and time.monotonic() - reported > _REPORT_SECONDS:
                 reported = time.monotonic()
                 print(" | ".join(process.run.progress() for process in running), flush=True)
@@ -124,10 +140,7 @@ class _Process:
         self._start = time.monotonic()
         self._log = run.output_dir / "train.log"
         run.output_dir.mkdir(parents=True, exist_ok=True)
-        for stale in (
-            "metrics.json",
-            "evaluation.json",
-        ):  # of an earlier run, which would pass for this one's
+        for stale in _RESULT_FILES:  # of an earlier run, which would pass for this one's
             (run.output_dir / stale).unlink(missing_ok=True)
         variables = {**os.environ, **environment, "OMP_NUM_THREADS": str(max(1, threads))}
         if device is not None:
@@ -141,10 +154,30 @@ class _Process:
         if self.popen.returncode != 0:
             lines = self._log.read_text(errors="replace").strip().splitlines() or ["no output"]
             reason = lines[-1].removeprefix("error: ").rstrip(".")
-            raise UserError(
+            self.run.error = (
                 f"Training of {self.run.variant.name} failed: {reason} (whole output in {self._log})."
             )
-        self.run.metrics = json.loads((self.run.output_dir / "evaluation.json").read_text())
+            return
+        self.run.metrics = json.loads((self.run.output_dir / _EVALUATION).read_text())
+        finished = {"arguments": self.run.arguments, "seconds": self.run.seconds}
+        (self.run.output_dir / _FINISHED).write_text(json.dumps(finished))
+
+
+def _was_finished(run: VariantRun) -> bool:
+    """Whether an earlier call finished this run with the same arguments; if so, take its results."""
+    try:
+        finished = json.loads((run.output_dir / _FINISHED).read_text())
+        metrics = json.loads((run.output_dir / _EVALUATION).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    if finished["arguments"] != run.arguments:
+        return False
+    run.seconds, run.metrics = finished["seconds"], metrics
+    return True
+
+
+def _outcome(run: VariantRun) -> str:
+    return run.error or f"mIoU {run.miou:.1f} in {run.seconds:.0f} s"
 
 
 def _metrics_lines(path: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <new>
+#include <type_traits>
 
 #include "attention.h"
 

@@ -56,12 +56,20 @@ struct Ahead {
   }
 };
 
+// C = keep * C + fresh * (A B), one factor of each kind for every row; without accumulation C = fresh * (A B).
+template <class T>
+struct Scales {
+  const T* keep;
+  const T* fresh;
+};
+
 template <class V, int MR, int NR, AOrder ORDER>
 struct MicroKernel {
   using T = typename V::T;
-  // C[MR, NR * W] (+)= A[MR, K] B[K, NR * W]; rows of B are ldb apart.
+  // C[MR, NR * W] = A[MR, K] B[K, NR * W], added to C or, with `scales`, joined with it row by row (see Scales); rows
+  // of B are ldb apart.
   static void run(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool accumulate,
-                  Ahead* ahead) {
+                  const Scales<T>* scales, Ahead* ahead) {
     typename V::reg acc[MR][NR];
     CCNET_UNROLL
     for (int r = 0; r < MR; ++r) {
@@ -89,6 +97,19 @@ struct MicroKernel {
         if (ORDER == kColMajor) a += lda;
       }
     }
+    if (scales != nullptr) {
+      CCNET_UNROLL
+      for (int r = 0; r < MR; ++r) {
+        const typename V::reg fresh = V::set1(scales->fresh[r]), keep = V::set1(scales->keep[r]);
+        CCNET_UNROLL
+        for (int n = 0; n < NR; ++n) {
+          T* p = c + r * ldc + n * V::W;
+          const typename V::reg x = V::mul(acc[r][n], fresh);
+          V::store(p, accumulate ? V::fma(V::load(p), keep, x) : x);
+        }
+      }
+      return;
+    }
     CCNET_UNROLL
     for (int r = 0; r < MR; ++r) {
       CCNET_UNROLL
@@ -108,7 +129,7 @@ constexpr int max_rows(int nr) {
 
 template <class V>
 using MicroFn = void (*)(int64_t, const typename V::T*, int64_t, const typename V::T*, int64_t, typename V::T*,
-                         int64_t, bool, Ahead*);
+                         int64_t, bool, const Scales<typename V::T>*, Ahead*);
 
 template <class V, int NR, AOrder ORDER, int MR = max_rows<V>(NR)>
 struct MicroTable {
@@ -163,7 +184,7 @@ void gemm(int64_t M, int64_t n, int64_t K, const typename V::T* a, int64_t lda, 
     const int vectors = static_cast<int>(left < V::kPanelVectors ? left : V::kPanelVectors);
     for_row_blocks<V, ORDER>(M, vectors, [&](int64_t row, int, MicroFn<V> fn) {
       fn(K, a + (ORDER == kColMajor ? row : row * lda), lda, b + col, ldb, c + row * ldc + col, ldc, accumulate,
-         ahead);
+         nullptr, ahead);
     });
     col += vectors * V::W;
   }
@@ -237,15 +258,15 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
   const int64_t L = grid.size[axis], QK = args.qk_channels, C = args.channels;
   const int64_t block = rows_per_block<V>(L, 512 * 1024);
   const int64_t blocks = (L + block - 1) / block;
-  const int64_t lpad = leading<V>(L), bpad = leading<V>(block);
+  const int64_t bpad = leading<V>(block), qk_ld = leading<V>(QK);
   const int64_t panel = V::kPanelVectors * V::W;
   const bool masked = !keeps_self(grid.axes, axis);
   const Strides stat = scalar_strides(grid);
 
   run_items(args, grid.lines(axis) * blocks, [&](auto next) {
-    Scratch<T> scratch(QK * (lpad + bpad) + L * bpad + L * panel + 4 * bpad + panel * max_rows<V>(1) * 2);
+    Scratch<T> scratch(L * qk_ld + QK * bpad + L * bpad + L * panel + 4 * bpad + panel * max_rows<V>(1) * 2);
     if (!scratch.ok()) return false;
-    T* kt = scratch.take(QK * lpad);
+    T* kr = scratch.take(L * qk_ld);
     T* qt = scratch.take(QK * bpad);
     T* st = scratch.take(L * bpad);
     T* vp = scratch.take(L * panel);
@@ -273,12 +294,12 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
       const int64_t stat_row = stat.axis[axis];
 
       if (packed_line != line) {
-        pack_columns<V>(k, L, 0, QK, kt, lpad);
+        pack_rows<V>(k, L, 0, QK, kr, qk_ld);
         packed_line = line;
       }
       pack_columns<V>(q, rows, 0, QK, qt, bpad);
       ahead.set(v.data, v.row, L, panel < C ? panel : C);
-      gemm<V, kColMajor>(L, rpad, QK, kt, lpad, qt, bpad, st, bpad, false, &ahead);
+      gemm<V, kRowMajor>(L, rpad, QK, kr, qk_ld, qt, bpad, st, bpad, false, &ahead);
       if (masked) {
         for (int64_t i = 0; i < rows; ++i) st[(i0 + i) * bpad + i] = static_cast<T>(-INFINITY);
       }
@@ -323,7 +344,14 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
           const int64_t from = row * L / rows, to = (row + count) * L / rows;
           ahead.set(o.data + row * o.row + c, o.row, count, cols);
           ahead.then(v.data + from * v.row + c + cols, v.row, to - from, next_cols);
-          fn(L, st + row, bpad, vp, width, tile, width, false, &ahead);
+          if constexpr (std::is_same<S, T>::value) {
+            if (width == cols) {
+              const Scales<T> scales{keep + row, fresh + row};
+              fn(L, st + row, bpad, vp, width, o.data + row * o.row + c, o.row, !first, &scales, &ahead);
+              return;
+            }
+          }
+          fn(L, st + row, bpad, vp, width, tile, width, false, nullptr, &ahead);
           for (int r = 0; r < count; ++r) {
             S* d = o.data + (row + r) * o.row + c;
             const T* t = tile + r * width;
@@ -399,7 +427,15 @@ void gemm_to_line(int64_t M, int64_t cols, int64_t K, const typename V::T* a, in
       ahead.then_rows = share;
       more.at += share * more.step;
       more.rows -= share;
-      fn(K, a + (ORDER == kColMajor ? row : row * lda), lda, b + col, ldb, tile, width, false, &ahead);
+      const typename V::T* a_rows = a + (ORDER == kColMajor ? row : row * lda);
+      if constexpr (std::is_same<S, typename V::T>::value) {
+        if (valid == width) {
+          S* to = dst.data + row * dst.row + first_col + col;
+          fn(K, a_rows, lda, b + col, ldb, to, dst.row, accumulate, nullptr, &ahead);
+          return;
+        }
+      }
+      fn(K, a_rows, lda, b + col, ldb, tile, width, false, nullptr, &ahead);
       add_rows<V>(tile, width, count, valid, dst, row, first_col + col, accumulate);
     });
     col += width;
@@ -430,21 +466,20 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
   const int64_t block = rows_per_block<V>(L, 384 * 1024);
   const int64_t lpad = leading<V>(L), bpad = leading<V>(block), edge = edge_columns<V>(L),
                 jpad = edge ? L - edge : round_up(L, V::W), row_pad = round_up(L, V::W);
-  const int64_t panel = V::kPanelVectors * V::W, qkpad = round_up(QK, V::W);
+  const int64_t panel = 2 * V::kPanelVectors * V::W, g_ld = leading<V>(panel), qkpad = leading<V>(QK);
   const bool masked = !keeps_self(grid.axes, axis);
   const Strides stat = scalar_strides(grid);
 
   run_items(args, grid.lines(axis), [&](auto next) {
-    Scratch<T> scratch(QK * (lpad + bpad) + qkpad * (L + block) + 2 * block * lpad + block * panel + panel * lpad +
+    Scratch<T> scratch(QK * lpad + qkpad * (L + block) + 2 * block * lpad + block * g_ld + panel * lpad +
                        2 * bpad + (1 + edge) * bpad * V::W + panel * max_rows<V>(1) * 2);
     if (!scratch.ok()) return false;
     T* kt = scratch.take(QK * lpad);
-    T* qt = scratch.take(QK * bpad);
     T* kr = scratch.take(qkpad * L);
     T* qr = scratch.take(qkpad * block);
     T* p = scratch.take(block * lpad);
     T* ds = scratch.take(block * lpad);
-    T* gp = scratch.take(block * panel);  // grad_out, one panel of channels
+    T* gp = scratch.take(block * g_ld);  // grad_out, one panel of channels
     T* vt = scratch.take(panel * lpad);   // value transposed, the same channels
     T* lse = scratch.take(bpad);
     T* delta = scratch.take(bpad);
@@ -479,11 +514,10 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         const int64_t stat_row = stat.axis[axis];
         const T* lse_in = static_cast<const T*>(args.lse) + stat0;
         T* delta_io = static_cast<T*>(args.delta) + stat0;
-        pack_columns<V>(q, rows, 0, QK, qt, bpad);
         pack_rows<V>(q, rows, 0, QK, qr, qkpad);
         ahead.set(g.data, g.row, rows, panel < C ? panel : C);
         ahead.then(v.data, v.row, L, panel < C ? panel : C);
-        gemm<V, kColMajor>(rows, row_pad, QK, qt, bpad, kt, lpad, p, lpad, false, &ahead);
+        gemm<V, kRowMajor>(rows, row_pad, QK, qr, qkpad, kt, lpad, p, lpad, false, &ahead);
         for (int64_t i = 0; i < rows; ++i) {
           const reg l = V::set1(lse_in[i * stat_row]);
           T* row = p + i * lpad;
@@ -499,7 +533,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
           const int64_t cols = C - c < panel ? C - c : panel;
           const int64_t width = round_up(cols, V::W);
           const int64_t next_cols = C - c - cols < panel ? C - c - cols : panel;
-          pack_rows<V>(g, rows, c, cols, gp, width);
+          pack_rows<V>(g, rows, c, cols, gp, g_ld);
           if (first) {
             // delta_i = sum_c grad_out * out, while grad_out is at hand.
             for (int64_t i = 0; i < rows; ++i) {
@@ -508,7 +542,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
               for (int64_t x = 0; x < cols; x += V::W) {
                 const int n = static_cast<int>(cols - x < V::W ? cols - x : V::W);
                 const reg y = n == V::W ? V::load(out_row + x) : V::load_n(out_row + x, n);
-                sum = V::fma(y, V::load(gp + i * width + x), sum);
+                sum = V::fma(y, V::load(gp + i * g_ld + x), sum);
               }
               V::store(dots + i * V::W, sum);
             }
@@ -520,15 +554,15 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
               T* sum_at = edges + (e * rows + i) * V::W;
               reg sum = V::load(sum_at);
               for (int64_t x = 0; x < width; x += V::W) {
-                sum = V::fma(V::load(gp + i * width + x), V::load(tile + x), sum);
+                sum = V::fma(V::load(gp + i * g_ld + x), V::load(tile + x), sum);
               }
               V::store(sum_at, sum);
             }
           }
           ahead.set(g.data + c + cols, g.row, rows, next_cols);
           ahead.then(v.data + c + cols, v.row, L, next_cols);
-          gemm<V, kRowMajor>(rows, jpad, cols, gp, width, vt, lpad, ds, lpad, c > 0, &ahead);
-          gemm_to_line<V, kColMajor>(L, cols, rows, p, lpad, gp, width, tile, dv, c, !first || i0 > 0,
+          gemm<V, kRowMajor>(rows, jpad, cols, gp, g_ld, vt, lpad, ds, lpad, c > 0, &ahead);
+          gemm_to_line<V, kColMajor>(L, cols, rows, p, lpad, gp, g_ld, tile, dv, c, !first || i0 > 0,
                                      first ? rows_of(o, c + cols, rows, next_cols) : Ahead());
         }
 

@@ -40,8 +40,7 @@ from pip_runner import InstallError, run_command, run_pip
 ROOT = Path(__file__).resolve().parents[3]
 OLDEST, NEWEST = (3, 10), (3, 13)
 
-# Only fetched when neither ensurepip nor a wheel of pip is at hand (Debian keeps them in packages of their
-# own). The same version as in constraints.txt.
+# Only fetched where the system has neither ensurepip nor a wheel of pip. The same version as in constraints.txt.
 PIP_WHEEL = "pip-26.3-py3-none-any.whl"
 PIP_WHEEL_SHA256 = "f3b60b20ffaadd4415ed7957212a38ac63fa4c5fa375bd0f4a797777940fad13"
 
@@ -126,6 +125,35 @@ def drop_incomplete_distributions(site_packages: Path) -> list[str]:
                 entry.unlink()
             removed.append(entry.name)
     return removed
+
+
+def system_pip(directory: Path, root: Path = Path("/")) -> Path | None:
+    """Return the wheel of pip that Debian and Ubuntu keep for making environments.
+
+    It is in a package of its own, python3-pip-whl. If that is not installed, it is downloaded and unpacked, for
+    which nobody needs to be root.
+
+    Args:
+        directory: an empty directory to download to.
+        root: the file system it may be installed in.
+
+    Returns:
+        The wheel, None if there is no such package here.
+    """
+    place = Path("usr/share/python-wheels")
+    unpacked = directory / "unpacked"
+    if not any((root / place).glob("pip-*.whl")):
+        commands = (
+            ["apt-get", "download", "-qq", "python3-pip-whl"],
+            ["sh", "-c", 'dpkg-deb -x python3-pip-whl_*.deb "$0"', str(unpacked)],
+        )
+        for command in commands:
+            if shutil.which(command[0]) is None:
+                return None
+            if subprocess.run(command, cwd=directory, capture_output=True, check=False).returncode != 0:
+                return None
+    wheels = [wheel for base in (root, unpacked) for wheel in sorted((base / place).glob("pip-*.whl"))]
+    return wheels[0] if wheels else None
 
 
 class Environment:
@@ -296,9 +324,10 @@ class Environment:
             shutil.rmtree(self.discarded)
 
     def install_pip(self) -> None:
-        """Put pip into an environment that was made without."""
-        wheels = sorted(Path("/usr/share/python-wheels").glob("pip-*.whl"))
-        wheel = wheels[-1] if wheels else fetch_file("pip", PIP_WHEEL, PIP_WHEEL_SHA256, self.state)
+        """Put pip into an environment that was made without: the system's, or the package index's."""
+        fetched = self.state / "pip"
+        fetched.mkdir()
+        wheel = system_pip(fetched) or fetch_file("pip", PIP_WHEEL, PIP_WHEEL_SHA256, fetched)
         # A wheel of pip is a zip file that Python can run pip from.
         run_command(
             [str(self.python), f"{wheel}/pip", "install", "--no-index", "--no-deps",
@@ -306,8 +335,7 @@ class Environment:
             what="Installing pip",
             log=self.log,
         )  # fmt: skip
-        if wheel.parent == self.state:
-            wheel.unlink()
+        shutil.rmtree(fetched)
 
     def require_space(self) -> None:
         """Raise InstallError if the disk cannot hold the environment."""

@@ -1,0 +1,125 @@
+"""A table of one run trained with several values of a setting and several seeds (CCNet, TPAMI, Tab. 1, 3 and 4)."""
+
+import json
+import os
+import re
+import shlex
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ccnet_d2.errors import UserError
+from ccnet_d2.model_zoo import get_config
+
+from .comparison import Variant, VariantRun, train_variants
+from .overrides import apply_overrides
+
+
+def compare_runs(
+    config_file: str,
+    key: str,
+    values: Sequence[str],
+    output: Path,
+    *,
+    seeds: Sequence[int] = (0,),
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Train a run with every value of a key and every seed, and write table.md and table.json to `output`.
+
+    Runs that an earlier call finished there are not trained again. A run that fails, for instance because its loss is
+    not finite, counts as failed; the others go on.
+
+    Args:
+        config_file: as for `train_net.py --config-file`.
+        key: what differs, such as "model.sem_seg_head.context".
+        values: its values.
+        output: folder; each training writes to a folder of its own in it.
+        seeds: of initial weights and data order.
+        overrides: for all runs.
+
+    Returns:
+        What table.json holds: per value the mIoU in percent of each seed (None: failed), their mean and standard
+        deviation, and the seconds an iteration took.
+
+    Raises:
+        UserError: the key, a value or an override is unknown, or no run succeeded.
+    """
+    variants = {}
+    for value in values:
+        for seed in seeds:
+            name = f"{re.sub(r'[^A-Za-z0-9.]+', '_', value)}_seed{seed}"
+            changes = (f"{key}={value}", f"train.seed={seed}")
+            variants[value, seed] = Variant(name, f"{value}, seed {seed}", changes)
+    # Fail on a wrong key at once, not in every process.
+    for variant in variants.values():
+        apply_overrides(get_config(config_file), [*overrides, *variant.overrides])
+    output.mkdir(parents=True, exist_ok=True)
+    runs = train_variants(
+        config_file,
+        list(variants.values()),
+        output,
+        overrides=overrides,
+        keep_finished=True,
+        stop_at_failure=False,
+    )
+    by_variant = dict(zip(variants, runs, strict=True))
+    if all(run.error for run in runs):
+        raise UserError(f"All {len(runs)} runs failed; the first: {runs[0].error}")
+    result = {
+        "config": config_file,
+        "key": key,
+        "overrides": list(overrides),
+        "seeds": list(seeds),
+        "rows": [_row(value, [by_variant[value, seed] for seed in seeds]) for value in values],
+    }
+    _write(output / "table.json", json.dumps(result, indent=2) + "\n")
+    _write(output / "table.md", format_table(result) + f"\n\n{_commands(runs)}\n")
+    return result
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """What `compare_runs` returned, as a Markdown table."""
+    lines = [
+        f"| {result['key'].rpartition('.')[2]} | mIoU | standard deviation | lowest | highest | succeeded | s/iteration |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in result["rows"]:
+        succeeded = [miou for miou in row["miou"] if miou is not None]
+        figures = (
+            [
+                f"{row['mean']:.1f}",
+                f"{row['deviation']:.1f}",
+                f"{min(succeeded):.1f}",
+                f"{max(succeeded):.1f}",
+            ]
+            if succeeded
+            else ["–"] * 4
+        )
+        figures += [f"{len(succeeded)}/{len(row['miou'])}", f"{row['seconds_per_iteration']:.3f}"]
+        lines.append(f"| {row['value']} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def _row(value: str, runs: Sequence[VariantRun]) -> dict[str, Any]:
+    succeeded = [run for run in runs if run.error is None]
+    mious = [run.miou for run in succeeded]
+    return {
+        "value": value,
+        "miou": [None if run.error else round(run.miou, 3) for run in runs],
+        "mean": statistics.fmean(mious) if mious else None,
+        "deviation": statistics.pstdev(mious) if mious else None,
+        "seconds_per_iteration": statistics.median(run.seconds_per_iteration for run in succeeded or runs),
+        "errors": [run.error for run in runs if run.error],
+    }
+
+
+def _commands(runs: Sequence[VariantRun]) -> str:
+    commands = "\n".join(f"python projects/CCNet/train_net.py {shlex.join(run.arguments)}" for run in runs)
+    return f"```\n{commands}\n```"
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
