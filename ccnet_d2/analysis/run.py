@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from detectron2.config import instantiate
+from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +17,7 @@ from .flops import CONVENTION, count_flops
 from .memory import LiveMemory, kept_for_backward
 from .text import columns, notes
 from .timing import median_seconds
+from .untrained import label_objects, label_pixels, random_images, settle
 
 _REPEATS = 3
 
@@ -58,18 +60,21 @@ def analyze_run(
         What `--json` writes; sizes in 10^6 bytes, FLOPs in 10^9.
 
     Raises:
-        UserError: the device is not there, or a training step is asked of another model than one for segmentation.
+        UserError: the device is not there, or a training step is asked of a model that is neither a semantic segmentor
+            nor a detector with ROI heads.
     """
-    if training_step and "sem_seg_head" not in cfg.model:
-        raise UserError("A training step needs labels, which are made for semantic segmentation alone.")
+    if training_step and not {"sem_seg_head", "roi_heads"} & set(cfg.model):
+        raise UserError(
+            "A training step needs labels, which are made for models with a sem_seg_head or roi_heads."
+        )
     try:
         with FakeTensorMode():
-            model = instantiate(cfg.model).eval()
-            flops, peak = _inference_cost(model, _inputs(image_size, batch_size))
+            model = settle(instantiate(cfg.model)).eval()
+            flops, peak = _inference_cost(model, random_images(image_size, batch_size))
         model_on_device = None
     except RuntimeError:  # of many kinds; a fault of the model itself comes up again in the real run
-        model = model_on_device = build_model(cfg).eval()
-        flops, peak = _inference_cost(model, _inputs(image_size, batch_size))
+        model = model_on_device = settle(build_model(cfg)).eval()
+        flops, peak = _inference_cost(model, random_images(image_size, batch_size))
     root = type(model).__name__
     result: dict[str, Any] = {
         "image_size": list(image_size),
@@ -85,14 +90,19 @@ def analyze_run(
         "inference_peak_mb": peak / 1e6,
     }
     if time or training_step:
-        model_on_device = model_on_device or build_model(cfg)
+        model_on_device = model_on_device or settle(build_model(cfg))
         result["device"] = _describe(torch.device(cfg.train.device))
     if training_step:
-        images = _inputs(image_size, batch_size, int(cfg.model.sem_seg_head.num_classes))
-        kept, peak = _training_cost(model_on_device, images)
+        images = random_images(image_size, batch_size)
+        if "roi_heads" in cfg.model:
+            images = label_objects(images, int(cfg.model.roi_heads.num_classes))
+        if "sem_seg_head" in cfg.model:
+            images = label_pixels(images, int(cfg.model.sem_seg_head.num_classes))
+        with EventStorage():  # which detectors write to
+            kept, peak = _training_cost(model_on_device, images)
         result |= {"training_kept_mb": kept / 1e6, "training_peak_mb": peak / 1e6}
     if time:
-        images = _inputs(image_size, batch_size)
+        images = random_images(image_size, batch_size)
         device = torch.device(cfg.train.device)
         model_on_device.eval()
         if device.type == "cuda":
@@ -156,21 +166,6 @@ class _PeakMemory:
         else:
             self._live.__exit__(*exception)
             self.peak = self._live.peak
-
-
-def _inputs(size: tuple[int, int], batch_size: int, classes: int | None = None) -> list[dict[str, Any]]:
-    """Random images in Detectron2's format, with labels if `classes` is given."""
-    batch = []
-    for _ in range(batch_size):
-        item = {
-            "image": torch.randint(0, 256, (3, *size), dtype=torch.uint8),
-            "height": size[0],
-            "width": size[1],
-        }
-        if classes is not None:
-            item["sem_seg"] = torch.randint(0, classes, size)
-        batch.append(item)
-    return batch
 
 
 def _outline(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

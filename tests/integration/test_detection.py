@@ -291,6 +291,8 @@ def test_model_zoo_takes_rcca(name):
     torch.manual_seed(0)
     model, mask_format = build_zoo_model(name)
     stages = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    if not stages & {"res4", "s3"}:
+        pytest.skip("its backbone has no res4")
     (where,) = stages & {"res4", "s3"}
     tame(model)
     check_takes_rcca(model, where, mask_format)

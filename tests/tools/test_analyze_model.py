@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
+
+from ccnet_d2.analysis.run import analyze_run
+from ccnet_d2.errors import UserError
 
 SCRIPT = Path(__file__).parents[2] / "projects/CCNet/tools/analyze_model.py"
 TOY = "toy/ccnet_synthetic.py"
@@ -91,15 +95,19 @@ def test_the_paper_s_network_without_computing_it(script, tmp_path, capsys):
     assert "context" in capsys.readouterr().out
 
 
-def test_a_detection_run(script, tmp_path, capsys):
+def test_a_detection_run(script, tmp_path):
     """Its shapes depend on what it sees, so it is not traced but run."""
     run = ("--config-file", "quick_schedules/mask_rcnn_rcca_R_18_FPN_overfit.py", "--image-size=64")
     result = analyze(script, tmp_path, *run, "train.device=cpu")
     modules = result["modules"]
     assert modules["total"]["gflops"] > modules["backbone"]["gflops"] > 0
     assert modules["roi_heads"]["parameters"] > 0 and result["inference_seconds"] > 0
-    assert script.main([*run, "--training-step"]) == 1
-    assert "A training step needs labels" in capsys.readouterr().err
+
+
+def test_training_step_of_another_model(tmp_path):
+    cfg = OmegaConf.create({"model": {"backbone": {}}, "train": {"device": "cpu"}})
+    with pytest.raises(UserError, match="A training step needs labels"):
+        analyze_run(cfg, (64, 64), training_step=True)
 
 
 def test_table_as_a_file(script, tmp_path, capsys):
@@ -141,3 +149,22 @@ def test_impossible_requests_show_the_usage(script, arguments, capsys):
 def test_help_from_the_command_line():
     run = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True)
     assert "--table" in run.stdout and run.stderr == ""
+
+
+def test_a_detector_is_busy_without_training(script, tmp_path):
+    """The quick schedule's Mask R-CNN: as many masks as it can find, and what a training step takes."""
+    result = analyze(
+        script,
+        tmp_path,
+        "--config-file",
+        "quick_schedules/mask_rcnn_rcca_R_18_FPN_overfit.py",
+        "--image-size=96x128",
+        "--training-step",
+        "--no-time",
+        "train.device=cpu",
+    )
+    modules = result["modules"]
+    detections, size, channels = 20, 14, 64  # many of the 50 proposals remain, and the mask head's map
+    convolutions = 2 * detections * 3 * size**2 * 9 * channels**2
+    assert modules["roi_heads.mask_head"]["gflops"] > convolutions / 1e9
+    assert result["training_peak_mb"] > result["training_kept_mb"] > 0
