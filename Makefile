@@ -15,7 +15,7 @@ TOOLS := projects/CCNet/tools
 export DETECTRON2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean distclean
+.PHONY: help setup demo test lint bench docs clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ lint: setup ## check style, format and types
 	@$(VENV)/ruff check .
 	@$(VENV)/ruff format --check .
 	@$(VENV)/mypy
+
+docs: setup ## write the API reference to output/api
+	@$(VENV)/python $(TOOLS)/build_api_docs.py $(ARGS)
 
 bench: setup ## measure the operator's speed and memory
 	@$(VENV)/python $(TOOLS)/benchmark_op.py $(ARGS)

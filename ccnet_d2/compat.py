@@ -1,7 +1,10 @@
 """The one module that asks which torch and Detectron2 run here."""
 
 import importlib
+import inspect
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -12,6 +15,15 @@ def has_fast_bf16() -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     get_capabilities = getattr(torch.cpu, "get_capabilities", None)
     return bool(get_capabilities and get_capabilities().get("amx_bf16"))
+
+
+def ddp_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `DistributedDataParallel` under the names that this torch knows."""
+    options = dict(options)
+    known = inspect.signature(torch.nn.parallel.DistributedDataParallel.__init__).parameters
+    if "broadcast_buffers" in options and "forward_sync_buffers" in known:
+        options["forward_sync_buffers"] = options.pop("broadcast_buffers")
+    return options
 
 
 def _import_detectron2_quietly() -> None:

@@ -1,13 +1,24 @@
-"""Reading checkpoint files as data: nothing in them is executed."""
+"""Reading checkpoint files as data: nothing in them is executed, and damage is noticed."""
 
+import logging
 import pickle
+import re
+import tarfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ccnet_d2.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_ZIP_MAGIC = b"PK\x03\x04"
+
+_ASKED_FOR = re.compile(r"(?:nsupported GLOBAL|GLOBAL) ([\w.]+)")
 
 # What the pickles of Detectron2's model zoo hold: dicts of numpy arrays.
 _PICKLE_GLOBALS = {
@@ -18,48 +29,162 @@ _PICKLE_GLOBALS = {
     ("numpy.core.multiarray", "scalar"),
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "scalar"),
-    ("_codecs", "encode"),
 }
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be read, or does not fit the model."""
+    """A checkpoint cannot be read or written, or does not fit the model."""
+
+
+class _WantsCode(pickle.UnpicklingError):
+    """A file asks for an object that is not needed to hold weights."""
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """How Python 2 pickles hold bytes; the real `codecs.encode` would look for any module named in the file."""
+    if encoding not in ("latin1", "latin-1"):
+        raise _WantsCode(f"it asks for the codec {encoding!r}")
+    return text.encode("latin1")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return _encode
         if (module, name) not in _PICKLE_GLOBALS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not needed to hold weights")
+            raise _WantsCode(f"it asks for {module}.{name}, which is not needed to hold weights")
         return super().find_class(module, name)
 
 
-def load_file(path: str | Path) -> Any:
+def load_file(path: str | Path, *, allow_pickle: bool = False) -> Any:
     """The contents of a `.pth`, `.pt`, `.pyth` (torch) or `.pkl` (pickled numpy arrays) file, tensors on the CPU.
+
+    The checksums of torch's files, which `torch.load` ignores, are compared before anything is used.
+
+    Args:
+        path: a local file.
+        allow_pickle: run the code of a file that cannot be read without it, and log why. Anything can be in there:
+            only for files that you or somebody you trust wrote.
 
     Raises:
         CheckpointError: the file is missing, empty or damaged, or wants code to run.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"Checkpoint {path} does not exist.")
-    if path.stat().st_size == 0:
+        raise CheckpointError(f"Checkpoint {path} does not exist{' as a file' if path.exists() else ''}.")
+    with path.open("rb") as file:
+        start = file.read(len(_ZIP_MAGIC))
+    if not start:
         raise CheckpointError(f"Checkpoint {path} is empty.")
+    is_zip = start == _ZIP_MAGIC
+    if is_zip:
+        check_archive(path)
+    is_plain_pickle = path.suffix == ".pkl" and not is_zip
     try:
-        if path.suffix == ".pkl" and not zipfile.is_zipfile(path):
+        if is_plain_pickle:
             with path.open("rb") as file:
                 return _ArrayUnpickler(file, encoding="latin1").load()
+        if tarfile.is_tarfile(path):
+            # Torch's format before 2017. Versions of torch up to 2.5 run code from it even when told not to.
+            raise CheckpointError(
+                f"Checkpoint {path} is a tar archive, which is not read here; load it with the torch that wrote it "
+                "and save it again."
+            )
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        RuntimeError,
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-    ) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    except CheckpointError:
+        raise
+    except Exception as error:  # the documentation of pickle: damaged data can raise any exception
+        reason = _reason(error)
+        if _wants_code(error):
+            if allow_pickle:
+                logger.warning(
+                    "Checkpoint %s cannot be read as plain weights (%s): running the code in it, as allow_pickle says.",
+                    path,
+                    reason,
+                )
+                return _load_running_code(path, is_plain_pickle)
+            raise CheckpointError(
+                f"Checkpoint {path} cannot be read as weights: it holds objects that would run code when loaded "
+                f"({reason}); if you trust its author, train.allow_pickle=True loads it all the same."
+            ) from error
         raise CheckpointError(
-            f"Checkpoint {path} cannot be read as weights: it is damaged, or holds objects that would run code "
-            f"when loaded ({reason})."
+            f"Checkpoint {path} cannot be read as weights: it is damaged or no checkpoint ({reason})."
         ) from error
+
+
+def check_archive(path: str | Path) -> None:
+    """Compare the checksum of every record of a zip archive as `torch.save` writes it.
+
+    Raises:
+        CheckpointError: the archive is cut short, a record is damaged, or it holds what torch never writes.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                # A few bytes can unpack to terabytes; torch stores its records as they are.
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise CheckpointError(
+                        f"Checkpoint {path} holds a compressed record, {record.filename}; torch writes none."
+                    )
+            if (name := archive.testzip()) is not None:
+                raise CheckpointError(f"Checkpoint {path} is damaged: the checksum of {name} is wrong.")
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile, too, raises errors of many kinds for damaged archives
+        raise CheckpointError(
+            f"Checkpoint {path} cannot be read as weights: the file is damaged or cut short ({_reason(error)})."
+        ) from error
+
+
+def check_weights(weights: Any, path: str | Path) -> None:
+    """Check that `weights` is a state dict: names and dense arrays of numbers.
+
+    Raises:
+        CheckpointError: it is not; the message names `path` and the entry at fault.
+    """
+    if not isinstance(weights, Mapping):
+        raise CheckpointError(
+            f"Checkpoint {path} holds a {type(weights).__name__} where a state dict is expected."
+        )
+    for name, value in weights.items():
+        if not isinstance(name, str):
+            raise CheckpointError(
+                f"Checkpoint {path} has an entry named {name!r}, which is no name of a weight."
+            )
+        if isinstance(value, torch.Tensor):
+            fine = value.layout is torch.strided and not value.is_meta and not value.is_quantized
+        else:
+            fine = isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
+        if not fine:
+            raise CheckpointError(
+                f"Checkpoint {path} holds {type(value).__name__} at {name!r}, where an array of numbers is expected."
+            )
+
+
+def _load_running_code(path: Path, is_plain_pickle: bool) -> Any:
+    try:
+        if is_plain_pickle:
+            return pickle.loads(path.read_bytes(), encoding="latin1")
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # of the code in the file
+        raise CheckpointError(
+            f"Checkpoint {path} cannot be read, not even by running its code ({_reason(error)})."
+        ) from error
+
+
+def _wants_code(error: Exception) -> bool:
+    return isinstance(error, _WantsCode) or (
+        isinstance(error, pickle.UnpicklingError) and _ASKED_FOR.search(str(error)) is not None
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The first telling words of an error's message, around which torch puts advice on its own arguments."""
+    message = str(error)
+    if asked := _ASKED_FOR.search(message):
+        return f"it asks for {asked[1]}"
+    if "TorchScript" in message:
+        return "it is a TorchScript archive"
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    telling = [line for line in lines if line.startswith("WeightsUnpickler error:")] or lines
+    return (telling[0] if telling else type(error).__name__).rstrip(".:")[:200]

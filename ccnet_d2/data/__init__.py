@@ -14,6 +14,8 @@ except ImportError as error:
     ) from error
 
 from ccnet_d2.data.catalog import classes_of, get_sem_seg_dataset_dicts
+from ccnet_d2.data.clip_mapper import ClipMapper
+from ccnet_d2.data.clips import get_clip_dataset_dicts, get_covering_clip_dicts
 from ccnet_d2.data.datasets import (
     SyntheticConfig,
     dataset_root,
@@ -26,6 +28,7 @@ from ccnet_d2.data.errors import DatasetError, SampleError
 from ccnet_d2.data.sem_seg_mapper import SemSegMapper
 
 __all__ = [
+    "ClipMapper",
     "DatasetError",
     "SampleError",
     "SemSegMapper",
@@ -33,6 +36,8 @@ __all__ = [
     "classes_of",
     "dataset_root",
     "generate_synthetic_dataset",
+    "get_clip_dataset_dicts",
+    "get_covering_clip_dicts",
     "get_sem_seg_dataset_dicts",
     "register_all",
     "register_sem_seg_folder",

@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ccnet_d2.data.datasets.paths import ENV_VAR
 from ccnet_d2.data.errors import DatasetError
 
-__all__ = ["classes_of", "get_sem_seg_dataset_dicts"]
+__all__ = ["classes_of", "flip_pairs_of", "get_sem_seg_dataset_dicts"]
 
 _DEFAULT_IGNORE_LABEL = 255
 
@@ -95,3 +95,33 @@ def classes_of(names: str | Sequence[str]) -> tuple[list[str], int]:
                 f"Data sets '{listed[0]}' and '{name}' differ in their classes or ignored label."
             )
     return described[0]
+
+
+def flip_pairs_of(names: str | Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Pairs of classes that change places when a picture is mirrored, which registered data sets agree on.
+
+    They are the `flip_pairs` of a data set's metadata: left arm and right arm of LIP. Most data sets have none.
+
+    Raises:
+        DatasetError: a pair is not two classes of the data set, or the data sets differ.
+    """
+    listed = [names] if isinstance(names, str) else list(names)
+    described = []
+    for name in listed:
+        metadata = MetadataCatalog.get(name)
+        classes = len(metadata.get("stuff_classes") or ())
+        pairs = [tuple(int(label) for label in pair) for pair in metadata.get("flip_pairs") or ()]
+        labels = [label for pair in pairs for label in pair]
+        in_twos = all(len(pair) == 2 for pair in pairs) and len(set(labels)) == len(labels)
+        if not in_twos or not all(0 <= label < classes for label in labels):
+            raise DatasetError(
+                f"Data set '{name}': flip_pairs is {pairs}, but pairs of its classes 0 to {classes - 1} are needed, "
+                "each class once at most."
+            )
+        described.append(tuple((pair[0], pair[1]) for pair in pairs))
+    for name, pairs in zip(listed[1:], described[1:], strict=True):
+        if {frozenset(pair) for pair in pairs} != {frozenset(pair) for pair in described[0]}:
+            raise DatasetError(
+                f"Data sets '{listed[0]}' and '{name}' differ in the classes that a mirror swaps."
+            )
+    return described[0] if described else ()

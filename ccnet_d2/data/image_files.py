@@ -8,7 +8,9 @@ colours. Both are handled here.
 from __future__ import annotations
 
 import io
+import os
 import re
+import stat
 import struct
 
 import cv2
@@ -18,7 +20,13 @@ from PIL import Image, UnidentifiedImageError
 
 from ccnet_d2.data.errors import SampleError
 
-__all__ = ["read_image", "read_label"]
+__all__ = ["MAX_BYTES", "MAX_PIXELS", "read_image", "read_label"]
+
+MAX_PIXELS = 178_956_970
+"""The largest image that is decoded, Pillow's own limit: a file of kilobytes can declare terabytes."""
+
+MAX_BYTES = 2**30
+"""The largest file that is read."""
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_GRAY = 0
@@ -27,10 +35,15 @@ _JPEG_START = b"\xff\xd8\xff"
 # byte.
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _JPEG_SOS, _JPEG_EOI = 0xDA, 0xD9
+# Markers of the segments that hold the size: start of frame, of which C4, C8 and CC are none.
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# Of Pillow; converting the others to RGB cuts their values off at 255.
+_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 def _read_bytes(path: str, kind: str) -> bytes:
     try:
+        _check_regular(path, kind)
         with PathManager.open(path, "rb") as stream:
             data = stream.read()
     except OSError as error:
@@ -38,6 +51,20 @@ def _read_bytes(path: str, kind: str) -> bytes:
     if not data:
         raise SampleError(f"The {kind} '{path}' is an empty file.", path)
     return data
+
+
+def _check_regular(path: str, kind: str) -> None:
+    """Refuse what would never end or not fit into memory: pipes, devices, very large files."""
+    try:
+        status = os.stat(path)
+    except OSError:  # not a local path, or PathManager will tell what is wrong
+        return
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise SampleError(f"The {kind} '{path}' is not a file but a pipe, socket or device.", path)
+    if status.st_size > MAX_BYTES:
+        raise SampleError(
+            f"The {kind} '{path}' has {status.st_size} bytes, more than the {MAX_BYTES} that are read.", path
+        )
 
 
 def _png_is_whole(data: bytes) -> bool:
@@ -92,12 +119,53 @@ def _check_whole(data: bytes, path: str, kind: str) -> None:
         raise SampleError(
             f"The {kind} '{path}' is truncated ({len(data)} bytes); copy or download it again.", path
         )
+    _check_size(_png_size(data) if data.startswith(_PNG_SIGNATURE) else _jpeg_size(data), path, kind)
+
+
+def _png_size(data: bytes) -> tuple[int, int]:
+    """Width and height that a whole PNG file declares."""
+    width, height = struct.unpack_from(">II", data, len(_PNG_SIGNATURE) + 8)
+    return width, height
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """Width and height that a whole JPEG file declares; zeros if it does not."""
+    position = 2
+    while position + 9 <= len(data) and data[position + 1] != _JPEG_SOS:
+        marker = data[position + 1]
+        if marker in _JPEG_FRAMES:
+            height, width = struct.unpack_from(">HH", data, position + 5)
+            return width, height
+        if marker == 0xFF:
+            position += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:
+            position += 2
+        else:
+            position += 2 + struct.unpack_from(">H", data, position + 2)[0]
+    return 0, 0
+
+
+def _check_size(size: tuple[int, int], path: str, kind: str) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise SampleError(
+            f"The {kind} '{path}' is {width}x{height}, more than the {MAX_PIXELS} pixels that are decoded; "
+            "cut it into tiles.",
+            path,
+        )
 
 
 def _decode_with_pillow(data: bytes, path: str, kind: str, mode: str | None = None) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
+            _check_size(image.size, path, kind)
+            if mode and image.mode in _DEEP_MODES:
+                raise SampleError(
+                    f"The {kind} '{path}' holds {image.mode} values of Pillow, not 8 bits a channel; convert it.", path
+                )
             return np.asarray(image.convert(mode) if mode else image)
+    except SampleError:
+        raise
     except UnidentifiedImageError as error:
         raise SampleError(
             f"The {kind} '{path}' cannot be decoded; it is damaged or no image.", path

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from detectron2.data import transforms as T
 
-from ccnet_d2.data.catalog import classes_of
+from ccnet_d2.data.catalog import classes_of, flip_pairs_of
 from ccnet_d2.data.errors import DatasetError, SampleError
 from ccnet_d2.data.image_files import read_image, read_label
+from ccnet_d2.data.transforms.mirror import is_mirroring, swap_labels
 
 __all__ = ["IGNORE_LABEL", "LabelMap", "SemSegMapper"]
 
@@ -85,6 +86,8 @@ class SemSegMapper:
         num_classes: K, if `dataset_names` is not given.
         ignore_label: value of void in the label files; default: that of the data sets, else 255.
         image_format: ``"RGB"`` or ``"BGR"``.
+        flip_pairs: pairs of classes that change places whenever the augmentations, be it by `RandomFlip` or any other
+            of Detectron2's, mirror the image (left arm and right arm); default: those of the data sets.
 
     Returns (on call):
         dict: the sample's own entries (``file_name``, ``image_id``, …) and
@@ -106,6 +109,7 @@ class SemSegMapper:
         num_classes: int | None = None,
         ignore_label: int | None = None,
         image_format: str = "RGB",
+        flip_pairs: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if image_format not in ("RGB", "BGR"):
             raise DatasetError(f"image_format is '{image_format}', but only 'RGB' and 'BGR' are known.")
@@ -117,10 +121,12 @@ class SemSegMapper:
                 )
             num_classes = len(classes)
             ignore_label = registered_ignore if ignore_label is None else ignore_label
+            flip_pairs = flip_pairs_of(dataset_names) if flip_pairs is None else flip_pairs
         elif num_classes is None and is_train:
             raise DatasetError("SemSegMapper needs dataset_names or num_classes to check label maps.")
         self.is_train = is_train
         self.image_format = image_format
+        self.flip_pairs = tuple((int(a), int(b)) for a, b in flip_pairs or ())
         self.augmentations = T.AugmentationList(list(augmentations))
         self.label_map = (
             LabelMap(num_classes, IGNORE_LABEL if ignore_label is None else ignore_label)
@@ -163,10 +169,13 @@ class SemSegMapper:
         label = self._read_label(dataset_dict, image) if self.is_train else None
 
         augmented = T.AugInput(image, sem_seg=label)
-        self.augmentations(augmented)
+        transforms = self.augmentations(augmented)
         sample = {key: value for key, value in dataset_dict.items() if key != "sem_seg_file_name"}
         sample.update(height=height, width=width)
         sample["image"] = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
         if augmented.sem_seg is not None:
-            sample["sem_seg"] = torch.from_numpy(augmented.sem_seg.astype(np.int64))
+            sem_seg = augmented.sem_seg
+            if self.flip_pairs and is_mirroring(transforms, height, width):
+                sem_seg = swap_labels(sem_seg, self.flip_pairs)
+            sample["sem_seg"] = torch.from_numpy(sem_seg.astype(np.int64))
         return sample

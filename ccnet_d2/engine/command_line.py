@@ -1,19 +1,25 @@
 """The command line of train_net.py."""
 
 import argparse
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 
 from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import config_path, get_config
 
 from . import yacs
+from .distributed import ElasticRun, TorchrunProcess, joined_torchrun
+from .launch import Processes, launch
 from .overrides import apply_overrides
 from .training import evaluate_only, train
 from .user_errors import one_sentence_errors
+
+logger = logging.getLogger(__name__)
 
 _EPILOG = """
 Examples:
@@ -25,43 +31,95 @@ Examples:
     train_net.py --config-file CONFIG --resume train.output_dir=DIR
   Evaluate a checkpoint:
     train_net.py --config-file CONFIG --eval-only train.init_checkpoint=PATH
+  Two processes on CPUs:
+    train_net.py --config-file CONFIG --num-processes 2
   Two machines:
     train_net.py --config-file CONFIG --num-gpus 8 --num-machines 2 --machine-rank 0 --dist-url tcp://HOST:PORT
     train_net.py --config-file CONFIG --num-gpus 8 --num-machines 2 --machine-rank 1 --dist-url tcp://HOST:PORT
+  With torchrun, which starts all processes anew when one fails:
+    torchrun --nproc-per-node 8 --max-restarts 3 train_net.py --config-file CONFIG
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run train_net.py; returns its exit status."""
-    parser = default_argument_parser(epilog=_EPILOG)
+    parser = _parser()
     args = parser.parse_args(argv)
     if not args.config_file:
         parser.error("--config-file is needed")
     with one_sentence_errors() as status:
-        if args.num_gpus > 1 and torch.cuda.device_count() < args.num_gpus:
-            raise UserError(f"--num-gpus {args.num_gpus}, but torch sees {torch.cuda.device_count()} GPUs.")
-        launch(
-            _run,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        torchrun = TorchrunProcess.from_environment()
+        if torchrun is None:
+            launch(_run, _processes(args), (args,))
+        else:
+            if args.num_gpus != 1 or args.num_processes is not None or args.num_machines != 1:
+                raise UserError(
+                    "torchrun says how many processes there are: leave out --num-gpus, --num-processes and "
+                    "--num-machines."
+                )
+            _run(args, torchrun)
     return status.code
 
 
-def _run(args: argparse.Namespace) -> None:
-    if args.config_file.endswith((".yaml", ".yml")):
-        yacs.run(args)
+def _parser() -> argparse.ArgumentParser:
+    parser = default_argument_parser(epilog=_EPILOG)
+    parser.set_defaults(dist_url="auto")
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        metavar="N",
+        help="train on CPUs, with N processes on each machine (gloo), instead of --num-gpus",
+    )
+    return parser
+
+
+def _processes(args: argparse.Namespace) -> Processes:
+    if args.num_processes is not None and args.num_gpus != 1:
+        raise UserError("--num-gpus and --num-processes (on CPUs) cannot be used together.")
+    device = "cpu" if args.num_processes is not None else "cuda"
+    per_machine = args.num_gpus if args.num_processes is None else args.num_processes
+    if device == "cuda" and per_machine * args.num_machines == 1:
+        device = "cpu"  # one process takes the device of the config
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"--num-gpus {args.num_gpus}, but torch sees no GPU: --num-processes N trains on CPUs with N processes."
+        )
+    return Processes(per_machine, device, args.num_machines, args.machine_rank, args.dist_url)
+
+
+def _run(args: argparse.Namespace, torchrun: TorchrunProcess | None = None) -> None:
+    """What each process does."""
+    program, device, output_dir = _program(args)
+    if torchrun is None:
+        program(args.resume)
         return
-    cfg = apply_overrides(get_config(args.config_file), args.opts)
+    with joined_torchrun(torchrun, torch.device(device).type):
+        run = ElasticRun(torchrun, output_dir)
+        restart = not args.eval_only and run.is_restart()
+        run.begin()
+        program(args.resume or restart)
+        run.end()
+
+
+def _program(args: argparse.Namespace) -> tuple[Callable[[bool], Any], str, str]:
+    """The run as a function of `resume`, its device and its output directory."""
+    on_cpu = args.num_processes is not None
+    if args.config_file.endswith((".yaml", ".yml")):
+        options = [*args.opts, *(["MODEL.DEVICE", "cpu"] if on_cpu else [])]
+        cfg = yacs.load_config(args.config_file, options)
+        return lambda resume: yacs.run(cfg, args, resume=resume), cfg.MODEL.DEVICE, cfg.OUTPUT_DIR
+    options = [*args.opts, *(["train.device=cpu"] if on_cpu else [])]
+    cfg = apply_overrides(get_config(args.config_file), options)
     args.config_file = str(config_path(args.config_file))
-    default_setup(cfg, args)
-    if args.eval_only:
-        evaluate_only(cfg, resume=args.resume)
-    else:
-        train(cfg, resume=args.resume)
+
+    def program(resume: bool) -> None:
+        default_setup(cfg, args)
+        if args.eval_only:
+            evaluate_only(cfg, resume=resume)
+        else:
+            train(cfg, resume=resume)
+
+    return program, cfg.train.device, cfg.train.output_dir
 
 
 if __name__ == "__main__":

@@ -1,21 +1,41 @@
 """One training step under autocast, on GPU or CPU."""
 
+import errno
+import logging
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import nn
 
+from ccnet_d2.data.randomness import GeneratorStates
 from ccnet_d2.errors import UserError
 
+from .non_finite import NonFiniteGuard, gradients_are_finite
+
+logger = logging.getLogger(__name__)
+
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEAD_WORKER = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)\.|exited unexpectedly)"
+)
 
 
 class Trainer(SimpleTrainer):
-    """Detectron2's `SimpleTrainer` with autocast on any device and gradient clipping.
+    """Detectron2's `SimpleTrainer` with autocast on any device, gradient clipping, and all of its state saved.
 
     Detectron2's `AMPTrainer` refuses to run without CUDA; processors with bf16 units train a few times faster in
     bf16 than in fp32.
+
+    What steps draw from the global random generators is a stream of its own, which goes on at each step where the
+    last one ended: evaluations and other hooks that draw in between change nothing.
     """
 
     def __init__(
@@ -26,14 +46,16 @@ class Trainer(SimpleTrainer):
         *,
         amp_dtype: str | None = None,
         clip_grad_norm: float | None = None,
+        guard: NonFiniteGuard | None = None,
     ) -> None:
         """
         Args:
             model: gives a dict of losses in training.
-            data_loader: an iterable of batches.
+            data_loader: an iterable of batches; its place is saved if it has a `state_dict`.
             optimizer: over the model's parameters.
             amp_dtype: "bfloat16", "float16", or None to train in fp32.
             clip_grad_norm: clip the gradients' total L2 norm to this.
+            guard: looks into losses and gradients that are not finite; default: one that writes nothing.
 
         Raises:
             UserError: amp_dtype is unknown, or is float16 on a CPU.
@@ -47,34 +69,148 @@ class Trainer(SimpleTrainer):
         self.amp_dtype = None if amp_dtype is None else _DTYPES[amp_dtype]
         self.clip_grad_norm = clip_grad_norm
         self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=amp_dtype == "float16")
+        self.guard = guard or NonFiniteGuard()
+        self._random: GeneratorStates | None = None
+        self._process_states: list[dict[str, Any]] | None = None
+
+    def train(self, start_iter: int, max_iter: int) -> None:
+        """The loop of Detectron2's `TrainerBase.train`, without a traceback for what is no fault of the program."""
+        logger.info("Starting training from iteration %d", start_iter)
+        self.iter = self.start_iter = start_iter
+        self.max_iter = max_iter
+        with EventStorage(start_iter) as self.storage, _dead_workers_reported():
+            try:
+                self.before_train()
+                for self.iter in range(start_iter, max_iter):
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                self.iter += 1
+            except UserError:
+                raise
+            except Exception as error:
+                if not _DEAD_WORKER.search(str(error)) and getattr(error, "errno", None) != errno.ENOSPC:
+                    logger.exception("Exception during training:")
+                raise
+            finally:
+                self.after_train()
 
     def run_step(self) -> None:
         assert self.model.training, "[Trainer] model was changed to eval mode!"
+        if self._random is not None:
+            self._random.restore()
+        while not self._try_step():
+            pass
+        self._random = self._capture_random()
+
+    def _try_step(self) -> bool:
+        """One step on the next batch; False, with nothing changed, if a loss or gradient is not finite and another
+        batch may be tried.
+
+        Raises:
+            NonFiniteError: one is not finite and no other batch may be tried.
+        """
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
+        random = self._capture_random()
+        self.guard.remember_buffers(self.model)
 
-        with torch.autocast(self.device_type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            loss_dict = self.model(data)
+        loss_dict = self.forward(data)
         losses = sum(loss_dict.values())
+        finite = self._in_all_processes(bool(torch.isfinite(losses.detach()).all()))
+        if finite:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.grad_scaler.scale(losses).backward()
+            # A scaler leaves out such steps and lowers its scale. All processes have the same, averaged gradients.
+            finite = self.grad_scaler.is_enabled() or gradients_are_finite(self.model)
+        if not finite:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.guard.handle(self, data, loss_dict, random)
+            return False
 
-        self.optimizer.zero_grad(set_to_none=True)
-        self.grad_scaler.scale(losses).backward()
         self._write_metrics(loss_dict, data_time)
         if self.clip_grad_norm is not None:
             self.grad_scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+        return True
 
-    def state_dict(self) -> dict:
+    def forward(self, data: list[Any], model: nn.Module | None = None) -> dict[str, torch.Tensor]:
+        """The losses of a batch under the run's autocast setting.
+
+        Args:
+            data: a batch.
+            model: another one than the trainer's, such as the one inside its distributed wrapper.
+        """
+        with torch.autocast(self.device_type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+            return (model or self.model)(data)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of optimizer, scheduler, scaler, and of each process its random generators and place in the data.
+
+        With several processes, all call `gather_process_states` before.
+        """
         state = super().state_dict()
         state["grad_scaler"] = self.grad_scaler.state_dict()
+        state["batches_dropped"] = self.guard.dropped
+        state["processes"] = self._process_states or [self._process_state()]
+        self._process_states = None
         return state
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        self.guard.dropped = state_dict.get("batches_dropped", 0)
+        processes = state_dict.get("processes")
+        if processes is None:
+            logger.warning("The checkpoint does not say where in the data the run was: it starts anew there.")
+            return
+        same = len(processes) == comm.get_world_size()
+        own = processes[comm.get_rank() if same else 0]
+        if same:
+            self._random = GeneratorStates.from_data(own["random"])
+        if own["data"] is not None and hasattr(self.data_loader, "load_state_dict"):
+            self.data_loader.load_state_dict(own["data"])
+
+    def gather_process_states(self) -> None:
+        """Bring what only each process knows to the main one, for the next `state_dict`; in all processes."""
+        if comm.get_world_size() > 1:
+            self._process_states = comm.gather(self._process_state()) or None
+
+    def _process_state(self) -> dict[str, Any]:
+        loader = self.data_loader
+        return {
+            "random": (self._random or self._capture_random()).as_data(),
+            "data": loader.state_dict() if hasattr(loader, "state_dict") else None,
+        }
+
+    def _capture_random(self) -> GeneratorStates:
+        return GeneratorStates.capture(cuda=self.device_type == "cuda")
+
+    def _in_all_processes(self, flag: bool) -> bool:
+        if comm.get_world_size() == 1:
+            return flag
+        shared = torch.tensor([flag], dtype=torch.int32, device=self.device_type)
+        dist.all_reduce(shared, op=dist.ReduceOp.MIN)
+        return bool(shared.item())
+
+
+@contextmanager
+def _dead_workers_reported() -> Iterator[None]:
+    """A loader worker that was killed as one sentence; torch raises that wherever the program happens to be."""
+    try:
+        yield
+    except RuntimeError as error:
+        dead = _DEAD_WORKER.search(str(error))
+        if dead is None:
+            raise
+        how = f"was killed by signal: {dead[2]}" if dead[2] else "ended unexpectedly"
+        raise UserError(
+            f"The loader worker with process number {dead[1]} {how}; most often the machine ran out of memory: try "
+            "fewer, with dataloader.train.num_workers=N, and go on from the last checkpoint with --resume."
+        ) from error
 
 
 def auto_amp_dtype(device_type: str) -> str:

@@ -10,17 +10,29 @@ from typing import Any
 import torch
 from detectron2.config import instantiate
 from detectron2.engine import default_writers, hooks
-from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ccnet_d2.checkpoint import SafeCheckpointer, load_checkpoint
+from ccnet_d2.checkpoint import SafeCheckpointer, atomic_write_text, disk_full_reported, load_checkpoint
+from ccnet_d2.data.train_loader import TrainLoader
 from ccnet_d2.errors import UserError
-from ccnet_d2.inference import build_mode
+from ccnet_d2.inference.build import configured_mode
+from ccnet_d2.modeling.compilation import compile_model
 
+from .distributed import (
+    check_batch_size,
+    check_same_start,
+    copy_buffers_from_main_process,
+    own_model,
+    share_model,
+)
+from .metrics_file import drop_metrics_from
+from .non_finite import NonFiniteGuard
 from .pictures import PredictionPictures
+from .saving import ReportBadSamples, SaveCheckpoints
+from .train_data import build_train_loader
 from .trainer import Trainer, auto_amp_dtype
 
 logger = logging.getLogger(__name__)
@@ -35,14 +47,15 @@ def build_model(cfg: DictConfig) -> nn.Module:
     device = torch.device(cfg.train.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"train.device={cfg.train.device}, but torch sees no GPU: add train.device=cpu.")
-    return instantiate(cfg.model).to(device)
+    model = instantiate(cfg.model).to(device)
+    return compile_model(model) if OmegaConf.select(cfg, "train.compile") else model
 
 
 def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
     """Train a run and evaluate it at the end (and every `train.eval_period` iterations).
 
     Writes to `train.output_dir`: metrics.json, TensorBoard events, model_*.pth, model_final.pth, last_checkpoint,
-    evaluation.json and pictures of predictions.
+    evaluation.json and pictures of predictions. On SIGTERM it saves at the end of the step and exits.
 
     Args:
         cfg: `model`, `dataloader.{train,test,evaluator}`, `optimizer`, `lr_multiplier` and `train` as in
@@ -53,34 +66,50 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
         The last evaluation's results, on the main process.
     """
     os.makedirs(cfg.train.output_dir, exist_ok=True)
+    if cfg.train.deterministic:
+        _be_deterministic()
+    check_batch_size(OmegaConf.select(cfg, "dataloader.train.total_batch_size"))
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    train_loader = instantiate(cfg.dataloader.train)
-    ddp_model = create_ddp_model(model, **cfg.train.ddp)
+    train_loader = build_train_loader(cfg)
+    ddp_model = share_model(model, **cfg.train.ddp)
     trainer = Trainer(
         ddp_model,
         train_loader,
         optimizer,
         amp_dtype=_amp_dtype(cfg),
         clip_grad_norm=cfg.train.clip_grad_norm,
+        guard=NonFiniteGuard(cfg.train.output_dir, cfg.train.non_finite_retries),
     )
-    checkpointer = SafeCheckpointer(ddp_model, cfg.train.output_dir, trainer=trainer)
+    checkpointer = SafeCheckpointer(
+        ddp_model,
+        cfg.train.output_dir,
+        may_lack=cfg.train.init_may_lack,
+        may_differ=cfg.train.init_may_differ,
+        allow_pickle=cfg.train.allow_pickle,
+        trainer=trainer,
+    )
+    saving = SaveCheckpoints(checkpointer, **cfg.train.checkpointer)
     is_main = comm.is_main_process()
     pictures = PredictionPictures(cfg, model) if is_main and cfg.train.num_pictures else None
     results: dict[str, Any] = {}
 
     def evaluate_now():
         results.clear()
-        results.update(evaluate(cfg, ddp_model) or {})
+        with saving.interruptible():
+            results.update(evaluate(cfg, ddp_model) or {})
         return dict(results)
 
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if is_main else None,
+            saving,
+            ReportBadSamples(train_loader.bad_samples, cfg.train.output_dir)
+            if isinstance(train_loader, TrainLoader)
+            else None,
             hooks.EvalHook(cfg.train.eval_period, evaluate_now),
             pictures,
             hooks.PeriodicWriter(
@@ -92,13 +121,24 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
     )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start_iter = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    check_same_start(start_iter, cfg.train.output_dir)
     if start_iter >= cfg.train.max_iter:
         raise UserError(
             f"Nothing to train: {cfg.train.output_dir} has a checkpoint of iteration {start_iter} and "
             f"train.max_iter is {cfg.train.max_iter}; raise it, or use --eval-only."
         )
-    trainer.train(start_iter, cfg.train.max_iter)
+    if is_main:
+        drop_metrics_from(Path(cfg.train.output_dir, "metrics.json"), start_iter)
+    advice = "make room and go on from the last checkpoint with --resume"
+    with disk_full_reported(cfg.train.output_dir, advice), saving.listening():
+        trainer.train(start_iter, cfg.train.max_iter)
     return results or None
+
+
+def _be_deterministic() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> Mapping[str, Any] | None:
@@ -112,6 +152,8 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> Mapping[str, Any] | None:
     """
     if "evaluator" not in cfg.dataloader:
         return None
+    model = own_model(model)  # the shared one may wait for processes that have fewer images
+    copy_buffers_from_main_process(model)
     dtype = _amp_dtype(cfg)
     device_type = torch.device(cfg.train.device).type
     with torch.autocast(device_type, dtype=getattr(torch, dtype) if dtype else None, enabled=bool(dtype)):
@@ -139,16 +181,16 @@ def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any]
     if not path:
         raise UserError("--eval-only needs a checkpoint: name one with train.init_checkpoint=PATH.")
     model = build_model(cfg)
-    load_checkpoint(model, path)
-    return evaluate(cfg, create_ddp_model(model))
+    load_checkpoint(model, path, allow_pickle=cfg.train.allow_pickle and not resume)
+    return evaluate(cfg, model)
 
 
 def _in_test_mode(cfg: DictConfig, model: nn.Module) -> nn.Module:
     """The model as `test.inference`, a mode or its name, says to run it; the model itself if the run says nothing."""
-    mode = OmegaConf.select(cfg, "test.inference")
-    if mode is None:
-        return model
-    return (build_mode(mode) if isinstance(mode, str) else instantiate(mode)).bind(model)
+    mode = configured_mode(cfg)
+    return (
+        model if mode is None else mode.bind(model, OmegaConf.select(cfg, "dataloader.test.dataset.names"))
+    )
 
 
 def _amp_dtype(cfg: DictConfig) -> str | None:
@@ -160,6 +202,4 @@ def _amp_dtype(cfg: DictConfig) -> str | None:
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=2) + "\n")
-    os.replace(temporary, path)
+    atomic_write_text(path, json.dumps(data, indent=2) + "\n")

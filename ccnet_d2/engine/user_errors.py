@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 _WORKER_MARK = "in DataLoader worker process"
 
+USER_ERRORS = (ValueError, FileNotFoundError)
+"""What counts as a fault of the input. Every other exception is a fault of the program."""
+
 
 @dataclass
 class ExitStatus:
@@ -27,14 +30,15 @@ def one_sentence_errors() -> Iterator[ExitStatus]:
     status = ExitStatus()
     try:
         yield status
-    except (ValueError, FileNotFoundError) as error:
+    except USER_ERRORS as error:
         if os.environ.get("CCNET_TRACEBACK") == "1":
             traceback.print_exc()
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        print(f"error: {sentence_of(error)}", file=sys.stderr)
         status.code = 1
 
 
-def _sentence(error: Exception) -> str:
+def sentence_of(error: BaseException) -> str:
+    """The message of a user's error."""
     message = str(error).strip()
     if _WORKER_MARK in message:
         # The loader puts the worker's traceback into the message; its last line is "<ErrorClass>: <sentence>".

@@ -10,7 +10,6 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.engine import DefaultTrainer, default_setup
-from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import SemSegEvaluator
 from detectron2.solver import LRMultiplier
 from torch import nn
@@ -24,6 +23,13 @@ from ccnet_d2.inference import build_mode
 from ccnet_d2.model_zoo import config_path
 from ccnet_d2.modeling import add_ccnet_config
 
+from .distributed import (
+    check_batch_size,
+    check_same_start,
+    copy_buffers_from_main_process,
+    detectron2_shares_models,
+    own_model,
+)
 from .schedule import PolynomialDecayToMinimum
 
 POLY_LR = "PolyLR"
@@ -77,8 +83,10 @@ class YacsTrainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> Mapping[str, Any]:
         test = cfg.TEST.CCNET
+        model = own_model(model)
+        copy_buffers_from_main_process(model)
         mode = build_mode(test.MODE, tile=tuple(test.TILE), stride=tuple(test.STRIDE) or None)
-        return super().test(cfg, mode.bind(model), evaluators)
+        return super().test(cfg, mode.bind(model, list(cfg.DATASETS.TEST)), evaluators)
 
 
 def train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
@@ -149,23 +157,27 @@ def load_config(name: str, options: Sequence[str] = ()) -> CfgNode:
     return cfg
 
 
-def run(args: argparse.Namespace) -> Mapping[str, Any] | None:
-    """Train, or with --eval-only evaluate, the yacs config `args.config_file`.
+def run(cfg: CfgNode, args: argparse.Namespace, *, resume: bool) -> Mapping[str, Any] | None:
+    """Train, or with --eval-only evaluate, a yacs config.
 
     Args:
-        args: of Detectron2's `default_argument_parser`; `opts` are KEY VALUE pairs.
+        cfg: as of `load_config`.
+        args: of Detectron2's `default_argument_parser`.
+        resume: go on from the last checkpoint of the output directory.
 
     Returns:
         The last evaluation's results; None where there is none.
     """
-    cfg = load_config(args.config_file, args.opts)
     cfg.freeze()
     args.config_file = str(config_path(args.config_file))
     default_setup(cfg, args)
     if args.eval_only:
-        return _evaluate(cfg, resume=args.resume)
-    trainer = YacsTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
+        return _evaluate(cfg, resume=resume)
+    check_batch_size(cfg.SOLVER.IMS_PER_BATCH, "SOLVER.IMS_PER_BATCH")
+    with detectron2_shares_models():
+        trainer = YacsTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    check_same_start(trainer.start_iter, cfg.OUTPUT_DIR)
     if trainer.start_iter >= trainer.max_iter:
         raise UserError(
             f"Nothing to train: {cfg.OUTPUT_DIR} has a checkpoint of iteration {trainer.start_iter} and "
@@ -183,7 +195,7 @@ def _evaluate(cfg: CfgNode, *, resume: bool) -> Mapping[str, Any]:
         raise UserError("--eval-only needs a checkpoint: name one with MODEL.WEIGHTS PATH.")
     model = YacsTrainer.build_model(cfg)
     load_checkpoint(model, path)
-    return YacsTrainer.test(cfg, create_ddp_model(model))
+    return YacsTrainer.test(cfg, model)
 
 
 def _first_line(error: Exception) -> str:

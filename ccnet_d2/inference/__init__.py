@@ -5,6 +5,7 @@ import ccnet_d2.compat  # noqa: F401  first: it imports Detectron2 without its w
 from .attention import AttentionMaps, draw_attention, draw_clip_attention, pixel_attention
 from .build import MODE_NAMES, build_mode
 from .classes import ClassTable
+from .clips import WholeClip
 from .images import ImageFileError, find_images, write_image
 from .mode import InferenceMode, WholeImage
 from .multi_scale import MultiScaleFlip
@@ -30,6 +31,7 @@ __all__ = [
     "Prediction",
     "Predictor",
     "SlidingWindow",
+    "WholeClip",
     "WholeImage",
     "build_mode",
     "colorize",

@@ -31,9 +31,11 @@ __all__ = [
     "draw_attention",
     "draw_clip_attention",
     "find_rcca",
+    "heat_over_image",
     "pixel_attention",
     "propagate",
     "record_input",
+    "rows_of",
 ]
 
 
@@ -134,10 +136,22 @@ def pixel_attention(
     sizes = features.shape[2:]
     if len(position) != len(sizes) or not all(0 <= p < size for p, size in zip(position, sizes, strict=True)):
         raise ValueError(f"position {tuple(position)} lies outside features of sizes {tuple(sizes)}.")
-    weights = attention_weights(rcca, features, recurrence)
+    return rows_of(attention_weights(rcca, features, recurrence), position)
+
+
+def rows_of(weights: Sequence[tuple[Tensor, ...]], position: Sequence[int]) -> list[Tensor]:
+    """`pixel_attention` from weights that are known.
+
+    Args:
+        weights: of loop 1 … R, as of `attention_weights`.
+        position: one index for each spatial axis.
+
+    Returns:
+        R maps (B, *S), each summing to 1.
+    """
     maps = []
     for loops in range(1, len(weights) + 1):
-        row = weights[0][0].new_zeros((features.shape[0], *sizes))
+        row = torch.zeros_like(weights[0][0][..., 0])
         row.movedim(0, -1)[tuple(position)] = 1
         for table in reversed(weights[:loops]):
             row = propagate(row, table)
@@ -168,9 +182,8 @@ class AttentionMaps:
 def draw_attention(attention: AttentionMaps, *, titles: Sequence[str] | None = None) -> np.ndarray:
     """The image with the pixel marked, and beside it a heat map over the image after each loop.
 
-    Brightness grows with the square root of a share, relative to the largest of its map, which the title
-        gives: a few
-    positions hold most of the attention, and on a straight scale nothing else would show.
+    Brightness grows with the square root of a share, relative to the largest of its map, which the title gives: a
+    few positions hold most of the attention, and on a straight scale nothing else would show.
 
     Returns:
         (height, width, 3) uint8.
@@ -182,8 +195,7 @@ def draw_attention(attention: AttentionMaps, *, titles: Sequence[str] | None = N
     panels = [_marked(image, point)]
     heads = [f"pixel ({attention.pixel[0]}, {attention.pixel[1]})"]
     for loop, shares in enumerate(attention.maps, start=1):
-        heat = _on_image(shares, attention.extent, height, width)
-        panels.append(_marked(_blend(image, np.sqrt(heat / max(heat.max(), 1e-12))), point))
+        panels.append(_marked(heat_over_image(image, shares, attention.extent), point))
         heads.append(f"R = {loop} (max {_percent(shares.max())})")
     if titles is not None:
         if len(titles) != len(panels):
@@ -233,6 +245,21 @@ def draw_clip_attention(
     heads = ["frame"] + [f"R = {loop} (max {_percent(m.max())})" for loop, m in enumerate(maps, start=1)]
     grid = panel_grid(rows, heads, row_titles=[f"t = {time}" for time in range(len(frames))])
     return stack([grid, _scale_bar(grid.shape[1])])
+
+
+def heat_over_image(image: np.ndarray, shares: np.ndarray, extent: tuple[float, float]) -> np.ndarray:
+    """One map as colours over the greyed image, on the scale that `draw_attention` tells of.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        shares: (h, w), on the feature grid.
+        extent: see `AttentionMaps`.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    heat = _on_image(shares, extent, *image.shape[:2])
+    return _blend(image, np.sqrt(heat / max(heat.max(), 1e-12)))
 
 
 def _on_image(shares: np.ndarray, extent: tuple[float, float], height: int, width: int) -> np.ndarray:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from detectron2.config import instantiate
+from omegaconf import DictConfig, OmegaConf
+
 from .mode import InferenceMode, WholeImage
 from .multi_scale import DEFAULT_SCALES, MultiScaleFlip
 from .sliding_window import SlidingWindow
 
-__all__ = ["MODE_NAMES", "build_mode"]
+__all__ = ["MODE_NAMES", "as_mode", "build_mode", "configured_mode"]
 
 MODE_NAMES = ("whole", "slide", "ms", "ms-slide")
 
@@ -54,3 +57,22 @@ def build_mode(
             mode, scales=scales, flip=flip, accumulate_on=accumulate_on, align_corners=align_corners
         )
     return mode
+
+
+def as_mode(mode: str | InferenceMode) -> InferenceMode:
+    """A mode as it is, or the one of that name with its default values.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    return build_mode(mode) if isinstance(mode, str) else mode
+
+
+def configured_mode(cfg: DictConfig) -> InferenceMode | None:
+    """The mode that `test.inference` of a run, a mode or its name, asks for, without a model yet; None if nothing.
+
+    Raises:
+        ValueError: unknown name, or a value the mode refuses.
+    """
+    configured = OmegaConf.select(cfg, "test.inference")
+    return None if configured is None else as_mode(instantiate(configured))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from detectron2.data import MetadataCatalog
+from omegaconf import DictConfig, OmegaConf
 
 from ccnet_d2.errors import UserError
 
@@ -78,3 +80,15 @@ class ClassTable:
             )
         ignore = getattr(metadata, "ignore_label", None)
         return cls.create(names, getattr(metadata, "stuff_colors", None), 255 if ignore is None else ignore)
+
+    @classmethod
+    def from_run(cls, cfg: DictConfig) -> ClassTable | None:
+        """Those of the data set that a run is tested on; None where it names none.
+
+        Raises:
+            UserError: as in `from_metadata`.
+        """
+        names = OmegaConf.select(cfg, "dataloader.test.dataset.names")
+        if not names:
+            return None
+        return cls.from_metadata(MetadataCatalog.get(names if isinstance(names, str) else names[0]))

@@ -84,12 +84,19 @@ class InferenceMode(nn.Module):
         self.model = model
         self.align_corners = align_corners
 
-    def bind(self, model: Segmenter) -> InferenceMode:
-        """A copy of this mode, and of the modes nested in it, around `model`."""
+    def bind(
+        self, model: Segmenter, dataset_names: str | Sequence[str] | None = None
+    ) -> InferenceMode:
+        """A copy of this mode, and of the modes nested in it, around `model`.
+
+        Args:
+            model: the segmenter.
+            dataset_names: what its classes mean, for the modes to which it matters (`MultiScaleFlip`).
+        """
         bound = copy.copy(self)
         # copy.copy shares an nn.Module's registries: without its own the original would get the model too.
         bound._modules = dict(self._modules)
-        inner = self.model.bind(model) if isinstance(self.model, InferenceMode) else model
+        inner = self.model.bind(model, dataset_names) if isinstance(self.model, InferenceMode) else model
         bound._modules.pop("model", None)
         bound.__dict__.pop("model", None)
         bound.model = inner

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ccnet_d2.data.catalog import flip_pairs_of
+
 from .mode import InferenceMode, Segmenter
 
 __all__ = ["DEFAULT_SCALES", "MultiScaleFlip"]
@@ -34,7 +36,7 @@ class MultiScaleFlip(InferenceMode):
         *,
         scales: Sequence[float] = DEFAULT_SCALES,
         flip: bool = True,
-        flip_pairs: Sequence[Sequence[int]] = (),
+        flip_pairs: Sequence[Sequence[int]] | None = None,
         accumulate_on: str | torch.device | None = None,
         align_corners: bool | None = None,
     ) -> None:
@@ -43,7 +45,8 @@ class MultiScaleFlip(InferenceMode):
             model: see `InferenceMode`.
             scales: factors on both sides of the image.
             flip: also run each scale mirrored left to right.
-            flip_pairs: classes that change places when the image is mirrored (left arm and right arm).
+            flip_pairs: classes that change places when the image is mirrored (left arm and right arm); default: those
+                of the data set that the mode is bound for, see `bind`.
             accumulate_on: device where probabilities are summed; default: where the model puts its logits.
             align_corners: of the resize of the image; see `InferenceMode`.
 
@@ -55,8 +58,18 @@ class MultiScaleFlip(InferenceMode):
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"scales must be one or more positive numbers, got {list(scales)}.")
         self.flip = flip
-        self.flip_pairs = tuple((int(a), int(b)) for a, b in flip_pairs)
+        self.flip_pairs = None if flip_pairs is None else tuple((int(a), int(b)) for a, b in flip_pairs)
         self.accumulate_on = None if accumulate_on is None else torch.device(accumulate_on)
+
+    def bind(
+        self, model: Segmenter, dataset_names: str | Sequence[str] | None = None
+    ) -> InferenceMode:
+        """See `InferenceMode.bind`; takes the `flip_pairs` of the data sets unless some were given."""
+        bound = super().bind(model, dataset_names)
+        assert isinstance(bound, MultiScaleFlip)
+        if self.flip_pairs is None and dataset_names:
+            bound.flip_pairs = flip_pairs_of(dataset_names)
+        return bound
 
     def logits(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Logarithm of the averaged probabilities (K, H, W)."""
@@ -94,4 +107,4 @@ class MultiScaleFlip(InferenceMode):
         return logits[order]
 
     def extra_repr(self) -> str:
-        return f"scales={self.scales}, flip={self.flip}"
+        return f"scales={self.scales}, flip={self.flip}, flip_pairs={self.flip_pairs}"

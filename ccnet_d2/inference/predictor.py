@@ -24,9 +24,11 @@ from ccnet_d2.checkpoint import load_checkpoint
 from ccnet_d2.data.image_files import read_image
 from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import get_config
+from ccnet_d2.modeling.compilation import compile_model
 
-from .attention import AttentionMaps, find_rcca, pixel_attention, record_input
-from .build import build_mode
+from .attention import AttentionMaps
+from .attention_view import AttentionView
+from .build import as_mode, configured_mode
 from .classes import ClassTable
 from .images import as_rgb, find_images
 from .label_bands import labels_of
@@ -89,6 +91,7 @@ class Predictor:
         classes: ClassTable | str | Sequence[str] | None = None,
         input_format: str | None = None,
         augmentations: Sequence[Any] | None = None,
+        compile: bool | None = None,
     ) -> None:
         """
         Args:
@@ -104,6 +107,8 @@ class Predictor:
             input_format: channel order the model wants; default: its `input_format`.
             augmentations: Detectron2 augmentations to apply to images, such as a resize; default: those of a
                 run's test mapper. Answers come back in the image's own size.
+            compile: run the model through torch.compile, which pays from some dozens of images on; default:
+                `train.compile` of a run.
 
         Raises:
             UserError: no such run or checkpoint, a run without weights, no such device, or an input format
@@ -126,6 +131,8 @@ class Predictor:
             load_checkpoint(model, os.fspath(checkpoint))
         self.model = model.to(_available(device)) if device is not None else model
         self.model.eval()
+        if OmegaConf.select(cfg, "train.compile") if compile is None and cfg is not None else compile:
+            compile_model(self.model)
 
         self.input_format = input_format or getattr(model, "input_format", None)
         if self.input_format not in ("RGB", "BGR"):
@@ -136,7 +143,12 @@ class Predictor:
         if augmentations is None:
             augmentations = _test_augmentations(cfg)
         self.augmentations = T.AugmentationList(list(augmentations))
-        self.mode = _mode(mode, cfg).bind(self.model)
+        if mode is None and cfg is not None:
+            mode = configured_mode(cfg)
+        names = classes if isinstance(classes, str) else None
+        if names is None and cfg is not None:
+            names = OmegaConf.select(cfg, "dataloader.test.dataset.names")
+        self.mode = as_mode("whole" if mode is None else mode).bind(self.model, names)
         self._classes = _classes(classes, cfg)
 
     def __call__(
@@ -206,29 +218,23 @@ class Predictor:
         Raises:
             UserError: the pixel lies outside the image, or the model has no such layer.
         """
+        return self.look_into(image, layer=layer).at(x, y, recurrence=recurrence)
+
+    def look_into(
+        self, image: str | os.PathLike[str] | np.ndarray | Any, *, layer: str | None = None
+    ) -> AttentionView:
+        """Run an image, whole, to ask where any number of its pixels look.
+
+        Args:
+            image: see `__call__`.
+            layer: name of the RCCA layer, where the model has several.
+
+        Raises:
+            ValueError: the model has no such layer.
+        """
         path = Path(image) if isinstance(image, str | os.PathLike) else None
         rgb = read_image(str(path)) if path is not None else as_rgb(image)
-        height, width = rgb.shape[:2]
-        if not (0 <= x < width and 0 <= y < height):
-            raise UserError(f"pixel ({x}, {y}) lies outside the image of {width}x{height}: x,y count from 0.")
-        rcca = find_rcca(self.model, layer)
-        inputs = self._inputs(rgb)
-        backbone = getattr(self.model, "backbone", rcca)
-        with torch.no_grad(), record_input(rcca) as features, record_input(backbone) as padded:
-            self.model([inputs])
-        if features[0].dim() != 4:
-            raise UserError("the model's attention is over clips, not single images: use `pixel_attention`.")
-        # Models pad images at the right and below, so the image is the upper left part of the feature map.
-        rows, columns = features[0].shape[-2:]
-        given = inputs["image"].shape[-2:]
-        full = padded[0].shape[-2:] if backbone is not rcca else given
-        extent = rows * given[0] / full[0], columns * given[1] / full[1]
-        cell = (
-            min(int((y + 0.5) / height * extent[0]), rows - 1),
-            min(int((x + 0.5) / width * extent[1]), columns - 1),
-        )
-        maps = pixel_attention(rcca, features[0], cell, recurrence)
-        return AttentionMaps(rgb, (x, y), cell, [one[0].float().cpu().numpy() for one in maps], extent)
+        return AttentionView.of(self.model, rgb, self._inputs(rgb), layer)
 
     def _inputs(self, rgb: np.ndarray) -> dict[str, Any]:
         height, width = rgb.shape[:2]
@@ -258,13 +264,6 @@ def _available(device: str | torch.device) -> torch.device:
     return device
 
 
-def _mode(mode: str | InferenceMode | None, cfg: DictConfig | None) -> InferenceMode:
-    if mode is None:
-        configured = None if cfg is None else OmegaConf.select(cfg, "test.inference")
-        mode = "whole" if configured is None else instantiate(configured)
-    return build_mode(mode) if isinstance(mode, str) else mode
-
-
 def _test_augmentations(cfg: DictConfig | None) -> list[Any]:
     configured = None if cfg is None else OmegaConf.select(cfg, "dataloader.test.mapper.augmentations")
     return list(instantiate(configured)) if configured else []
@@ -272,8 +271,7 @@ def _test_augmentations(cfg: DictConfig | None) -> list[Any]:
 
 def _classes(classes: ClassTable | str | Sequence[str] | None, cfg: DictConfig | None) -> ClassTable | None:
     if classes is None and cfg is not None:
-        names = OmegaConf.select(cfg, "dataloader.test.dataset.names")
-        classes = names if isinstance(names, str | None) else names[0]
+        return ClassTable.from_run(cfg)
     if isinstance(classes, str):
         return ClassTable.from_metadata(MetadataCatalog.get(classes))
     if classes is None or isinstance(classes, ClassTable):

@@ -3,6 +3,7 @@
 from .aspp import ASPP
 from .asymmetric_non_local import AsymmetricNonLocal
 from .build import CONTEXT_MODULES, build_context
+from .clip_rcca import ClipRCCA, clips_of
 from .context_module import ContextModule, NoContext
 from .criss_cross import RCCA, CrissCrossAttention
 from .danet import DANet
@@ -11,6 +12,8 @@ from .hv_attention import HV, HVAndVH
 from .non_local import NonLocal
 from .psanet import PSANet
 from .psp import PSP
+from .region_attention import RegionAttention
+from .region_construction import RegionConstruction, Regions
 
 __all__ = [
     "ASPP",
@@ -19,6 +22,7 @@ __all__ = [
     "PSP",
     "RCCA",
     "AsymmetricNonLocal",
+    "ClipRCCA",
     "ContextModule",
     "CrissCrossAttention",
     "DANet",
@@ -27,5 +31,9 @@ __all__ = [
     "NoContext",
     "NonLocal",
     "PSANet",
+    "RegionAttention",
+    "RegionConstruction",
+    "Regions",
     "build_context",
+    "clips_of",
 ]

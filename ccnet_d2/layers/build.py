@@ -8,6 +8,7 @@ from torch import nn
 
 from .aspp import ASPP
 from .asymmetric_non_local import AsymmetricNonLocal
+from .clip_rcca import ClipRCCA
 from .context_module import NoContext
 from .criss_cross import RCCA
 from .danet import DANet
@@ -21,6 +22,7 @@ from .psp import PSP
 CONTEXT_MODULES: dict[str, Callable[..., nn.Module]] = {
     "none": NoContext,
     "rcca": RCCA,
+    "rcca3d": ClipRCCA,
     "nl": NonLocal,
     "hv": HV,
     "hv_vh": HVAndVH,

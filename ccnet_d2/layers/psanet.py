@@ -114,7 +114,8 @@ class PSANet(ContextModule):
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(x.shape[-2:]) == size:
+    # Sizes are symbols while torch exports or compiles; see `losses.resize.upsample`.
+    if not torch.compiler.is_compiling() and tuple(x.shape[-2:]) == size:
         return x
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ccnet_d2.layers.precision import at_least_float32, autocast_disabled
 
+from .reduction import mean_over_processes
 from .resize import upsample
 from .segmentation_loss import check_label_range, check_map_and_labels
 
@@ -16,7 +17,8 @@ class CrossEntropy(nn.Module):
     """Mean cross entropy of the pixels that have a label.
 
     Logits are enlarged bilinearly to the labels' size first. Computed in fp32, inside autocast too. A batch
-    without any label gives zero with a graph, where `torch.nn.CrossEntropyLoss` gives NaN.
+    without any label gives zero with a graph, where `torch.nn.CrossEntropyLoss` gives NaN. In distributed training
+    the mean is over the pixels of all processes, see `mean_over_processes`.
     """
 
     class_weight: Tensor | None
@@ -65,8 +67,7 @@ class CrossEntropy(nn.Module):
             total = F.cross_entropy(full, target, weight, ignore_index=self.ignore_index, reduction="sum")
             valid = target != self.ignore_index
             count = valid if weight is None else weight[target.masked_fill(~valid, 0)] * valid
-            mass = count.sum().to(total.dtype)
-            return total / torch.where(mass > 0, mass, 1.0)
+            return mean_over_processes(total, count.sum())
 
     def extra_repr(self) -> str:
         return f"ignore_index={self.ignore_index}, align_corners={self.align_corners}"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ccnet_d2.layers.precision import at_least_float32, autocast_disabled
 
+from .reduction import mean_over_processes
 from .resize import sample_labels, upsample
 from .segmentation_loss import check_label_range, check_map_and_labels
 
@@ -23,7 +24,8 @@ class OHEMCrossEntropy(nn.Module):
     = 1 finds it at full resolution directly: at least min_kept pixels are then kept exactly.
 
     Computed in fp32, inside autocast too. A batch without any label, and one in which no pixel is hard, gives
-    zero with a graph.
+    zero with a graph. In distributed training each process finds the hard pixels among its own, as in the official
+    code; the mean is over those of all processes, see `mean_over_processes`.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class OHEMCrossEntropy(nn.Module):
                 ignore_index=self.ignore_index,
                 reduction="sum",
             )
-            return loss / hard.sum().clamp(min=1)
+            return mean_over_processes(loss, hard.sum())
 
     def _hard(self, log_probability: Tensor, target: Tensor) -> Tensor:
         """Which pixels are kept: (B, K, H, W), (B, H, W) -> bool (B, H, W)."""

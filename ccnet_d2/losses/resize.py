@@ -7,7 +7,8 @@ from torch import Tensor
 
 def upsample(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     """Bilinear (B, K, h, w) -> (B, K, *size); unchanged where it has that size."""
-    if tuple(logits.shape[-2:]) == size:
+    # While torch exports or compiles, sizes are symbols, and comparing them would bind the graph to the answer.
+    if not torch.compiler.is_compiling() and tuple(logits.shape[-2:]) == size:
         return logits
     return F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
 

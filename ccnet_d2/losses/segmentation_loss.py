@@ -33,12 +33,13 @@ def check_map_and_labels(values: Tensor, target: Tensor, what: str) -> None:
 
 
 def check_label_range(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Every label is a class or the ignored one. Not checked on a GPU, where reading a value would stall it.
+    """Every label is a class or the ignored one. Not checked on a GPU, where reading a value would stall it, nor in a
+    compiled model, where it would cut the graph in two.
 
     Raises:
         ValueError: names the first label found that is neither.
     """
-    if target.device.type != "cpu":
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
         return
     wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
     if wrong.numel():

@@ -1,12 +1,14 @@
 """Finding and loading the configs that come with the project, from a checkout or from an installed wheel."""
 
-import difflib
 from pathlib import Path
 
 from detectron2.config import LazyConfig
 from omegaconf import DictConfig
 
 from ccnet_d2.errors import UserError
+
+from .nearest import nearest
+from .published import published
 
 _PACKAGED = Path(__file__).parent / "configs"
 _CHECKOUT = Path(__file__).parents[2] / "configs"
@@ -45,22 +47,22 @@ def config_path(name: str) -> Path:
     for candidate in (Path(name), config_root() / name, config_root() / f"{name}.py"):
         if candidate.is_file():
             return candidate
-    near = difflib.get_close_matches(name.removeprefix("configs/"), config_names(), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else "ccnet_d2.model_zoo.config_names() lists all."
+    hint = nearest(name, config_names(), "ccnet_d2.model_zoo.config_names() lists all.")
     raise UserError(f"There is no config {name!r}: {hint}")
 
 
-def get_config(name: str) -> DictConfig:
+def get_config(name: str, trained: bool = False) -> DictConfig:
     """Load a run.
 
     Args:
-        name: a path, or a name relative to the project's configs, such as "camvid/ccnet_R_18_small.py".
+        name: a path, or a name relative to the project's configs, such as "camvid/ccnet_R_18_D8_half.py".
+        trained: set `train.init_checkpoint` to the weights that were published for the run.
 
     Returns:
         A LazyConfig with `model`, `dataloader`, `optimizer`, `lr_multiplier` and `train`.
 
     Raises:
-        UserError: there is no such config, or the file is not a run.
+        UserError: there is no such config, the file is not a run, or there are no weights for it.
     """
     path = config_path(name)
     if path.suffix != ".py":
@@ -69,4 +71,6 @@ def get_config(name: str) -> DictConfig:
     missing = [key for key in _RUN_KEYS if key not in config]
     if missing:
         raise UserError(f"{path} is not a run: it defines no {' and no '.join(missing)}.")
+    if trained:
+        config.train.init_checkpoint = f"ccnet://{published(name).name}"
     return config

@@ -13,6 +13,7 @@ def add_ccnet_config(cfg: CfgNode) -> None:
     `ccnet_d2.engine.yacs`.
     """
     cfg.MODEL.CCNET = _ccnet_keys()
+    cfg.MODEL.RANET = _ranet_keys()
     cfg.MODEL.RCCA = _rcca_keys()
     cfg.INPUT.CCNET = _input_keys()
     cfg.TEST.CCNET = _test_keys()
@@ -44,6 +45,22 @@ def _ccnet_keys() -> CfgNode:
     node.AUX_LOSS_WEIGHT = 0.4
     # Images are padded to a multiple of this; 0 pads no further than the batch needs
     node.SIZE_DIVISIBILITY = 0
+    return node
+
+
+def _ranet_keys() -> CfgNode:
+    """For SEM_SEG_HEAD.NAME "RANetHead", beside MODEL.CCNET's keys of the same meaning; see that class."""
+    node = CfgNode()
+    node.VARIANT = "paper"
+    # "region", or a name of ccnet_d2.layers.CONTEXT_MODULES
+    node.CONTEXT = "region"
+    node.COARSE_FEATURE = "res4"
+    node.REPRESENTATIVES = 8
+    node.PAIR_CELLS = 49 * 49
+    node.COARSE_LOSS_WEIGHT = 0.4
+    node.BOUNDARY_LOSS_WEIGHT = 0.2
+    node.BOUNDARY_RADIUS = 2.0
+    node.OUTPUT = "fine"
     return node
 
 

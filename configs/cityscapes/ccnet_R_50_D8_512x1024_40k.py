@@ -12,5 +12,5 @@ dataloader.train.mapper.augmentations = scale_crop_flip_distort
 dataloader.train.mapper.augmentations[0].crop_size = [512, 1024]
 dataloader.train.mapper.augmentations[0].base_size = [2048, 1024]
 optimizer.weight_decay = 5e-4
-train.init_checkpoint = "pretrained/resnet${model.backbone.depth}_v1c.pth"  # see projects/CCNet/MODEL_ZOO.md
+train.init_checkpoint = "ccnet://imagenet/resnet${model.backbone.depth}_v1c"
 train.max_iter = 40000

@@ -19,3 +19,10 @@ scale_crop_flip_distort = [
     L(T.RandomFlip)(horizontal=True),
     L(RandomPhotometricDistortion)(image_format="RGB"),
 ]
+
+# RANet's, whose paper names flipping, brightness and scaling, but neither how bright nor how large: chosen here.
+scale_crop_flip_brightness = [
+    L(RandomScaleCrop)(crop_size=[520, 520], scale_range=[0.5, 2.0]),
+    L(T.RandomFlip)(horizontal=True),
+    L(T.RandomBrightness)(intensity_min=0.8, intensity_max=1.2),
+]

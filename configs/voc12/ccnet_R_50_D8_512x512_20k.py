@@ -9,5 +9,5 @@ from ..common.train import train
 
 model.sem_seg_head.num_classes = 21
 optimizer.weight_decay = 5e-4
-train.init_checkpoint = "pretrained/resnet${model.backbone.depth}_v1c.pth"  # see projects/CCNet/MODEL_ZOO.md
+train.init_checkpoint = "ccnet://imagenet/resnet${model.backbone.depth}_v1c"
 train.max_iter = 20000

@@ -11,8 +11,12 @@ from ccnet_d2.errors import UserError
 from ccnet_d2.inference.batch import write_pictures
 from ccnet_d2.inference.build import MODE_NAMES, build_mode
 from ccnet_d2.inference.images import find_images
+from ccnet_d2.inference.mode import InferenceMode
 from ccnet_d2.inference.multi_scale import DEFAULT_SCALES
 from ccnet_d2.inference.predictor import Predictor
+from ccnet_d2.inference.video import show_video, write_video
+from ccnet_d2.inference.video_files import Camera, open_video
+from ccnet_d2.inference.video_predictor import VideoPredictor
 from ccnet_d2.model_zoo import get_config
 
 _EPILOG = """
@@ -25,12 +29,14 @@ Examples:
     demo.py ... --input large.png --mode slide --tile 769 --labels --output labels/ --opts train.device=cpu
   Where the pixel in column 120, row 80 looks:
     demo.py ... --input street.png --attention 120,80 --output attention.png
+  A video, or a folder of frames; a model of clips (CCNet3D) takes it in overlapping clips:
+    demo.py ... --video-input drive.mp4 --output segmented.mp4
 """
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Segment images with a trained run and write pictures of the result.",
+        description="Segment images and videos with a trained run and write pictures of the result.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -40,10 +46,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", metavar="PATH", help="weights (the same as train.init_checkpoint=PATH)"
     )
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="images, folders or patterns"
-    )
-    parser.add_argument("--output", metavar="PATH", help="folder, or a file for one image")
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--input", nargs="+", metavar="PATH", help="images, folders or patterns")
+    inputs.add_argument("--video-input", metavar="PATH", help="a video, or a folder of its frames")
+    inputs.add_argument("--webcam", type=int, nargs="?", const=0, metavar="N", help="a camera (default: 0)")
+    parser.add_argument("--output", metavar="PATH", help="folder, or a file for one image or video")
 
     pictures = parser.add_argument_group("what to write (default: --overlay)").add_mutually_exclusive_group()
     for name, text in (
@@ -68,11 +75,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     modes.add_argument("--scales", type=float, nargs="+", metavar="S", help="default: 0.5 to 1.75 by 0.25")
     modes.add_argument("--no-flip", action="store_true", help="do not average with the mirrored image")
 
+    videos = parser.add_argument_group("videos")
+    videos.add_argument("--clip-length", type=int, metavar="T", help="frames of a clip (default: the run's)")
+    videos.add_argument(
+        "--clip-stride", type=int, metavar="S", help="frames between clips' starts (default: half a clip)"
+    )
+    videos.add_argument("--clip-step", type=int, metavar="N", help="frames between those of a clip (default: 1)")
+    videos.add_argument("--fps", type=float, help="of the result (default: the video's; 10 for a folder)")
+
     parser.add_argument(
         "--opts", nargs="*", default=[], metavar="KEY=VALUE", help="change values of the config"
     )
     args = parser.parse_args(argv)
-    if args.output is None:
+    _check_video_options(parser, args)
+    if args.output is None and args.webcam is None:
         parser.error(
             "--output is needed: name a folder, or a .png file for a single image, to write pictures to"
         )
@@ -89,20 +105,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _check_video_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.input is not None:
+        for option in ("clip_length", "clip_stride", "clip_step", "fps"):
+            if getattr(args, option) is not None:
+                parser.error(f"--{option.replace('_', '-')} needs --video-input or --webcam")
+    elif args.attention or args.ground_truth or args.picture not in (None, "overlay"):
+        parser.error("videos are written as overlays: for other pictures give their frames to --input")
+    if args.fps is not None and not 0 < args.fps <= 1000:
+        parser.error("--fps must be above 0 and at most 1000")
+
+
 def run(args: argparse.Namespace) -> None:
+    if args.input is None:
+        run_video(args)
+        return
     find_images(args.input)  # a wrong path should not wait for the model to load
     cfg = apply_overrides(get_config(args.config_file), args.opts)
-    mode = None
-    if args.mode is not None:
-        mode = build_mode(
-            args.mode,
-            tile=769 if args.tile is None else _one_or_two(args.tile),
-            stride=None if args.stride is None else _one_or_two(args.stride),
-            tiles_per_batch=1 if args.tiles_per_batch is None else args.tiles_per_batch,
-            scales=args.scales or DEFAULT_SCALES,
-            flip=not args.no_flip,
-        )
-    predictor = Predictor(cfg, args.checkpoint, mode=mode)
+    predictor = Predictor(cfg, args.checkpoint, mode=_mode(args))
     result = write_pictures(
         predictor,
         args.input,
@@ -112,10 +132,47 @@ def run(args: argparse.Namespace) -> None:
         ground_truth=args.ground_truth,
     )
     print(f"{len(result.written)} written to {args.output}")
-    for problem in result.problems[:-1]:
+    _report(result.problems)
+
+
+def run_video(args: argparse.Namespace) -> None:
+    with Camera(args.webcam) if args.video_input is None else open_video(args.video_input) as source:
+        cfg = apply_overrides(get_config(args.config_file), args.opts)
+        predictor = VideoPredictor(
+            cfg,
+            args.checkpoint,
+            mode=_mode(args),
+            clip_length=args.clip_length,
+            clip_stride=args.clip_stride,
+            clip_step=args.clip_step,
+        )
+        if args.video_input is None:
+            result = show_video(predictor, source, args.output, fps=args.fps)
+        else:
+            result = write_video(predictor, source, args.output, fps=args.fps)
+    print(f"{result.frames} frames" + (f" written to {args.output}" if args.output else ""))
+    _report(result.problems)
+
+
+def _mode(args: argparse.Namespace) -> InferenceMode | None:
+    if args.mode is None:
+        return None
+    return build_mode(
+        args.mode,
+        tile=769 if args.tile is None else _one_or_two(args.tile),
+        stride=None if args.stride is None else _one_or_two(args.stride),
+        tiles_per_batch=1 if args.tiles_per_batch is None else args.tiles_per_batch,
+        scales=args.scales or DEFAULT_SCALES,
+        flip=not args.no_flip,
+    )
+
+
+def _report(problems: Sequence[str]) -> None:
+    """Say what could not be read; any of it makes the exit status 1."""
+    for problem in problems[:-1]:
         print(f"error: {problem}", file=sys.stderr)
-    if result.problems:
-        raise UserError(result.problems[-1])
+    if problems:
+        raise UserError(problems[-1])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

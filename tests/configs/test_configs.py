@@ -52,11 +52,23 @@ class Recipe:
     photometric: bool = False
     slide: tuple[int, int] | None = None
     test_size: tuple[int, int] = (1024, 2048)  # what becomes of a test image of 1024x2048
+    mean: tuple[float, ...] = (123.675, 116.28, 103.53)
+    std: tuple[float, ...] = (58.395, 57.12, 57.375)
+    channel_order: str = "RGB"
     init: str = ""
 
 
 PAPER = Recipe(101, 19, (769, 769), 60000, slide=SLIDE, init="detectron2://DeepLab/R-103.pkl")
 PAPER_50 = replace(PAPER, depth=50, init="detectron2://DeepLab/R-52.pkl")
+OFFICIAL = replace(
+    PAPER,
+    scale_range=None,
+    scale_choices=(0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0, 2.1),
+    mean=(104.00698793, 116.66876762, 122.67891434),
+    std=(1.0, 1.0, 1.0),
+    channel_order="BGR",
+    init="ccnet://imagenet/resnet101_mit",
+)
 MMSEG = Recipe(
     50,
     19,
@@ -74,7 +86,7 @@ MMSEG = Recipe(
     base_size=(2048, 1024),
     category_max_ratio=0.75,
     photometric=True,
-    init="pretrained/resnet50_v1c.pth",
+    init="ccnet://imagenet/resnet50_v1c",
 )
 MMSEG_769 = replace(
     MMSEG,
@@ -114,12 +126,9 @@ RECIPES = {
     "cityscapes/ccnet_r1_R_50_D8_769x769_60k.py": replace(PAPER_50, recurrence=1),
     "cityscapes/ccnet_r3_R_50_D8_769x769_60k.py": replace(PAPER_50, recurrence=3),
     "cityscapes/ccnet_ccl_R_50_D8_769x769_60k.py": replace(PAPER_50, category_consistent="piecewise"),
-    "cityscapes/ccnet_ohem_R_101_D8_769x769_60k.py": replace(
-        PAPER,
-        loss="OHEMCrossEntropy",
-        scale_range=None,
-        scale_choices=(0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0, 2.1),
-    ),
+    "cityscapes/ccnet_official_R_101_D8_769x769_60k.py": OFFICIAL,
+    "cityscapes/ccnet_official_r1_R_101_D8_769x769_60k.py": replace(OFFICIAL, recurrence=1),
+    "cityscapes/ccnet_ohem_R_101_D8_769x769_60k.py": replace(OFFICIAL, loss="OHEMCrossEntropy"),
     "cityscapes/ccnet_R_50_D8_512x1024_40k.py": MMSEG,
     "cityscapes/ccnet_R_101_D8_512x1024_40k.py": deep(MMSEG),
     "cityscapes/ccnet_R_50_D8_512x1024_80k.py": replace(MMSEG, iterations=80000),
@@ -216,6 +225,9 @@ def test_model_and_training_are_the_recipe_s(name):
     form = None if head.category_features is None else head.category_consistent_loss.form
     assert form == recipe.category_consistent
 
+    assert model.input_format == recipe.channel_order
+    assert tuple(cfg.model.pixel_mean) == recipe.mean and tuple(cfg.model.pixel_std) == recipe.std
+
     assert (cfg.optimizer.lr, cfg.optimizer.momentum) == (0.01, 0.9)
     assert cfg.optimizer.weight_decay == recipe.weight_decay
     assert (cfg.train.max_iter, cfg.dataloader.train.total_batch_size) == (recipe.iterations, recipe.batch)
@@ -238,7 +250,7 @@ def test_data_and_test_mode_are_the_recipe_s(name):
         (crop.short_side_choices, recipe.short_sides),
         (crop.base_size, recipe.base_size),
         (crop.category_max_ratio, recipe.category_max_ratio),
-        (crop.pad_value, (123.675, 116.28, 103.53)),
+        (crop.pad_value, recipe.mean),
         (crop.label_pad_value, 255),
         (flip.prob, 0.5),
         ([type(one).__name__ for one in rest], ["RandomPhotometricDistortion"] * recipe.photometric),
@@ -298,7 +310,7 @@ def test_overrides_move_what_depends_on_them():
         scheduler.step()
     expected = (0.02 - 1e-4) * 0.5**0.9 + 1e-4
     assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
-    assert cfg.train.init_checkpoint == "pretrained/resnet101_v1c.pth"
+    assert cfg.train.init_checkpoint == "ccnet://imagenet/resnet101_v1c"
     assert cfg.model.sem_seg_head.norm == "BN" and cfg.model.sem_seg_head.input_shape.depth == 101
     cfg = apply_overrides(cfg, ["dataloader.train.dataset.names=voc12_sem_seg_train_aug"])
     assert instantiate(cfg.dataloader.train.mapper).label_map.num_classes == 21

@@ -1,18 +1,14 @@
-"""MODEL_ZOO.md: every run is there with its own numbers, links lead somewhere, and its code works."""
+"""MODEL_ZOO.md: every run is there with its own numbers and its published weights, and links lead somewhere."""
 
 import re
-import runpy
 from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from detectron2.config import instantiate
-from torch import nn
 
-from ccnet_d2.checkpoint import SafeCheckpointer
 from ccnet_d2.engine import apply_overrides
-from ccnet_d2.model_zoo import config_names, get_config
+from ccnet_d2.model_zoo import PUBLISHED, config_names, get_config
 
 PAGE = Path(__file__).parents[2] / "projects/CCNet/MODEL_ZOO.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -25,6 +21,8 @@ REPORTED = {
     "cityscapes/ccnet_ccl_R_101_D8_769x769_60k.py": ("80.5",),
     "cityscapes/ccnet_R_50_D8_769x769_60k.py": ("78.5",),
     "cityscapes/ccnet_ccl_R_50_D8_769x769_60k.py": ("79.3",),
+    "cityscapes/ccnet_official_r1_R_101_D8_769x769_60k.py": ("77.91",),
+    "cityscapes/ccnet_official_R_101_D8_769x769_60k.py": ("79.74",),
     "cityscapes/ccnet_ohem_R_101_D8_769x769_60k.py": ("80.00",),
     "cityscapes/ccnet_R_50_D8_512x1024_40k.py": ("77.76", "78.87"),
     "cityscapes/ccnet_R_101_D8_512x1024_40k.py": ("76.35", "78.19"),
@@ -70,7 +68,7 @@ def test_links_lead_somewhere():
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_run_is_there_with_its_numbers(name):
-    backbone, crop, iterations, batch, *figures = rows()[name]
+    backbone, crop, iterations, batch, *figures, weights = rows()[name]
     cfg = get_config(name)
     assert backbone.split(",")[0] == f"R-{cfg.model.backbone.depth}"
     assert ("CCL" in backbone) == ("category_consistent" in cfg.model.sem_seg_head)
@@ -90,6 +88,14 @@ def test_every_run_is_there_with_its_numbers(name):
     ours = 4 if len(expected) == 2 else 3
     assert figures[:ours] == [""] * ours
 
+    entry = PUBLISHED.get(name.removesuffix(".py"))
+    if entry is None:
+        assert weights == ""
+    else:
+        link = re.fullmatch(r"\[(\w+)\]\((.+)\)", weights)
+        assert link and link[2] == entry.address
+        assert link[1] == (entry.sha256 or entry.file.removesuffix(".pth").removeprefix("ccnet_"))
+
 
 def test_overrides_on_the_page_are_those_of_a_run():
     cfg = get_config("cityscapes/ccnet_R_50_D8_512x1024_40k.py")
@@ -99,51 +105,3 @@ def test_overrides_on_the_page_are_those_of_a_run():
     for override in [*overrides, *(f"model.sem_seg_head.context={name}" for name in contexts)]:
         with torch.device("meta"):
             instantiate(apply_overrides(cfg.copy(), [override]).model)
-
-
-class ResNetV1c(nn.Module):
-    """ResNet-50 as mmsegmentation publishes it, out of torchvision's: the same names, a deep stem, dilation."""
-
-    def __init__(self):
-        super().__init__()
-        net = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True])
-        layers = []
-        for c_in, c_out, stride in ((3, 32, 2), (32, 32, 1), (32, 64, 1)):
-            layers += [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
-        self.stem = nn.Sequential(*layers)
-        self.maxpool = net.maxpool
-        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
-        self.fc = net.fc
-
-    def forward(self, x):
-        x = self.maxpool(self.stem(x))
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
-        return x
-
-
-def test_weights_renamed_as_the_page_says_give_the_same_features(tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    theirs = ResNetV1c().eval()
-    for module in theirs.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.0)
-            nn.init.uniform_(module.running_mean, -0.1, 0.1)
-    monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": theirs.state_dict(), "meta": {}}, "resnet50_v1c-2cccc1ad.pth")
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    Path("rename.py").write_text(code)
-    runpy.run_path("rename.py")
-
-    cfg = get_config("cityscapes/ccnet_R_50_D8_512x1024_40k.py")
-    cfg.model.backbone.norm = "BN"
-    cfg.model.sem_seg_head.channels = 8
-    cfg.model.sem_seg_head.aux_channels = 8
-    model = instantiate(cfg.model).eval()
-    loaded = SafeCheckpointer(model).load(cfg.train.init_checkpoint)
-    assert loaded is not None
-    for name, value in torch.load(cfg.train.init_checkpoint, weights_only=True)["model"].items():
-        assert torch.equal(model.state_dict()[name], value), name
-    x = torch.randn(1, 3, 49, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(model.backbone(x)["res5"], theirs(x), rtol=1e-4, atol=1e-4)

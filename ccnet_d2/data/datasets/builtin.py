@@ -8,6 +8,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import builtin as detectron2_builtin
 
 from ccnet_d2.data.datasets.camvid import register_camvid
+from ccnet_d2.data.datasets.coco_stuff import register_coco_stuff
+from ccnet_d2.data.datasets.lip import register_lip
+from ccnet_d2.data.datasets.pascal_context import register_pascal_context
 from ccnet_d2.data.datasets.paths import dataset_root
 from ccnet_d2.data.datasets.synthetic import register_synthetic
 from ccnet_d2.data.datasets.voc12 import register_voc12
@@ -31,7 +34,7 @@ def _expand_detectron2_root() -> None:
 
 
 def register_all(root: str | os.PathLike[str] | None = None) -> None:
-    """Register CamVid, VOC12-aug and the synthetic set under `root`; nothing is read yet.
+    """Register CamVid, COCO-Stuff, LIP, PASCAL Context, VOC12-aug and the synthetic set under `root`; nothing is read yet.
 
     Importing :mod:`ccnet_d2.data` does it once for ``$DETECTRON2_DATASETS``; calling it again with another
     folder moves the registrations there. Cityscapes and ADE20K are registered by Detectron2 itself.
@@ -42,5 +45,8 @@ def register_all(root: str | os.PathLike[str] | None = None) -> None:
     _expand_detectron2_root()
     folder = os.path.expanduser(root) if root is not None else dataset_root()
     register_camvid(folder)
+    register_lip(os.path.join(folder, "LIP"))
     register_voc12(folder)
+    register_pascal_context(folder)
+    register_coco_stuff(folder)
     register_synthetic(os.path.join(folder, "ccnet_synthetic"))

@@ -6,7 +6,14 @@ import cv2
 import numpy as np
 from detectron2.data.transforms import Augmentation, NoOpTransform, Transform
 
-__all__ = ["ResizeByScale", "ResizeLinearTransform", "ResizeToFit", "nearest_index", "scaled_size"]
+__all__ = [
+    "ResizeByScale",
+    "ResizeLinearTransform",
+    "ResizeTo",
+    "ResizeToFit",
+    "nearest_index",
+    "scaled_size",
+]
 
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
@@ -85,6 +92,24 @@ class ResizeByScale(Augmentation):
     def get_transform(self, image: np.ndarray) -> Transform:
         """Transform of an image, (H, W, C)."""
         return _resize(image, self.scale)
+
+
+class ResizeTo(Augmentation):
+    """Resize every image to the same size, whatever its ratio.
+
+    Args:
+        height, width: of the output in pixels.
+    """
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        if min(height, width) < 1:
+            raise ValueError(f"ResizeTo: {height}x{width} has to be at least 1x1.")
+        self.height, self.width = height, width
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Transform of an image, (H, W, C)."""
+        return ResizeLinearTransform(*image.shape[:2], self.height, self.width)
 
 
 class ResizeToFit(Augmentation):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import fvcore.nn.weight_init as weight_init
+import torch
 import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase, Conv2d, get_norm
 from torch import Tensor
@@ -52,4 +53,8 @@ class DeepStem(CNNBlockBase):
         """(B, 3, H, W) -> (B, C, H/4, W/4)."""
         for conv in (self.conv1, self.conv2, self.conv3):
             x = F.relu_(conv(x))
-        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1, ceil_mode=self.ceil_mode)
+        ceil_mode = self.ceil_mode
+        if ceil_mode and torch.compiler.is_compiling():
+            # The same windows, without the comparison that would bind an exported graph to even or to odd sides.
+            x, ceil_mode = F.pad(x, (0, 1, 0, 1), value=float("-inf")), False
+        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1, ceil_mode=ceil_mode)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ccnet_d2.analysis.ccnet_table import ccnet_table, format_ccnet_table
+from ccnet_d2.analysis.ce2p_table import ce2p_table, format_ce2p_table
 from ccnet_d2.analysis.ranet_table import format_ranet_table, ranet_table
 from ccnet_d2.analysis.run import analyze_run, format_run, image_size_of
 from ccnet_d2.engine import apply_overrides
@@ -24,7 +25,11 @@ Examples:
   analyze_model.py --table ccnet --json costs.json
 """
 
-_TABLES = {"ccnet": (ccnet_table, format_ccnet_table), "ranet": (ranet_table, format_ranet_table)}
+_TABLES = {
+    "ccnet": (ccnet_table, format_ccnet_table),
+    "ranet": (ranet_table, format_ranet_table),
+    "ce2p": (ce2p_table, format_ce2p_table),
+}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,7 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config-file", metavar="FILE", help="run: a path or a model zoo name")
-    what.add_argument("--table", choices=sorted(_TABLES), help="CCNet, Tab. 2 and 5, or RANet, Tab. 3")
+    what.add_argument("--table", choices=sorted(_TABLES), help="CCNet, Tab. 2 and 5; RANet, Tab. 3; or CE2P with PSP and RCCA")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     parser.add_argument(
         "--image-size",

@@ -1,0 +1,13 @@
+"""Published checkpoints of other code bases as Detectron2 ones: CCNet of the official code and of mmsegmentation,
+ImageNet ResNets of torchvision, timm, mmsegmentation (ResNetV1c) and MIT.
+
+    report = convert_file("ccnet_r50-d8_….pth", "ccnet.pth")
+    print(report.text())
+"""
+
+from .conversion import convert_file, convert_weights
+from .layouts import LAYOUTS, detect_layout
+from .report import Conversion
+from .source import read_weights
+
+__all__ = ["LAYOUTS", "Conversion", "convert_file", "convert_weights", "detect_layout", "read_weights"]

@@ -1,0 +1,71 @@
+"""The tensors of a published checkpoint, whatever wraps them."""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccnet_d2.checkpoint.safe_load import CheckpointError, load_file
+
+# Where training codes put the state dict: mmsegmentation and many others, Detectron2 and the official code, pycls.
+_WRAPPERS = ("state_dict", "model", "model_state")
+# What DataParallel and DistributedDataParallel put before every name.
+_PREFIX = "module."
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file, read as data, without `module.` before its names.
+
+    Args:
+        path: a file of torch.
+
+    Returns:
+        Tensors by name, on the CPU.
+
+    Raises:
+        CheckpointError: the file cannot be read or wants code to run, or holds no state dict.
+    """
+    _refuse_compressed(Path(path))
+    return unwrap(load_file(path), str(path))
+
+
+def _refuse_compressed(path: Path) -> None:
+    """torch stores weights as they are; an archive that compresses could grow to any size when read."""
+    if path.is_file() and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise CheckpointError(f"{path} is a compressed archive, which torch does not write.")
+
+
+def unwrap(data: Any, where: str) -> dict[str, Tensor]:
+    """The state dict within the contents of a file; `where` names the file in errors.
+
+    Raises:
+        CheckpointError: there is none, it is empty, or it holds something else than finite tensors.
+    """
+    if isinstance(data, Mapping):
+        for key in _WRAPPERS:
+            if isinstance(data.get(key), Mapping):
+                data = data[key]
+                break
+    if not isinstance(data, Mapping):
+        raise CheckpointError(f"{where} holds a {type(data).__name__} instead of a state dict.")
+    weights = {}
+    for name, value in data.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{where} is not a state dict: its entry {name!r} is a {type(value).__name__}, not a tensor."
+            )
+        if value.is_floating_point():
+            if not torch.isfinite(value).all():
+                raise CheckpointError(f"{where} is damaged: {name} holds values that are not finite.")
+            value = value.float()
+        weights[name] = value
+    if not weights:
+        raise CheckpointError(f"{where} holds no weights.")
+    while all(name.startswith(_PREFIX) for name in weights):
+        weights = {name[len(_PREFIX) :]: value for name, value in weights.items()}
+    return weights

@@ -1,0 +1,44 @@
+"""Writing checkpoints in the formats of Detectron2's model zoo."""
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ccnet_d2.checkpoint.safe_load import CheckpointError
+
+
+def write_checkpoint(weights: Mapping[str, Tensor], path: str | Path, author: str) -> None:
+    """Write `{"model": weights, "__author__": author}`, whole or not at all.
+
+    Args:
+        weights: tensors by name.
+        path: a `.pth` file of torch, or a `.pkl` file of numpy arrays; its folder is made if there is none.
+        author: where the weights come from.
+
+    Raises:
+        CheckpointError: another suffix, or the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in (".pth", ".pkl"):
+        raise CheckpointError(f"{path} is neither a .pth nor a .pkl file.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            if path.suffix == ".pkl":
+                arrays = {name: value.numpy() for name, value in weights.items()}
+                pickle.dump({"model": arrays, "__author__": author}, file, protocol=4)
+            else:
+                torch.save({"model": dict(weights), "__author__": author}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise CheckpointError(f"{path} cannot be written: {error}.") from error
+    finally:
+        if temporary.exists():
+            temporary.unlink()

@@ -1,0 +1,108 @@
+"""Label maps out of MATLAB files, as some data sets publish them, to PNG files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ccnet_d2.data.errors import DatasetError, SampleError
+
+__all__ = ["convert_labels", "read_mat_label", "write_list"]
+
+
+def read_mat_label(path: str | os.PathLike[str], key: str) -> np.ndarray:
+    """One label map of a `.mat` file (MATLAB 5 to 7.2).
+
+    Args:
+        path: the file.
+        key: its variable.
+
+    Returns:
+        (H, W) integers as the file has them.
+
+    Raises:
+        SampleError: the file is missing or damaged, or has no such map.
+        DatasetError: SciPy is not installed.
+    """
+    try:
+        from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError
+    except ImportError as error:
+        raise DatasetError("Reading .mat files needs SciPy: install it with `pip install scipy`.") from error
+    try:
+        found = loadmat(path, variable_names=[key]).get(key)
+    # SciPy's reader raises these for files that it cannot make sense of; zlib.error is none of them.
+    except (OSError, ValueError, TypeError, MatReadError, NotImplementedError, EOFError, KeyError) as error:
+        raise SampleError(f"The file '{path}' cannot be read: {error}.", path) from error
+    except Exception as error:
+        if type(error).__module__ != "zlib":
+            raise
+        raise SampleError(f"The file '{path}' is damaged: {error}.", path) from error
+    if found is None or found.ndim != 2 or found.dtype.kind not in "ui":
+        raise SampleError(f"The file '{path}' has no label map '{key}' of integers.", path)
+    return np.asarray(found)
+
+
+def convert_labels(
+    sources: Sequence[tuple[Path, Path]],
+    key: str,
+    table: np.ndarray,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write the label maps of `.mat` files as PNG files of other values.
+
+    A file that is there already is kept; one is either whole or not there.
+
+    Args:
+        sources: pairs of a `.mat` file and the PNG file to write.
+        key: the map's variable.
+        table: (V,) uint8, what becomes of the values 0 to V - 1.
+        progress: called with the number of files done and of all.
+
+    Returns:
+        The number of files written.
+
+    Raises:
+        SampleError: a file cannot be read, or holds a value of V or more.
+    """
+    written = 0
+    for done, (source, target) in enumerate(sources, start=1):
+        if not target.exists():
+            label = read_mat_label(source, key)
+            if label.size and (label.max() >= len(table) or label.min() < 0):
+                raise SampleError(
+                    f"The file '{source}' holds the label {int(label.max())}, but {len(table) - 1} is the last.",
+                    source,
+                )
+            _write_png(target, table[label])
+            written += 1
+        if progress is not None:
+            progress(done, len(sources))
+    return written
+
+
+def write_list(path: Path, names: Sequence[str]) -> None:
+    """Write names, one a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, "".join(f"{name}\n" for name in names).encode())
+
+
+def _write_png(path: Path, label: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ok, data = cv2.imencode(".png", label)
+    assert ok, path
+    _replace(path, data.tobytes())
+
+
+def _replace(path: Path, data: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,85 @@
+"""Tracing a network with sizes left open."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from .network import ExportedNetwork, ExportError
+
+__all__ = ["INPUT", "LEAST_SIDE", "OUTPUT", "trace"]
+
+INPUT, OUTPUT = "images", "logits"
+LEAST_SIDE = 16
+"""Smallest height and width of the images that an exported file takes."""
+
+# Neither equal sides nor multiples of a stride: what holds for them alone would show as a violated constraint.
+_EXAMPLE = (2, 3, 106, 138)
+
+
+def trace(model: nn.Module) -> ExportedProgram:
+    """The model as a program from images (B, 3, H, W) to logits (B, K, H, W), for any B and any H, W >= 16.
+
+    Raises:
+        ExportError: the model is of a form that is not exported (see `ExportedNetwork`), or its arithmetic depends
+            on the image's size.
+    """
+    network = ExportedNetwork(model).eval()
+    sizes = {
+        0: Dim("batch", min=1),
+        2: Dim("height", min=LEAST_SIDE, max=1 << 16),
+        3: Dim("width", min=LEAST_SIDE, max=1 << 16),
+    }
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about torch's own parts
+            program = torch.export.export(network, (torch.zeros(_EXAMPLE),), dynamic_shapes=(sizes,))
+            if any(node.target in _DECOMPOSITIONS for node in program.graph.nodes):
+                program = program.run_decompositions(_DECOMPOSITIONS)
+    except (torch._dynamo.exc.UserError, RuntimeError) as error:
+        head = getattr(network.sem_seg_head, "context", network.sem_seg_head)
+        raise ExportError(
+            f"{type(model).__name__} with {type(head).__name__} does not export: its arithmetic depends on the "
+            f"image's size ({_reason(error)})."
+        ) from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine's files
+    return program
+
+
+def _adaptive_average(x: Tensor, output_size: list[int]) -> Tensor:
+    """`F.adaptive_avg_pool2d` as two products with averaging matrices, which may be of any input size.
+
+    Cell i of n over a side of length L averages pixels floor(i L / n) to ceil((i+1) L / n) - 1.
+    """
+    rows = _averaging(output_size[0], x.shape[-2], x)
+    columns = _averaging(output_size[1], x.shape[-1], x)
+    return rows @ x @ columns.transpose(0, 1)
+
+
+def _averaging(cells: int, length: Any, like: Tensor) -> Tensor:
+    """(cells, length): each row averages one cell."""
+    cell = torch.arange(cells, device=like.device)[:, None]
+    pixel = torch.arange(length, device=like.device)[None, :]
+    first = cell * length // cells
+    end = ((cell + 1) * length + cells - 1) // cells
+    inside = (pixel >= first) & (pixel < end)
+    return inside.to(like.dtype) / (end - first).to(like.dtype)
+
+
+# torch's own forms of these fix the sizes they were traced with.
+_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_average,
+}
+
+
+def _reason(error: Exception) -> str:
+    """The line of torch's message that says which condition on the sizes was met."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    conditions = [line for line in lines if "guard" in line]
+    return (conditions or lines or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,212 @@
+"""RANet's context module: regions from boundary and semantic scores, and the exchange between their representatives.
+
+Shapes: B batch, M channels, K classes, h w size of the features, P = h w pixels, N cells of the pair grid.
+"""
+
+from math import isqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .norm_act import ActivationLike, ConvNormAct, NormLike
+from .precision import at_least_float32, autocast_disabled
+from .region_construction import RegionConstruction, Regions
+from .region_interaction import NORMALIZATIONS, Assignment, region_interaction
+
+
+class RegionAttention(nn.Module):
+    """Region construction on a grid of pairs, region interaction on all pixels: A, B, C -> O, the contextual features.
+
+    Pairs of pixels are compared on a grid of at most `pair_cells` cells in the shape of the map (49x49 for features
+    of 97x97): boundary probabilities are brought there by the maximum, which keeps thin ones, class probabilities by
+    the mean. A pixel has region and score of its cell, and a representative is the pixel in the middle of its cell.
+    A map that is no larger is its own grid, and Eq. 1 to 8 hold as printed.
+
+    The interaction follows Eq. 6 to 8 on the features themselves ("paper"), or the released code ("code"): 3x3
+    convolutions for queries and values and after each of the three steps (those on the list of representatives as if
+    it were a map of one column), softmax over all pixels or all representatives, no J on what is passed on.
+
+    Computed in fp32, inside autocast too (the energies have no scale), but for the convolutions.
+
+    :paper:`RANet: Region Attention Network for Semantic Segmentation`, Sec. 3.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        variant: str = "paper",
+        representatives: int = 8,
+        threshold: float | None = None,
+        samples: int | None = None,
+        pair_cells: int = 49 * 49,
+        use_boundary: bool = True,
+        use_semantic: bool = True,
+        intra: bool = True,
+        inter: bool = True,
+        normalization: str = "region",
+        norm: NormLike = "BN",
+        activation: ActivationLike = "relu",
+    ) -> None:
+        """
+        Args:
+            channels: M, of input and output.
+            variant: "paper" or "code".
+            representatives, threshold, samples, use_boundary, use_semantic: see `RegionConstruction`.
+            pair_cells: cells of the grid on which pairs are compared, at most; tables have its square.
+            intra, inter, normalization: see `region_interaction`; of the variant "paper".
+            norm, activation: of the convolutions of the variant "code".
+
+        Raises:
+            ValueError: a value is not among those allowed.
+        """
+        super().__init__()
+        if pair_cells < 1:
+            raise ValueError(f"pair_cells must be at least 1, got {pair_cells}.")
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(
+                f"normalization={normalization!r} is not one of {', '.join(map(repr, NORMALIZATIONS))}."
+            )
+        if variant == "code" and not (intra and inter):
+            raise ValueError("intra=False and inter=False are ablations of variant='paper'.")
+        self.construction = RegionConstruction(
+            variant=variant,
+            representatives=representatives,
+            threshold=threshold,
+            samples=samples,
+            use_boundary=use_boundary,
+            use_semantic=use_semantic,
+        )
+        self.pair_cells = pair_cells
+        self.intra, self.inter, self.normalization = intra, inter, normalization
+        self.interaction = CodeInteraction(channels, norm, activation) if variant == "code" else None
+
+    def forward(self, features: Tensor, boundary: Tensor, semantic: Tensor) -> Tensor:
+        """
+        Args:
+            features: (B, M, h, w), A.
+            boundary: (B, h, w) probabilities of a boundary.
+            semantic: (B, K, h, w) class probabilities.
+
+        Returns:
+            (B, M, h, w), O, in the dtype of `features`.
+        """
+        size = (features.shape[-2], features.shape[-1])
+        grid = pair_grid(size, self.pair_cells)
+        if grid != size:
+            boundary = F.adaptive_max_pool2d(boundary[:, None], grid)[:, 0]
+            semantic = F.adaptive_avg_pool2d(semantic, grid)
+        regions: list[Regions] = self.construction(boundary, semantic)
+        assignments = [assign(of_image, size) for of_image in regions]
+        if self.interaction is not None:
+            context: Tensor = self.interaction(features, assignments)
+            return context
+        with autocast_disabled(features.device):
+            pixels = at_least_float32(features).flatten(2).transpose(1, 2)
+            out = torch.stack(
+                [
+                    region_interaction(
+                        own, where, intra=self.intra, inter=self.inter, normalization=self.normalization
+                    )
+                    for own, where in zip(pixels, assignments, strict=True)
+                ]
+            )
+        return out.transpose(1, 2).reshape(features.shape).to(features.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"pair_cells={self.pair_cells}, intra={self.intra}, inter={self.inter}, "
+            f"normalization={self.normalization!r}"
+        )
+
+
+class CodeInteraction(nn.Module):
+    """The interaction of the released code, see `RegionAttention`."""
+
+    def __init__(self, channels: int, norm: NormLike, activation: ActivationLike) -> None:
+        """
+        Args:
+            channels: M.
+            norm, activation: of the five 3x3 convolutions.
+        """
+        super().__init__()
+
+        def convolution() -> ConvNormAct:
+            return ConvNormAct(channels, channels, 3, norm=norm, activation=activation)
+
+        self.query, self.value = convolution(), convolution()
+        self.collect, self.interact, self.distribute = convolution(), convolution(), convolution()
+
+    def forward(self, features: Tensor, assignments: list[Assignment]) -> Tensor:
+        """(B, M, h, w) features and each image's regions -> (B, M, h, w)."""
+        queries = self.query(features).flatten(2).transpose(1, 2)
+        values = self.value(features).flatten(2).transpose(1, 2)
+        out = [self._one(*parts) for parts in zip(queries, values, assignments, strict=True)]
+        context: Tensor = self.distribute(torch.stack(out).transpose(1, 2).reshape(features.shape))
+        return context
+
+    def _one(self, query: Tensor, value: Tensor, where: Assignment) -> Tensor:
+        """(P, M) queries and values of one image -> (P, M)."""
+        chosen = where.representatives.sort().values  # in the order of the map, as in the code
+        own = where.score[chosen]
+        with autocast_disabled(query.device):
+            query, value = at_least_float32(query), at_least_float32(value)
+            weights = (value[chosen] @ (value * where.score[:, None]).t()).softmax(1)
+            local = value[chosen] + weights @ value
+        local = at_least_float32(_on_list(self.collect, local))
+        with autocast_disabled(query.device):
+            weights = (local @ (local * own[:, None]).t()).softmax(1)
+            context = local + weights @ local
+        context = at_least_float32(_on_list(self.interact, context))
+        with autocast_disabled(query.device):
+            weights = (query @ (context * own[:, None]).t()).softmax(1)
+            return query + weights @ context
+
+
+def _on_list(convolution: ConvNormAct, x: Tensor) -> Tensor:
+    """A convolution over (S, M) vectors as if they were the pixels of a column."""
+    # A lone vector counts twice: batch norm cannot train on a single value of each channel.
+    rows = torch.cat([x, x]) if len(x) == 1 else x
+    out: Tensor = convolution(rows.t()[None, :, :, None])[0, :, :, 0].t()
+    return out[: len(x)]
+
+
+def pair_grid(size: tuple[int, int], cells: int) -> tuple[int, int]:
+    """The largest grid of at most so many cells in the shape of a map, not finer than the map itself."""
+    height, width = size
+    if height * width <= cells:
+        return size
+    rows = min(max(isqrt(cells * height // width), 1), height)
+    return rows, min(max(cells // rows, 1), max(width * rows // height, 1), width)
+
+
+def assign(regions: Regions, size: tuple[int, int]) -> Assignment:
+    """What the cells of a grid say about the pixels of a map.
+
+    Args:
+        regions: of a grid.
+        size: (h, w) of the map, P = h w pixels.
+
+    Returns:
+        Each pixel with region and score of the cell that it lies in, and the pixel in the middle of each
+        representative cell.
+    """
+    if size == regions.size:
+        return Assignment(regions.region, regions.score, regions.representatives)
+    device = regions.region.device
+    (row_of, middle_row), (column_of, middle_column) = (
+        _along_axis(pixels, cells, device) for pixels, cells in zip(size, regions.size, strict=True)
+    )
+    cell = (row_of[:, None] * regions.size[1] + column_of).flatten()
+    chosen = regions.representatives
+    rows, columns = chosen // regions.size[1], chosen % regions.size[1]
+    middle = middle_row[rows] * size[1] + middle_column[columns]
+    return Assignment(regions.region[cell], regions.score[cell], middle)
+
+
+def _along_axis(pixels: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The cell that each pixel lies in, and the pixel in the middle of each cell."""
+    cell = (2 * torch.arange(pixels, device=device) + 1) * cells // (2 * pixels)
+    middle = (2 * torch.arange(cells, device=device) + 1) * pixels // (2 * cells)
+    return cell, middle

@@ -1,0 +1,73 @@
+"""The convolution of region attention maps (RANet, Eq. 4): one 3x3 kernel for the maps of all pixels.
+
+Shapes: M maps, h w size of a map.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_SIDE = 3
+
+
+def smooth_maps(maps: Tensor, kernel: Tensor) -> Tensor:
+    """A 3x3 convolution (correlation) of each map by itself; beyond a map's edge its outermost values go on.
+
+    The same as `conv2d` on maps of one channel, whose gradients take several times as long for thousands of them.
+
+    Args:
+        maps: (M, h, w).
+        kernel: (3, 3), in the dtype of the maps.
+
+    Returns:
+        (M, h, w).
+    """
+    out: Tensor = _Smooth.apply(maps, kernel)
+    return out
+
+
+class _Smooth(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, kernel: Tensor) -> Tensor:
+        ctx.save_for_backward(maps, kernel)
+        out = torch.zeros_like(maps)
+        for weight, part in zip(kernel.flatten().tolist(), _parts(_padded(maps)), strict=True):
+            if weight:
+                out.add_(part, alpha=weight)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        maps, kernel = ctx.saved_tensors
+        grad_maps = grad_kernel = None
+        if ctx.needs_input_grad[1]:
+            dots = [(grad * part).sum() for part in _parts(_padded(maps))]
+            grad_kernel = torch.stack(dots).reshape(_SIDE, _SIDE)
+        if ctx.needs_input_grad[0]:
+            wide = grad.new_zeros(grad.shape[0], grad.shape[1] + 2, grad.shape[2] + 2)
+            for weight, part in zip(kernel.flatten().tolist(), _parts(wide), strict=True):
+                if weight:
+                    part.add_(grad, alpha=weight)
+            # What fell on the padding belongs to the edge that it repeats.
+            wide[:, 1] += wide[:, 0]
+            wide[:, -2] += wide[:, -1]
+            wide[:, :, 1] += wide[:, :, 0]
+            wide[:, :, -2] += wide[:, :, -1]
+            grad_maps = wide[:, 1:-1, 1:-1]
+        return grad_maps, grad_kernel
+
+
+def _padded(maps: Tensor) -> Tensor:
+    return F.pad(maps[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+
+
+def _parts(padded: Tensor) -> Iterator[Tensor]:
+    """The nine views that the kernel's weights belong to, row by row."""
+    height, width = padded.shape[1] - 2, padded.shape[2] - 2
+    for row in range(_SIDE):
+        for column in range(_SIDE):
+            yield padded[:, row : row + height, column : column + width]

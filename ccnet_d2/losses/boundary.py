@@ -1,0 +1,119 @@
+"""Where the class changes: boundary masks from labels, and the loss of a boundary score map.
+
+Shapes: B batch, h w the logits' size, H W the labels' size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ccnet_d2.layers.precision import at_least_float32, autocast_disabled
+
+from .resize import upsample
+from .segmentation_loss import check_map_and_labels
+
+
+def label_boundaries(target: Tensor, radius: float = 2.0, ignore_index: int = 255) -> Tensor:
+    """Which pixels lie near another class: at a Euclidean distance of at most `radius` from a pixel of it.
+
+    The same as, class by class, a distance transform of the pixels of all other classes, which is how the released
+    code makes its masks. Differently from there, neither unlabelled pixels nor the image's edge make a boundary:
+    both say nothing about where an object ends. It is made from the labels that the network is trained on, after
+    scaling and cropping, so boundaries are equally wide at all scales.
+
+    :paper:`RANet`, Sec. 4 (after CASENet and SEAL).
+
+    Args:
+        target: (B, H, W) integer labels.
+        radius: in pixels; neighbours are at a distance of 1.
+        ignore_index: label of unlabelled pixels.
+
+    Returns:
+        (B, H, W) bool, False where there is no label.
+    """
+    height, width = target.shape[-2:]
+    labelled = target != ignore_index
+    boundary = torch.zeros_like(labelled)
+    reach = int(radius)
+    for down in range(0, min(reach, height - 1) + 1):
+        for right in range(-min(reach, width - 1), min(reach, width - 1) + 1):
+            # Half of the offsets are enough: a pair of pixels marks both.
+            if down * down + right * right > radius * radius or (down == 0 and right <= 0):
+                continue
+            here = (..., slice(0, height - down), slice(max(0, -right), width - max(0, right)))
+            there = (..., slice(down, height), slice(max(0, right), width - max(0, -right)))
+            differ = (target[here] != target[there]) & labelled[here] & labelled[there]
+            boundary[here] |= differ
+            boundary[there] |= differ
+    return boundary
+
+
+class BoundaryLoss(nn.Module):
+    """Binary cross entropy of a boundary score map, which is enlarged bilinearly to the labels' size first.
+
+    Takes the labels of the segmentation and makes the mask itself. Pixels without a label take no part; a batch
+    without any gives zero with a graph. Computed in fp32, inside autocast too.
+
+    :paper:`RANet`, Sec. 4: "We use the cross-entropy loss to penalize all of the training error."
+    """
+
+    def __init__(
+        self,
+        *,
+        radius: float = 2.0,
+        balanced: bool = False,
+        ignore_index: int = 255,
+        align_corners: bool = False,
+    ) -> None:
+        """
+        Args:
+            radius: see `label_boundaries`.
+            balanced: weigh boundary pixels by the share of the others in the batch and the other way round, so that
+                both count the same; RANet does not.
+            ignore_index: label of the pixels left out.
+            align_corners: of the enlargement.
+
+        Raises:
+            ValueError: the radius is below 1, so no pixel would be near another.
+        """
+        super().__init__()
+        if radius < 1:
+            raise ValueError(f"radius must be at least 1 pixel, got {radius}.")
+        self.radius = radius
+        self.balanced = balanced
+        self.ignore_index = ignore_index
+        self.align_corners = align_corners
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """
+        Args:
+            logits: (B, 1, h, w), of being a boundary.
+            target: (B, H, W) integer labels of the segmentation.
+
+        Returns:
+            Scalar, fp32 (fp64 for fp64 logits).
+
+        Raises:
+            ValueError: shapes or dtypes do not fit.
+        """
+        check_map_and_labels(logits, target, "boundary logits")
+        if logits.shape[1] != 1:
+            raise ValueError(f"boundary logits have one channel, got {logits.shape[1]}.")
+        boundary = label_boundaries(target, self.radius, self.ignore_index)
+        labelled = target != self.ignore_index
+        with autocast_disabled(logits.device):
+            size = (target.shape[-2], target.shape[-1])
+            full = upsample(at_least_float32(logits), size, self.align_corners)[:, 0]
+            weight = labelled.to(full.dtype)
+            if self.balanced:
+                share = boundary.sum() / labelled.sum().clamp(min=1)
+                weight = weight * torch.where(boundary, 1 - share, share)
+            total = F.binary_cross_entropy_with_logits(full, boundary.to(full.dtype), weight, reduction="sum")
+            mass = weight.sum()
+            return total / torch.where(mass > 0, mass, 1.0)
+
+    def extra_repr(self) -> str:
+        return (
+            f"radius={self.radius}, balanced={self.balanced}, ignore_index={self.ignore_index}, "
+            f"align_corners={self.align_corners}"
+        )

@@ -1,0 +1,65 @@
+"""Converted weights, kept so that they are fetched and converted once."""
+
+import logging
+import os
+from pathlib import Path
+
+from iopath.common.file_io import file_lock
+
+from ccnet_d2.checkpoint.convert import convert_file
+from ccnet_d2.errors import UserError
+
+from .download import local_or_downloaded
+from .published import published
+
+# Counts changes of the converters that change their results: weights converted before are converted anew.
+_CONVERSION = 1
+
+
+def cache_dir() -> Path:
+    """CCNET_D2_CACHE, or ccnet_d2 in the user's cache directory."""
+    chosen = os.environ.get("CCNET_D2_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ccnet_d2"
+
+
+def weights_file(name: str, *, classifier: bool = True) -> Path:
+    """Published weights as a checkpoint for the models here: a file in the cache, made if it is not there yet.
+
+    Args:
+        name: of a run with published weights, or of ImageNet weights, see `PUBLISHED`.
+        classifier: False leaves out the last layer of each head, to train on other classes.
+
+    Returns:
+        A checkpoint in Detectron2's format.
+
+    Raises:
+        UserError: there are no such weights, or they cannot be had, are not what was published, or cannot be
+            converted.
+    """
+    entry = published(name)
+    folder = cache_dir()
+    digits = f"-{entry.sha256}" if entry.sha256 else ""
+    variant = "" if classifier else "-without-classifier"
+    path = folder / f"{entry.name.replace('/', '-')}{digits}-v{_CONVERSION}{variant}.pth"
+    if path.is_file():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Other processes of the same job wait and find the file.
+        with file_lock(str(path)):
+            if path.is_file():
+                return path
+            source, downloaded = local_or_downloaded(entry, folder)
+            try:
+                conversion = convert_file(source, path, entry.layout, classifier=classifier)
+            finally:
+                if downloaded:
+                    source.unlink()
+    except OSError as error:
+        raise UserError(
+            f"The cache {folder} cannot be written ({error}): set CCNET_D2_CACHE to a folder that can."
+        ) from error
+    logging.getLogger(__name__).info("%s: %s", entry.file, conversion.text())
+    return path

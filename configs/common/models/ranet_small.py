@@ -1,0 +1,11 @@
+"""RANet on a ResNet-18 with the basic stem and a narrow head, for small machines and images."""
+
+from .ranet import model
+
+model.backbone.depth = 18
+model.backbone.stem = "basic"
+model.backbone.ceil_mode = False
+model.backbone.norm = "BN"
+model.sem_seg_head.norm = "BN"
+model.sem_seg_head.channels = 128
+model.sem_seg_head.align_corners = False

@@ -1,0 +1,145 @@
+"""CamVid's original release: 32 colours to 11 classes, and the usual split."""
+
+import importlib.util
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ccnet_d2.data import DatasetError, SampleError, SemSegMapper, get_sem_seg_dataset_dicts, register_all
+from ccnet_d2.data.datasets.camvid import CAMVID_CLASSES
+from ccnet_d2.data.datasets.camvid_original import ORIGINAL_CLASSES, colors_to_labels, convert_camvid, split_of
+
+# The release's label_colors.txt and the grouping of the SegNet benchmark, written down a second time.
+GROUPS = {
+    "Sky": ["128 128 128"],
+    "Building": ["128 0 0", "0 128 64", "64 192 0", "64 0 64", "192 0 128"],
+    "Pole": ["192 192 128", "0 0 64"],
+    "Road": ["128 64 128", "128 0 192", "192 0 64"],
+    "Pavement": ["0 0 192", "64 192 128", "128 128 192"],
+    "Tree": ["128 128 0", "192 192 0"],
+    "SignSymbol": ["192 128 128", "128 128 64", "0 64 64"],
+    "Fence": ["64 64 128"],
+    "Car": ["64 0 128", "64 128 192", "192 128 192", "192 64 128", "128 64 64"],
+    "Pedestrian": ["64 64 0", "192 128 64", "64 0 192", "64 128 64"],
+    "Bicyclist": ["0 128 192", "192 0 192"],
+    None: ["0 0 0"],
+}
+COLORS = [(tuple(map(int, text.split())), group) for group, texts in GROUPS.items() for text in texts]
+
+
+def write(root: Path, name: str, colors: np.ndarray) -> None:
+    for folder in ("701_StillsRaw_full", "LabeledApproved_full"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    image = np.random.default_rng(0).integers(0, 256, colors.shape, dtype=np.uint8)
+    Image.fromarray(image).save(root / "701_StillsRaw_full" / f"{name}.png")
+    Image.fromarray(colors).save(root / "LabeledApproved_full" / f"{name}_L.png")
+
+
+def all_colors() -> np.ndarray:
+    """(8, 16, 3): each of the 32 colours in a block of 2x2."""
+    return np.kron(np.array([color for color, _ in COLORS], np.uint8).reshape(4, 8, 3), np.ones((2, 2, 1), np.uint8))
+
+
+def test_every_colour_becomes_its_class():
+    assert len(COLORS) == len(ORIGINAL_CLASSES) == len({color for color, _ in ORIGINAL_CLASSES.values()}) == 32
+    labels, unknown = colors_to_labels(all_colors())
+    expected = [11 if group is None else CAMVID_CLASSES.index(group) for _, group in COLORS]
+    assert labels.dtype == np.uint8 and unknown == 0
+    assert labels[::2, ::2].ravel().tolist() == expected == labels[1::2, 1::2].ravel().tolist()
+    strange = np.array([[[1, 2, 3], [255, 255, 255], [0, 0, 0]]], np.uint8)
+    labels, unknown = colors_to_labels(strange)
+    assert labels.tolist() == [[11, 11, 11]] and unknown == 2
+
+
+def test_the_split_has_the_sizes_of_the_benchmark():
+    # The frames of the release, sequence by sequence (the gaps of 0016E5 are where it has no labels).
+    frames = [f"0001TP_{n:06d}" for n in range(6690, 10381, 30)]
+    frames += [f"0006R0_f{n:05d}" for n in range(930, 3931, 30)]
+    frames += [f"0016E5_{n:05d}" for n in range(7959, 8160, 2)]
+    frames += [f"Seq05VD_f{n:05d}" for n in range(0, 5101, 30)]
+    found = Counter(split_of(name) for name in frames)
+    assert found == {"train": 62 + 101, "val": 101, "test": 62 + 171}
+    assert split_of("0016E5_00390") == split_of("0016E5_08640") == "train"
+    with pytest.raises(DatasetError, match="'holiday' is no name of a CamVid frame"):
+        split_of("holiday")
+
+
+def test_the_split_is_that_of_the_segnet_copy():
+    from ccnet_d2.data import dataset_root
+
+    folder = Path(dataset_root()) / "camvid"
+    if not (folder / "train").is_dir():
+        pytest.skip("CamVid is not in $DETECTRON2_DATASETS")
+    for split in ("train", "val", "test"):
+        names = [path.stem for path in (folder / split).glob("*")]
+        assert {split_of(name) for name in names} <= {split}
+    assert len(list((folder / "train").glob("*"))) == 367
+
+
+def test_from_the_release_to_the_loader(tmp_path):
+    root = tmp_path / "camvid_original"
+    colors = all_colors()
+    for name in ("0001TP_006690", "0006R0_f00930", "0016E5_07959", "0001TP_008550", "Seq05VD_f00030"):
+        write(root, name, colors)
+    seen = []
+    report = convert_camvid(root, progress=lambda done, total: seen.append((done, total)))
+    assert report.frames == {"train": 2, "val": 1, "test": 2} and seen == [(i, 5) for i in range(1, 6)]
+    assert report.notes[0] == "train has 2 frames, the release 367."
+    assert sorted(path.name for path in root.iterdir()) == [
+        "701_StillsRaw_full",
+        "LabeledApproved_full",
+        "labels_11",
+        "test.txt",
+        "train.txt",
+        "val.txt",
+    ]
+    register_all(tmp_path)
+    samples = {split: get_sem_seg_dataset_dicts(f"camvid_original_sem_seg_{split}") for split in report.frames}
+    assert [sample["image_id"] for sample in samples["test"]] == ["0001TP_008550", "Seq05VD_f00030"]
+    mapped = SemSegMapper(True, augmentations=[], dataset_names="camvid_original_sem_seg_train")(samples["train"][0])
+    expected = [255 if group is None else CAMVID_CLASSES.index(group) for _, group in COLORS]
+    assert mapped["sem_seg"][::2, ::2].flatten().tolist() == expected
+    assert convert_camvid(root).frames == report.frames  # again, over what is there
+
+
+def test_unknown_colours_are_void_up_to_one_percent(tmp_path):
+    colors = np.tile(all_colors(), (4, 4, 1))
+    colors[:2, :10] = (7, 7, 7)
+    write(tmp_path, "0001TP_006690", colors)
+    assert "20 pixels in 1 label files" in convert_camvid(tmp_path).notes[-1]
+    before = (tmp_path / "labels_11" / "0001TP_006690.png").read_bytes()
+    colors[:4] = (7, 7, 7)
+    write(tmp_path, "0001TP_006690", colors)
+    with pytest.raises(SampleError, match=r"0001TP_006690_L\.png' has 12\.5 % of its pixels in colours"):
+        convert_camvid(tmp_path)
+    # What was there is still there.
+    assert (tmp_path / "labels_11" / "0001TP_006690.png").read_bytes() == before
+    assert not list(tmp_path.glob(".*part"))
+
+
+def test_what_is_missing_is_said(tmp_path):
+    with pytest.raises(DatasetError, match=r"701_StillsRaw_full' does not exist: unpack CamVid's 701_StillsRaw_full\.zip"):
+        convert_camvid(tmp_path)
+    write(tmp_path, "0001TP_006690", all_colors())
+    write(tmp_path, "0001TP_006720", all_colors())
+    (tmp_path / "LabeledApproved_full" / "0001TP_006720_L.png").unlink()
+    with pytest.raises(DatasetError, match=r"LabeledApproved_full' has nothing for '0001TP_006720' \(1 missing"):
+        convert_camvid(tmp_path)
+    register_all(tmp_path / "elsewhere")
+    with pytest.raises(DatasetError, match=r"Unpack CamVid's original release .* run projects/CCNet/tools/prepare_camvid"):
+        get_sem_seg_dataset_dicts("camvid_original_sem_seg_train")
+
+
+def test_the_tool(tmp_path, capsys):
+    script = Path(__file__).parents[3] / "projects" / "CCNet" / "tools" / "prepare_camvid.py"
+    spec = importlib.util.spec_from_file_location("prepare_camvid", script)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    write(tmp_path, "0016E5_07959", all_colors())
+    assert tool.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "train: 0 frames, val: 1 frames, test: 0 frames"
+    assert tool.main([str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: '")

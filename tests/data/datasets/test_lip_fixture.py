@@ -1,0 +1,133 @@
+"""The drawn data set in LIP's layout."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog
+
+from ccnet_d2.data import DatasetError
+from ccnet_d2.data.check import check_dataset
+from ccnet_d2.data.datasets import lip_fixture
+from ccnet_d2.data.datasets.lip import LIP_FLIP_PAIRS, register_lip
+from ccnet_d2.data.datasets.lip_fixture import LipFixtureConfig, draw_person, generate_lip_fixture
+
+SCRIPT = Path(__file__).parents[3] / "projects/CCNet/tools/make_lip_fixture.py"
+SMALL = LipFixtureConfig(train_images=13, val_images=12, size=64)
+
+
+@pytest.mark.parametrize("layout", ["ce2p", "official"])
+def test_both_layouts_hold_every_class_and_are_sound(tmp_path, layout):
+    root = tmp_path / "LIP"
+    assert generate_lip_fixture(root, replace(SMALL, layout=layout))
+    folders = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_dir()}
+    labels = "" if layout == "ce2p" else "TrainVal_parsing_annotations/"
+    assert folders - {labels.rstrip("/")} == {
+        f"{prefix}{split}_{kind}"
+        for split in ("train", "val")
+        for prefix, kind in (("", "images"), (labels, "segmentations"))
+    }
+    register_lip(root, "drawn_lip")
+    for split, count in (("train", 13), ("val", 12)):
+        report = check_dataset(f"drawn_lip_{split}")
+        assert report.samples == count and not report.problems and not report.notes
+        assert (report.pixels > 0).all() and report.void == 0
+        assert report.pixels[0] / report.pixels.sum() < 0.75
+
+
+def test_left_is_on_the_right_and_looks_like_right(tmp_path):
+    generate_lip_fixture(tmp_path / "set", SMALL)
+    register_lip(tmp_path / "set", "drawn_lip")
+    for record in DatasetCatalog.get("drawn_lip_train"):
+        label = cv2.imread(record["sem_seg_file_name"], cv2.IMREAD_UNCHANGED)
+        image = cv2.imread(record["file_name"])
+        assert image.shape[:2] == label.shape and label.shape[0] > label.shape[1]
+        for left, right in LIP_FLIP_PAIRS:
+            columns = [np.nonzero(label == part)[1] for part in (left, right)]
+            if min(map(len, columns)) == 0:
+                continue  # a leg may be hidden altogether
+            assert columns[0].mean() > columns[1].mean() + 2
+            colors = [np.median(image[label == part].astype(float), axis=0) for part in (left, right)]
+            assert np.abs(colors[0] - colors[1]).max() < 25
+
+
+def test_made_once_and_always_the_same(tmp_path, monkeypatch):
+    def files(root: Path) -> dict:
+        return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+    assert generate_lip_fixture(tmp_path / "a", SMALL) and not generate_lip_fixture(tmp_path / "a", SMALL)
+    generate_lip_fixture(tmp_path / "b", SMALL)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert generate_lip_fixture(tmp_path / "a", replace(SMALL, seed=1, train_images=2))
+    assert len(list((tmp_path / "a/train_images").iterdir())) == 2
+    assert files(tmp_path / "a").keys() < files(tmp_path / "b").keys()
+    # Drawn by an earlier version: drawn again.
+    monkeypatch.setattr(lip_fixture, "_FORMAT", 99)
+    assert generate_lip_fixture(tmp_path / "b", SMALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_never_overwrites_anything_else(tmp_path):
+    root = tmp_path / "LIP"
+    (root / "train_images").mkdir(parents=True)
+    (root / "train_images/1.jpg").write_bytes(b"precious")
+    with pytest.raises(DatasetError, match="holds something other than the LIP fixture"):
+        generate_lip_fixture(root, SMALL)
+    assert (root / "train_images/1.jpg").read_bytes() == b"precious"
+
+
+def test_nothing_half_written_is_left(tmp_path, monkeypatch):
+    generate_lip_fixture(tmp_path / "set", SMALL)
+    before = json.loads((tmp_path / "set/lip_fixture.json").read_text())
+    written = []
+
+    def fail_on_the_fifth(path, image):
+        written.append(path)
+        return len(written) < 5
+
+    monkeypatch.setattr(lip_fixture.cv2, "imwrite", fail_on_the_fifth)
+    with pytest.raises(DatasetError, match="Cannot write the LIP fixture"):
+        generate_lip_fixture(tmp_path / "set", replace(SMALL, seed=2))
+    assert json.loads((tmp_path / "set/lip_fixture.json").read_text()) == before
+    with pytest.raises(DatasetError, match="Cannot write the LIP fixture"):
+        generate_lip_fixture(tmp_path / "other", SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("train_images", 0), ("val_images", 0), ("size", 10), ("seed", -1), ("layout", "coco")]
+)
+def test_bad_parameters_are_named(key, value):
+    with pytest.raises(DatasetError, match=f"LIP fixture: {key} is '?{value}'?, but"):
+        LipFixtureConfig(**{key: value})
+
+
+def test_twelve_persons_in_a_row_show_every_class():
+    rng = np.random.default_rng(0)
+    seen = [np.unique(draw_person(index, 120, 80, rng)) for index in range(30, 42)]
+    assert set(np.concatenate(seen)) == {*range(20)}
+
+
+def test_a_missing_fixture_says_how_to_draw_it(tmp_path):
+    lip_fixture.register_lip_fixture(tmp_path / "nowhere")
+    try:
+        with pytest.raises(DatasetError, match=r"nowhere' does not exist; draw the fixture.*make_lip_fixture\.py"):
+            DatasetCatalog.get("ccnet_lip_fixture_train")
+    finally:
+        lip_fixture.register_lip_fixture()
+
+
+def test_script(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("make_lip_fixture", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    arguments = ["--root", str(tmp_path / "x"), "--train-images", "2", "--val-images", "1", "--layout", "official"]
+    assert script.main(arguments) == 0 and "Drawn: 2 training and 1 validation images." in capsys.readouterr().out
+    assert script.main(arguments) == 0 and "Already there" in capsys.readouterr().out
+    assert (tmp_path / "x/TrainVal_parsing_annotations/train_segmentations").is_dir()
+    assert script.main(["--root", str(tmp_path / "y"), "--size", "3"]) == 1
+    assert capsys.readouterr().err == "error: LIP fixture: size is 3, but at least 48 is needed.\n"

@@ -1,0 +1,186 @@
+"""What the processes of the distributed tests run: module-level functions, which other processes can import."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from detectron2.layers import ShapeSpec
+from detectron2.utils import comm
+from torch import nn
+
+from ccnet_d2.engine.distributed import share_model
+from ccnet_d2.layers.sync_batch_norm import sync_batch_norm_on_cpu
+from ccnet_d2.losses import CategoryConsistentLoss, OHEMCrossEntropy
+from ccnet_d2.modeling import CCNet, CCNetHead, PlainConvNet
+
+CLASSES = 4
+IMAGES = 8
+CASES = ("uneven labels", "all ignored", "one rank all ignored", "single-pixel class", "one class", "OHEM")
+
+
+def make_model(dtype: torch.dtype = torch.float64, case: str = "") -> nn.Module:
+    """Two convolutions, criss-cross attention at work (gamma is not 0), auxiliary head, synchronised batch norm."""
+    torch.manual_seed(0)
+    shapes = {"conv": ShapeSpec(channels=16, stride=2)}
+    model = CCNet(
+        backbone=PlainConvNet(channels=[16, 16], strides=[1, 2], norm="SyncBN"),
+        sem_seg_head=CCNetHead(
+            shapes,
+            in_feature="conv",
+            num_classes=CLASSES,
+            channels=16,
+            context="rcca",
+            norm="SyncBN",
+            dropout=0.0,
+            aux_feature="conv",
+            aux_channels=16,
+            # min_kept small enough that no process has to raise the threshold
+            loss=OHEMCrossEntropy(thresh=0.3, min_kept=1, factor=1) if case == "OHEM" else "cross_entropy",
+        ),
+        pixel_mean=[127.5] * 3,
+        pixel_std=[64.0] * 3,
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gamma"):
+                parameter.fill_(0.5)
+    # Their dropout draws other channels in each process, and no comparison could be exact.
+    for module in model.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p = 0.0
+    return sync_batch_norm_on_cpu(model).to(dtype).train()
+
+
+def make_batch(case: str) -> list[dict]:
+    """Eight images of 24x20; how many of their pixels have labels differs much from image to image."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (IMAGES, 3, 24, 20), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, CLASSES, (IMAGES, 24, 20), generator=generator)
+    for index in range(IMAGES):
+        labels[index, : 3 * index] = 255
+    if case == "all ignored":
+        labels[:] = 255
+    elif case == "one rank all ignored":
+        labels[: IMAGES // 4] = 255
+    elif case == "single-pixel class":
+        labels[labels == 3] = 255
+        labels[0, 7, 7] = 3
+    elif case == "one class":
+        labels[:] = 2
+    return [{"image": image, "sem_seg": label} for image, label in zip(images, labels, strict=True)]
+
+
+def losses_and_gradients(model: nn.Module, batch: list[dict]) -> dict:
+    """One backward pass: the summed loss, the gradients and the buffers by name."""
+    loss = sum(model(batch).values())
+    loss.backward()
+    own = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    return {
+        "loss": loss.detach(),
+        "gradients": {name: p.grad.clone() for name, p in own.named_parameters()},
+        "buffers": {name: b.clone() for name, b in own.named_buffers()},
+    }
+
+
+def relative_errors(ours: dict, single: dict) -> tuple[float, float]:
+    """Gradients against those of one process: of all in the L2 norm, and of the worst parameter."""
+    pairs = [(ours["gradients"][name], wanted) for name, wanted in single["gradients"].items()]
+    scale = sum(wanted.square().sum() for _, wanted in pairs).sqrt()
+    if scale == 0:
+        worst = max(float(found.abs().max()) for found, _ in pairs)
+        return worst, worst
+    error = sum((found - wanted).square().sum() for found, wanted in pairs).sqrt() / scale
+    # Parameters whose gradient is rounding noise (a bias before batch norm) have no relative error to speak of.
+    each = [(found - wanted).norm() / wanted.norm() for found, wanted in pairs if wanted.norm() > 1e-5 * scale]
+    return float(error), float(max(each))
+
+
+def gradients(folder: str, dtype_name: str) -> None:
+    """For each case, this process's share of the batch; the main process writes what the processes average."""
+    dtype = getattr(torch, dtype_name)
+    rank, world = comm.get_rank(), comm.get_world_size()
+    for case in CASES:
+        batch = make_batch(case)
+        share = batch[rank * IMAGES // world : (rank + 1) * IMAGES // world]
+        result = losses_and_gradients(share_model(make_model(dtype, case), broadcast_buffers=False), share)
+        loss = result["loss"].clone()
+        dist.all_reduce(loss)
+        result["loss"] = loss / world
+        if rank == 0:
+            torch.save(result, Path(folder) / f"{case}.pt")
+
+
+def category_consistent(folder: str) -> None:
+    """The category consistent loss works on each process's own images: finite for any labels."""
+    finite = True
+    for case in CASES:
+        batch = make_batch(case)[comm.get_rank() :: comm.get_world_size()]
+        features = torch.randn(len(batch), 16, 6, 5, requires_grad=True)
+        loss = CategoryConsistentLoss()(features, torch.stack([item["sem_seg"] for item in batch]))
+        loss.backward()
+        finite = finite and bool(loss.isfinite()) and bool(features.grad.isfinite().all())
+    if all(comm.all_gather(finite)) and comm.is_main_process():
+        (Path(folder) / "finite").touch()
+
+
+def say_who() -> None:
+    """Prints one line of JSON on each process."""
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    line = {
+        "rank": comm.get_rank(),
+        "local_rank": comm.get_local_rank(),
+        "local_size": comm.get_local_size(),
+        "sum": int(total),
+        "gathered": comm.all_gather(comm.get_rank()),
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps(line), flush=True)
+
+
+def wrong_input_on_one() -> None:
+    """A user's error on process 1, while the others wait for it."""
+    if comm.get_rank() == 1:
+        raise ValueError("The image 'a.png' is cut off.")
+    dist.barrier()
+
+
+def wrong_input_on_all() -> None:
+    raise ValueError("train.max_itr is not a key.")
+
+
+def fault_on_one() -> None:
+    """A fault of the program on process 1."""
+    if comm.get_rank() == 1:
+        raise ZeroDivisionError("division by zero")
+    dist.barrier()
+
+
+def killed(folder: str, ignore_sigterm: bool = False) -> None:
+    """Process 1 is killed; the others wait for it, in a collective, or deaf to SIGTERM in a long sleep."""
+    if ignore_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    dist.barrier()
+    if comm.get_rank() == 1:
+        (Path(folder) / "killed_at").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    if ignore_sigterm:
+        time.sleep(600)
+    dist.barrier()
+
+
+def stop_on_sigterm(folder: str) -> None:
+    """Saves and exits when asked to."""
+
+    def stop(*_: object) -> None:
+        (Path(folder) / f"saved_{comm.get_rank()}").touch()
+        raise SystemExit(143)
+
+    signal.signal(signal.SIGTERM, stop)
+    dist.barrier()
+    (Path(folder) / f"ready_{comm.get_rank()}").touch()
+    time.sleep(600)

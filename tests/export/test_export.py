@@ -1,0 +1,243 @@
+"""Exported files against the model itself, on sizes that were not traced."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import instantiate
+from torch import nn
+
+from ccnet_d2.engine import apply_overrides
+from ccnet_d2.errors import UserError
+from ccnet_d2.export import (
+    ExportedNetwork,
+    ExportError,
+    compare,
+    export_model,
+    export_run,
+    load_program,
+)
+from ccnet_d2.export.program import _adaptive_average
+from ccnet_d2.layers import CrissCrossAttention
+from ccnet_d2.model_zoo import get_config
+
+SIZES = [(1, 64, 80), (3, 49, 91), (2, 130, 57)]
+TOY = "toy/ccnet_synthetic.py"
+
+
+def make_model(config=TOY, *overrides):
+    torch.manual_seed(0)
+    model = instantiate(apply_overrides(get_config(config), list(overrides)).model).eval()
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, CrissCrossAttention):
+            module.gamma.data.fill_(0.7)  # at 0, where training starts, attention would not show
+            module.qkv.weight.data.mul_(3)
+        if isinstance(module, nn.BatchNorm2d):  # as after training: statistics that are not 0 and 1
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+def onnx_session(path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def logits_of(model, images):
+    with torch.no_grad():
+        outputs = model([{"image": i, "height": i.shape[-2], "width": i.shape[-1]} for i in images])
+    return torch.stack([output["sem_seg"] for output in outputs])
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def toy_onnx(toy, tmp_path_factory):
+    pytest.importorskip("onnxscript")
+    path = tmp_path_factory.mktemp("onnx") / "new" / "toy.onnx"
+    report = export_model(toy, path, metadata={"classes": '["a", "b"]'})
+    assert report.path == path and report.size == path.stat().st_size
+    return path
+
+
+def test_one_onnx_file_takes_three_sizes(toy, toy_onnx):
+    session = onnx_session(toy_onnx)
+    assert [(value.name, value.shape) for value in (*session.get_inputs(), *session.get_outputs())] == [
+        ("images", ["batch", 3, "height", "width"]),
+        ("logits", ["batch", 4, "height", "width"]),
+    ]
+    generator = torch.Generator().manual_seed(5)
+    for size in SIZES:
+        images = torch.randint(0, 256, (size[0], 3, *size[1:]), generator=generator).float()
+        (found,) = session.run(None, {"images": images.numpy()})
+        expected = logits_of(toy, images)
+        assert expected.std() > 0.01
+        torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=0)
+
+
+def test_attention_in_the_onnx_file_is_that_of_the_op(toy, toy_onnx):
+    """A change at a pixel reaches its row and column after one loop, everything after two: so it does in the file."""
+    session = onnx_session(toy_onnx)
+    image = np.full((1, 3, 40, 48), 100, np.float32)
+    changed = image.copy()
+    changed[:, :, 20, 30] = 255
+    before, after = (session.run(None, {"images": x})[0] for x in (image, changed))
+    assert np.count_nonzero(np.abs(after - before).max(axis=1)) > 0.99 * 40 * 48
+
+
+def test_the_onnx_file_is_one_file_of_plain_operators(toy_onnx):
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(toy_onnx)
+    assert [path.name for path in toy_onnx.parent.iterdir()] == ["toy.onnx"]
+    assert {node.domain for node in model.graph.node} == {""}
+    assert not any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
+    assert {entry.key: entry.value for entry in model.metadata_props} == {"classes": '["a", "b"]'}
+    assert b".py" not in toy_onnx.read_bytes()  # no paths of the machine it was made on
+
+
+@pytest.fixture(scope="module")
+def toy_pt2(toy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pt2")
+    torch.save({"model": toy.state_dict()}, folder / "model.pth")
+    report = export_run(get_config(TOY), folder / "toy.pt2", folder / "model.pth", sizes=SIZES[:1])
+    assert [difference.size for difference in report.differences] == SIZES[:1]
+    return report.path
+
+
+def test_a_torch_export_file_takes_three_sizes(toy, toy_pt2):
+    network, _ = load_program(toy_pt2)
+    generator = torch.Generator().manual_seed(6)
+    for size in SIZES:
+        images = torch.randint(0, 256, (size[0], 3, *size[1:]), generator=generator).float()
+        torch.testing.assert_close(network(images), logits_of(toy, images), atol=1e-5, rtol=0)
+    operators = {str(node.target) for node in torch.export.load(toy_pt2).graph.nodes}
+    assert not any("ccnet_d2" in name for name in operators)
+
+
+def test_the_file_of_a_run_names_its_classes(toy_pt2, tmp_path):
+    _, metadata = load_program(toy_pt2)
+    assert metadata["input_format"] == "RGB"
+    names, colors = json.loads(metadata["classes"]), json.loads(metadata["colors"])
+    assert len(names) == len(colors) == 4 and all(len(color) == 3 for color in colors)
+    with pytest.raises(UserError, match="no weights to export"):
+        export_run(get_config(TOY), tmp_path / "toy.pt2")
+
+
+def test_the_model_is_left_as_it_was(toy):
+    attention = toy.sem_seg_head.context
+    ExportedNetwork(toy)
+    assert attention.backend == "auto"
+    assert attention.project.__func__ is CrissCrossAttention.project
+    assert all(parameter.requires_grad for parameter in toy.parameters())
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_the_network_to_be_exported_is_the_model(align_corners):
+    model = make_model(TOY, f"model.sem_seg_head.align_corners={align_corners}", "model.size_divisibility=16")
+    for difference in compare(ExportedNetwork(model), model, SIZES):
+        assert difference.largest < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("size", "bins"), [((7, 5), (3, 2)), ((12, 12), (6, 6)), ((4, 9), (6, 3)), ((3, 8), (1, 8))]
+)
+def test_adaptive_pooling_by_products(size, bins):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    expected = nn.functional.adaptive_avg_pool2d(x, bins)
+    torch.testing.assert_close(_adaptive_average(x, list(bins)), expected)
+
+
+def test_a_file_that_would_differ_is_not_written(toy, tmp_path):
+    class Drifting(type(toy)):
+        """Computes something else when it is called than its parts, which are exported, compute."""
+
+        def forward(self, inputs):
+            outputs = super().forward(inputs)
+            return [{"sem_seg": output["sem_seg"] + 1e-3} for output in outputs]
+
+    model = make_model()
+    model.__class__ = Drifting
+    path = tmp_path / "folder" / "wrong.pt2"
+    with pytest.raises(ExportError, match=r"nothing was written.*\(1x3x64x80: largest difference 1\.0e-03"):
+        export_model(model, path, sizes=SIZES[:1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_is_not_a_small_difference(toy):
+    (difference,) = compare(lambda images: torch.full((1, 4, 64, 80), torch.nan), toy, SIZES[:1])
+    assert difference.largest == float("inf") and not difference.relative <= 1e-4
+    (difference,) = compare(lambda images: torch.zeros(1, 4, 64, 79), toy, SIZES[:1])
+    assert difference.largest == float("inf")
+
+
+def test_what_does_not_export_is_one_sentence(tmp_path):
+    detector = instantiate(get_config("coco/mask_rcnn_rcca_R_50_FPN_1x.py").model)
+    for model, message in (
+        (detector, "GeneralizedRCNN does not export: detection networks (Mask R-CNN with or without RCCA)"),
+        (
+            nn.Conv2d(3, 3, 1),
+            "Conv2d does not export: it has no backbone and no sem_seg_head and no pixel_mean",
+        ),
+    ):
+        with pytest.raises(ExportError, match=re.escape(message)):
+            export_model(model, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+class SizeDependent(nn.Module):
+    standalone = False
+
+    def forward(self, x):
+        return x * 2 if x.shape[-1] > 20 else x
+
+
+def test_arithmetic_that_depends_on_the_size_is_refused(tmp_path):
+    model = make_model()
+    model.sem_seg_head.context = SizeDependent()
+    message = "CCNet with SizeDependent does not export: its arithmetic depends on the image's size"
+    with pytest.raises(ExportError, match=message):
+        export_model(model, tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "message"),
+    [
+        ("model.tflite", SIZES, "must end in .onnx or .pt2"),
+        ("model.onnx", [], "sizes to check on must be"),
+        ("model.onnx", [(1, 8, 64)], "sides of at least 16"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(toy, tmp_path, name, sizes, message):
+    with pytest.raises(ExportError, match=message):
+        export_model(toy, tmp_path / name, sizes=sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize(
+    ("config", "overrides"),
+    [
+        # The official form: deep stem, ceil_mode, align_corners; mmsegmentation's: neither.
+        ("cityscapes/ccnet_R_50_D8_769x769_60k.py", []),
+        ("cityscapes/ccnet_R_50_D8_512x1024_80k.py", ["model.sem_seg_head.context=rcca_r3"]),
+        ("camvid/ccnet_R_18_D8_half.py", ["model.size_divisibility=32"]),
+        (TOY, ["model.sem_seg_head.align_corners=True"]),
+        *[(TOY, [f"model.sem_seg_head.context={name}"]) for name in ("none", "nl", "psp", "aspp", "danet")],
+        *[
+            (TOY, [f"model.sem_seg_head.context={name}"])
+            for name in ("hv_vh", "gcn", "asymmetric_nl", "psanet")
+        ],
+    ],
+)
+def test_networks_in_both_formats(tmp_path, suffix, config, overrides):
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+    report = export_model(make_model(config, *overrides), tmp_path / f"model{suffix}", sizes=SIZES)
+    assert len(report.differences) == 3
+    assert all(difference.relative <= 1e-4 and difference.reach > 0.01 for difference in report.differences)

@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from ccnet_d2.inference import WholeClip, WholeImage
+
+
+class PerFrame(torch.nn.Module):
+    """A model of clips without context: what the 2D segmenter says of each frame."""
+
+    def __init__(self, segmenter):
+        super().__init__()
+        self.segmenter = segmenter
+
+    def forward(self, batched_inputs):
+        (item,) = batched_inputs
+        rest = {key: item[key] for key in ("height", "width")}
+        if item["image"].dim() == 3:
+            return self.segmenter([item])
+        answers = self.segmenter([{"image": image, **rest} for image in item["image"]])
+        return [{"sem_seg": torch.stack([answer["sem_seg"] for answer in answers])}]
+
+
+def test_clips_and_images_go_to_the_model_as_they_are(make_segmenter, random_image):
+    segmenter = make_segmenter()
+    clip = torch.stack([random_image(14, 18, seed) for seed in range(3)])
+    mode = WholeClip().bind(PerFrame(segmenter))
+    found, alone = mode(
+        [{"image": clip, "height": 20, "width": 30}, {"image": clip[0], "height": 20, "width": 30}]
+    )
+    assert found["sem_seg"].shape == (3, 5, 20, 30) and not found["sem_seg"].requires_grad
+    for frame, logits in zip(clip, found["sem_seg"], strict=True):
+        expected = WholeImage(segmenter)([{"image": frame, "height": 20, "width": 30}])[0]["sem_seg"]
+        torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(alone["sem_seg"], found["sem_seg"][0])
+
+
+def test_a_model_that_does_not_answer_for_every_frame_is_refused(make_segmenter, random_image):
+    clip = torch.stack([random_image(8, 8), random_image(8, 8)])
+
+    class First(torch.nn.Module):
+        def forward(self, batched_inputs):
+            return [{"sem_seg": torch.zeros(1, 5, 8, 8)}]
+
+    with pytest.raises(RuntimeError, match=r"First answered a clip of 2 frames with \(1, 5, 8, 8\)"):
+        WholeClip(First())([{"image": clip, "height": 8, "width": 8}])
+    with pytest.raises(RuntimeError, match="WholeClip has no model"):
+        WholeClip()([{"image": clip, "height": 8, "width": 8}])

@@ -1,0 +1,140 @@
+"""Videos in and out, whole and damaged."""
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from ccnet_d2.errors import UserError
+from ccnet_d2.inference.video_files import Camera, FrameFolder, VideoFile, VideoWriter, open_video
+
+
+def moving_square(count, height=48, width=64):
+    """Frames whose left half is bright by the frame's number, so that their order can be read off."""
+    frames = np.full((count, height, width, 3), 200, np.uint8)
+    for t in range(count):
+        frames[t, :, : width // 2] = 8 * t
+    return frames
+
+
+def order(frames):
+    return [round(float(frame[:, : frame.shape[1] // 4].mean()) / 8) for frame in frames]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mkv", ".mov"])
+def test_what_is_written_is_read(tmp_path, suffix):
+    path = tmp_path / "new" / f"video{suffix}"
+    frames = moving_square(20)
+    with VideoWriter(path, fps=12.5) as writer:
+        for frame in frames:
+            writer.write(frame)
+        assert not path.exists()
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    with open_video(path) as video:
+        assert video.fps == pytest.approx(12.5, rel=1e-3)
+        found = list(video)
+        assert video.problems == [] and abs(video.count - 20) <= 1
+    assert order(found) == list(range(20))
+    assert np.abs(np.stack(found).astype(int) - frames).mean() < 6  # lossy, and in RGB order
+
+
+def test_colours_keep_their_order(tmp_path):
+    red = np.zeros((32, 32, 3), np.uint8)
+    red[..., 0] = 255
+    with VideoWriter(tmp_path / "red.mp4", 10) as writer:
+        writer.write(red)
+    (frame,) = list(open_video(tmp_path / "red.mp4"))
+    assert frame[..., 0].mean() > 200 and frame[..., 2].mean() < 50
+
+
+def test_odd_sizes_get_a_row_and_a_column(tmp_path):
+    for suffix in (".mp4", ".avi"):
+        path = tmp_path / f"odd{suffix}"
+        with VideoWriter(path, 10) as writer:
+            for frame in moving_square(3, 47, 61):
+                writer.write(frame)
+        found = list(open_video(path))
+        assert [frame.shape for frame in found] == [(48, 62, 3)] * 3
+        assert found[0][-1].mean() > 150 and found[0][:, -1].mean() > 200
+
+
+def test_leaving_by_an_exception_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError), VideoWriter(tmp_path / "a.mp4", 10) as writer:
+        writer.write(moving_square(1)[0])
+        raise KeyError
+    with VideoWriter(tmp_path / "empty.mp4", 10):
+        pass
+    with pytest.raises(ValueError, match=r"a frame of \(24, 64\) in a video of \(48, 64\)"):
+        with VideoWriter(tmp_path / "b.mp4", 10) as writer:
+            writer.write(moving_square(1)[0])
+            writer.write(moving_square(1, 24)[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_cannot_be(tmp_path):
+    for name in ("video.xyz", "video", "video.png"):
+        with pytest.raises(UserError, match="is no video type known here, take one of .mp4"):
+            VideoWriter(tmp_path / name, 10)
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(UserError, match="it is a folder, name a file in it"):
+        VideoWriter(tmp_path / "folder.mp4", 10)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"), VideoWriter(tmp_path / "file" / "a.mp4", 10) as writer:
+        writer.write(moving_square(1)[0])
+
+
+def test_damaged_videos(tmp_path):
+    path = tmp_path / "whole.avi"
+    with VideoWriter(path, 10) as writer:
+        for frame in moving_square(30):
+            writer.write(frame)
+    data = path.read_bytes()
+    (tmp_path / "cut.avi").write_bytes(data[: 3 * len(data) // 4])
+    with open_video(tmp_path / "cut.avi") as video:
+        found = list(video)
+        assert 0 < len(found) < 29 and order(found) == list(range(len(found)))
+        assert video.problems == [
+            f"video '{tmp_path / 'cut.avi'}' ends after {len(found)} of 30 frames: it is damaged or cut short."
+        ]
+    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    for name in ("text.mp4", "empty.mp4"):
+        with pytest.raises(UserError, match=f"{name}' cannot be read as a video"):
+            open_video(tmp_path / name)
+    with pytest.raises(UserError, match=r"none\.mp4' does not exist"):
+        VideoFile(tmp_path / "none.mp4")
+
+
+def test_folders_are_read_in_the_order_of_numbers(tmp_path):
+    frames = moving_square(12, 24, 32)
+    for t, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / f"frame_{t}.png")
+    (tmp_path / "notes.txt").write_text("not a frame")
+    video = open_video(tmp_path)
+    assert isinstance(video, FrameFolder) and video.count == 12 and video.fps == 10
+    assert np.array_equal(np.stack(list(video)), frames)
+
+
+def test_broken_frames_of_a_folder_are_left_out_and_named(tmp_path):
+    for t, frame in enumerate(moving_square(5, 24, 32)):
+        Image.fromarray(frame[: 20 if t == 3 else 24]).save(tmp_path / f"{t}.png")
+    data = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(data[: len(data) // 2])
+    video = open_video(tmp_path)
+    assert order(list(video)) == [0, 2, 4]
+    assert len(video.problems) == 2
+    assert "1.png' is truncated" in video.problems[0]
+    assert video.problems[1].endswith("3.png' is 32x20 in a video of 32x24.")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match="holds no image"):
+        open_video(empty)
+
+
+def test_no_camera_is_one_sentence():
+    number = 97
+    probe = cv2.VideoCapture(number)
+    if probe.isOpened():
+        pytest.skip("there is a camera 97")
+    with pytest.raises(UserError, match="camera 97 cannot be opened"):
+        Camera(number)

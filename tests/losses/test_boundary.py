@@ -1,0 +1,76 @@
+"""Boundary masks against SciPy's distance transforms, and the loss against its definition."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import distance_transform_edt
+
+from ccnet_d2.losses import BoundaryLoss, label_boundaries
+
+
+def labels(seed: int = 0, size: tuple[int, int] = (20, 26)) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    blocks = rng.choice([0, 1, 2, 255], (2, size[0] // 4 + 1, size[1] // 5 + 1), p=[0.4, 0.3, 0.2, 0.1])
+    return torch.from_numpy(np.kron(blocks, np.ones((4, 5), int))[:, : size[0], : size[1]].copy())
+
+
+@pytest.mark.parametrize("radius", [1, 1.5, 2, 3])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_equals_a_distance_transform_for_each_class(radius, seed):
+    target = labels(seed)
+    found = label_boundaries(target, radius).numpy()
+    for image, mask in zip(target.numpy(), found, strict=True):
+        expected = np.zeros(image.shape, bool)
+        for c in (0, 1, 2):
+            others = (image != c) & (image != 255)
+            if others.any():
+                expected |= (image == c) & (distance_transform_edt(~others) <= radius)
+        np.testing.assert_array_equal(mask, expected)
+        assert 0 < mask.sum() < mask.size
+
+
+def test_no_boundary_where_there_is_one_class_and_on_maps_smaller_than_the_radius():
+    assert not label_boundaries(torch.zeros(1, 6, 6, dtype=torch.long)).any()
+    assert not label_boundaries(torch.full((1, 6, 6), 255)).any()
+    assert label_boundaries(torch.tensor([[[0, 1]]]), radius=5).all()
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_loss_by_its_definition(balanced):
+    torch.manual_seed(0)
+    target = labels()
+    logits = torch.randn(2, 1, 5, 7, dtype=torch.float64, requires_grad=True)
+    full = F.interpolate(logits, (20, 26), mode="bilinear", align_corners=True)[:, 0]
+    mask, valid = label_boundaries(target, 2), target != 255
+    p = full.sigmoid()
+    if balanced:
+        edge, rest = int(mask.sum()), int((valid & ~mask).sum())
+        log_edge, log_rest = -p[mask].log().sum() * rest, -(1 - p[valid & ~mask]).log().sum() * edge
+        expected = (log_edge + log_rest) / (2 * edge * rest)
+    else:
+        expected = (-p[mask].log().sum() - (1 - p[valid & ~mask]).log().sum()) / valid.sum()
+    found = BoundaryLoss(balanced=balanced, align_corners=True)(logits, target)
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_no_labels_give_zero_with_a_graph_and_half_precision_counts_as_full():
+    logits = torch.randn(1, 1, 4, 4, requires_grad=True)
+    for balanced in (False, True):
+        loss = BoundaryLoss(balanced=balanced)(logits, torch.full((1, 8, 8), 255))
+        loss.backward()
+        assert loss == 0 and (logits.grad == 0).all()
+    target = labels()[:1, :8, :8]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = BoundaryLoss()(logits.bfloat16(), target)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, BoundaryLoss()(logits.bfloat16().float(), target))
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="radius must be at least 1"):
+        BoundaryLoss(radius=0.5)
+    with pytest.raises(ValueError, match="one channel, got 2"):
+        BoundaryLoss()(torch.zeros(1, 2, 4, 4), torch.zeros(1, 8, 8, dtype=torch.long))

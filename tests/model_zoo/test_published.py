@@ -1,0 +1,240 @@
+"""Published weights: fetched once, checked, converted, kept; and one clear sentence where that cannot be."""
+
+import re
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import instantiate
+from detectron2.utils.file_io import PathManager
+
+from ccnet_d2 import model_zoo
+from ccnet_d2.checkpoint import SafeCheckpointer
+from ccnet_d2.checkpoint.convert import LAYOUTS
+from ccnet_d2.errors import UserError
+from ccnet_d2.inference import Predictor
+from ccnet_d2.model_zoo import PUBLISHED, __main__, cache_dir, get_config, weights_file
+from tests.checkpoint.source_networks import MMSegCCNet, randomize
+from tests.checkpoint.test_convert import Payload, image, logits
+
+
+def files_in_cache() -> list[str]:
+    return sorted(path.name for path in cache_dir().glob("*") if path.suffix != ".lock")
+
+
+def test_end_to_end(entry, server, network):
+    net, _ = network
+    model = model_zoo.get(entry.name, trained=True)
+    assert not model.training and next(model.parameters()).device.type == "cpu"
+    weights = model.state_dict()
+    assert torch.equal(weights["backbone.res3.1.conv2.weight"], net.backbone.layer2[1].conv2.weight)
+    assert torch.equal(weights["sem_seg_head.classifier.bias"], net.decode_head.conv_seg.bias)
+    assert server.asked == ["/net.pth"]
+    # The second time nothing is fetched, and nothing but the converted weights was kept.
+    model_zoo.get(f"{entry.name}.py", trained=True)
+    assert server.asked == ["/net.pth"] and len(files_in_cache()) == 1
+
+
+def test_a_converted_file_is_a_checkpoint_of_detectron2(entry):
+    path = weights_file(entry.name)
+    data = torch.load(path, weights_only=True)
+    assert set(data) == {"model", "__author__"}
+    assert PathManager.get_local_path(f"ccnet://{entry.name}") == str(path)
+    assert PathManager.isfile(f"ccnet://{entry.name}")
+    with PathManager.open(f"ccnet://{entry.name}", "rb") as file:
+        assert file.read(4) == b"PK\x03\x04"
+
+
+def test_every_place_that_takes_a_checkpoint(entry, tmp_path):
+    model = model_zoo.get(entry.name)
+    assert model.training
+    assert SafeCheckpointer(model, str(tmp_path)).load(f"ccnet://{entry.name}")["__author__"]
+    cfg = get_config(entry.name + ".py", trained=True)
+    assert cfg.train.init_checkpoint == f"ccnet://{entry.name}"
+    prediction = Predictor(cfg)(image(48, 64).permute(1, 2, 0).numpy())
+    assert prediction.labels.shape == (48, 64)
+
+
+def test_weights_to_train_on_other_classes_from(entry, server):
+    whole = torch.load(weights_file(entry.name), weights_only=True)["model"]
+    cfg = get_config(entry.name + ".py")
+    cfg.model.sem_seg_head.num_classes = 3
+    model = instantiate(cfg.model)
+    with pytest.raises(UserError, match="does not fit"):
+        SafeCheckpointer(model).load(f"ccnet://{entry.name}")
+    SafeCheckpointer(model).load(f"ccnet://{entry.name}/without-classifier")
+    weights = model.state_dict()
+    absent = [name for name in whole if not torch.equal(weights[name], whole[name])]
+    kinds = ("weight", "bias")
+    heads = ("classifier", "auxiliary.2")
+    assert sorted(absent) == sorted(f"sem_seg_head.{head}.{kind}" for head in heads for kind in kinds)
+    assert len(files_in_cache()) == 2 and len(server.asked) == 2
+
+
+def test_a_tampered_file_is_refused(entry, server):
+    content = bytearray((server.folder / "net.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    (server.folder / "net.pth").write_bytes(content)
+    with pytest.raises(UserError, match=rf"net\.pth is not the file .* instead of {entry.sha256}"):
+        model_zoo.get(entry.name, trained=True)
+    assert files_in_cache() == []
+
+
+def test_a_tampered_file_in_a_local_folder_is_refused_and_left_alone(entry, server, tmp_path, monkeypatch):
+    (tmp_path / "zoo").mkdir()
+    content = (server.folder / "net.pth").read_bytes()
+    (tmp_path / "zoo/net.pth").write_bytes(content + b"x")
+    monkeypatch.setenv("CCNET_D2_ZOO", str(tmp_path / "zoo"))
+    with pytest.raises(UserError, match="is not the file that was published"):
+        weights_file(entry.name)
+    assert (tmp_path / "zoo/net.pth").exists() and files_in_cache() == []
+
+
+def test_a_local_folder_needs_no_network(entry, server, tmp_path, monkeypatch):
+    (tmp_path / "zoo").mkdir()
+    monkeypatch.setenv("CCNET_D2_ZOO", str(tmp_path / "zoo"))
+    with pytest.raises(UserError, match=r"has no net\.pth: download it there from http"):
+        weights_file(entry.name)
+    (tmp_path / "zoo/net.pth").write_bytes((server.folder / "net.pth").read_bytes())
+    assert weights_file(entry.name).is_file()
+    assert server.asked == [] and (tmp_path / "zoo/net.pth").exists()
+
+
+def test_a_mirror_takes_the_place_of_every_address(entry, server, monkeypatch):
+    elsewhere = replace(entry, address="http://127.0.0.1:9/net.pth")
+    monkeypatch.setitem(PUBLISHED, entry.name, elsewhere)
+    monkeypatch.setenv("CCNET_D2_ZOO", server.address + "/")
+    assert weights_file(entry.name).is_file() and server.asked == ["/net.pth"]
+
+
+def test_no_network_is_one_sentence(entry, server, monkeypatch):
+    server.stop()
+    monkeypatch.setattr(server, "stop", lambda: None)
+    with pytest.raises(UserError) as raised:
+        model_zoo.get(entry.name, trained=True)
+    sentence = str(raised.value)
+    assert "\n" not in sentence and entry.address in sentence and "CCNET_D2_ZOO" in sentence
+    assert files_in_cache() == []
+
+
+def test_a_missing_file_is_one_sentence(entry, server):
+    (server.folder / "net.pth").unlink()
+    with pytest.raises(UserError, match=r"net\.pth cannot be downloaded .* \(.*File not found.*\)"):
+        weights_file(entry.name)
+
+
+def test_a_page_instead_of_a_file(entry, server, monkeypatch):
+    """Google Drive answers with a page where it wants a click."""
+    monkeypatch.setitem(PUBLISHED, entry.name, replace(entry, sha256=""))
+    (server.folder / "net.pth").write_text("<!DOCTYPE html><title>Virus scan warning</title>")
+    with pytest.raises(UserError, match=r"no checkpoint of torch .* by hand"):
+        weights_file(entry.name)
+    assert files_in_cache() == []
+
+
+def test_a_connection_that_breaks(entry, server, monkeypatch):
+    handler = server._server.RequestHandlerClass.func
+
+    def half(self, source, target):
+        target.write(source.read(1000))
+
+    monkeypatch.setattr(handler, "copyfile", half)
+    with pytest.raises(UserError, match="broke after 1000 of"):
+        weights_file(entry.name)
+    assert files_in_cache() == []
+
+
+def test_code_in_a_published_file_is_not_run(entry, server, tmp_path, monkeypatch):
+    monkeypatch.setitem(PUBLISHED, entry.name, replace(entry, sha256=""))
+    torch.save({"state_dict": {"x": Payload(tmp_path / "victim")}}, server.folder / "net.pth")
+    with pytest.raises(UserError, match="would run code"):
+        model_zoo.get(entry.name, trained=True)
+    assert not (tmp_path / "victim").exists() and files_in_cache() == []
+
+
+def test_an_archive_that_grows_is_refused(entry, server, monkeypatch):
+    monkeypatch.setitem(PUBLISHED, entry.name, replace(entry, sha256=""))
+    packed = server.folder / "packed.pth"
+    with (
+        zipfile.ZipFile(server.folder / "net.pth") as source,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as target,
+    ):
+        for item in source.infolist():
+            target.writestr(item.filename, source.read(item)[:1000])
+    packed.replace(server.folder / "net.pth")
+    with pytest.raises(UserError, match="compressed archive"):
+        weights_file(entry.name)
+
+
+def test_a_cache_that_cannot_be_written(entry, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CCNET_D2_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="CCNET_D2_CACHE"):
+        weights_file(entry.name)
+
+
+def test_weights_of_another_network(entry, monkeypatch):
+    """What the converter refuses leaves nothing behind."""
+    monkeypatch.setitem(PUBLISHED, entry.name, replace(entry, layout="official"))
+    with pytest.raises(UserError, match="mmseg layout, not official"):
+        weights_file(entry.name)
+    assert files_in_cache() == []
+
+
+def test_names(entry):
+    with pytest.raises(UserError, match=r"no published weights for 'toy/ccnet_synthetic\.py'"):
+        model_zoo.get("toy/ccnet_synthetic.py", trained=True)
+    with pytest.raises(UserError, match=r"did you mean .*imagenet/resnet50_v1c"):
+        weights_file("imagenet/resnet50_v1")
+    trained = model_zoo.list(trained=True)
+    assert len(trained) == 19 and set(trained) < set(model_zoo.list())
+    assert model_zoo.get("toy/ccnet_synthetic.py", device="meta").training
+
+
+def test_command_line(entry, capsys):
+    assert __main__.main([]) == 0
+    out = capsys.readouterr().out
+    assert "cityscapes/ccnet_R_50_D8_512x1024_40k" in out and "(not public)" in out
+    assert __main__.main([entry.name]) == 0
+    assert Path(capsys.readouterr().out.strip()).is_file()
+    assert __main__.main(["nothing"]) == 1
+    assert "no published weights" in capsys.readouterr().err
+
+
+def test_the_table():
+    runs = {name.removesuffix(".py") for name in model_zoo.config_names()}
+    files = [entry.file for entry in PUBLISHED.values()]
+    assert len(set(files)) == len(files)
+    for name, entry in PUBLISHED.items():
+        assert name == entry.name and (name in runs) == entry.is_run
+        assert entry.layout in LAYOUTS and re.fullmatch(r"([0-9a-f]{8})?", entry.sha256)
+        assert entry.address.startswith(("https://", "http://sceneparsing.csail.mit.edu/"))
+        if entry.sha256:
+            assert entry.address.endswith(f"-{entry.sha256}.pth")
+    # The sixteen of mmsegmentation: network, crop, schedule and data set in the name of the file are those of the run.
+    published = [entry for entry in PUBLISHED.values() if entry.source == "mmsegmentation"]
+    assert len(published) == 16
+    for entry in published:
+        cfg = get_config(entry.name)
+        height, width = cfg.dataloader.train.mapper.augmentations[0].crop_size
+        data = {19: "cityscapes", 150: "ade20k", 21: "voc12aug"}[cfg.model.sem_seg_head.num_classes]
+        depth, steps = cfg.model.backbone.depth, cfg.train.max_iter // 1000
+        run = f"ccnet_r{depth}-d8_{height}x{width}_{steps}k_{data}"
+        assert f"/{run}/{run}_" in entry.address
+        # So are the weights that it starts from.
+        assert cfg.train.init_checkpoint.removeprefix("ccnet://") in PUBLISHED
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_published_network_in_its_own_size(entry, server, monkeypatch):
+    """mmsegmentation's CCNet-R-50 with random weights: from its file on a server to the same logits."""
+    run = "cityscapes/ccnet_R_50_D8_512x1024_40k"
+    net = randomize(MMSegCCNet())
+    torch.save({"state_dict": net.state_dict(), "meta": {}}, server.folder / "net.pth")
+    monkeypatch.setitem(PUBLISHED, run, replace(PUBLISHED[run], address=entry.address, sha256=""))
+    model = model_zoo.get(run, trained=True, device="cpu")
+    ours, theirs = logits(model, image(128, 256)), net.logits(image(128, 256))
+    assert theirs.std() > 0.1 and (ours - theirs).abs().max() <= 1e-4
