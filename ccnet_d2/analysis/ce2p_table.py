@@ -18,8 +18,8 @@ def ce2p_table() -> dict[str, Any]:
     """Trace the run's model with each context module, on one image of its crop size.
 
     Returns:
-        What `--json` writes: `conventions`, and for each of the `rows`, a part of the model or the whole, parameters (in
-        10^6) and GFLOPs by context module.
+        What `--json` writes: `conventions`, and for each of the `rows`, a part of the model or the whole, parameters
+        (in 10^6) and GFLOPs by context module.
     """
     costs = {
         name: analyze_run(
@@ -63,9 +63,7 @@ def format_ce2p_table(table: dict[str, Any]) -> str:
     ]
     for row in table["rows"]:
         figures = (row["costs"][name] for name in names)
-        rows.append(
-            (row["part"], *(f"{f[key]:.2f}" for f in figures for key in ("parameters_m", "gflops")))
-        )
+        rows.append((row["part"], *(f"{f[key]:.2f}" for f in figures for key in ("parameters_m", "gflops"))))
     title = f"{table['source']}: {' x '.join(map(str, table['input']))}"
     peaks = ", ".join(f"{name} {table['inference_peak_mb'][name]:.0f}" for name in names)
     memory = f"memory of inference (MB): {peaks}"

@@ -1,6 +1,7 @@
 """The cost of one module on a map of a given size."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -41,16 +42,17 @@ class Cost:
         return self.gflops / 2
 
 
-def traced_cost(build: Callable[[], nn.Module], shape: Sequence[int]) -> Cost:
+def traced_cost(build: Callable[[], nn.Module], shape: Sequence[int], *, real: bool = False) -> Cost:
     """Trace a module's forward and backward pass with fake tensors: every allocation happens, no arithmetic.
 
     Args:
         build: makes the module, a function of one tensor, in training mode.
         shape: of the input, fp32.
+        real: compute on the CPU instead, for a module whose shapes depend on the values that it sees.
     """
-    with FakeTensorMode():
+    with nullcontext() if real else FakeTensorMode():
         module = build().train()
-        x = torch.empty(tuple(shape), requires_grad=True)
+        x = torch.randn(tuple(shape), requires_grad=True)
         flops = count_flops(module, x)["Global"]
         excluded = [*module.parameters(), *module.buffers(), x]
         with LiveMemory() as memory:

@@ -98,7 +98,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             name = tag.read_text(errors="replace").strip()
         except FileNotFoundError:
             return ""
-        if not name or Path(name).name != name:
+        if not name.isprintable() or not name or Path(name).name != name:
             raise CheckpointError(
                 f"{tag} holds {name[:80]!r}, which is not the name of a checkpoint beside it; write into it the one "
                 "to go on from."
@@ -119,6 +119,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             return self.load(path, checkpointables=[])
         last = self.get_checkpoint_file()
         try:
+            if not os.path.isfile(last):
+                raise CheckpointError(f"{Path(self.save_dir, _TAG)} names {last}, which is not there.")
             return self._load_strictly(last)
         except CheckpointError as error:
             others = [f for f in sorted(self.get_all_checkpoint_files(), key=os.path.getmtime) if f != last]
@@ -151,8 +153,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         except UserError:
             raise
         except (OSError, URLError, AssertionError) as error:
+            reason = "there is no such file" if isinstance(error, AssertionError) else str(error).rstrip(".")
             raise CheckpointError(
-                f"Checkpoint {path} cannot be had: {error}; name a local file with train.init_checkpoint=PATH, or "
+                f"Checkpoint {path} cannot be had: {reason}; name a local file with train.init_checkpoint=PATH, or "
                 "train.init_checkpoint='' to start from random weights."
             ) from error
         for key in self.checkpointables if checkpointables is None and path else checkpointables or ():

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _ZIP_MAGIC = b"PK\x03\x04"
 
+_ADVICE = ("Weights only load failed", "Please file an issue", "Check the documentation", "(1)", "(2)")
 _ASKED_FOR = re.compile(r"(?:nsupported GLOBAL|GLOBAL) ([\w.]+)")
 
 # What the pickles of Detectron2's model zoo hold: dicts of numpy arrays.
@@ -186,5 +187,5 @@ def _reason(error: Exception) -> str:
     if "TorchScript" in message:
         return "it is a TorchScript archive"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith("WeightsUnpickler error:")] or lines
+    telling = [line for line in lines if not line.startswith(_ADVICE)]
     return (telling[0] if telling else type(error).__name__).rstrip(".:")[:200]

@@ -92,7 +92,9 @@ class ClipMapper(SemSegMapper):
         augmented = T.AugInput(images[shown], sem_seg=None if labels is None else labels[shown])
         transforms = self.augmentations(augmented)
         clip = dict(dataset_dict, height=images[0].shape[0], width=images[0].shape[1])
-        clip["image"] = _stacked([transforms.apply_image(image) for image in images]).permute(0, 3, 1, 2).contiguous()
+        clip["image"] = (
+            _stacked([transforms.apply_image(image) for image in images]).permute(0, 3, 1, 2).contiguous()
+        )
         if labels is not None:
             labels = [transforms.apply_segmentation(label) for label in labels]
             if self.flip_pairs and is_mirroring(transforms, clip["height"], clip["width"]):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from ccnet_d2.data.catalog import get_sem_seg_dataset_dicts
@@ -68,7 +69,7 @@ def find_sequences(
     for _, frames in sorted(sequences.items()):
         numbers = sorted(frames)
         found.append([frames[numbers[0]]])
-        for before, number in zip(numbers, numbers[1:], strict=False):
+        for before, number in pairwise(numbers):
             if max_gap is not None and number - before > max_gap:
                 found.append([])
             found[-1].append(frames[number])
@@ -191,8 +192,3 @@ def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise DatasetError(f"{name} is {number}, but has to be at least 1.")
-
-
-def frames_of(sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The dicts of single frames in a sample, which may be an ordinary image."""
-    yield from sample.get("frames", [sample])

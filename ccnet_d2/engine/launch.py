@@ -151,8 +151,10 @@ class _Child:
     pipe: Connection
     report: _Report | None = None
 
-    def ended_well(self) -> bool:
-        return self.process.exitcode == 0
+    def status(self) -> int:
+        """As a shell has it: 128 + the signal that killed it."""
+        code = self.process.exitcode or 0
+        return 128 - code if code < 0 else code
 
     def killed_by(self) -> int:
         """The signal that killed it, or 0."""
@@ -210,9 +212,9 @@ class _Supervisor:
                 raise ProcessFailedError(f"{error} The processes of this machine were stopped.") from None
         if any(self._failed(child) for child in self._children):
             self._raise_cause()
-        statuses = [child.process.exitcode for child in self._children]
-        if any(statuses):
-            raise SystemExit(max(status or 0 for status in statuses))
+        status = max(child.status() for child in self._children)
+        if status:
+            raise SystemExit(status)
         try:
             self._machines.finish()
         except MachineLostError as error:

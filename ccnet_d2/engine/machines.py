@@ -127,7 +127,10 @@ class Machines:
         numbers = f"{self._machines} machines with {per_machine} processes each"
         agreed = self._store.compare_set("numbers", "", numbers).decode()
         if agreed != numbers:
-            raise UserError(f"Another machine was started for {agreed}, this one for {numbers}.")
+            message = f"Another machine was started for {agreed}, this one for {numbers}."
+            if self._store.add(f"rank/{self._rank}", 0) == 0:  # the others wait for it
+                self.report_failure(message)
+            raise UserError(message)
         if self._store.add(f"rank/{self._rank}", 1) > 1:
             raise UserError(
                 f"Two machines were started with --machine-rank {self._rank}: give each one its own."

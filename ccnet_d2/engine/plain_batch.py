@@ -16,14 +16,14 @@ def to_plain(value: Any) -> Any:
     Detectron2's `Instances`, `Boxes`, `BitMasks` and `PolygonMasks` are described; of any other object the name of
     its type stays, and `from_plain` gives that string in its place.
     """
+    if isinstance(value, np.generic):  # before float, of which numpy's is one
+        return value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().clone()
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
         return {_KIND: "ndarray", "value": torch.from_numpy(np.ascontiguousarray(value))}
-    if isinstance(value, np.generic):
-        return value.item()
     if isinstance(value, Mapping):
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

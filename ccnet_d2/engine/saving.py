@@ -31,7 +31,7 @@ class Stopped(SystemExit):
 
 
 class SaveCheckpoints(HookBase):
-    """Saves every `period` iterations and after the last one, and on SIGTERM saves and ends the process.
+    """Saves every `period` iterations, after the last one as model_final, and on SIGTERM, when it ends the process.
 
     In every process, as the state of all of them is saved. It comes before hooks that evaluate, so that nothing is
     lost where an evaluation fails.
@@ -76,12 +76,14 @@ class SaveCheckpoints(HookBase):
         done = self.trainer.iter + 1
         # Checkpoints are written by all processes together, so that all have to know.
         stop = self._any_process_stops()
-        if done % self._period == 0 or (stop and done < self.trainer.max_iter):
-            self._save(f"model_{self.trainer.iter:07d}", remember=True)
         if done >= self.trainer.max_iter:
+            # Nothing else at the last iteration: a run killed between two files would have nothing left to do when it
+            # is resumed, and no final weights.
             self._save("model_final", remember=False)
-        elif stop:
-            self._report_and_stop()
+        elif stop or done % self._period == 0:
+            self._save(f"model_{self.trainer.iter:07d}", remember=True)
+            if stop:
+                self._report_and_stop()
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from ccnet_d2.inference.build import configured_mode
 from ccnet_d2.modeling.compilation import compile_model
 
 from .distributed import (
+    any_process,
     check_batch_size,
     check_same_start,
     copy_buffers_from_main_process,
@@ -122,6 +123,10 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start_iter = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     check_same_start(start_iter, cfg.train.output_dir)
+    if start_iter == cfg.train.max_iter and any_process(_final_evaluation_is_missing(cfg)):
+        logger.info("Training is complete, but its evaluation is not.")
+        with saving.listening():
+            return evaluate_now() or None
     if start_iter >= cfg.train.max_iter:
         raise UserError(
             f"Nothing to train: {cfg.train.output_dir} has a checkpoint of iteration {start_iter} and "
@@ -133,6 +138,16 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
     with disk_full_reported(cfg.train.output_dir, advice), saving.listening():
         trainer.train(start_iter, cfg.train.max_iter)
     return results or None
+
+
+def _final_evaluation_is_missing(cfg: DictConfig) -> bool:
+    """Whether a run that is at its end was stopped before or during its last evaluation."""
+    if "evaluator" not in cfg.dataloader:
+        return False
+    results, weights = (Path(cfg.train.output_dir, name) for name in ("evaluation.json", "model_final.pth"))
+    if not results.is_file():
+        return True
+    return weights.is_file() and results.stat().st_mtime < weights.stat().st_mtime
 
 
 def _be_deterministic() -> None:

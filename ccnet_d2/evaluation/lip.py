@@ -104,5 +104,7 @@ class LIPEvaluator(DatasetEvaluator):
             mACC=100 * accuracy[occurs].mean() if total else np.nan,
         )
         values.update((f"IoU-{name}", 100 * value) for name, value in zip(self.classes, iou, strict=True))
-        values.update((f"ACC-{name}", 100 * value) for name, value in zip(self.classes, accuracy, strict=True))
+        values.update(
+            (f"ACC-{name}", 100 * value) for name, value in zip(self.classes, accuracy, strict=True)
+        )
         return {"sem_seg": OrderedDict((key, float(value)) for key, value in values.items())}

@@ -10,6 +10,7 @@ from .images import ImageFileError, find_images, write_image
 from .mode import InferenceMode, WholeImage
 from .multi_scale import MultiScaleFlip
 from .predictor import Prediction, Predictor
+from .regions import RegionMap, draw_regions, find_regions
 from .sliding_window import SlidingWindow
 from .visualize import (
     colorize,
@@ -30,6 +31,7 @@ __all__ = [
     "MultiScaleFlip",
     "Prediction",
     "Predictor",
+    "RegionMap",
     "SlidingWindow",
     "WholeClip",
     "WholeImage",
@@ -39,7 +41,9 @@ __all__ = [
     "difference",
     "draw_attention",
     "draw_clip_attention",
+    "draw_regions",
     "find_images",
+    "find_regions",
     "overlay",
     "pixel_attention",
     "save_labels",

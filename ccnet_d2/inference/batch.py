@@ -19,11 +19,12 @@ from .attention import draw_attention
 from .drawing import readable, stack, text_line
 from .images import find_images, write_image
 from .predictor import Predictor
+from .regions import draw_regions, find_regions
 from .visualize import confidence_map, save_labels, side_by_side
 
-__all__ = ["PICTURES", "BatchResult", "write_pictures"]
+__all__ = ["PICTURES", "BatchResult", "PictureJob", "plan_pictures", "write_pictures"]
 
-PICTURES = ("overlay", "side-by-side", "labels", "confidence", "attention")
+PICTURES = ("overlay", "side-by-side", "labels", "confidence", "attention", "regions")
 
 
 @dataclass
@@ -32,6 +33,67 @@ class BatchResult:
 
     written: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+    def add(self, job: PictureJob, problem: str | None) -> None:
+        """What became of one job."""
+        if problem is None:
+            self.written.append(job.target)
+        else:
+            self.problems.append(problem)
+
+
+@dataclass(frozen=True)
+class PictureJob:
+    """One image and the picture of it that is wanted.
+
+    Attributes:
+        path: the image.
+        target: file to write.
+        truth: its label map, for "side-by-side".
+        picture: see `write_pictures`.
+        pixel: (x, y), for "attention".
+    """
+
+    path: Path
+    target: Path
+    truth: Path | None
+    picture: str
+    pixel: tuple[int, ...] | None
+
+    def problem(self, predictor: Predictor) -> str | None:
+        """Do it; the sentence that says so where the image cannot be read."""
+        try:
+            self._write(predictor)
+        except SampleError as error:
+            return str(error)
+        return None
+
+    def _write(self, predictor: Predictor) -> None:
+        if self.picture == "attention":
+            assert self.pixel is not None
+            write_image(self.target, draw_attention(predictor.attention(self.path, *self.pixel)))
+            return
+        if self.picture == "regions":
+            write_image(self.target, draw_regions(find_regions(predictor, self.path)))
+            return
+        prediction = predictor(self.path, labels_only=self.picture != "confidence")
+        if self.picture == "labels":
+            save_labels(self.target, prediction.labels)
+        elif self.picture == "confidence":
+            write_image(self.target, _confidence_picture(prediction.confidence()))
+        elif self.picture == "side-by-side":
+            truth = None if self.truth is None else read_label(str(self.truth))
+            if truth is not None and truth.shape != prediction.labels.shape:
+                raise SampleError(
+                    f"The label map '{self.truth}' is {truth.shape[1]}x{truth.shape[0]}, but its image '{self.path}' "
+                    f"is {prediction.labels.shape[1]}x{prediction.labels.shape[0]}.",
+                    self.truth,
+                )
+            write_image(
+                self.target, side_by_side(prediction.image, prediction.labels, prediction.classes, truth)
+            )
+        else:
+            write_image(self.target, prediction.overlay())
 
 
 def write_pictures(
@@ -52,8 +114,8 @@ def write_pictures(
         output: a file (`.png`, `.jpg`) for one image, or a folder, made if need be, where each image's
             picture gets the image's name with `.png`.
         picture: "overlay" (with a legend), "side-by-side" (image, prediction and, where given, ground truth
-            and difference), "labels" (one channel of class indices), "confidence" (of the winning class) or
-            "attention" (where `pixel` looks).
+            and difference), "labels" (one channel of class indices), "confidence" (of the winning class),
+            "attention" (where `pixel` looks) or "regions" (of RANet, with their representative pixels).
         pixel: (x, y) for "attention".
         ground_truth: folder of label maps with the images' names and `.png`, for "side-by-side".
         progress: show a progress bar on stderr.
@@ -62,6 +124,26 @@ def write_pictures(
         UserError: nothing to predict, an output that does not fit the inputs, a missing label map, a pixel
             outside an image, or an output that cannot be written. All that can be known before the first
             image is checked then.
+    """
+    jobs = plan_pictures(inputs, output, picture=picture, pixel=pixel, ground_truth=ground_truth)
+    result = BatchResult()
+    for job in tqdm(jobs, unit="image", disable=not progress):
+        result.add(job, job.problem(predictor))
+    return result
+
+
+def plan_pictures(
+    inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    picture: str = "overlay",
+    pixel: Sequence[int] | None = None,
+    ground_truth: str | os.PathLike[str] | None = None,
+) -> list[PictureJob]:
+    """What there is to do for `write_pictures`, which see; everything is checked that needs no model.
+
+    Raises:
+        UserError: as there.
     """
     if picture not in PICTURES:
         raise UserError(f"unknown picture '{picture}': choose one of {', '.join(PICTURES)}.")
@@ -75,47 +157,10 @@ def write_pictures(
         raise UserError(f"label maps are written as .png, which keeps their values; got '{output}'.")
     truths = _truth_files(paths, ground_truth) if ground_truth is not None else [None] * len(paths)
 
-    result = BatchResult()
-    for path, target, truth in tqdm(
-        list(zip(paths, targets, truths, strict=True)), unit="image", disable=not progress
-    ):
-        try:
-            _write_one(predictor, path, target, picture, pixel, truth)
-        except SampleError as error:
-            result.problems.append(str(error))
-        else:
-            result.written.append(target)
-    return result
-
-
-def _write_one(
-    predictor: Predictor,
-    path: Path,
-    target: Path,
-    picture: str,
-    pixel: Sequence[int] | None,
-    truth_file: Path | None,
-) -> None:
-    if picture == "attention":
-        assert pixel is not None
-        write_image(target, draw_attention(predictor.attention(path, *pixel)))
-        return
-    prediction = predictor(path, labels_only=picture != "confidence")
-    if picture == "labels":
-        save_labels(target, prediction.labels)
-    elif picture == "confidence":
-        write_image(target, _confidence_picture(prediction.confidence()))
-    elif picture == "side-by-side":
-        truth = None if truth_file is None else read_label(str(truth_file))
-        if truth is not None and truth.shape != prediction.labels.shape:
-            raise SampleError(
-                f"The label map '{truth_file}' is {truth.shape[1]}x{truth.shape[0]}, but its image '{path}' "
-                f"is {prediction.labels.shape[1]}x{prediction.labels.shape[0]}.",
-                truth_file,
-            )
-        write_image(target, side_by_side(prediction.image, prediction.labels, prediction.classes, truth))
-    else:
-        write_image(target, prediction.overlay())
+    return [
+        PictureJob(path, target, truth, picture, None if pixel is None else tuple(pixel))
+        for path, target, truth in zip(paths, targets, truths, strict=True)
+    ]
 
 
 def _confidence_picture(confidence: np.ndarray) -> np.ndarray:

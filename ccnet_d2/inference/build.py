@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from .mode import InferenceMode, WholeImage
+from .mode import SMALLEST_TILE, InferenceMode, WholeImage
 from .multi_scale import DEFAULT_SCALES, MultiScaleFlip
 from .sliding_window import SlidingWindow
 
@@ -27,6 +27,7 @@ def build_mode(
     pad: str | Sequence[float] | None = None,
     accumulate_on: str | None = None,
     align_corners: bool | None = None,
+    smallest_tile: int | None = SMALLEST_TILE,
 ) -> InferenceMode:
     """A test mode without a model yet.
 
@@ -36,13 +37,14 @@ def build_mode(
         scales, flip: see `MultiScaleFlip`.
         accumulate_on: see both.
         align_corners: see `InferenceMode`.
+        smallest_tile: see `WholeImage` and `SlidingWindow`.
 
     Raises:
         ValueError: unknown name, or a value the mode refuses.
     """
     if name not in MODE_NAMES:
         raise ValueError(f"unknown test mode '{name}': choose one of {', '.join(MODE_NAMES)}.")
-    mode: InferenceMode = WholeImage(align_corners=align_corners)
+    mode: InferenceMode = WholeImage(align_corners=align_corners, smallest_tile=smallest_tile)
     if name.endswith("slide"):
         mode = SlidingWindow(
             tile=tile,
@@ -51,6 +53,7 @@ def build_mode(
             accumulate_on=accumulate_on,
             pad=pad,
             align_corners=align_corners,
+            smallest_tile=smallest_tile,
         )
     if name.startswith("ms"):
         mode = MultiScaleFlip(

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ccnet_d2.errors import UserError
+
 from .mode import WholeImage
+from .out_of_memory import MEMORY_ERRORS, is_out_of_memory
 
 __all__ = ["WholeClip"]
 
@@ -24,6 +27,7 @@ class WholeClip(WholeImage):
 
         Raises:
             RuntimeError: the model does not answer for every frame.
+            UserError: memory runs out; clips are not cut into tiles.
         """
         answers: list[dict[str, Tensor]] = []
         for item in batched_inputs:
@@ -36,7 +40,16 @@ class WholeClip(WholeImage):
     def _clip(self, item: dict[str, Any]) -> Tensor:
         if self.model is None:
             raise RuntimeError("WholeClip has no model: give WholeClip(model=...) or use .bind(model).")
-        output = self.model([item])
+        try:
+            output = self.model([item])
+        except MEMORY_ERRORS as error:
+            if not is_out_of_memory(error):
+                raise
+            height, width = item["image"].shape[-2:]
+            raise UserError(
+                f"a clip of {len(item['image'])} frames of {width}x{height} does not fit into memory: take shorter clips "
+                "or smaller frames."
+            ) from error
         logits = output[0].get("sem_seg") if isinstance(output, list) and len(output) == 1 else None
         if not isinstance(logits, Tensor) or logits.dim() != 4 or len(logits) != len(item["image"]):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__

@@ -10,6 +10,7 @@ Shapes: C channels, h w size of the network input, H W = `height` `width`, size 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from .label_bands import LabelBands, labels_of
+from .out_of_memory import MEMORY_ERRORS, is_out_of_memory, tell_and_free
 
-__all__ = ["InferenceMode", "Segmenter", "WholeImage"]
+__all__ = ["SMALLEST_TILE", "CuttingMode", "InferenceMode", "Segmenter", "WholeImage"]
+
+SMALLEST_TILE = 128
+"""Default of the smallest side, in pixels, of the tiles that memory running out leads to."""
 
 Segmenter = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 
@@ -84,9 +89,7 @@ class InferenceMode(nn.Module):
         self.model = model
         self.align_corners = align_corners
 
-    def bind(
-        self, model: Segmenter, dataset_names: str | Sequence[str] | None = None
-    ) -> InferenceMode:
+    def bind(self, model: Segmenter, dataset_names: str | Sequence[str] | None = None) -> InferenceMode:
         """A copy of this mode, and of the modes nested in it, around `model`.
 
         Args:
@@ -141,22 +144,126 @@ class InferenceMode(nn.Module):
         return run_segmenter(self.model, inputs)
 
 
-class WholeImage(InferenceMode):
-    """The whole image in one pass."""
+class CuttingMode(InferenceMode):
+    """A mode that goes on with smaller tiles when memory runs out, which the log tells.
+
+    It remembers what did not fit, so that later images as large are cut at once.
+    """
+
+    def __init__(
+        self,
+        model: Segmenter | None = None,
+        *,
+        align_corners: bool | None = None,
+        smallest_tile: int | None = SMALLEST_TILE,
+    ) -> None:
+        """
+        Args:
+            model: see `InferenceMode`.
+            align_corners: see `InferenceMode`.
+            smallest_tile: when memory runs out, images are cut into halves of each side, quarters and so on, down to
+                tiles of this side; None to stop with the error instead.
+        """
+        super().__init__(model, align_corners=align_corners)
+        self.smallest_tile = smallest_tile
+        self._too_large = math.inf  # pixels in one call of the model that did not fit
+
+    def bind(self, model: Segmenter, dataset_names: str | Sequence[str] | None = None) -> InferenceMode:
+        """See `InferenceMode.bind`; what did not fit another model may fit this one."""
+        bound = super().bind(model, dataset_names)
+        assert isinstance(bound, CuttingMode)
+        bound._too_large = math.inf
+        return bound
+
+    def logits(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        return self._cut_to_fit(image, lambda mode: mode.logits_at_once(image, size))
+
+    def labels(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        return self._cut_to_fit(image, lambda mode: mode.labels_at_once(image, size))
+
+    def logits_at_once(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """`logits` by this very mode, or the error that memory ran out."""
+        raise NotImplementedError
+
+    def labels_at_once(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """`labels` by this very mode, or the error that memory ran out."""
+        raise NotImplementedError
+
+    def pixels(self, image: Tensor) -> int:
+        """Pixels of an image (C, h, w) in one call of the model."""
+        raise NotImplementedError
+
+    def spare_memory(self) -> bool:
+        """Take less memory from now on, with the same answers; whether that was possible."""
+        return False
+
+    def smaller(self, image: Tensor) -> CuttingMode | None:
+        """A mode for the image that calls the model with fewer pixels; None where the tiles would be too small."""
+        raise NotImplementedError
+
+    def _cut_to_fit(self, image: Tensor, answer: Callable[[CuttingMode], Tensor]) -> Tensor:
+        mode: CuttingMode = self
+        while mode.pixels(image) >= self._too_large:
+            smaller = mode.smaller(image)
+            if smaller is None:
+                break
+            mode = smaller
+        while True:
+            try:
+                return answer(mode)
+            except MEMORY_ERRORS as error:
+                if self.smallest_tile is None or not is_out_of_memory(error):
+                    raise
+                before = f"{mode}"
+                smaller = mode if mode.spare_memory() else mode.smaller(image)
+                if smaller is None:
+                    raise
+            # Out of the except block, where the error holds on to the tensors of the failed attempt.
+            if smaller is not mode:
+                self._too_large = min(self._too_large, mode.pixels(image))
+                mode = smaller
+            height, width = image.shape[-2:]
+            tell_and_free(f"an image of {width}x{height} in {before}", f"{mode}")
+
+
+class WholeImage(CuttingMode):
+    """The whole image in one pass; in tiles where memory does not suffice for that."""
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """See `InferenceMode.forward`; the images go through the model as one batch."""
         items = [read_input(item) for item in batched_inputs]
-        return [{"sem_seg": one} for one in self.run(*zip(*items, strict=True))] if items else []
+        if len(items) > 1 and sum(self.pixels(image) for image, _ in items) < self._too_large:
+            try:
+                return [{"sem_seg": one} for one in self.run(*zip(*items, strict=True))]
+            except MEMORY_ERRORS as error:
+                if self.smallest_tile is None or not is_out_of_memory(error):
+                    raise
+            tell_and_free(f"{len(items)} images at once", "one at a time")
+        return [{"sem_seg": self.logits(*item)} for item in items]
 
-    def logits(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+    def logits_at_once(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         return self.run([image], [size])[0]
 
-    def labels(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+    def labels_at_once(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         # At the input's size: K float maps in the size of a large photograph may not fit.
         own = (image.shape[-2], image.shape[-1])
         logits = self.run([image], [own])[0]
         bands = LabelBands(own, size, align_corners=self.resize_aligned())
         bands.push(logits)
         return bands.labels
+
+    def pixels(self, image: Tensor) -> int:
+        return image.shape[-2] * image.shape[-1]
+
+    def smaller(self, image: Tensor) -> CuttingMode | None:
+        from .sliding_window import SlidingWindow  # which is a mode, and so imports this module
+
+        whole = SlidingWindow(
+            self.model,
+            tile=image.shape[-2:],
+            accumulate_on="cpu",
+            align_corners=self.align_corners,
+            smallest_tile=self.smallest_tile,
+        )
+        return whole.smaller(image)

@@ -61,9 +61,7 @@ class MultiScaleFlip(InferenceMode):
         self.flip_pairs = None if flip_pairs is None else tuple((int(a), int(b)) for a, b in flip_pairs)
         self.accumulate_on = None if accumulate_on is None else torch.device(accumulate_on)
 
-    def bind(
-        self, model: Segmenter, dataset_names: str | Sequence[str] | None = None
-    ) -> InferenceMode:
+    def bind(self, model: Segmenter, dataset_names: str | Sequence[str] | None = None) -> InferenceMode:
         """See `InferenceMode.bind`; takes the `flip_pairs` of the data sets unless some were given."""
         bound = super().bind(model, dataset_names)
         assert isinstance(bound, MultiScaleFlip)

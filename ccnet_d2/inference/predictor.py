@@ -30,6 +30,7 @@ from .attention import AttentionMaps
 from .attention_view import AttentionView
 from .build import as_mode, configured_mode
 from .classes import ClassTable
+from .devices import available_device
 from .images import as_rgb, find_images
 from .label_bands import labels_of
 from .mode import InferenceMode
@@ -129,7 +130,7 @@ class Predictor:
             )
         if checkpoint is not None:
             load_checkpoint(model, os.fspath(checkpoint))
-        self.model = model.to(_available(device)) if device is not None else model
+        self.model = model.to(available_device(device)) if device is not None else model
         self.model.eval()
         if OmegaConf.select(cfg, "train.compile") if compile is None and cfg is not None else compile:
             compile_model(self.model)
@@ -175,13 +176,24 @@ class Predictor:
         path = Path(image) if isinstance(image, str | os.PathLike) else None
         rgb = read_image(str(path)) if path is not None else as_rgb(image)
         inputs = [self._inputs(rgb)]
-        if labels_only:
-            labels, logits = self.mode.predict_labels(inputs)[0], None
-        else:
-            logits = self.mode(inputs)[0]["sem_seg"]
-            labels = labels_of(logits)
-        classes = self._class_table(None if logits is None else logits.shape[0], labels)
-        return Prediction(rgb, labels.numpy(), logits, classes, path)
+        if not labels_only:
+            return self.prediction_of(rgb, self.mode(inputs)[0]["sem_seg"], path)
+        labels = self.mode.predict_labels(inputs)[0]
+        return Prediction(rgb, labels.numpy(), None, self._class_table(None, labels), path)
+
+    def prediction_of(self, image: np.ndarray, logits: Tensor, path: Path | None = None) -> Prediction:
+        """The prediction that logits of this model mean.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            logits: (K, H, W).
+            path: the image's file.
+
+        Raises:
+            UserError: the model has another number of classes than names were given for.
+        """
+        labels = labels_of(logits)
+        return Prediction(image, labels.numpy(), logits, self._class_table(logits.shape[0], labels), path)
 
     def predict_all(
         self, inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], *, labels_only: bool = True
@@ -255,13 +267,6 @@ class Predictor:
                 "give `classes` that belong to it."
             )
         return known
-
-
-def _available(device: str | torch.device) -> torch.device:
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device '{device}' was asked for, but torch sees no GPU: take 'cpu'.")
-    return device
 
 
 def _test_augmentations(cfg: DictConfig | None) -> list[Any]:

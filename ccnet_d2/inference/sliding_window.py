@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .label_bands import LabelBands, label_dtype
-from .mode import InferenceMode, Segmenter, innermost
+from .mode import SMALLEST_TILE, CuttingMode, Segmenter, innermost
 
 __all__ = ["SlidingWindow", "tile_starts"]
 
@@ -26,7 +26,7 @@ def tile_starts(size: int, tile: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-class SlidingWindow(InferenceMode):
+class SlidingWindow(CuttingMode):
     """Overlapping tiles, their logits averaged where they overlap.
 
     Tiles and averaging are those of the official CCNet evaluation and of mmseg's `slide_inference`. Tiles at
@@ -36,6 +36,9 @@ class SlidingWindow(InferenceMode):
     An image smaller than the tile: by default the tile shrinks to the image (mmseg); with `pad="mean"` the
     image is padded at the right and below with the model's pixel mean, which is zero after normalisation
     (official code).
+
+    Where memory does not suffice, tiles go through the model one at a time and logits are summed on the CPU, which
+    changes nothing else; if that is not enough, tiles and stride are halved, which the log tells.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class SlidingWindow(InferenceMode):
         accumulate_on: str | torch.device | None = None,
         pad: str | Sequence[float] | None = None,
         align_corners: bool | None = None,
+        smallest_tile: int | None = SMALLEST_TILE,
     ) -> None:
         """
         Args:
@@ -61,11 +65,12 @@ class SlidingWindow(InferenceMode):
             pad: for images smaller than the tile: None, "mean" (the model's `pixel_mean`) or one value per
                 channel.
             align_corners: of the final resize to (H, W); see `InferenceMode`.
+            smallest_tile: side down to which tiles are halved when memory runs out; None to stop with the error.
 
         Raises:
             ValueError: sizes below 1, a stride larger than the tile, or an unknown `pad`.
         """
-        super().__init__(model, align_corners=align_corners)
+        super().__init__(model, align_corners=align_corners, smallest_tile=smallest_tile)
         self.tile = _pair(tile, "tile")
         default = (-(-2 * self.tile[0] // 3), -(-2 * self.tile[1] // 3))
         self.stride = default if stride is None else _pair(stride, "stride")
@@ -81,7 +86,7 @@ class SlidingWindow(InferenceMode):
         self.accumulate_on = None if accumulate_on is None else torch.device(accumulate_on)
         self.pad = pad if pad is None or isinstance(pad, str) else tuple(float(value) for value in pad)
 
-    def logits(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+    def logits_at_once(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Averaged logits (K, H, W)."""
         out: Tensor | None = None
         for rows, columns, block in self._finished_blocks(image):
@@ -93,7 +98,7 @@ class SlidingWindow(InferenceMode):
             return out
         return F.interpolate(out[None], size=size, mode="bilinear", align_corners=self.resize_aligned())[0]
 
-    def labels(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+    def labels_at_once(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Label map (H, W).
 
         Memory besides the image and the map is that of a few tiles plus the overlap of two rows of tiles,
@@ -109,6 +114,45 @@ class SlidingWindow(InferenceMode):
             labels[rows, columns] = block.argmax(dim=0)
         assert labels is not None
         return labels
+
+    def pixels(self, image: Tensor) -> int:
+        return self.tiles_per_batch * self._tile_in(image)[0] * self._tile_in(image)[1]
+
+    def spare_memory(self) -> bool:
+        on_cpu = self.accumulate_on == torch.device("cpu") or not torch.cuda.is_available()
+        if self.tiles_per_batch == 1 and on_cpu:
+            return False
+        self.tiles_per_batch = 1
+        self.accumulate_on = torch.device("cpu")
+        return True
+
+    def smaller(self, image: Tensor) -> CuttingMode | None:
+        if self.smallest_tile is None:
+            return None
+        sides, steps = [], []
+        for side, step in zip(self._tile_in(image), self.stride, strict=True):
+            half = (side + 1) // 2
+            if half < self.smallest_tile:
+                half = side
+            sides.append(half)
+            steps.append(max(min(step, side) * half // side, 1))
+        if tuple(sides) == self._tile_in(image):
+            return None
+        return SlidingWindow(
+            self.model,
+            tile=sides,
+            stride=steps,
+            accumulate_on="cpu",
+            pad=self.pad,
+            align_corners=self.align_corners,
+            smallest_tile=self.smallest_tile,
+        )
+
+    def _tile_in(self, image: Tensor) -> tuple[int, int]:
+        """The tile's size, which is the image's where that is smaller and not padded."""
+        if self.pad is not None:
+            return self.tile
+        return min(self.tile[0], image.shape[-2]), min(self.tile[1], image.shape[-1])
 
     def _resized_labels(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         height, width = image.shape[-2:]

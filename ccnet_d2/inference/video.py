@@ -104,7 +104,8 @@ def write_video(
         result.problems = list(source.problems)
         if not result.frames:
             raise UserError(
-                f"no frame of '{source.name}' can be read" + (f": {result.problems[0]}" if result.problems else ".")
+                f"no frame of '{source.name}' can be read"
+                + (f": {result.problems[0]}" if result.problems else ".")
             )
     return result
 

@@ -79,7 +79,9 @@ class VideoFile(VideoSource):
         readable, self._first = self._capture.read()
         if not readable:
             self._capture.release()
-            raise UserError(f"'{path}' cannot be read as a video: it is damaged, or of a kind OpenCV does not decode.")
+            raise UserError(
+                f"'{path}' cannot be read as a video: it is damaged, or of a kind OpenCV does not decode."
+            )
         fps = self._capture.get(cv2.CAP_PROP_FPS)
         self.fps = fps if 0 < fps <= 1000 else _DEFAULT_FPS  # not a number, too, fails both comparisons
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)

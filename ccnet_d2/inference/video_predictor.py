@@ -49,7 +49,9 @@ class ClipMerger:
         if length < 1:
             raise UserError(f"a clip of {length} frames: give a length of at least 1.")
         if not 1 <= stride <= length:
-            raise UserError(f"clips of {length} frames cannot start every {stride} frames: give 1 to {length}.")
+            raise UserError(
+                f"clips of {length} frames cannot start every {stride} frames: give 1 to {length}."
+            )
         self._segment = segment
         self.length = length
         self.stride = stride
@@ -67,7 +69,10 @@ class ClipMerger:
         return [self._pop() for _ in range(self.stride)]
 
     def finish(self) -> list[Tensor]:
-        """No frame follows: the logits of the frames that are left. The last clip is moved back to end with the video."""
+        """No frame follows: the logits of the frames that are left.
+
+        If frames are left that no clip holds yet, a last clip is moved back to end with the video.
+        """
         if len(self._sums) < len(self._frames):
             missing = self.length - len(self._frames)
             before = list(self._answered)[-missing:] if missing else []

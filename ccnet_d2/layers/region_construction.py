@@ -135,13 +135,16 @@ class RegionConstruction(nn.Module):
     def _divide(self, table: Tensor, size: torch.Size) -> Regions:
         """Regions of one image from its F^g, (N, N)."""
         with torch.no_grad():
-            together = (table + table.t()) / 2 > self.threshold
-            region = connected_regions(together) if self.variant == "paper" else pointer_regions(together)
+            region = self.partition((table + table.t()) / 2 > self.threshold)
         score = representative_scores(table, region)
         if self.variant == "paper":
             score = score.clamp(0, 1)
         chosen = representatives(region, score, self.representatives)
         return Regions((size[0], size[1]), region, score, chosen)
+
+    def partition(self, together: Tensor) -> Tensor:
+        """Regions of one image, (N,) from 0 on, from its decisions G, (N, N) bool."""
+        return connected_regions(together) if self.variant == "paper" else pointer_regions(together)
 
     def extra_repr(self) -> str:
         return (

@@ -72,9 +72,9 @@ class _JensenShannon(torch.autograd.Function):
             # The table is symmetric: from the diagonal on to the right is enough.
             right = slice(rows.start, pixels)
             mean = (probability[:, rows, None] + probability[:, None, right]).div_(2)
-            part = negative[:, rows, None] + negative[:, None, right] - _xlog2x(mean)
-            out[:, rows, right] = part.clamp_(0, 1)
-            out[:, right, rows] = out[:, rows, right].transpose(1, 2)
+            part = (negative[:, rows, None] + negative[:, None, right] - _xlog2x(mean)).clamp_(0, 1)
+            out[:, rows, right] = part
+            out[:, right, rows] = part.transpose(1, 2)
         ctx.save_for_backward(probability)
         return out
 

@@ -34,9 +34,8 @@ class _Smooth(torch.autograd.Function):
     def forward(ctx: Any, maps: Tensor, kernel: Tensor) -> Tensor:
         ctx.save_for_backward(maps, kernel)
         out = torch.zeros_like(maps)
-        for weight, part in zip(kernel.flatten().tolist(), _parts(_padded(maps)), strict=True):
-            if weight:
-                out.add_(part, alpha=weight)
+        for weight, part in zip(kernel.flatten(), _parts(_padded(maps)), strict=True):
+            out.addcmul_(part, weight)
         return out
 
     @staticmethod
@@ -49,9 +48,8 @@ class _Smooth(torch.autograd.Function):
             grad_kernel = torch.stack(dots).reshape(_SIDE, _SIDE)
         if ctx.needs_input_grad[0]:
             wide = grad.new_zeros(grad.shape[0], grad.shape[1] + 2, grad.shape[2] + 2)
-            for weight, part in zip(kernel.flatten().tolist(), _parts(wide), strict=True):
-                if weight:
-                    part.add_(grad, alpha=weight)
+            for weight, part in zip(kernel.flatten(), _parts(wide), strict=True):
+                part.addcmul_(grad, weight)
             # What fell on the padding belongs to the edge that it repeats.
             wide[:, 1] += wide[:, 0]
             wide[:, -2] += wide[:, -1]

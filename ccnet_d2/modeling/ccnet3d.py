@@ -74,7 +74,9 @@ class CCNet3D(CCNet):
 
 def _length(image: Tensor) -> int:
     if image.dim() not in (3, 4) or image.shape[0] == 0:
-        raise ValueError(f"'image' must be a clip (T, 3, h, w) or an image (3, h, w), got {tuple(image.shape)}.")
+        raise ValueError(
+            f"'image' must be a clip (T, 3, h, w) or an image (3, h, w), got {tuple(image.shape)}."
+        )
     return image.shape[0] if image.dim() == 4 else 1
 
 

@@ -226,7 +226,7 @@ class CE2PHead(nn.Module):
                 raise ValueError(
                     "category_consistent works on the map that goes into convb, which "
                     f"{type(self.context.context).__name__} as a whole head of its own does not have: choose another "
-                    "context, or category_consistent=None."
+                    "context, or leave the loss out (category_consistent=null)."
                 )
             self.category_features = nn.Conv2d(channels, CATEGORY_CONSISTENT_CHANNELS, kernel_size=1)
             self.category_consistent_loss = (

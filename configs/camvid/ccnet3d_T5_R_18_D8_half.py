@@ -11,6 +11,6 @@ dataloader.test.mapper.augmentations[0].long_side = 240
 dataloader.test.mapper.augmentations[0].short_side = 180
 dataloader.train.num_workers = 1
 
-train.max_iter = 800
+train.max_iter = 3000
 train.eval_period = 0
-train.checkpointer.period = 400
+train.checkpointer.period = 1000

@@ -1,4 +1,4 @@
-"""The same network with the recipe of CE2P's newer code: 384x384, rotation, 151 epochs of batches of 96.
+"""The same network with the recipe of CE2P's newer code: 384x384, rotation, 150 epochs of batches of 96.
 
 The whole image is fitted into the crop, scaled by a quarter either way and rotated by up to 60 degrees; it is tested
 fitted into the crop as well, without the padding.
@@ -16,4 +16,4 @@ dataloader.train.mapper.augmentations[0] = L(RandomRotateFit)(
 dataloader.train.total_batch_size = 96
 dataloader.test.mapper.augmentations = [L(ResizeToFit)(long_side=384, short_side=384)]
 optimizer.lr = 1e-3
-train.max_iter = 48000
+train.max_iter = 47600

@@ -27,7 +27,7 @@ dataloader.test.mapper.augmentations = []
 dataloader.test.num_workers = 0
 
 optimizer.lr = 2e-3
-train.max_iter = 300
+train.max_iter = 250
 train.seed = 1
 train.eval_period = 0
-train.checkpointer.period = 300
+train.checkpointer.period = 250

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from ccnet_d2.engine import apply_overrides
 from ccnet_d2.engine.user_errors import one_sentence_errors
 from ccnet_d2.errors import UserError
-from ccnet_d2.inference.batch import write_pictures
+from ccnet_d2.inference.batch import plan_pictures, write_pictures
 from ccnet_d2.inference.build import MODE_NAMES, build_mode
+from ccnet_d2.inference.devices import parse_devices
 from ccnet_d2.inference.images import find_images
 from ccnet_d2.inference.mode import InferenceMode
 from ccnet_d2.inference.multi_scale import DEFAULT_SCALES
+from ccnet_d2.inference.parallel import write_pictures_on
 from ccnet_d2.inference.predictor import Predictor
 from ccnet_d2.inference.video import show_video, write_video
 from ccnet_d2.inference.video_files import Camera, open_video
@@ -29,6 +31,10 @@ Examples:
     demo.py ... --input large.png --mode slide --tile 769 --labels --output labels/ --opts train.device=cpu
   Where the pixel in column 120, row 80 looks:
     demo.py ... --input street.png --attention 120,80 --output attention.png
+  RANet's regions and their representative pixels:
+    demo.py --config-file camvid/ranet_R_18_D8_half.py ... --input street.png --regions --output regions.png
+  A folder on two GPUs (all: on every GPU there is):
+    demo.py ... --input photos/ --output pictures/ --devices cuda:0,cuda:1
   A video, or a folder of frames; a model of clips (CCNet3D) takes it in overlapping clips:
     demo.py ... --video-input drive.mp4 --output segmented.mp4
 """
@@ -58,6 +64,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         ("side-by-side", "image | prediction, and with --ground-truth | ground truth | difference"),
         ("labels", "one-channel PNG of class indices"),
         ("confidence", "probability of the winning class"),
+        ("regions", "RANet's regions, their representative pixels and scores"),
     ):
         pictures.add_argument(f"--{name}", dest="picture", action="store_const", const=name, help=text)
     pictures.add_argument(
@@ -80,9 +87,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     videos.add_argument(
         "--clip-stride", type=int, metavar="S", help="frames between clips' starts (default: half a clip)"
     )
-    videos.add_argument("--clip-step", type=int, metavar="N", help="frames between those of a clip (default: 1)")
+    videos.add_argument(
+        "--clip-step", type=int, metavar="N", help="frames between those of a clip (default: 1)"
+    )
     videos.add_argument("--fps", type=float, help="of the result (default: the video's; 10 for a folder)")
 
+    parser.add_argument(
+        "--devices", metavar="LIST", help="share the images among cuda:0,cuda:1 or all GPUs, or cpu,cpu"
+    )
     parser.add_argument(
         "--opts", nargs="*", default=[], metavar="KEY=VALUE", help="change values of the config"
     )
@@ -94,6 +106,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if args.attention is not None and args.mode not in (None, "whole"):
         parser.error("--attention looks at the image as a whole: leave --mode out")
+    if args.picture == "regions" and args.mode not in (None, "whole"):
+        parser.error("--regions looks at the image as a whole: leave --mode out")
     for option, needed in (
         ("tile", "slide"),
         ("stride", "slide"),
@@ -110,6 +124,10 @@ def _check_video_options(parser: argparse.ArgumentParser, args: argparse.Namespa
         for option in ("clip_length", "clip_stride", "clip_step", "fps"):
             if getattr(args, option) is not None:
                 parser.error(f"--{option.replace('_', '-')} needs --video-input or --webcam")
+    elif args.devices is not None:
+        parser.error(
+            "--devices shares images: a video is segmented on one device, --opts train.device=cuda:0"
+        )
     elif args.attention or args.ground_truth or args.picture not in (None, "overlay"):
         parser.error("videos are written as overlays: for other pictures give their frames to --input")
     if args.fps is not None and not 0 < args.fps <= 1000:
@@ -122,15 +140,18 @@ def run(args: argparse.Namespace) -> None:
         return
     find_images(args.input)  # a wrong path should not wait for the model to load
     cfg = apply_overrides(get_config(args.config_file), args.opts)
-    predictor = Predictor(cfg, args.checkpoint, mode=_mode(args))
-    result = write_pictures(
-        predictor,
-        args.input,
-        args.output,
-        picture="attention" if args.attention else args.picture or "overlay",
-        pixel=args.attention,
-        ground_truth=args.ground_truth,
-    )
+    wanted = {
+        "picture": "attention" if args.attention else args.picture or "overlay",
+        "pixel": args.attention,
+        "ground_truth": args.ground_truth,
+    }
+    if args.devices is None:
+        predictor = Predictor(cfg, args.checkpoint, mode=_mode(args))
+        result = write_pictures(predictor, args.input, args.output, **wanted)
+    else:
+        devices = parse_devices(args.devices)
+        jobs = plan_pictures(args.input, args.output, **wanted)
+        result = write_pictures_on(devices, cfg, args.checkpoint, jobs, mode=_mode(args))
     print(f"{len(result.written)} written to {args.output}")
     _report(result.problems)
 

@@ -41,6 +41,8 @@ REPORTED = {
     "voc12/ccnet_R_101_D8_512x512_20k.py": ("77.27", "79.02"),
     "voc12/ccnet_R_50_D8_512x512_40k.py": ("75.96", "77.04"),
     "voc12/ccnet_R_101_D8_512x512_40k.py": ("77.87", "78.90"),
+    "camvid/ccnet3d_T5_R_101_D8_504x504.py": ("79.1",),
+    "camvid/ccnet3d_T1_R_101_D8_504x504.py": ("77.9",),
 }
 RUNS = [name for name in config_names() if name.split("/")[0] in ("cityscapes", "ade20k", "voc12", "camvid")]
 

@@ -93,7 +93,9 @@ def test_frames_without_labels_and_repetitions_carry_no_loss(clip):
     # The last frame is a repetition: the last real one carries the loss instead.
     last = ClipMapper(True, augmentations=[], num_classes=5, loss_frames="last")(clip)
     assert [(last["sem_seg"][t] == 255).all().item() for t in range(FRAMES)] == [True, True, False, True]
-    with pytest.raises(SampleError, match=r"no label map for any frame that carries loss \(loss_frames=\(1,\)\)"):
+    with pytest.raises(
+        SampleError, match=r"no label map for any frame that carries loss \(loss_frames=\(1,\)\)"
+    ):
         ClipMapper(True, augmentations=[], num_classes=5, loss_frames=[1])(clip)
 
 
@@ -115,7 +117,9 @@ def test_what_is_wrong_with_a_frame_is_said(clip, write_pair):
     small, _ = write_pair("small", np.zeros((10, 32), np.uint8))
     good = clip["frames"][2]
     clip["frames"][2] = {**good, "file_name": small}
-    with pytest.raises(SampleError, match=r"small\.png' is 32x10, but the first frame of its clip, '.*', is 32x24"):
+    with pytest.raises(
+        SampleError, match=r"small\.png' is 32x10, but the first frame of its clip, '.*', is 32x24"
+    ):
         mapper(clip)
     clip["frames"][2] = good
     with open(good["file_name"], "r+b") as file:

@@ -1,6 +1,7 @@
 """Which frames make a clip."""
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -87,17 +88,17 @@ def test_folders_are_sequences_of_their_own():
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 7, 23])
-@pytest.mark.parametrize(("length", "step", "stride"), [(1, 1, 1), (5, 1, None), (5, 1, 2), (5, 3, 3), (4, 6, 1)])
+@pytest.mark.parametrize(
+    ("length", "step", "stride"), [(1, 1, 1), (5, 1, None), (5, 1, 2), (5, 3, 3), (4, 6, 1)]
+)
 def test_test_clips_answer_every_frame_once(frames, count, length, step, stride):
     frames(*(f"A_{n:03d}" for n in range(count)), "B_000")
     clips = get_covering_clip_dicts("clips_test", length=length, step=step, stride=stride)
-    answered = Counter(
-        clip["frames"][index]["file_name"] for clip in clips for index in clip["answers"]
-    )
+    answered = Counter(clip["frames"][index]["file_name"] for clip in clips for index in clip["answers"])
     assert len(answered) == count + 1 and set(answered.values()) == {1}
     for _, frame_numbers in numbers(clips):
         assert len(frame_numbers) <= length
-        assert all(b - a == step for a, b in zip(frame_numbers, frame_numbers[1:], strict=False))
+        assert all(b - a == step for a, b in pairwise(frame_numbers))
         if count >= length * step and len(frame_numbers) > 1:
             assert len(frame_numbers) == length
 
@@ -105,7 +106,10 @@ def test_test_clips_answer_every_frame_once(frames, count, length, step, stride)
 def test_overlapping_test_clips_answer_away_from_their_ends(frames):
     frames(*(f"A_{n}" for n in range(11)))
     clips = get_covering_clip_dicts("clips_test", length=5, stride=3)
-    answered = [(clip_numbers[0], clip["answers"]) for clip, (_, clip_numbers) in zip(clips, numbers(clips), strict=True)]
+    answered = [
+        (clip_numbers[0], clip["answers"])
+        for clip, (_, clip_numbers) in zip(clips, numbers(clips), strict=True)
+    ]
     # Frames 3 and 4 are in the first two clips: 3 is one from the end of the first, 4 one from the start of the second.
     assert answered == [(0, [0, 1, 2, 3]), (3, [1, 2, 3]), (6, [1, 2, 3, 4])]
 

@@ -90,7 +90,9 @@ def lip(tmp_path):
 
 def mapped(record: dict, *augmentations, **options) -> tuple[np.ndarray, np.ndarray]:
     """Image (H, W, 3) and labels (H, W) as a network gets them."""
-    mapper = SemSegMapper(True, augmentations=augmentations, **{"dataset_names": "mirror_lip_train", **options})
+    mapper = SemSegMapper(
+        True, augmentations=augmentations, **{"dataset_names": "mirror_lip_train", **options}
+    )
     sample = mapper(record)
     return sample["image"].numpy().transpose(1, 2, 0), sample["sem_seg"].numpy()
 
@@ -171,16 +173,24 @@ def test_the_recipes_augmentations_of_mirrored_files(lip):
     record, mirror = lip(image, labels), lip(mirrored(image), mirrored(swapped(labels)))
     for there, back in (
         # The crop of 60 columns from the 11th of 126, seen from the other side.
-        (ScaleCropTransform(45, 63, 90, 126, 5, 11, 70, 60), ScaleCropTransform(45, 63, 90, 126, 5, 55, 70, 60)),
+        (
+            ScaleCropTransform(45, 63, 90, 126, 5, 11, 70, 60),
+            ScaleCropTransform(45, 63, 90, 126, 5, 55, 70, 60),
+        ),
         (RotateFitTransform(45, 63, 70, 60, 1.3, 25), RotateFitTransform(45, 63, 70, 60, 1.3, -25)),
     ):
-        (one, one_labels), (other, other_labels) = mapped(record, there), mapped(mirror, back, T.RandomFlip(1.0))
+        (one, one_labels), (other, other_labels) = (
+            mapped(record, there),
+            mapped(mirror, back, T.RandomFlip(1.0)),
+        )
         assert np.abs(one.astype(int) - other).max() <= 3  # OpenCV rounds positions to 1/32 of a pixel
         assert (one_labels != other_labels).mean() < 0.002
         assert len(np.unique(one_labels)) > 10
 
 
-@pytest.mark.parametrize("config", ["lip/ce2p_R_101_D16_473x473_115k.py", "lip/ce2p_ccl_R_101_D16_384x384_48k.py"])
+@pytest.mark.parametrize(
+    "config", ["lip/ce2p_R_101_D16_473x473_115k.py", "lip/ce2p_ccl_R_101_D16_384x384_48k.py"]
+)
 def test_training_pipelines_of_the_runs_keep_every_part_on_its_side(lip, config):
     """A person who fills the picture, with a red left and a blue right side: colour tells the label ever after."""
     labels = np.full((200, 160), 15, np.uint8)
@@ -264,7 +274,9 @@ def test_pairs_are_checked(tmp_path):
         MetadataCatalog.get(name).set(flip_pairs=pairs)
     assert flip_pairs_of(["pairs_a", "pairs_b"]) == ((0, 1),)
     assert flip_pairs_of("pairs_c") == () and flip_pairs_of("camvid_sem_seg_train") == ()
-    with pytest.raises(DatasetError, match="'pairs_a' and 'pairs_c' differ in the classes that a mirror swaps"):
+    with pytest.raises(
+        DatasetError, match="'pairs_a' and 'pairs_c' differ in the classes that a mirror swaps"
+    ):
         flip_pairs_of(["pairs_a", "pairs_c"])
     with pytest.raises(DatasetError, match=r"flip_pairs is \[\(1, 2\)\], but pairs of its classes 0 to 1"):
         flip_pairs_of("pairs_d")

@@ -15,7 +15,7 @@ DOCUMENTS = sorted(
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.MULTILINE | re.DOTALL)
 # What a line of a block begins with that is a command; other blocks without a language are pictures of folders.
 _COMMAND = re.compile(
-    r"(?:[A-Z_]+=\S+ )*(?:python|make|pip|git|mv|export|cs\w+|torchrun|apt|ccnet\S*|\w+\.py)(?: |$)"
+    r"(?:[A-Z_0-9]+=\S+ )*(?:python|make|pip|git|mv|cp|export|cs[A-Z]\w+|torchrun|apt|\w+\.py)(?: |$)"
 )
 
 

@@ -24,7 +24,7 @@ CASES = ("uneven labels", "all ignored", "one rank all ignored", "single-pixel c
 
 def make_model(dtype: torch.dtype = torch.float64, case: str = "") -> nn.Module:
     """Two convolutions, criss-cross attention at work (gamma is not 0), auxiliary head, synchronised batch norm."""
-    torch.manual_seed(0)
+    torch.manual_seed(2)  # no activation so near the kink of a ReLU that fp32 puts it on the other side
     shapes = {"conv": ShapeSpec(channels=16, stride=2)}
     model = CCNet(
         backbone=PlainConvNet(channels=[16, 16], strides=[1, 2], norm="SyncBN"),

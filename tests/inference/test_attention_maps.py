@@ -101,6 +101,37 @@ def test_maps_equal_the_gradient_of_the_linearised_layer():
         torch.testing.assert_close(values.grad[0, 0], expected[0])
 
 
+def test_maps_are_the_attention_part_of_the_influence_through_the_residuals():
+    """With the weights held fixed and values as they are, R loops are prod(gamma A_r + I), a polynomial in gamma whose
+    highest coefficient, A_R ... A_1, is the map: taken here from gradients through the layer's own arithmetic."""
+    rcca = make_rcca(2, 2)
+    with torch.no_grad():
+        rcca.qkv.weight[4:, :, 0, 0] = torch.eye(16, dtype=torch.float64)
+        rcca.qkv.bias[4:] = 0
+    features = torch.randn(1, 16, 5, 6, dtype=torch.float64)
+    loops, x = [], features
+    with torch.no_grad():
+        for _ in range(2):
+            loops.append(rcca.project(x)[:2])
+            x = rcca.attend(x)
+
+    def influence(gamma):
+        x = features.clone().requires_grad_()
+        out = x
+        for query, key in loops:
+            value = rcca.project(out)[2]
+            out = gamma * criss_cross_attention(query, key, value, backend="matmul") + out
+        (grad,) = torch.autograd.grad(out[0, 7, 3, 1], x)
+        assert grad[0, [c for c in range(16) if c != 7]].eq(0).all()
+        return grad[0, 7]
+
+    after_one, after_two = pixel_attention(rcca, features, (3, 1))
+    second_difference = (influence(2.0) - 2 * influence(1.0) + influence(0.0)) / 2
+    torch.testing.assert_close(second_difference, after_two[0])
+    del loops[1]
+    torch.testing.assert_close(influence(1.0) - influence(0.0), after_one[0])
+
+
 @torch.no_grad()
 def test_the_samples_of_a_batch_do_not_mix():
     rcca = make_rcca(2, 2)

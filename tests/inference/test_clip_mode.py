@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ccnet_d2.errors import UserError
 from ccnet_d2.inference import WholeClip, WholeImage
 
 
@@ -45,3 +46,22 @@ def test_a_model_that_does_not_answer_for_every_frame_is_refused(make_segmenter,
         WholeClip(First())([{"image": clip, "height": 8, "width": 8}])
     with pytest.raises(RuntimeError, match="WholeClip has no model"):
         WholeClip()([{"image": clip, "height": 8, "width": 8}])
+
+
+def test_a_clip_that_does_not_fit_into_memory_is_one_sentence():
+    class Large(torch.nn.Module):
+        def forward(self, batched_inputs):
+            return torch.empty(1 << 60)  # the allocator's own error
+
+    item = {"image": torch.zeros(5, 3, 8, 9), "height": 8, "width": 9}
+    with pytest.raises(
+        UserError, match="a clip of 5 frames of 9x8 does not fit into memory: take shorter clips"
+    ):
+        WholeClip(Large())([item])
+
+    class Broken(torch.nn.Module):
+        def forward(self, batched_inputs):
+            raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        WholeClip(Broken())([item])

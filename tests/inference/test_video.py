@@ -16,7 +16,9 @@ from ccnet_d2.inference.visualize import overlay
 
 @pytest.fixture
 def predictor(make_segmenter):
-    return VideoPredictor(make_segmenter(), classes=ClassTable.create(["sky", "road", "tree", "car", "person"]))
+    return VideoPredictor(
+        make_segmenter(), classes=ClassTable.create(["sky", "road", "tree", "car", "person"])
+    )
 
 
 @pytest.fixture
@@ -33,7 +35,9 @@ def test_the_legend_stays_in_its_place():
     classes = ClassTable.create(["sky", "road", "tree"])
     paint = VideoPainter()
     image = np.full((60, 260, 3), 90, np.uint8)
-    pictures = [paint(Prediction(image, np.full((60, 260), label, np.uint8), None, classes)) for label in (0, 2)]
+    pictures = [
+        paint(Prediction(image, np.full((60, 260), label, np.uint8), None, classes)) for label in (0, 2)
+    ]
     for label, picture in zip((0, 2), pictures, strict=True):
         expected = overlay(image, np.full((60, 260), label, np.uint8), classes, with_legend=False)
         assert np.array_equal(picture[:60], expected)
@@ -81,7 +85,10 @@ def test_broken_frames_are_left_out_and_named(predictor, folder, tmp_path):
     assert result.frames == 3 and len(result.problems) == 1 and "2.png" in result.problems[0]
     for t in range(4):
         (folder / f"{t}.png").write_bytes(b"broken")
-    with open_video(folder) as source, pytest.raises(UserError, match="no frame of .* can be read: The image"):
+    with (
+        open_video(folder) as source,
+        pytest.raises(UserError, match=r"no frame of .* can be read: The image"),
+    ):
         write_video(predictor, source, tmp_path / "none.mp4", progress=False)
     assert not (tmp_path / "none.mp4").exists()
 

@@ -73,13 +73,16 @@ def test_leaving_by_an_exception_leaves_nothing(tmp_path):
 
 def test_outputs_that_cannot_be(tmp_path):
     for name in ("video.xyz", "video", "video.png"):
-        with pytest.raises(UserError, match="is no video type known here, take one of .mp4"):
+        with pytest.raises(UserError, match=r"is no video type known here, take one of \.mp4"):
             VideoWriter(tmp_path / name, 10)
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(UserError, match="it is a folder, name a file in it"):
         VideoWriter(tmp_path / "folder.mp4", 10)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made"), VideoWriter(tmp_path / "file" / "a.mp4", 10) as writer:
+    with (
+        pytest.raises(UserError, match="cannot be made"),
+        VideoWriter(tmp_path / "file" / "a.mp4", 10) as writer,
+    ):
         writer.write(moving_square(1)[0])
 
 

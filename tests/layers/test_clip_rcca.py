@@ -99,7 +99,7 @@ def test_the_number_of_frames_holds_within_the_block_only():
     model = torch.nn.Sequential(ClipRCCA(8), torch.nn.Conv2d(8, 8, 1), with_gamma(ClipRCCA(8)))
     x = torch.randn(4, 8, 3, 3)
     alone = model(x)
-    with pytest.raises(ValueError, match="^stop$"), clips_of(model, 2):
+    with pytest.raises(ValueError, match="stop"), clips_of(model, 2):
         assert not torch.allclose(model(x), alone)
         with clips_of(model, 4):
             assert model[0].frames == model[2].frames == 4

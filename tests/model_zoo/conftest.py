@@ -84,10 +84,12 @@ def entry(tmp_path, server, network, monkeypatch) -> Published:
     """A run of one's own with weights on the server; the cache is empty and nothing else is asked."""
     monkeypatch.setenv("CCNET_D2_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CCNET_D2_ZOO", raising=False)
-    (tmp_path / "small.py").write_text(RUN)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/small.py").write_text(RUN)
     _, content = network
     (server.folder / "net.pth").write_bytes(content)
-    name = str(tmp_path / "small")
+    name = "runs/small"
     digits = hashlib.sha256(content).hexdigest()[:8]
     entry = Published(name, f"{server.address}/net.pth", "mmseg", digits, "net.pth", "a test")
     monkeypatch.setitem(PUBLISHED, name, entry)

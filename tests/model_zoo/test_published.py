@@ -26,7 +26,7 @@ def files_in_cache() -> list[str]:
 
 def test_end_to_end(entry, server, network):
     net, _ = network
-    model = model_zoo.get(entry.name, trained=True)
+    model = model_zoo.get(f"{entry.name}.py", trained=True)
     assert not model.training and next(model.parameters()).device.type == "cpu"
     weights = model.state_dict()
     assert torch.equal(weights["backbone.res3.1.conv2.weight"], net.backbone.layer2[1].conv2.weight)
@@ -48,7 +48,7 @@ def test_a_converted_file_is_a_checkpoint_of_detectron2(entry):
 
 
 def test_every_place_that_takes_a_checkpoint(entry, tmp_path):
-    model = model_zoo.get(entry.name)
+    model = model_zoo.get(f"{entry.name}.py")
     assert model.training
     assert SafeCheckpointer(model, str(tmp_path)).load(f"ccnet://{entry.name}")["__author__"]
     cfg = get_config(entry.name + ".py", trained=True)
@@ -78,7 +78,7 @@ def test_a_tampered_file_is_refused(entry, server):
     content[len(content) // 2] ^= 1
     (server.folder / "net.pth").write_bytes(content)
     with pytest.raises(UserError, match=rf"net\.pth is not the file .* instead of {entry.sha256}"):
-        model_zoo.get(entry.name, trained=True)
+        model_zoo.get(f"{entry.name}.py", trained=True)
     assert files_in_cache() == []
 
 
@@ -113,7 +113,7 @@ def test_no_network_is_one_sentence(entry, server, monkeypatch):
     server.stop()
     monkeypatch.setattr(server, "stop", lambda: None)
     with pytest.raises(UserError) as raised:
-        model_zoo.get(entry.name, trained=True)
+        model_zoo.get(f"{entry.name}.py", trained=True)
     sentence = str(raised.value)
     assert "\n" not in sentence and entry.address in sentence and "CCNET_D2_ZOO" in sentence
     assert files_in_cache() == []
@@ -150,7 +150,7 @@ def test_code_in_a_published_file_is_not_run(entry, server, tmp_path, monkeypatc
     monkeypatch.setitem(PUBLISHED, entry.name, replace(entry, sha256=""))
     torch.save({"state_dict": {"x": Payload(tmp_path / "victim")}}, server.folder / "net.pth")
     with pytest.raises(UserError, match="would run code"):
-        model_zoo.get(entry.name, trained=True)
+        model_zoo.get(f"{entry.name}.py", trained=True)
     assert not (tmp_path / "victim").exists() and files_in_cache() == []
 
 
@@ -164,7 +164,7 @@ def test_an_archive_that_grows_is_refused(entry, server, monkeypatch):
         for item in source.infolist():
             target.writestr(item.filename, source.read(item)[:1000])
     packed.replace(server.folder / "net.pth")
-    with pytest.raises(UserError, match="compressed archive"):
+    with pytest.raises(UserError, match="compressed record"):
         weights_file(entry.name)
 
 

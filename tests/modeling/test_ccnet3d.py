@@ -32,7 +32,9 @@ def pair():
 
 @pytest.fixture
 def clip():
-    return torch.randint(0, 256, (4, 3, 33, 46), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (4, 3, 33, 46), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
 
 
 def logits(model, *images, **entries):

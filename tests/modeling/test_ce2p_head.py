@@ -49,7 +49,9 @@ def features_and_labels(size: int = 33) -> tuple[dict[str, torch.Tensor], torch.
         name: torch.randn(2, spec.channels, *(2 * [-(-size // spec.stride)]), generator=generator)
         for name, spec in SHAPE.items()
     }
-    labels = torch.randint(0, 5, (2, 5, 5), generator=generator).repeat_interleave(7, 1).repeat_interleave(7, 2)
+    labels = (
+        torch.randint(0, 5, (2, 5, 5), generator=generator).repeat_interleave(7, 1).repeat_interleave(7, 2)
+    )
     labels = labels[:, :size, :size].clone()
     labels[0, :4] = IGNORE
     return features, labels
@@ -63,7 +65,9 @@ def paper_forward(head: CE2PHead, features: dict[str, torch.Tensor], align: bool
         norm = conv.norm
         x = F.conv2d(x, conv.weight, None, padding=conv.weight.shape[-1] // 2)
         statistics = (None, None) if head.training else (norm.running_mean, norm.running_var)
-        return F.leaky_relu(F.batch_norm(x, *statistics, norm.weight, norm.bias, training=head.training), 0.01)
+        return F.leaky_relu(
+            F.batch_norm(x, *statistics, norm.weight, norm.bias, training=head.training), 0.01
+        )
 
     def enlarge(x: torch.Tensor) -> torch.Tensor:
         return F.interpolate(x, features["res2"].shape[-2:], mode="bilinear", align_corners=align)

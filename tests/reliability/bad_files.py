@@ -44,8 +44,8 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _huge_png(path: Path) -> None:
-    """40000x40000 pixels in some 200 kB."""
-    pixels = zlib.compress(bytes(40000 // 8 + 1) * 40000, 9)
+    """40000x40000 pixels in less than 1 MB."""
+    pixels = zlib.compress(bytes(40000 // 8 + 1) * 40000, 1)
     header = struct.pack(">IIBBBBB", 40000, 40000, 1, 0, 0, 0, 0)
     chunks = [_png_chunk(b"IHDR", header), _png_chunk(b"IDAT", pixels), _png_chunk(b"IEND", b"")]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
@@ -87,7 +87,6 @@ def _save(pixels: np.ndarray, file_format: str) -> Maker:
 _FLOATS = np.linspace(0, 1000, 48 * 48, dtype=np.float32).reshape(48, 48)
 
 BAD_IMAGES: dict[str, Maker] = {
-    "missing": Path.unlink,
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("this is no image\n"),
     "web page saved as an image": lambda path: path.write_text("<!DOCTYPE html><title>404</title>"),
@@ -96,9 +95,8 @@ BAD_IMAGES: dict[str, Maker] = {
     "PNG with a flipped bit": lambda path: _flip(path, path.stat().st_size // 2),
     "JPEG cut in half": lambda path: path.write_bytes(_jpeg()[: len(_jpeg()) // 2]),
     "JPEG that claims 65535x65535": _lying_jpeg,
-    "PNG of 40000x40000 in 200 kB": _huge_png,
+    "PNG of 40000x40000 in 1 MB": _huge_png,
     "64 GiB, sparse": _sparse,
-    "folder": lambda path: _instead(path, Path.mkdir),
     "named pipe": lambda path: _instead(path, os.mkfifo),
     "link to itself": lambda path: _instead(path, lambda p: p.symlink_to(p)),
     "endless device": lambda path: _instead(path, lambda p: p.symlink_to("/dev/zero")),
@@ -107,7 +105,6 @@ BAD_IMAGES: dict[str, Maker] = {
 }
 
 BAD_LABELS: dict[str, Maker] = {
-    "missing": Path.unlink,
     "empty": lambda path: path.write_bytes(b""),
     "cut in half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "colours": _save(np.zeros((48, 48, 3), np.uint8), "PNG"),
@@ -182,7 +179,7 @@ def _repack(change: Callable[[str, bytes], tuple[bytes, int]]) -> Maker:
 def _bomb(path: Path) -> None:
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("archive/data/bomb", "w", force_zip64=True) as record:
-            for _ in range(64):
+            for _ in range(2):
                 record.write(bytes(2**24))
 
 
@@ -276,7 +273,7 @@ BAD_CHECKPOINTS: dict[str, Maker] = {
     "names that are numbers": _with(lambda weights, path: dict(enumerate(weights.values()))),
     "other shape": _with(lambda weights, path: weights.update({next(iter(weights)): torch.zeros(1)})),
     "terabytes claimed by a view": _with(_huge_claim),
-    "weight missing": _with(lambda weights, path: weights.pop(next(iter(weights))) and None),
+    "weight missing": _with(lambda weights, path: weights.__delitem__(next(iter(weights)))),
     "other network": _with(lambda weights, path: {"fc.weight": torch.zeros(1)}),
 }
 

@@ -1,5 +1,6 @@
 """Helpers for tests of what happens when something goes wrong."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 
 from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
 from ccnet_d2.engine.command_line import main
+
+sys.path.insert(0, str(Path(__file__).parent))  # the scripts there are tested too
 
 SMALL_RUN = Path(__file__).with_name("small_run.py")
 

@@ -83,7 +83,7 @@ def test_evaluations_and_other_optimizers(run, tmp_path, monkeypatch):
         "optimizer._target_=torch.optim.SGD",
         "optimizer.lr=0.01",
         "+optimizer.momentum=0.9",
-        "train.max_iter=16",
+        "train.max_iter=10",
     ]
     evaluate = training.evaluate
 
@@ -127,6 +127,18 @@ def test_sigterm_during_an_evaluation(run, tmp_path, monkeypatch):
     assert (tmp_path / "output/last_checkpoint").read_text() == "model_0000005.pth"
 
 
+def test_sigterm_during_the_last_evaluation(run, tmp_path, monkeypatch):
+    """The weights are there; --resume then evaluates them, once."""
+    with monkeypatch.context() as context, pytest.raises(SystemExit):
+        context.setattr(training, "evaluate", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+        run("train.max_iter=4")
+    assert (tmp_path / "output/last_checkpoint").read_text() == "model_final.pth"
+    assert not (tmp_path / "output/evaluation.json").exists()
+    assert run("--resume", "train.max_iter=4")[0] == 0
+    assert "mIoU" in json.loads((tmp_path / "output/evaluation.json").read_text())["sem_seg"]
+    assert "Nothing to train" in run("--resume", "train.max_iter=4")[1]
+
+
 def test_old_files_go_and_none_is_left_over(run, tmp_path, monkeypatch):
     output = tmp_path / "output"
     output.mkdir()
@@ -138,8 +150,8 @@ def test_old_files_go_and_none_is_left_over(run, tmp_path, monkeypatch):
         run(keep)
     assert run("--resume", keep)[0] == 0
     assert sorted(path.name for path in output.glob("*.pth*")) == [
+        "model_0000015.pth",
         "model_0000019.pth",
-        "model_0000023.pth",
         "model_elsewhere.pth",
         "model_final.pth",
     ]

@@ -114,9 +114,15 @@ def test_a_broken_frame_fails_and_the_rest_is_written(run, tmp_path):
     [
         (["--video-input", "none.mp4"], "error: video 'none.mp4' does not exist."),
         (["--video-input", "{text}"], "cannot be read as a video"),
-        (["--video-input", "{video}", "--output", "out.gif"], "'.gif' is no video type known here, take one of .mp4"),
+        (
+            ["--video-input", "{video}", "--output", "out.gif"],
+            "'.gif' is no video type known here, take one of .mp4",
+        ),
         (["--video-input", "{video}", "--clip-stride", "9"], "clips of 5 frames cannot start every 9 frames"),
-        (["--video-input", "{video}", "--mode", "slide"], "not in the test mode SlidingWindow: leave the mode out"),
+        (
+            ["--video-input", "{video}", "--mode", "slide"],
+            "not in the test mode SlidingWindow: leave the mode out",
+        ),
         (["--video-input", "{video}", "--labels"], "videos are written as overlays"),
         (["--video-input", "{video}", "--attention", "1,1"], "videos are written as overlays"),
         (["--video-input", "{video}", "--input", "a.png"], "not allowed with argument"),

@@ -78,6 +78,7 @@ def convert_file(
     *,
     model: nn.Module | None = None,
     classifier: bool = True,
+    allow_pickle: bool = False,
 ) -> Conversion:
     """Convert a published checkpoint to one in Detectron2's format, `{"model": …, "__author__": …}`.
 
@@ -86,6 +87,7 @@ def convert_file(
         target: a `.pth` file, or a `.pkl` one as in Detectron2's model zoo; written whole or not at all.
         layout, model: see `convert_weights`.
         classifier: keep the last layer of each head, which belongs to the source's classes.
+        allow_pickle: see `read_weights`.
 
     Raises:
         CheckpointError: as in `convert_weights`; or a file cannot be read or written.
@@ -93,7 +95,7 @@ def convert_file(
     if Path(target).exists() and Path(source).exists() and Path(target).samefile(source):
         raise CheckpointError(f"{target} is the source itself: name another file to write.")
     try:
-        conversion = convert_weights(read_weights(source), layout, model=model)
+        conversion = convert_weights(read_weights(source, allow_pickle=allow_pickle), layout, model=model)
     except CheckpointError as error:
         sentence = str(error)
         raise CheckpointError(sentence if str(source) in sentence else f"{source}: {sentence}") from error

@@ -1,6 +1,5 @@
 """The tensors of a published checkpoint, whatever wraps them."""
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ _WRAPPERS = ("state_dict", "model", "model_state")
 _PREFIX = "module."
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
     """The state dict in a file, read as data, without `module.` before its names.
 
     Args:
         path: a file of torch.
+        allow_pickle: run the code in it, see `load_file`; only for files of somebody you trust.
 
     Returns:
         Tensors by name, on the CPU.
@@ -28,16 +28,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file cannot be read or wants code to run, or holds no state dict.
     """
-    _refuse_compressed(Path(path))
-    return unwrap(load_file(path), str(path))
-
-
-def _refuse_compressed(path: Path) -> None:
-    """torch stores weights as they are; an archive that compresses could grow to any size when read."""
-    if path.is_file() and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise CheckpointError(f"{path} is a compressed archive, which torch does not write.")
+    return unwrap(load_file(path, allow_pickle=allow_pickle), str(path))
 
 
 def unwrap(data: Any, where: str) -> dict[str, Tensor]:

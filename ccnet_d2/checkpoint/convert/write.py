@@ -1,6 +1,5 @@
 """Writing checkpoints in the formats of Detectron2's model zoo."""
 
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ccnet_d2.checkpoint.atomic_file import atomic_write
 from ccnet_d2.checkpoint.safe_load import CheckpointError
 
 
@@ -25,20 +25,13 @@ def write_checkpoint(weights: Mapping[str, Tensor], path: str | Path, author: st
     path = Path(path)
     if path.suffix not in (".pth", ".pkl"):
         raise CheckpointError(f"{path} is neither a .pth nor a .pkl file.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with atomic_write(path) as file:
             if path.suffix == ".pkl":
                 arrays = {name: value.numpy() for name, value in weights.items()}
                 pickle.dump({"model": arrays, "__author__": author}, file, protocol=4)
             else:
                 torch.save({"model": dict(weights), "__author__": author}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise CheckpointError(f"{path} cannot be written: {error}.") from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()

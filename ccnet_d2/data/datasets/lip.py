@@ -105,9 +105,7 @@ def _folder(name: str, root: str, folder: str, parents: tuple[str, ...]) -> str:
     )
 
 
-def register_lip(
-    root: str | os.PathLike[str], prefix: str = "lip_sem_seg", *, hint: str = _HINT
-) -> None:
+def register_lip(root: str | os.PathLike[str], prefix: str = "lip_sem_seg", *, hint: str = _HINT) -> None:
     """Register ``{prefix}_train`` and ``{prefix}_val``; calling it again moves the registration.
 
     Both layouts are found: CE2P's, ``{train,val}_images``, ``{train,val}_segmentations`` and lists

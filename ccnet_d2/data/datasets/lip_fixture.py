@@ -108,7 +108,9 @@ class _Canvas:
 
     def ellipse(self, name: str, x: float, y: float, half_width: float, half_height: float) -> None:
         angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-        self.polygon(name, np.stack([x + half_width * np.cos(angle), y + half_height * np.sin(angle)], axis=1))
+        self.polygon(
+            name, np.stack([x + half_width * np.cos(angle), y + half_height * np.sin(angle)], axis=1)
+        )
 
     def limb(self, name: str, start: Sequence[float], end: Sequence[float], half_width: float) -> None:
         start, end = np.asarray(start, float), np.asarray(end, float)
@@ -222,9 +224,7 @@ def generate_lip_fixture(
             os.rename(root, os.path.join(scratch, "old"))
         os.rename(new, root)
     except OSError as error:
-        raise DatasetError(
-            f"Cannot write the LIP fixture to '{root}': {error.strerror or error}."
-        ) from error
+        raise DatasetError(f"Cannot write the LIP fixture to '{root}': {error.strerror or error}.") from error
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -1,8 +1,8 @@
 """CamVid in clips, at the 960x720 of its original release, to which smaller copies are enlarged.
 
 Training draws T successive labelled frames (1 s apart) of one sequence; every frame carries loss. The validation
-sequence is labelled 15 times a second: clips are taken `step` labelled frames apart there, so that a clip spans the time
-it spans in training. Batches are counted in clips.
+sequence is labelled 15 times a second: clips are taken `step` labelled frames apart there, so that a clip spans the
+time it spans in training. Batches are counted in clips.
 """
 
 from detectron2.config import LazyCall as L

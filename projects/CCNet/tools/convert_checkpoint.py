@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from detectron2.config import instantiate
 
+from ccnet_d2.checkpoint import CheckpointError
 from ccnet_d2.checkpoint.convert import LAYOUTS, convert_file
 from ccnet_d2.engine import apply_overrides
 from ccnet_d2.engine.user_errors import one_sentence_errors
@@ -49,8 +50,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="leave out the last layer of each head, to train on other classes",
     )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="run the code in SRC if it cannot be read without; only for files of somebody you trust",
+    )
     parser.add_argument("--verbose", action="store_true", help="print every name")
-    parser.add_argument("opts", nargs="*", metavar="KEY=VALUE", help="change values of the config")
+    parser.add_argument(
+        "--opts", nargs="*", default=[], metavar="KEY=VALUE", help="change values of the config"
+    )
     args = parser.parse_args(argv)
     if args.opts and not args.config_file:
         parser.error(f"{args.opts[0]} changes a config, and there is no --config-file")
@@ -62,8 +70,19 @@ def run(args: argparse.Namespace) -> None:
     if args.config_file:
         with torch.device("meta"):
             model = instantiate(apply_overrides(get_config(args.config_file), args.opts).model)
-    keep = not args.without_classifier
-    conversion = convert_file(args.source, args.target, args.layout, model=model, classifier=keep)
+    try:
+        conversion = convert_file(
+            args.source,
+            args.target,
+            args.layout,
+            model=model,
+            classifier=not args.without_classifier,
+            allow_pickle=args.allow_pickle,
+        )
+    except CheckpointError as error:
+        # The advice for training, in this script's words.
+        sentence = str(error).replace("train.allow_pickle=True loads it", "--allow-pickle converts it")
+        raise CheckpointError(sentence) from error
     print(f"{args.source}: {conversion.text(every_name=args.verbose)}")
     print(f"written to {args.target}")
 

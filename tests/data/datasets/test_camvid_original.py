@@ -10,7 +10,12 @@ from PIL import Image
 
 from ccnet_d2.data import DatasetError, SampleError, SemSegMapper, get_sem_seg_dataset_dicts, register_all
 from ccnet_d2.data.datasets.camvid import CAMVID_CLASSES
-from ccnet_d2.data.datasets.camvid_original import ORIGINAL_CLASSES, colors_to_labels, convert_camvid, split_of
+from ccnet_d2.data.datasets.camvid_original import (
+    ORIGINAL_CLASSES,
+    colors_to_labels,
+    convert_camvid,
+    split_of,
+)
 
 # The release's label_colors.txt and the grouping of the SegNet benchmark, written down a second time.
 GROUPS = {
@@ -40,11 +45,15 @@ def write(root: Path, name: str, colors: np.ndarray) -> None:
 
 def all_colors() -> np.ndarray:
     """(8, 16, 3): each of the 32 colours in a block of 2x2."""
-    return np.kron(np.array([color for color, _ in COLORS], np.uint8).reshape(4, 8, 3), np.ones((2, 2, 1), np.uint8))
+    return np.kron(
+        np.array([color for color, _ in COLORS], np.uint8).reshape(4, 8, 3), np.ones((2, 2, 1), np.uint8)
+    )
 
 
 def test_every_colour_becomes_its_class():
-    assert len(COLORS) == len(ORIGINAL_CLASSES) == len({color for color, _ in ORIGINAL_CLASSES.values()}) == 32
+    assert (
+        len(COLORS) == len(ORIGINAL_CLASSES) == len({color for color, _ in ORIGINAL_CLASSES.values()}) == 32
+    )
     labels, unknown = colors_to_labels(all_colors())
     expected = [11 if group is None else CAMVID_CLASSES.index(group) for _, group in COLORS]
     assert labels.dtype == np.uint8 and unknown == 0
@@ -97,9 +106,13 @@ def test_from_the_release_to_the_loader(tmp_path):
         "val.txt",
     ]
     register_all(tmp_path)
-    samples = {split: get_sem_seg_dataset_dicts(f"camvid_original_sem_seg_{split}") for split in report.frames}
+    samples = {
+        split: get_sem_seg_dataset_dicts(f"camvid_original_sem_seg_{split}") for split in report.frames
+    }
     assert [sample["image_id"] for sample in samples["test"]] == ["0001TP_008550", "Seq05VD_f00030"]
-    mapped = SemSegMapper(True, augmentations=[], dataset_names="camvid_original_sem_seg_train")(samples["train"][0])
+    mapped = SemSegMapper(True, augmentations=[], dataset_names="camvid_original_sem_seg_train")(
+        samples["train"][0]
+    )
     expected = [255 if group is None else CAMVID_CLASSES.index(group) for _, group in COLORS]
     assert mapped["sem_seg"][::2, ::2].flatten().tolist() == expected
     assert convert_camvid(root).frames == report.frames  # again, over what is there
@@ -121,15 +134,21 @@ def test_unknown_colours_are_void_up_to_one_percent(tmp_path):
 
 
 def test_what_is_missing_is_said(tmp_path):
-    with pytest.raises(DatasetError, match=r"701_StillsRaw_full' does not exist: unpack CamVid's 701_StillsRaw_full\.zip"):
+    with pytest.raises(
+        DatasetError, match=r"701_StillsRaw_full' does not exist: unpack CamVid's 701_StillsRaw_full\.zip"
+    ):
         convert_camvid(tmp_path)
     write(tmp_path, "0001TP_006690", all_colors())
     write(tmp_path, "0001TP_006720", all_colors())
     (tmp_path / "LabeledApproved_full" / "0001TP_006720_L.png").unlink()
-    with pytest.raises(DatasetError, match=r"LabeledApproved_full' has nothing for '0001TP_006720' \(1 missing"):
+    with pytest.raises(
+        DatasetError, match=r"LabeledApproved_full' has nothing for '0001TP_006720' \(1 missing"
+    ):
         convert_camvid(tmp_path)
     register_all(tmp_path / "elsewhere")
-    with pytest.raises(DatasetError, match=r"Unpack CamVid's original release .* run projects/CCNet/tools/prepare_camvid"):
+    with pytest.raises(
+        DatasetError, match=r"Unpack CamVid's original release .* run projects/CCNet/tools/prepare_camvid"
+    ):
         get_sem_seg_dataset_dicts("camvid_original_sem_seg_train")
 
 

@@ -58,7 +58,9 @@ def test_every_layout_is_found(tmp_path, layout):
         for record in records:
             assert Path(record["file_name"]).stem == Path(record["sem_seg_file_name"]).stem
         sample = SemSegMapper(True, augmentations=[], dataset_names=f"lip_sem_seg_{split}")(records[0])
-        assert sample["image"].shape == (3, 30, 28) and set(sample["sem_seg"].unique().tolist()) == {*range(20)}
+        assert sample["image"].shape == (3, 30, 28) and set(sample["sem_seg"].unique().tolist()) == {
+            *range(20)
+        }
         report = check_dataset(f"lip_sem_seg_{split}")
         assert not report.problems and report.samples == len(names)
 

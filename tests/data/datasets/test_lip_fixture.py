@@ -115,7 +115,9 @@ def test_twelve_persons_in_a_row_show_every_class():
 def test_a_missing_fixture_says_how_to_draw_it(tmp_path):
     lip_fixture.register_lip_fixture(tmp_path / "nowhere")
     try:
-        with pytest.raises(DatasetError, match=r"nowhere' does not exist; draw the fixture.*make_lip_fixture\.py"):
+        with pytest.raises(
+            DatasetError, match=r"nowhere' does not exist; draw the fixture.*make_lip_fixture\.py"
+        ):
             DatasetCatalog.get("ccnet_lip_fixture_train")
     finally:
         lip_fixture.register_lip_fixture()
@@ -125,8 +127,20 @@ def test_script(tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("make_lip_fixture", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    arguments = ["--root", str(tmp_path / "x"), "--train-images", "2", "--val-images", "1", "--layout", "official"]
-    assert script.main(arguments) == 0 and "Drawn: 2 training and 1 validation images." in capsys.readouterr().out
+    arguments = [
+        "--root",
+        str(tmp_path / "x"),
+        "--train-images",
+        "2",
+        "--val-images",
+        "1",
+        "--layout",
+        "official",
+    ]
+    assert (
+        script.main(arguments) == 0
+        and "Drawn: 2 training and 1 validation images." in capsys.readouterr().out
+    )
     assert script.main(arguments) == 0 and "Already there" in capsys.readouterr().out
     assert (tmp_path / "x/TrainVal_parsing_annotations/train_segmentations").is_dir()
     assert script.main(["--root", str(tmp_path / "y"), "--size", "3"]) == 1

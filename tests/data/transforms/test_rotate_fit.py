@@ -42,7 +42,8 @@ def test_against_scipy(scale, angle):
     arguments = {"matrix": inverse, "offset": offset, "output_shape": (48, 44)}
     ours = transform.apply_image(image)
     inside = ndimage.affine_transform(np.ones((40, 60)), order=1, cval=0, **arguments) > 0.999
-    outside = ndimage.affine_transform(np.ones((42, 62)), order=1, cval=0, matrix=inverse, offset=offset + 1, output_shape=(48, 44)) < 1e-6  # fmt: skip
+    framed = {**arguments, "offset": offset + 1}  # with a frame of one pixel, to see what is beyond the image
+    outside = ndimage.affine_transform(np.ones((42, 62)), order=1, cval=0, **framed) < 1e-6
     for channel in range(3):
         theirs = ndimage.affine_transform(image[..., channel], order=1, **arguments)
         assert np.abs(ours[..., channel] - theirs)[inside].max() < 4  # positions rounded to 1/32 of a pixel

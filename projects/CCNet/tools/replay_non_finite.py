@@ -1,0 +1,38 @@
+#!/usr/bin/env python
+"""Run again a training step whose loss or gradient was not finite, from the file that train_net.py wrote about it.
+
+    replay_non_finite.py --config-file CONFIG output/non_finite/iteration_0000123_process_0_batch_0.pth
+"""
+
+import argparse
+import sys
+
+from ccnet_d2.engine.non_finite import load_step, replay
+from ccnet_d2.engine.overrides import apply_overrides
+from ccnet_d2.engine.training import build_model
+from ccnet_d2.engine.user_errors import one_sentence_errors
+from ccnet_d2.model_zoo import get_config
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="CONFIG", help="of the run")
+    parser.add_argument("file", help="in the folder non_finite of the run's output directory")
+    parser.add_argument("opts", nargs="*", metavar="KEY=VALUE", help="those of the run, such as train.device=cpu")
+    arguments = parser.parse_args()
+    with one_sentence_errors() as status:
+        step = load_step(arguments.file)
+        model = build_model(apply_overrides(get_config(arguments.config_file), arguments.opts))
+        finding = replay(model, step)
+        losses = ", ".join(f"{name}={value:g}" for name, value in step.losses.items())
+        print(f"iteration {step.iteration}: {losses}")
+        print(f"images: {', '.join(step.images)}")
+        print(f"then: {step.finding.detail}")
+        print(f"now: {finding.detail}")
+    return status.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

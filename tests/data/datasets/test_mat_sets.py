@@ -1,0 +1,253 @@
+"""PASCAL Context and COCO-Stuff 10k from files as published, through their preparation, to samples and mIoU."""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data import (
+    DatasetCatalog,
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
+from detectron2.evaluation import SemSegEvaluator
+from scipy.io import savemat
+
+from ccnet_d2.data import DatasetError, SampleError, SemSegMapper, get_sem_seg_dataset_dicts, register_all
+from ccnet_d2.data.datasets.coco_stuff import COCO_STUFF_CLASSES, convert_coco_stuff
+from ccnet_d2.data.datasets.pascal_context import PASCAL_CONTEXT_CLASSES, convert_pascal_context
+from ccnet_d2.data.mat_labels import read_mat_label
+from ccnet_d2.data.transforms import RandomScaleCrop
+
+TOOLS = Path(__file__).parents[3] / "projects/CCNet/tools"
+SIZE = (60, 72)
+
+# As mmsegmentation's converter lists the labels used, 0 for background; written down independently of the package.
+CONTEXT_NUMBERS = sorted(
+    int(number)
+    for number in (
+        "0 2 259 260 415 324 9 258 144 18 19 22 23 397 25 284 158 159 416 33 162 420 454 295 296 427 44 45 46 308 "
+        "59 440 445 31 232 65 354 424 68 326 72 458 34 207 80 355 85 347 220 349 360 98 187 104 105 366 189 368 113 115"
+    ).split()
+)
+COCO_UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
+
+
+@pytest.fixture(autouse=True)
+def catalogs_as_before() -> Iterator[None]:
+    datasets, metadata = dict(DatasetCatalog.data), dict(MetadataCatalog.data)
+    yield
+    for catalog, before in ((DatasetCatalog, datasets), (MetadataCatalog, metadata)):
+        catalog.data.clear()
+        catalog.data.update(before)
+
+
+def image(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+    assert cv2.imwrite(str(path), pixels)
+
+
+def labels(values: list[int], seed: int, dtype: type) -> np.ndarray:
+    """Blocks of 3x3 pixels, each value at least once."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.choice(values, (SIZE[0] // 3, SIZE[1] // 3)).astype(dtype)
+    blocks.ravel()[: len(values)] = values
+    return np.kron(blocks, np.ones((3, 3), dtype))
+
+
+def pascal_context(root: Path) -> tuple[Path, Path]:
+    """VOC 2010 as unpacked, and trainval.tar.gz as unpacked elsewhere."""
+    voc, annotations = root / "VOC2010", root / "downloads" / "trainval"
+    annotations.mkdir(parents=True)
+    splits = {"train": ["2008_000002", "2009_001110"], "val": ["2008_000003", "2010_000002"]}
+    (voc / "ImageSets" / "Main").mkdir(parents=True)
+    for i, (split, names) in enumerate(splits.items()):
+        (voc / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{n}\n" for n in names))
+        (voc / "ImageSets" / "Main" / f"dog_{split}.txt").write_text("2008_000002 -1\n")
+        for j, name in enumerate(names):
+            image(voc / "JPEGImages" / f"{name}.jpg", 2 * i + j)
+            # 1 (accordion) and 459 (wool) are among the labels that are not used.
+            label = labels([*CONTEXT_NUMBERS[1:], 1, 431, 459], 2 * i + j, np.uint16)
+            savemat(annotations / f"{name}.mat", {"LabelMap": label}, do_compression=True)
+    image(voc / "JPEGImages" / "2007_000027.jpg", 9)  # VOC 2010 has images without such annotations
+    return voc, annotations
+
+
+def coco_stuff(root: Path) -> Path:
+    folder = root / "cocostuff-10k-v1.1"
+    splits = {"train": ["COCO_train2014_000000000077"], "test": ["COCO_train2014_000000000081"]}
+    for i, (split, names) in enumerate(splits.items()):
+        listed = folder / "imageLists" / f"{split}.txt"
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        listed.write_text("".join(f"{n}\n" for n in names))
+        for name in names:
+            image(folder / "images" / f"{name}.jpg", i)
+            label = labels([n for n in range(183) if n not in COCO_UNUSED], i, np.uint16)
+            (folder / "annotations").mkdir(exist_ok=True)
+            contents = {"S": label, "captions": np.array(["a street"], object), "regionMapStuff": label}
+            savemat(folder / "annotations" / f"{name}.mat", contents)
+    return folder
+
+
+def check_loading(train: str, val: str, classes: int, expected: dict[str, np.ndarray]) -> None:
+    """Labels arrive as expected, loaders deliver, and a model that knows the answers gets 100 %."""
+    dataset = get_sem_seg_dataset_dicts(train)
+    assert len(MetadataCatalog.get(train).stuff_classes) == classes
+    assert len(set(MetadataCatalog.get(train).stuff_colors)) == classes
+    mapper = SemSegMapper(True, augmentations=[], dataset_names=train)
+    for record in dataset:
+        found = mapper(record)["sem_seg"].numpy()
+        np.testing.assert_array_equal(found, expected[record["image_id"]])
+        assert set(range(classes)) <= set(np.unique(found).tolist())
+    crop = RandomScaleCrop(24, scale_range=(0.5, 2.0))
+    loader = build_detection_train_loader(
+        dataset,
+        mapper=SemSegMapper(True, augmentations=[crop], dataset_names=train),
+        total_batch_size=2,
+        aspect_ratio_grouping=False,
+    )
+    for sample in next(iter(loader)):
+        assert sample["image"].shape == (3, 24, 24) and sample["sem_seg"].shape == (24, 24)
+    evaluator = SemSegEvaluator(val, distributed=False)
+    evaluator.reset()
+    for (sample,) in build_detection_test_loader(
+        get_sem_seg_dataset_dicts(val), mapper=SemSegMapper(False, augmentations=[])
+    ):
+        label = torch.from_numpy(expected[sample["image_id"]].astype(np.int64))
+        known = torch.nn.functional.one_hot(label.clamp(max=classes), classes + 1)[..., :classes]
+        evaluator.process([sample], [{"sem_seg": known.permute(2, 0, 1).float()}])
+    assert evaluator.evaluate()["sem_seg"]["mIoU"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("classes", [59, 60])
+def test_pascal_context(tmp_path, classes):
+    voc, annotations = pascal_context(tmp_path)
+    seen = []
+    counts = convert_pascal_context(voc, annotations, progress=lambda done, total: seen.append((done, total)))
+    assert counts == {"train": 2, "val": 2}
+    assert seen == [(i, 8) for i in range(1, 9)]
+    register_all(tmp_path)
+    expected = {}
+    for mat in annotations.glob("*.mat"):
+        label = read_mat_label(mat, "LabelMap")
+        with_background = np.zeros(SIZE, int)
+        for value in np.unique(label):
+            if value in CONTEXT_NUMBERS:
+                with_background[label == value] = CONTEXT_NUMBERS.index(value)
+        without = np.where(with_background == 0, 255, with_background - 1)
+        expected[mat.stem] = with_background if classes == 60 else without
+    name = f"pascal_context_{classes}_sem_seg"
+    check_loading(f"{name}_train", f"{name}_val", classes, expected)
+
+
+def test_coco_stuff(tmp_path):
+    folder = coco_stuff(tmp_path)
+    assert convert_coco_stuff(folder) == {"train": 1, "val": 1}
+    register_all(tmp_path)
+    used = [n for n in range(1, 183) if n not in COCO_UNUSED]
+    expected = {}
+    for mat in (folder / "annotations").glob("*.mat"):
+        label = read_mat_label(mat, "S")
+        out = np.full(SIZE, 255)
+        for index, value in enumerate(used):
+            out[label == value] = index
+        expected[mat.stem] = out
+    check_loading("coco_stuff_10k_sem_seg_train", "coco_stuff_10k_sem_seg_val", 171, expected)
+
+
+def test_class_names():
+    assert len(PASCAL_CONTEXT_CLASSES) == 59 and list(PASCAL_CONTEXT_CLASSES) == sorted(
+        PASCAL_CONTEXT_CLASSES
+    )
+    assert MetadataCatalog.get("pascal_context_60_sem_seg_val").stuff_classes[0] == "background"
+    assert len(COCO_STUFF_CLASSES) == len(set(COCO_STUFF_CLASSES)) == 171
+    assert COCO_STUFF_CLASSES[0] == "person" and COCO_STUFF_CLASSES[79] == "toothbrush"
+    assert COCO_STUFF_CLASSES[80] == "banner" and COCO_STUFF_CLASSES[170] == "wood"
+
+
+def test_preparation_keeps_what_is_there_and_leaves_nothing_half_written(tmp_path):
+    folder = coco_stuff(tmp_path)
+    convert_coco_stuff(folder)
+    png = folder / "labels" / "COCO_train2014_000000000077.png"
+    before = png.stat().st_mtime_ns
+    broken = folder / "annotations" / "COCO_train2014_000000000081.mat"
+    (folder / "labels" / "COCO_train2014_000000000081.png").unlink()
+    broken.write_bytes(broken.read_bytes()[:500])
+    with pytest.raises(SampleError, match=r"000000000081\.mat"):
+        convert_coco_stuff(folder)
+    assert [path.name for path in (folder / "labels").iterdir()] == [png.name]
+    assert png.stat().st_mtime_ns == before
+
+
+def run_tool(name: str, *arguments: str) -> int:
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(list(arguments))
+
+
+def test_the_commands(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    _, annotations = pascal_context(tmp_path)
+    coco_stuff(tmp_path)
+    assert run_tool("prepare_pascal_context", str(annotations)) == 0
+    assert run_tool("prepare_coco_stuff") == 0
+    assert capsys.readouterr().out == "train: 2 images, val: 2 images\ntrain: 1 images, val: 1 images\n"
+    listed = tmp_path / "VOC2010/ImageSets/SegmentationContext/val.txt"
+    assert listed.read_text() == "2008_000003\n2010_000002\n"
+    assert run_tool("prepare_coco_stuff", str(tmp_path / "elsewhere")) == 1
+    error = capsys.readouterr().err
+    assert "error: The list '" in error and "cocostuff-10k-v1.1.zip" in error
+
+
+def _rename_a_label(voc: Path, annotations: Path) -> None:
+    (annotations.parent / "labels.txt").write_text("1: accordion\n2: airplane\n")
+
+
+def _remove_an_annotation(voc: Path, annotations: Path) -> None:
+    (annotations / "2009_001110.mat").unlink()
+
+
+def _remove_the_list(voc: Path, annotations: Path) -> None:
+    (voc / "ImageSets/Main/val.txt").unlink()
+
+
+def _other_variable(voc: Path, annotations: Path) -> None:
+    savemat(annotations / "2009_001110.mat", {"S": np.zeros(SIZE, np.uint8)})
+
+
+def _unknown_label(voc: Path, annotations: Path) -> None:
+    savemat(annotations / "2009_001110.mat", {"LabelMap": np.full(SIZE, 460, np.uint16)})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_rename_a_label, "calls label 2 'airplane', but it should be 'aeroplane'"),
+        (_remove_an_annotation, r"no annotation of '2009_001110' \(1 of 4 are missing\)"),
+        (_remove_the_list, "Main/val.txt' does not exist; unpack VOC 2010"),
+        (_other_variable, "2009_001110.mat' has no label map 'LabelMap'"),
+        (_unknown_label, "2009_001110.mat' holds the label 460, but 459 is the last"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, damage, message):
+    voc, annotations = pascal_context(tmp_path)
+    damage(voc, annotations)
+    with pytest.raises(DatasetError, match=message):
+        convert_pascal_context(voc, annotations)
+
+
+def test_sets_that_are_not_there_say_how_to_make_them(tmp_path):
+    register_all(tmp_path)
+    for name, tool in (
+        ("pascal_context_59_sem_seg_train", "prepare_pascal_context.py"),
+        ("coco_stuff_10k_sem_seg_val", "prepare_coco_stuff.py"),
+    ):
+        with pytest.raises(DatasetError, match=tool):
+            get_sem_seg_dataset_dicts(name)

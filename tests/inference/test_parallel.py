@@ -1,0 +1,117 @@
+"""Pictures written by several processes: the same files, and their troubles told."""
+
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import instantiate
+from PIL import Image
+
+from ccnet_d2.errors import UserError
+from ccnet_d2.inference import Predictor
+from ccnet_d2.inference.batch import plan_pictures, write_pictures
+from ccnet_d2.inference.build import build_mode
+from ccnet_d2.inference.devices import available_device, parse_devices
+from ccnet_d2.inference.parallel import write_pictures_on
+from ccnet_d2.model_zoo import get_config
+
+TOY = "toy/ccnet_synthetic.py"
+TWO_CPUS = [torch.device("cpu")] * 2
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "model.pth"
+    torch.save({"model": instantiate(get_config(TOY).model).state_dict()}, path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(5):
+        size = (20 + 4 * index, 30, 3)
+        Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(weights, photos, tmp_path):
+    (photos / "2a.png").write_bytes((photos / "2.png").read_bytes()[:100])
+    mode = build_mode("slide", tile=16)
+    one = write_pictures(
+        Predictor(TOY, weights, device="cpu", mode=mode), photos, tmp_path / "one", picture="labels"
+    )
+    jobs = plan_pictures(photos, tmp_path / "two", picture="labels")
+    two = write_pictures_on(TWO_CPUS, get_config(TOY), weights, jobs, mode=mode)
+    assert [path.name for path in two.written] == [path.name for path in one.written]
+    assert [path.name for path in two.written] == [f"{index}.png" for index in range(5)]
+    for first, second in zip(one.written, two.written, strict=True):
+        assert np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(second)))
+    assert two.problems == one.problems and "2a.png" in two.problems[0]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+        f"{index}.png" for index in range(5)
+    ]
+
+
+@pytest.mark.slow
+def test_more_processes_than_images(weights, photos, tmp_path):
+    jobs = plan_pictures(photos / "0.png", tmp_path / "out.png")
+    result = write_pictures_on(TWO_CPUS, get_config(TOY), weights, jobs, progress=False)
+    assert result.written == [tmp_path / "out.png"] and Image.open(tmp_path / "out.png").size[0] >= 240
+
+
+@pytest.mark.slow
+def test_mistakes_of_a_process_reach_the_user(weights, photos, tmp_path):
+    cfg = get_config(TOY)
+    jobs = plan_pictures(
+        photos, tmp_path / "out", picture="attention", pixel=(0, 25)
+    )  # outside of the smallest
+    with pytest.raises(UserError, match=r"pixel \(0, 25\) lies outside the image of 30x2"):
+        write_pictures_on(TWO_CPUS, cfg, weights, jobs, progress=False)
+    with pytest.raises(UserError, match="no weights to predict with"):
+        write_pictures_on(TWO_CPUS, cfg, None, jobs, progress=False)
+    assert not [path for path in (tmp_path / "out").glob(".*")]  # nothing half-written
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_reported(weights, photos, tmp_path):
+    import torch.multiprocessing as multiprocessing
+
+    def kill_one():
+        while not multiprocessing.active_children():
+            time.sleep(0.01)
+        os.kill(multiprocessing.active_children()[0].pid, 9)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    jobs = plan_pictures(photos, tmp_path / "out")
+    with pytest.raises(UserError, match=r"the process on cpu was ended from outside \(exit code -9\)"):
+        write_pictures_on(TWO_CPUS, get_config(TOY), weights, jobs, progress=False)
+    killer.join()
+    assert not multiprocessing.active_children()
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    assert parse_devices("cpu, cpu") == TWO_CPUS
+    with pytest.raises(UserError, match="'tpu' is no device"):
+        parse_devices("cpu,tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="device 'cuda:0' was asked for, but torch sees no GPU"):
+        parse_devices("cuda:0,cuda:1")
+    with pytest.raises(UserError, match="'all' means every GPU, but torch sees none"):
+        parse_devices("all")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert parse_devices("all") == parse_devices("cuda:0,cuda:1") == [torch.device("cuda", i) for i in (0, 1)]
+    with pytest.raises(UserError, match="device 'cuda:2' was asked for, but torch sees 2 GPUs"):
+        available_device("cuda:2")
+    with pytest.raises(UserError, match="device 'cuda:1' is named twice"):
+        parse_devices("cuda:1,cuda:0,cuda:1")

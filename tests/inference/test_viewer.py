@@ -1,0 +1,234 @@
+"""The attention viewer: what its server answers, and what it refuses."""
+
+import base64
+import io
+import json
+import struct
+import threading
+import urllib.error
+import urllib.request
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import instantiate
+from PIL import Image
+
+from ccnet_d2.engine import apply_overrides
+from ccnet_d2.errors import UserError
+from ccnet_d2.inference import Predictor
+from ccnet_d2.inference.viewer import Gallery, UploadError, make_server
+from ccnet_d2.model_zoo import get_config
+
+
+def make_predictor(*overrides):
+    torch.manual_seed(0)
+    cfg = apply_overrides(get_config("toy/ccnet_synthetic.py"), list(overrides))
+    model = instantiate(cfg.model).eval()
+    if hasattr(model.sem_seg_head.context, "gamma"):
+        model.sem_seg_head.context.gamma.data.fill_(0.5)
+    return Predictor(model, classes=["a", "b", "c", "d"])
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photos") / "photo <b>.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 36, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def gallery(photo):
+    models = [("R=2", make_predictor()), ("none", make_predictor("model.sem_seg_head.context=none"))]
+    return Gallery(models, [photo], longest_side=64)
+
+
+@pytest.fixture(scope="module")
+def server(gallery):
+    with make_server(gallery) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def ask(server):
+    def call(path, body=None, **headers):
+        request = urllib.request.Request(server.url + path, data=body, headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, answer.headers, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.headers, error.read()
+
+    return call
+
+
+def encoded(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, **options)
+    return buffer.getvalue()
+
+
+def opened(content):
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+def test_the_page_and_its_parts_are_served_from_here_alone(ask, server):
+    assert server.server_address[0] == "127.0.0.1"
+    for path, kind, text in (
+        ("", "text/html", b'<script src="viewer.js"'),
+        ("viewer.js", "text/javascript", b"fetch("),
+        ("viewer.css", "text/css", b".frame"),
+    ):
+        status, headers, body = ask(path)
+        assert status == 200 and headers["Content-Type"].startswith(kind) and text in body
+        assert "script-src 'self'" in headers["Content-Security-Policy"]
+        assert b"http://" not in body and b"https://" not in body  # nothing is loaded from elsewhere
+
+
+def test_the_gallery_lists_models_and_images(ask):
+    status, _, body = ask("api/gallery")
+    listed = json.loads(body)
+    assert status == 200
+    assert listed["models"] == [{"name": "R=2", "recurrence": 2}, {"name": "none", "recurrence": 0}]
+    assert listed["images"][0] == {"id": 0, "name": "photo <b>.png", "width": 36, "height": 24}
+
+
+def test_maps_are_those_of_the_predictor(ask, gallery, photo):
+    predictor = gallery.models[0][1]
+    for loops in (1, 3, 2):
+        status, _, body = ask(f"api/attention?image=0&model=0&x=20&y=11&recurrence={loops}")
+        found = json.loads(body)
+        assert status == 200
+        expected = predictor.attention(photo, 20, 11, recurrence=loops)
+        assert found["cell"] == list(expected.cell) == [5, 10]
+        assert found["grid"] == [12, 18] and len(found["maps"]) == loops
+        for one, shares in zip(found["maps"], expected.maps, strict=True):
+            sent = np.frombuffer(base64.b64decode(one["shares"]), "<f4").reshape(12, 18)
+            np.testing.assert_array_equal(sent, shares)
+            assert sent.sum() == pytest.approx(1, abs=1e-5)
+            assert one["largest"] == pytest.approx(shares.max())
+            assert opened(base64.b64decode(one["picture"])).shape == (24, 36, 3)
+        off_cross = np.delete(
+            np.delete(
+                np.frombuffer(base64.b64decode(found["maps"][0]["shares"]), "<f4").reshape(12, 18), 5, axis=0
+            ),
+            10,
+            axis=1,
+        )
+        assert not off_cross.any()
+    status, _, body = ask("api/attention?image=0&model=0&x=20&y=11")
+    assert len(json.loads(body)["maps"]) == 2  # the model's own R
+
+
+def test_pictures(ask, gallery, photo):
+    status, headers, body = ask("api/image?image=0")
+    assert (status, headers["Content-Type"]) == (200, "image/png")
+    assert np.array_equal(opened(body), opened(photo.read_bytes()))
+    for model in (0, 1):  # with attention and without
+        status, _, body = ask(f"api/prediction?image=0&model={model}")
+        assert status == 200
+        assert opened(body).shape[0] % 24 == 0
+
+
+def test_uploads_are_turned_upright_and_reduced(ask):
+    image = Image.fromarray(np.full((40, 200, 3), 77, np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    status, _, body = ask("api/image?name=turned.jpg", encoded(image, "JPEG", exif=exif))
+    described = json.loads(body)
+    assert status == 200
+    assert (described["name"], described["width"], described["height"]) == ("turned.jpg", 13, 64)
+    _, _, body = ask(f"api/image?image={described['id']}")
+    assert opened(body).shape == (64, 13, 3)
+    status, _, body = ask(f"api/attention?image={described['id']}&model=0&x=12&y=63")
+    assert status == 200 and len(json.loads(body)["maps"]) == 2
+
+
+def test_old_uploads_are_forgotten_and_given_images_are_not(photo):
+    gallery = Gallery([("a", make_predictor())], [photo])
+    content = encoded(Image.new("RGB", (20, 20)))
+    numbers = [gallery.upload("x", content)["id"] for _ in range(20)]
+    assert [image["id"] for image in gallery.describe()["images"]] == [0, *numbers[-16:]]
+    with pytest.raises(UserError, match="there is no image 1"):
+        gallery.picture(1)
+
+
+def png_of_size(width, height):
+    """A PNG of a few bytes that says it is large."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(b"\0" * 1000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "damaged or no image"),
+        (b"<svg onload='alert(1)'/>", "damaged or no image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "damaged or no image"),
+        (encoded(Image.new("RGB", (30, 30)))[:60], "damaged or no image"),
+        (png_of_size(60_000, 60_000), "too large"),
+        (png_of_size(12_000, 12_000), "too large"),
+        (encoded(Image.new("I;16", (20, 20))), "not 8 bits per channel"),
+    ],
+)
+def test_what_is_no_image_is_refused(ask, content, message):
+    before = ask("api/gallery")[2]
+    status, _, body = ask("api/image", content)
+    assert status == 400 and message in json.loads(body)["error"]
+    assert ask("api/gallery")[2] == before
+
+
+def test_pages_of_other_sites_are_kept_out(ask):
+    content = encoded(Image.new("RGB", (8, 8)))
+    assert ask("api/gallery", Host="attacker.example")[0] == 403
+    assert ask("api/gallery", Origin="http://attacker.example")[0] == 403
+    assert ask("api/image", content, Origin="null")[0] == 403
+    assert ask("api/gallery", Host="localhost:1")[0] == 403
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "message"),
+    [
+        ("api/attention?image=0&model=0&x=36&y=0", 400, "pixel (36, 0) lies outside the image of 36x24"),
+        ("api/attention?image=0&model=0&x=-1&y=0", 400, "x must be a number from 0, got '-1'"),
+        ("api/attention?image=0&model=0&x=1", 400, "y must be a number from 0, got ''"),
+        ("api/attention?image=0&model=0&x=1&y=1&recurrence=99", 400, "R must lie between 1 and 8, got 99"),
+        ("api/attention?image=0&model=0&x=1&y=1&recurrence=0", 400, "R must lie between 1 and 8, got 0"),
+        ("api/attention?image=0&model=1&x=1&y=1", 400, "none has no criss-cross attention"),
+        ("api/attention?image=0&model=2&x=1&y=1", 400, "there is no model 2: there are 2"),
+        ("api/image?image=99999", 400, "there is no image 99999"),
+        ("../../etc/passwd", 404, "there is no"),
+        ("gallery.py", 404, "there is no /gallery.py here"),
+    ],
+)
+def test_mistakes_are_one_sentence(ask, path, status, message):
+    answered, headers, body = ask(path)
+    assert answered == status and headers["Content-Type"] == "application/json"
+    assert message in json.loads(body)["error"]
+
+
+def test_a_long_upload_is_refused_before_it_is_read(ask):
+    assert ask("api/image", b"x", **{"Content-Length": str(10**9)})[0] == 413
+
+
+def test_errors_before_serving(photo, server):
+    with pytest.raises(UserError, match="none of the models has criss-cross attention"):
+        Gallery([("none", make_predictor("model.sem_seg_head.context=none"))])
+    with pytest.raises(UserError, match="needs a model"):
+        Gallery([])
+    with pytest.raises(UserError, match=f"port {server.server_port} cannot be used"):
+        make_server(server.gallery, server.server_port)
+    with pytest.raises(UserError, match="port 70000 cannot be used"):
+        make_server(server.gallery, 70000)
+    assert issubclass(UploadError, UserError)

@@ -1,0 +1,129 @@
+"""A disk that is full: a clear error, and what was saved before is whole."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from ccnet_d2.checkpoint import DiskFullError, SafeCheckpointer, atomic_file, atomic_write, load_checkpoint, load_file
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small file system needs root and its capabilities")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def network(width: int) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Linear(256, width)
+
+
+def test_the_previous_checkpoint_stays(small_disk):
+    model = network(900)  # 0.9 MB
+    checkpointer = SafeCheckpointer(model, str(small_disk))
+    checkpointer.save("model_0000001")
+    checkpointer.save("model_0000003")
+    with pytest.raises(DiskFullError) as error:
+        checkpointer.save("model_0000005")
+    message = str(error.value)
+    assert "No space left on device" in message and "model_0000003.pth, is whole" in message
+    assert sorted(path.name for path in small_disk.iterdir()) == [
+        "last_checkpoint",
+        "model_0000001.pth",
+        "model_0000003.pth",
+    ]
+    other = network(900)
+    torch.nn.init.zeros_(other.weight)
+    load_checkpoint(other, checkpointer.get_checkpoint_file())
+    assert torch.equal(other.weight, model.weight)
+
+
+def test_training_stops_and_goes_on(run, small_disk):
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(1_400_000))  # leaves room for some checkpoints of 0.1 MB
+    options = ["train.checkpointer.max_to_keep=9", "train.checkpointer.period=2", "train.log_period=1000"]
+    status, error = run(*options, output=small_disk)
+    assert status == 1 and "No space left on device" in error and "--resume" in error
+    last = SafeCheckpointer(torch.nn.Module(), str(small_disk)).get_checkpoint_file()
+    assert "model" in load_file(last)
+    assert not list(small_disk.glob("*.tmp"))
+    reached = load_file(last)["iteration"]
+    ballast.unlink()
+    options += ["--resume", f"train.max_iter={reached + 4}"]
+    assert run(*options, output=small_disk)[0] == 0
+
+
+def test_no_room_for_the_tag(tmp_path, monkeypatch):
+    checkpointer = SafeCheckpointer(network(2), str(tmp_path))
+    checkpointer.save("model_0000001")
+
+    def full(path, text):
+        raise OSError(28, os.strerror(28), str(path))
+
+    monkeypatch.setattr("ccnet_d2.checkpoint.checkpointer.atomic_write_text", full)
+    with pytest.raises(DiskFullError, match=r"model_0000001\.pth, is whole"):
+        checkpointer.save("model_0000003")
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(PermissionError), atomic_file.disk_full_reported(tmp_path):
+        raise PermissionError(13, "no")
+    with pytest.raises(RuntimeError, match="something"), atomic_file.disk_full_reported(tmp_path):
+        raise RuntimeError("something")
+
+
+def test_files_appear_whole_and_synced(tmp_path, monkeypatch):
+    """Data are on the disk before the name is, and the name before anything goes on."""
+    done = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+
+        def told(*arguments, name=name, original=original):
+            place = arguments[0] if name == "replace" else os.readlink(f"/proc/self/fd/{arguments[0]}")
+            done.append((name, Path(place).name))
+            return original(*arguments)
+
+        monkeypatch.setattr(os, name, told)
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with atomic_write(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert done == [("fsync", "file.tmp"), ("replace", "file.tmp"), ("fsync", tmp_path.name)]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_nothing_is_left_of_a_write_that_fails(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(error), atomic_write(path) as file:
+        file.write(b"new")
+        raise error
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"old"
+
+
+def test_file_systems_that_cannot_sync_folders(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse(descriptor, number=22):
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).is_dir():
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with atomic_write(tmp_path / "a") as file:
+        file.write(b"x")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: refuse(descriptor, 5))
+    with pytest.raises(OSError, match="Input/output"), atomic_write(tmp_path / "b") as file:
+        file.write(b"x")
