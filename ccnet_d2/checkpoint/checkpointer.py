@@ -152,7 +152,11 @@ class SafeCheckpointer(DetectionCheckpointer):
             rest = super().load(path, checkpointables=[])
         except UserError:
             raise
-        except (OSError, URLError, AssertionError) as error:
+        except (OSError, URLError, AssertionError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "catalog" not in str(
+                error
+            ):  # what Detectron2's catalog lacks
+                raise
             reason = "there is no such file" if isinstance(error, AssertionError) else str(error).rstrip(".")
             raise CheckpointError(
                 f"Checkpoint {path} cannot be had: {reason}; name a local file with train.init_checkpoint=PATH, or "

@@ -161,7 +161,8 @@ def _decode_with_pillow(data: bytes, path: str, kind: str, mode: str | None = No
             _check_size(image.size, path, kind)
             if mode and image.mode in _DEEP_MODES:
                 raise SampleError(
-                    f"The {kind} '{path}' holds {image.mode} values of Pillow, not 8 bits a channel; convert it.", path
+                    f"The {kind} '{path}' holds {image.mode} values of Pillow, not 8 bits a channel; convert it.",
+                    path,
                 )
             return np.asarray(image.convert(mode) if mode else image)
     except SampleError:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import config_path, get_config
@@ -114,6 +116,7 @@ def _program(args: argparse.Namespace) -> tuple[Callable[[bool], Any], str, str]
 
     def program(resume: bool) -> None:
         default_setup(cfg, args)
+        setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="ccnet_d2")
         if args.eval_only:
             evaluate_only(cfg, resume=resume)
         else:

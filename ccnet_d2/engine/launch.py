@@ -28,7 +28,7 @@ import torch.distributed as dist
 from ccnet_d2.errors import UserError
 
 from .distributed import TIMEOUT, is_lost_connection, joined_processes
-from .machines import Machines, MachineLostError
+from .machines import MachineLostError, Machines
 from .network import choose_interface
 from .user_errors import USER_ERRORS, sentence_of
 
@@ -79,7 +79,9 @@ class Processes:
                 "machine 0 and a free port there."
             )
         if self.device == "cuda" and torch.cuda.device_count() < self.per_machine:
-            raise UserError(f"--num-gpus {self.per_machine}, but torch sees {torch.cuda.device_count()} GPUs.")
+            raise UserError(
+                f"--num-gpus {self.per_machine}, but torch sees {torch.cuda.device_count()} GPUs."
+            )
         self.address()
 
     @property

@@ -89,7 +89,7 @@ class Trainer(SimpleTrainer):
             except UserError:
                 raise
             except Exception as error:
-                if not _DEAD_WORKER.search(str(error)) and getattr(error, "errno", None) != errno.ENOSPC:
+                if _dead_worker(error) is None and getattr(error, "errno", None) != errno.ENOSPC:
                     logger.exception("Exception during training:")
                 raise
             finally:
@@ -203,7 +203,7 @@ def _dead_workers_reported() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        dead = _DEAD_WORKER.search(str(error))
+        dead = _dead_worker(error)
         if dead is None:
             raise
         how = f"was killed by signal: {dead[2]}" if dead[2] else "ended unexpectedly"
@@ -211,6 +211,15 @@ def _dead_workers_reported() -> Iterator[None]:
             f"The loader worker with process number {dead[1]} {how}; most often the machine ran out of memory: try "
             "fewer, with dataloader.train.num_workers=N, and go on from the last checkpoint with --resume."
         ) from error
+
+
+def _dead_worker(error: BaseException | None) -> re.Match[str] | None:
+    """Which worker died according to an error or, where that tells more, the one that it came from."""
+    found = None
+    while error is not None and (found is None or found[2] is None):
+        found = _DEAD_WORKER.search(str(error)) or found
+        error = error.__cause__ or error.__context__
+    return found
 
 
 def auto_amp_dtype(device_type: str) -> str:

@@ -203,9 +203,7 @@ def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any]
 def _in_test_mode(cfg: DictConfig, model: nn.Module) -> nn.Module:
     """The model as `test.inference`, a mode or its name, says to run it; the model itself if the run says nothing."""
     mode = configured_mode(cfg)
-    return (
-        model if mode is None else mode.bind(model, OmegaConf.select(cfg, "dataloader.test.dataset.names"))
-    )
+    return model if mode is None else mode.bind(model, OmegaConf.select(cfg, "dataloader.test.dataset.names"))
 
 
 def _amp_dtype(cfg: DictConfig) -> str | None:

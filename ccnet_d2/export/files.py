@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from ccnet_d2.checkpoint.atomic_file import atomic_write
 
-from .check import DEFAULT_SIZES, Difference, compare
+from .check import DEFAULT_SIZES, Difference, Run, compare
 from .network import ExportError
 from .program import LEAST_SIDE, trace
 
@@ -23,6 +23,9 @@ __all__ = ["FORMATS", "ExportReport", "export_model", "load_program"]
 
 FORMATS = {".onnx": "ONNX", ".pt2": "torch.export"}
 """Formats by the file's suffix."""
+
+_Maker = Callable[[ExportedProgram, Mapping[str, str]], tuple[bytes, Run]]
+"""Program and metadata to the file's content, and a function that runs it."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,9 @@ def export_model(
         raise ExportError(
             f"sizes to check on must be (batch, height, width) with sides of at least {LEAST_SIDE}."
         )
+    make = _onnx_maker() if path.suffix == ".onnx" else _pt2
     model.eval()
-    program = trace(model)
-    content, run = (_onnx if path.suffix == ".onnx" else _pt2)(program, metadata or {})
+    content, run = make(trace(model), metadata or {})
     differences = compare(run, model, sizes)
     worst = max(differences, key=lambda difference: difference.relative)
     if not worst.relative <= tolerance:
@@ -99,14 +102,17 @@ def load_program(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, str
     return program.module(), json.loads(about["metadata"] or "{}")
 
 
-def _onnx(program: ExportedProgram, metadata: Mapping[str, str]) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+def _onnx_maker() -> _Maker:
     from .onnx_format import onnx_bytes, onnx_runner  # optional packages
 
-    content = onnx_bytes(program, metadata)
-    return content, onnx_runner(content)
+    def make(program: ExportedProgram, metadata: Mapping[str, str]) -> tuple[bytes, Run]:
+        content = onnx_bytes(program, metadata)
+        return content, onnx_runner(content)
+
+    return make
 
 
-def _pt2(program: ExportedProgram, metadata: Mapping[str, str]) -> tuple[bytes, Callable[[Tensor], Tensor]]:
+def _pt2(program: ExportedProgram, metadata: Mapping[str, str]) -> tuple[bytes, Run]:
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={"metadata": json.dumps(dict(metadata))})
     content = buffer.getvalue()

@@ -47,8 +47,8 @@ class WholeClip(WholeImage):
                 raise
             height, width = item["image"].shape[-2:]
             raise UserError(
-                f"a clip of {len(item['image'])} frames of {width}x{height} does not fit into memory: take shorter clips "
-                "or smaller frames."
+                f"a clip of {len(item['image'])} frames of {width}x{height} does not fit into memory: take shorter "
+                "clips or smaller frames."
             ) from error
         logits = output[0].get("sem_seg") if isinstance(output, list) and len(output) == 1 else None
         if not isinstance(logits, Tensor) or logits.dim() != 4 or len(logits) != len(item["image"]):

@@ -193,6 +193,10 @@ class CuttingMode(InferenceMode):
         """Pixels of an image (C, h, w) in one call of the model."""
         raise NotImplementedError
 
+    def description(self) -> str:
+        """One line, without the model."""
+        return f"{type(self).__name__}({self.extra_repr()})"
+
     def spare_memory(self) -> bool:
         """Take less memory from now on, with the same answers; whether that was possible."""
         return False
@@ -214,7 +218,7 @@ class CuttingMode(InferenceMode):
             except MEMORY_ERRORS as error:
                 if self.smallest_tile is None or not is_out_of_memory(error):
                     raise
-                before = f"{mode}"
+                before = mode.description()
                 smaller = mode if mode.spare_memory() else mode.smaller(image)
                 if smaller is None:
                     raise
@@ -223,7 +227,7 @@ class CuttingMode(InferenceMode):
                 self._too_large = min(self._too_large, mode.pixels(image))
                 mode = smaller
             height, width = image.shape[-2:]
-            tell_and_free(f"an image of {width}x{height} in {before}", f"{mode}")
+            tell_and_free(f"an image of {width}x{height} in {before}", mode.description())
 
 
 class WholeImage(CuttingMode):

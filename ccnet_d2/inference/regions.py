@@ -130,11 +130,11 @@ def draw_regions(found: RegionMap) -> np.ndarray:
     alone = int((sizes[np.unique(region)] == 1).sum())
     grid = panel_grid(
         [[_dotted(plain, dots, radius), _dotted(tinted, dots, radius), heat]],
-        ["representative pixels", f"{shown} regions", "scores J"],
+        ["representative pixels", f"{shown} region{'s' * (shown != 1)}", "scores J"],
     )
     text = (
-        f"{rows}x{columns} cells; {alone} regions of one cell, grey; green: the {found.count} representatives of "
-        f"each region of more cells; J from 0, black, to 1, yellow; mean {score.mean():.2f}"
+        f"{rows}x{columns} cells; {alone} region{'s' * (alone != 1)} of one cell, grey; green: the {found.count} "
+        f"representatives of each region of more cells; J from 0, black, to 1, yellow; mean {score.mean():.2f}"
     )
     return stack([grid, text_line(text, grid.shape[1], 13)])
 

@@ -3,12 +3,14 @@
 Shapes: B batch, H W size of the map, N = H W, P = N (N - 1) / 2 unordered pairs of cells.
 """
 
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+_T = TypeVar("_T")
 
 # Values looked at in one go: bounds the working memory, not the result's.
 _CHUNK = 1 << 22
@@ -88,22 +90,37 @@ class _Pairs:
         return before, before + aside * (weight > 0), weight
 
 
-@lru_cache(maxsize=4)
+def _remembered(make: Callable[..., _T]) -> Callable[..., _T]:
+    """What was made for the last few sizes is used again."""
+    made = lru_cache(maxsize=4)(make)
+
+    @wraps(make)
+    def get(*arguments: Any) -> _T:
+        # Costs are traced with tensors of another kind, which must not be kept.
+        if type(torch.empty(0)) is not Tensor:
+            return make(*arguments)
+        with torch.inference_mode(False):
+            return made(*arguments)
+
+    return get
+
+
+@_remembered
 def _pairs(height: int, width: int, device: torch.device) -> _Pairs:
     return _Pairs(height, width, device)
 
 
 class _Point(NamedTuple):
-    """The points of one number on the lines that have as many: of the first `count` of some pairs.
+    """The points of one number on the lines that have as many: of the first `lines` of some pairs.
 
     Attributes:
-        count: P'.
+        lines: P'.
         step: (P',) int16, whole steps from the first cell.
         before, after: (P',) int32, the cells around.
         weight: (P', 1), of the second of them.
     """
 
-    count: int
+    lines: int
     step: Tensor
     before: Tensor
     after: Tensor
@@ -128,7 +145,7 @@ def _points(pairs: _Pairs, chosen: slice, ends: bool, samples: int | None) -> It
         yield _Point(len(step), step.short(), before.int(), after.int(), weight[:, None])
 
 
-@lru_cache(maxsize=4)
+@_remembered
 def _all_points(
     height: int, width: int, device: torch.device, ends: bool, samples: int | None
 ) -> list[_Point]:
@@ -198,7 +215,7 @@ def _walk(flat: Tensor, points: Iterable[_Point], best: Tensor, at: Tensor) -> N
     for point in points:
         before, after = flat.index_select(0, point.before), flat.index_select(0, point.after)
         value = before.lerp_(after, point.weight.to(flat.dtype))
-        so_far, step_so_far = best[: point.count], at[: point.count]
+        so_far, step_so_far = best[: point.lines], at[: point.lines]
         better = value > so_far
         torch.maximum(so_far, value, out=so_far)
         torch.where(better, point.step[:, None], step_so_far, out=step_so_far)

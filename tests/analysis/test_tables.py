@@ -46,7 +46,7 @@ def test_ccnet_table():
 
 
 def test_ranet_table():
-    table = ranet_table()
+    table = ranet_table(["Asymmetric NL", "CCNet", "DANet", "PSANet"])
     rows = {row["method"]: row for row in table["rows"]}
     assert {m: tuple(row["paper"].values()) for m, row in rows.items()} == {
         "Asymmetric NL": (163, 13, 634),
@@ -81,3 +81,49 @@ def test_ranet_table():
     text = format_ranet_table(table)
     assert "PSANet: parameters_m 50 matches nothing measured" in text
     assert "CCNet: gflops 198 matches gflops of 'with reduction' 194.1 (-2.0%)." in text
+
+
+def check_ranet_rows(shape: tuple[int, int, int, int]) -> dict:
+    """RANet's own rows, their FLOPs and parameters by hand: 25 regions of 8 representatives each."""
+    table = ranet_table(["RANet", "RANet (released)"], shape)
+    rows = {row["method"]: row for row in table["rows"]}
+    channels, pixels, chosen = shape[1], shape[2] * shape[3], 25 * 8
+    assert all(tuple(row["paper"].values()) == (212, 21, 1893) for row in rows.values())
+
+    maps = pixels * channels * (19 + 1)  # B and C
+    exchange = 4 * chosen * pixels * channels + 2 * chosen**2 * channels  # energies and sums of Eq. 6 to 8
+    reduction = pixels * 9 * 2048 * channels
+    last = pixels * (9 * 2 * channels * channels + 19 * channels)
+    paper = {scope: cost["gmacs"] for scope, cost in rows["RANet"]["costs"].items()}
+    for scope, count in (
+        ("module alone", 0),
+        ("with reduction", reduction),
+        ("whole head", reduction + last),
+    ):
+        assert paper[scope] == pytest.approx((maps + exchange + count) / 1e9, rel=1e-3), scope
+    # Queries, values and the distribution are 3x3 convolutions of the map, the others of the representatives.
+    convolutions = 9 * channels * channels * (3 * pixels + 2 * chosen)
+    released = rows["RANet (released)"]["costs"]["module alone"]["gmacs"]
+    assert released == pytest.approx((maps + exchange + convolutions) / 1e9, rel=1e-3)
+    parameters = rows["RANet"]["costs"]["module alone"]["parameters_m"] * 1e6
+    assert parameters == pytest.approx(20 * (channels + 1) + 9)
+    released = rows["RANet (released)"]["costs"]["module alone"]["parameters_m"] * 1e6
+    assert released == pytest.approx(20 * (channels + 1) + 5 * (9 * channels**2 + 2 * channels))
+    for row in rows.values():
+        assert all(0 < cost["memory_mb"] < cost["peak_mb"] for cost in row["costs"].values())
+    text = format_ranet_table(table)
+    assert "RANet, paper " in text and "25 of equal size" in text
+    return rows
+
+
+def test_ranet_s_own_rows_on_a_small_map():
+    check_ranet_rows((1, 16, 18, 18))
+
+
+@pytest.mark.slow
+def test_ranet_s_own_rows_at_the_paper_s_size():
+    rows = check_ranet_rows((1, 512, 97, 97))
+    # Five tables of all 97^2 x 97^2 pairs would be 1771 MB, of the 1893 that the paper prints.
+    assert rows["RANet"]["costs"]["module alone"]["memory_mb"] < 300
+    assert rows["RANet (released)"]["nearest"]["parameters_m"]["met"]
+    assert rows["RANet (released)"]["nearest"]["gflops"]["met"]

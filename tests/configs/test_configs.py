@@ -190,7 +190,9 @@ def test_every_run_builds(name):
 
 def test_every_run_of_the_papers_and_zoos_is_here():
     assert {
-        name for name in SEGMENTATION_RUNS if name.split("/")[0] in ("cityscapes", "ade20k", "voc12")
+        name
+        for name in SEGMENTATION_RUNS
+        if name.split("/")[0] in ("cityscapes", "ade20k", "voc12") and "/ranet_" not in name
     } == {*RECIPES}
 
 

@@ -15,9 +15,7 @@ from ccnet_d2.errors import UserError
 
 
 def records(count, bad=()):
-    return [
-        {"file_name": f"{i}.png", "width": 1 + i % 3, "height": 2, "bad": i in bad} for i in range(count)
-    ]
+    return [{"file_name": f"{i}.png", "width": 1 + i % 3, "height": 2, "bad": i in bad} for i in range(count)]
 
 
 def mapper(record):

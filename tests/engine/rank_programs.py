@@ -95,7 +95,9 @@ def relative_errors(ours: dict, single: dict) -> tuple[float, float]:
         return worst, worst
     error = sum((found - wanted).square().sum() for found, wanted in pairs).sqrt() / scale
     # Parameters whose gradient is rounding noise (a bias before batch norm) have no relative error to speak of.
-    each = [(found - wanted).norm() / wanted.norm() for found, wanted in pairs if wanted.norm() > 1e-5 * scale]
+    each = [
+        (found - wanted).norm() / wanted.norm() for found, wanted in pairs if wanted.norm() > 1e-5 * scale
+    ]
     return float(error), float(max(each))
 
 
@@ -112,6 +114,53 @@ def gradients(folder: str, dtype_name: str) -> None:
         result["loss"] = loss / world
         if rank == 0:
             torch.save(result, Path(folder) / f"{case}.pt")
+
+
+def batch_norm(folder: str) -> None:
+    """Synchronised batch norm with another number of samples in each process, against torch's on all of them."""
+    rank = comm.get_rank()
+    for case, (shape, options, dtype) in enumerate(
+        [
+            ((5, 4, 6, 3), {}, torch.float64),
+            ((5, 4, 6, 3), {"affine": False}, torch.float64),
+            ((5, 4, 2, 3, 3), {"momentum": None}, torch.float64),
+            ((5, 4), {"track_running_stats": False}, torch.float64),
+            ((5, 4, 6, 3), {}, torch.bfloat16),
+        ]
+    ):
+        torch.manual_seed(case)
+        samples, weights = torch.randn(shape).to(dtype) * 3 + 1, torch.randn(shape).to(dtype)
+        synchronised = sync_batch_norm_on_cpu(nn.SyncBatchNorm(shape[1], **options))
+        everything = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)](
+            shape[1], **options
+        )
+        if dtype == torch.float64:
+            synchronised.double(), everything.double()
+        if synchronised.weight is not None:
+            nn.init.normal_(synchronised.weight)
+            everything.load_state_dict(synchronised.state_dict())
+        mine = slice(0, 4) if rank == 0 else slice(4, 5)
+        part, whole = (x.clone().requires_grad_() for x in (samples[mine], samples.to(torch.float64)))
+        found = synchronised(part)
+        wanted = everything.double()(whole)
+        (found * weights[mine]).sum().backward()
+        (wanted * weights).sum().backward()
+        exact = dict(rtol=1e-10, atol=1e-10) if dtype == torch.float64 else dict(rtol=0.03, atol=0.03)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, wanted[mine], check_dtype=False, **exact)
+        torch.testing.assert_close(part.grad, whole.grad[mine], check_dtype=False, **exact)
+        for name, parameter in synchronised.named_parameters():
+            dist.all_reduce(parameter.grad)
+            torch.testing.assert_close(
+                parameter.grad, everything.get_parameter(name).grad, check_dtype=False, **exact
+            )
+        for name, buffer in synchronised.named_buffers():
+            torch.testing.assert_close(buffer, everything.get_buffer(name), check_dtype=False, **exact)
+        torch.testing.assert_close(
+            synchronised.eval()(samples.to(found.dtype)).double(), everything.eval()(whole), **exact
+        )
+    if rank == 0:
+        (Path(folder) / "right").touch()
 
 
 def category_consistent(folder: str) -> None:

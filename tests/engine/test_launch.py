@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ccnet_d2.engine.distributed import TorchrunProcess
-from ccnet_d2.engine.launch import ProcessFailedError, Processes, launch
+from ccnet_d2.engine.launch import Processes, ProcessFailedError, launch
 from ccnet_d2.engine.network import interface_to
 from ccnet_d2.errors import UserError
 from tests.engine import rank_programs as programs
@@ -28,9 +28,7 @@ def two_processes(tmp_path_factory):
 @pytest.mark.parametrize("case", programs.CASES)
 def test_gradients_are_those_of_one_process(two_processes, case):
     ours = torch.load(two_processes / f"{case}.pt")
-    single = programs.losses_and_gradients(
-        programs.make_model(case=case), programs.make_batch(case)
-    )
+    single = programs.losses_and_gradients(programs.make_model(case=case), programs.make_batch(case))
     torch.testing.assert_close(ours["loss"], single["loss"], rtol=1e-12, atol=1e-14)
     assert max(programs.relative_errors(ours, single)) < 1e-10
     for name, buffer in single["buffers"].items():  # running statistics
@@ -46,6 +44,12 @@ def test_gradients_of_four_processes(tmp_path):
     for case in programs.CASES:
         single = programs.losses_and_gradients(programs.make_model(case=case), programs.make_batch(case))
         assert max(programs.relative_errors(torch.load(tmp_path / f"{case}.pt"), single)) < 1e-10, case
+
+
+@pytest.mark.slow
+def test_batch_norm_over_processes_with_uneven_batches(tmp_path):
+    launch(programs.batch_norm, Processes(2), (str(tmp_path),))
+    assert (tmp_path / "right").exists()
 
 
 @pytest.mark.slow

@@ -57,7 +57,9 @@ class Net(nn.Module):
 
 def batch(number=0):
     generator = torch.Generator().manual_seed(number)
-    return [{"image": torch.randn(3, generator=generator), "file_name": f"{number}_{i}.png"} for i in range(4)]
+    return [
+        {"image": torch.randn(3, generator=generator), "file_name": f"{number}_{i}.png"} for i in range(4)
+    ]
 
 
 def found(net, data=None):

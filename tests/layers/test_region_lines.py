@@ -1,5 +1,6 @@
 """Line maximum: against a walk along every line in exact fractions, and its gradient against autograd through that."""
 
+import contextlib
 from fractions import Fraction
 
 import pytest
@@ -104,6 +105,19 @@ def test_memory_of_chunks_does_not_change_the_result(monkeypatch):
     parts = line_maximum(values)
     assert torch.equal(parts, whole)
     torch.testing.assert_close(torch.autograd.grad(parts.sin().sum(), values)[0], grad)
+
+
+def test_what_is_kept_for_the_next_time_serves_training_after_inference_and_after_tracing():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), contextlib.suppress(RuntimeError):  # the number of points depends on values
+        line_maximum(torch.rand(1, 3, 8))
+    with torch.inference_mode():
+        expected = line_maximum(torch.full((1, 3, 8), 0.5)).clone()
+    values = torch.full((1, 3, 8), 0.5, requires_grad=True)
+    table = line_maximum(values)
+    table.sum().backward()
+    assert torch.equal(table, expected) and values.grad.sum() == 24**2
 
 
 def test_wrong_arguments():

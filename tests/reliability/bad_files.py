@@ -53,7 +53,9 @@ def _huge_png(path: Path) -> None:
 
 def _jpeg(size: tuple[int, int] = (48, 48)) -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)).save(stream, "JPEG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)).save(
+        stream, "JPEG"
+    )
     return stream.getvalue()
 
 
@@ -301,7 +303,9 @@ def all_kinds() -> list[tuple[str, str, Maker]]:
 def digest(folder: Path) -> str:
     """Of the names and contents of checkpoints and results, which a failing run must leave alone."""
     found = hashlib.sha256()
-    for path in sorted([*folder.glob("model_*"), *folder.glob("last_checkpoint"), *folder.glob("evaluation.json")]):
+    for path in sorted(
+        [*folder.glob("model_*"), *folder.glob("last_checkpoint"), *folder.glob("evaluation.json")]
+    ):
         found.update(path.name.encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
 
@@ -357,7 +361,9 @@ def try_all(folder: Path, report: Callable[[str], None]) -> dict[str, int]:
         status = _run(arguments, log)
         seconds = time.monotonic() - start
         if restore is not None:
-            shutil.rmtree(bad) if Path(bad).is_dir() and not Path(bad).is_symlink() else Path(bad).unlink(True)
+            shutil.rmtree(bad) if Path(bad).is_dir() and not Path(bad).is_symlink() else Path(bad).unlink(
+                True
+            )
             shutil.copy(restore, bad)
         errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
         named = bool(errors) and (Path(bad).name in errors[-1] or "does not fit the model" in errors[-1])
@@ -371,7 +377,9 @@ def try_all(folder: Path, report: Callable[[str], None]) -> dict[str, int]:
         counts["earlier output changed"] += changed
         verdict = "clear error" if clear else f"status {status}"
         flags = (" EXECUTED" if ran else "") + (" CHANGED" if changed else "")
-        sentence = (errors[-1] if errors else "no error: line").removeprefix("error: ").replace(str(folder), "…")
+        sentence = (
+            (errors[-1] if errors else "no error: line").removeprefix("error: ").replace(str(folder), "…")
+        )
         report(f"{family:6} {kind:36} {seconds:5.1f} s  {verdict}{flags}: {sentence[:150]}")
     return counts
 
@@ -385,7 +393,9 @@ def main() -> int:
         import ccnet_d2.engine.command_line  # noqa: F401  once, for all that are forked
         from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
 
-        generate_synthetic_dataset(Path(folder) / "ccnet_synthetic", SyntheticConfig(train_images=8, val_images=2))
+        generate_synthetic_dataset(
+            Path(folder) / "ccnet_synthetic", SyntheticConfig(train_images=8, val_images=2)
+        )
         register_all(folder)
         counts = try_all(Path(folder), lambda text: print(text, flush=True))
     print(", ".join(f"{name}: {count}" for name, count in counts.items()))

@@ -184,7 +184,9 @@ def differences(a: object, b: object, where: str = "") -> list[str]:
     if isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return [where]
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{where}.{i}")]
+        return [
+            d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{where}.{i}")
+        ]
     if isinstance(a, torch.Tensor):
         return [] if torch.equal(a, b) else [where]
     return [] if a == b else [where]
@@ -200,7 +202,7 @@ def final_state(folder: Path) -> dict:
 
 
 def latest_is_loadable(folder: Path) -> str:
-    """"" if there is no latest checkpoint or it can be loaded, else what is wrong."""
+    """ "" if there is no latest checkpoint or it can be loaded, else what is wrong."""
     from torch import nn
 
     from ccnet_d2.checkpoint import CheckpointError, SafeCheckpointer, load_file
@@ -214,7 +216,9 @@ def latest_is_loadable(folder: Path) -> str:
     return ""
 
 
-def kill_and_resume(kills: int, folder: Path, seed: int = 0, report: Callable[[str], None] = print) -> Results:
+def kill_and_resume(
+    kills: int, folder: Path, seed: int = 0, report: Callable[[str], None] = print
+) -> Results:
     """Do it; the data set has to be registered, and this process free of threads."""
     draw = random.Random(seed)
     whole = Child(folder / "whole", workers=0)
@@ -228,7 +232,11 @@ def kill_and_resume(kills: int, folder: Path, seed: int = 0, report: Callable[[s
     while results.kills < kills:
         _one_run(results, kills, folder / f"run_{results.runs}", seconds, draw)
         output = folder / f"run_{results.runs}"
-        wrong = differences(final_state(output), reference) if (output / "model_final.pth").is_file() else ["no end"]
+        wrong = (
+            differences(final_state(output), reference)
+            if (output / "model_final.pth").is_file()
+            else ["no end"]
+        )
         if wrong:
             results.differing += 1
             results.problems.append(f"{output.name} differs at {wrong[0]}")
@@ -280,10 +288,14 @@ def print_table(results: Results) -> None:
     row = "{:24} {:>6} {:>10} {:>8} {:>12}"
     print(row.format("killed at", "kills", "in a save", "resumed", "unloadable"))
     tallies = list(results.tallies.items())
-    total = Tally(*(sum(getattr(t, n) for _, t in tallies) for n in ("kills", "in_save", "resumed", "unloadable")))
+    total = Tally(
+        *(sum(getattr(t, n) for _, t in tallies) for n in ("kills", "in_save", "resumed", "unloadable"))
+    )
     for kind, tally in [*tallies, ("all", total)]:
         print(row.format(kind, tally.kills, tally.in_save, tally.resumed, tally.unloadable))
-    print(f"{results.runs} runs complete, {results.differing} of them not bit-identical to the one left alone")
+    print(
+        f"{results.runs} runs complete, {results.differing} of them not bit-identical to the one left alone"
+    )
     for problem in results.problems:
         print(f"problem: {problem}")
 
@@ -299,10 +311,14 @@ def main() -> int:
         import ccnet_d2.engine.command_line  # noqa: F401  once, for all that are forked
         from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
 
-        generate_synthetic_dataset(Path(folder) / "ccnet_synthetic", SyntheticConfig(train_images=10, val_images=2))
+        generate_synthetic_dataset(
+            Path(folder) / "ccnet_synthetic", SyntheticConfig(train_images=10, val_images=2)
+        )
         register_all(folder)
         start = time.monotonic()
-        results = kill_and_resume(arguments.kills, Path(folder), arguments.seed, lambda text: print(text, flush=True))
+        results = kill_and_resume(
+            arguments.kills, Path(folder), arguments.seed, lambda text: print(text, flush=True)
+        )
         print_table(results)
         print(f"{time.monotonic() - start:.0f} s")
     return 0 if results.passed else 1

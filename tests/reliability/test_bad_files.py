@@ -126,7 +126,9 @@ def test_skipping_bad_files_of_a_run(run, dataset, tmp_path):
         assert run("train.max_iter=6", "train.on_bad_sample=skip", workers_option, output=output)[0] == 0
         report = (output / "bad_samples.json").read_text()
         assert "train_00003.png" in report and "train_00005.png" in report
-    states = [torch.load(tmp_path / f"skipping{w}/model_final.pth", weights_only=True)["model"] for w in (0, 2)]
+    states = [
+        torch.load(tmp_path / f"skipping{w}/model_final.pth", weights_only=True)["model"] for w in (0, 2)
+    ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     status, error = run("train.max_iter=6", "train.on_bad_sample=skip", "train.bad_sample_budget=1")
     assert status == 1 and "train.bad_sample_budget=1" in error

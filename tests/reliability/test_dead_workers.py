@@ -35,7 +35,9 @@ def gone(record):
     return record
 
 
-@pytest.mark.parametrize(("mapper", "words"), [(killed, "was killed by signal: Killed"), (gone, "ended unexpectedly")])
+@pytest.mark.parametrize(
+    ("mapper", "words"), [(killed, "was killed by signal: Killed"), (gone, "ended unexpectedly")]
+)
 def test_a_dead_worker(mapper, words, caplog):
     loader = TrainLoader(
         [{"number": i} for i in range(8)],

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ccnet_d2.checkpoint import DiskFullError, SafeCheckpointer, atomic_file, atomic_write, load_checkpoint, load_file
+from ccnet_d2.checkpoint import (
+    DiskFullError,
+    SafeCheckpointer,
+    atomic_file,
+    atomic_write,
+    load_checkpoint,
+    load_file,
+)
 
 
 @pytest.fixture

@@ -111,7 +111,9 @@ def test_sigterm_saves_and_ends(run, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert run("--resume", output="parts")[0] == 0
     assert_equal(final(tmp_path / "whole"), final(tmp_path / "parts"))
-    lines = [json.loads(line)["iteration"] for line in (tmp_path / "parts/metrics.json").read_text().splitlines()]
+    lines = [
+        json.loads(line)["iteration"] for line in (tmp_path / "parts/metrics.json").read_text().splitlines()
+    ]
     assert lines == sorted(set(lines))
 
 

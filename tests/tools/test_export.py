@@ -39,6 +39,7 @@ def weights(model, tmp_path_factory):
     return str(path)
 
 
+@pytest.mark.slow
 def test_an_onnx_file_is_written_checked_and_described(script, model, weights, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -70,10 +71,11 @@ def test_an_onnx_file_is_written_checked_and_described(script, model, weights, t
         ({"--checkpoint": "none.pth"}, 1, "none.pth"),
         ({"--check": "48x48"}, 2, "'48x48' is not BATCHxHEIGHTxWIDTH"),
         ({"--check": "1x8x48"}, 1, "sides of at least 16"),
-        (
+        pytest.param(
             {"--tolerance": "1e-12"},
             1,
             "nothing was written: the file would not compute what the model computes",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ccnet_d2.checkpoint.safe_load import CheckpointError
 from ccnet_d2.modeling import CCNet, CCNetHead, build_resnet, resnet_output_shape
 
-_DEPTHS = {
+_DEPTHS: dict[tuple[int, ...], int] = {
     (2, 2, 2, 2, False): 18,
     (3, 4, 6, 3, False): 34,
     (3, 4, 6, 3, True): 50,

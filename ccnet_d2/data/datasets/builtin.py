@@ -34,7 +34,7 @@ def _expand_detectron2_root() -> None:
 
 
 def register_all(root: str | os.PathLike[str] | None = None) -> None:
-    """Register CamVid, COCO-Stuff, LIP, PASCAL Context, VOC12-aug and the synthetic set under `root`; nothing is read yet.
+    """Register CamVid, COCO-Stuff, LIP, PASCAL Context, VOC12-aug and the synthetic set; nothing is read yet.
 
     Importing :mod:`ccnet_d2.data` does it once for ``$DETECTRON2_DATASETS``; calling it again with another
     folder moves the registrations there. Cityscapes and ADE20K are registered by Detectron2 itself.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Run again a training step whose loss or gradient was not finite, from the file that train_net.py wrote about it.
 
-    replay_non_finite.py --config-file CONFIG output/non_finite/iteration_0000123_process_0_batch_0.pth
+replay_non_finite.py --config-file CONFIG output/non_finite/iteration_0000123_process_0_batch_0.pth
 """
 
 import argparse
@@ -20,7 +20,9 @@ def main() -> int:
     )
     parser.add_argument("--config-file", required=True, metavar="CONFIG", help="of the run")
     parser.add_argument("file", help="in the folder non_finite of the run's output directory")
-    parser.add_argument("opts", nargs="*", metavar="KEY=VALUE", help="those of the run, such as train.device=cpu")
+    parser.add_argument(
+        "opts", nargs="*", metavar="KEY=VALUE", help="those of the run, such as train.device=cpu"
+    )
     arguments = parser.parse_args()
     with one_sentence_errors() as status:
         step = load_step(arguments.file)

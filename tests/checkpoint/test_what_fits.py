@@ -1,0 +1,155 @@
+"""Which checkpoints fit a model, and what may be different when it is named."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ccnet_d2.checkpoint import CheckpointError, SafeCheckpointer, load_checkpoint
+
+
+class Net(nn.Module):
+    """A backbone and a head."""
+
+    def __init__(self, classes=5):
+        super().__init__()
+        torch.manual_seed(classes)
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        self.head = nn.Conv2d(4, classes, 1)
+
+    def state(self, *without):
+        return (
+            {k: v for k, v in self.state_dict().items() if not k.startswith(without)}
+            if without
+            else self.state_dict()
+        )
+
+
+def load(tmp_path, weights, net=None, **options):
+    path = tmp_path / "x.pth"
+    torch.save({"model": weights}, path)
+    net = net or Net()
+    SafeCheckpointer(net, **options).load(str(path), checkpointables=[])
+    return net
+
+
+def test_missing_names_are_errors_unless_allowed(tmp_path):
+    weights = Net(7).state("head")
+    with pytest.raises(
+        CheckpointError, match=r"lacks head\.bias, head\.weight; name .* train\.init_may_lack"
+    ):
+        load(tmp_path, weights, may_lack=[])
+    with pytest.raises(CheckpointError, match=r"lacks head\.bias"):
+        load(tmp_path, weights, may_lack=["head.w*", "backbone.*"])
+    fresh = Net()
+    net = load(tmp_path, weights, may_lack=["head.*"])
+    assert torch.equal(net.head.weight, fresh.head.weight)
+    assert torch.equal(net.backbone[0].weight, Net(7).backbone[0].weight)
+    with pytest.raises(CheckpointError, match="lacks"):
+        load(tmp_path, weights, may_lack=["*"], strict=True)
+
+
+def test_other_shapes_are_errors_unless_allowed(tmp_path):
+    weights = Net(7).state()
+    with pytest.raises(
+        CheckpointError, match=r"head\.\w+ has shape .* and 1 more differ.*train\.init_may_differ"
+    ):
+        load(tmp_path, weights)
+    with pytest.raises(CheckpointError, match=r"head\.bias has shape \(7,\) there and \(5,\)"):
+        load(tmp_path, weights, may_differ=["head.weight"])
+    net = load(tmp_path, weights, may_differ=["head.*"], may_lack=[])
+    assert torch.equal(net.head.weight, Net().head.weight)
+    assert torch.equal(net.backbone[0].weight, Net(7).backbone[0].weight)
+
+
+def test_buffers_count(tmp_path):
+    weights = Net().state("backbone.1.running_mean")
+    with pytest.raises(CheckpointError, match=r"lacks backbone\.1\.running_mean\.$"):
+        load(tmp_path, weights, strict=True)
+
+
+def save_run(tmp_path, net=None, **extra):
+    net = net or Net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    checkpointer = SafeCheckpointer(net, str(tmp_path), optimizer=optimizer, **extra)
+    checkpointer.save("model_0000001", iteration=1)
+    return checkpointer
+
+
+def test_a_run_is_resumed_whole_or_not_at_all(tmp_path):
+    checkpointer = save_run(tmp_path)
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 1
+    # Only weights: no state to go on from, whatever may be missing.
+    torch.save({"model": Net().state()}, tmp_path / "model_0000001.pth")
+    with pytest.raises(CheckpointError, match=r"holds no 'optimizer', only weights.*train\.init_checkpoint="):
+        checkpointer.resume_or_load("", resume=True)
+    # Nor are the allowances for starting points for going on.
+    save_run(tmp_path, Net(7))
+    lenient = SafeCheckpointer(Net(), str(tmp_path), may_differ=["*"], may_lack=["*"])
+    with pytest.raises(CheckpointError, match="has shape"):
+        lenient.resume_or_load("", resume=True)
+    assert lenient.may_differ == ("*",) and not lenient.strict
+
+
+def test_state_that_does_not_fit(tmp_path):
+    save_run(tmp_path)
+    net = Net()
+    other = torch.optim.SGD([{"params": [p]} for p in net.parameters()], 0.1)
+    with pytest.raises(
+        CheckpointError, match=r"'optimizer' in checkpoint .*model_0000001\.pth does not fit this run"
+    ):
+        SafeCheckpointer(net, str(tmp_path), optimizer=other).resume_or_load("", resume=True)
+
+    class Broken:
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            raise KeyError("place")
+
+    with pytest.raises(CheckpointError, match="there is no 'place'"):
+        SafeCheckpointer(net, str(tmp_path), optimizer=Broken()).resume_or_load("", resume=True)
+
+
+def test_a_missing_last_checkpoint(tmp_path):
+    checkpointer = save_run(tmp_path)
+    (tmp_path / "model_0000001.pth").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"last_checkpoint names .*model_0000001\.pth, which is not there"
+    ):
+        checkpointer.resume_or_load("", resume=True)
+    # Without --resume it does not matter.
+    assert checkpointer.resume_or_load("", resume=False) == {}
+
+
+def test_nothing_is_written_without_a_folder_or_by_other_processes(tmp_path):
+    SafeCheckpointer(Net()).save("model")
+    SafeCheckpointer(Net(), str(tmp_path), save_to_disk=False).save("model")
+    assert not list(tmp_path.iterdir())
+    assert SafeCheckpointer(Net(), str(tmp_path)).get_checkpoint_file() == ""
+
+
+def test_caffe2_and_pycls_files(tmp_path):
+    net = Net()
+    arrays = {key: value.numpy() for key, value in net.state_dict().items()}
+    path = tmp_path / "caffe2.pkl"
+    path.write_bytes(pickle.dumps({"blobs": {**arrays, "head.weight_momentum": np.zeros(1)}}))
+    data = SafeCheckpointer(Net())._load_file(str(path))
+    assert data["__author__"] == "Caffe2" and set(data["model"]) == set(arrays)
+    path = tmp_path / "pycls.pyth"
+    torch.save({"model_state": net.state_dict()}, path)
+    other = Net(5)
+    nn.init.zeros_(other.head.weight)
+    load_checkpoint(other, path)
+    assert torch.equal(other.head.weight, net.head.weight)
+    torch.save({"weights": net.state_dict()}, path)
+    with pytest.raises(CheckpointError, match="no 'model_state'"):
+        load_checkpoint(other, path)
+
+
+@pytest.mark.parametrize("url", ["https://127.0.0.1:9/x.pth", "catalog://nothing"])
+def test_what_cannot_be_fetched(url):
+    with pytest.raises(CheckpointError, match="cannot be had"):
+        load_checkpoint(Net(), url)
