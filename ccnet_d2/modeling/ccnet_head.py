@@ -3,24 +3,19 @@
 Shapes: B batch, C channels, h w feature size, H W image size, K classes.
 """
 
-import re
 from collections.abc import Callable, Mapping
 
-import torch
 from detectron2.config import configurable
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
-from ccnet_d2.layers.build import build_context
-from ccnet_d2.layers.norm_act import ACTIVATIONS
 from ccnet_d2.losses import CategoryConsistentLoss, CrossEntropy, OHEMCrossEntropy, SegmentationLoss
-from ccnet_d2.losses.category_consistent import FORMS
 from ccnet_d2.losses.resize import upsample
 
+from .context_block import ContextBlock, category_consistent_branch, conv_norm_act
+
 LOSSES: dict[str, Callable[..., SegmentationLoss]] = {"cross_entropy": CrossEntropy, "ohem": OHEMCrossEntropy}
-CATEGORY_CONSISTENT_CHANNELS = 16  # TPAMI, Sec. 3.4
-_RECURRENCE = re.compile(r"(?P<name>.+)_r(?P<recurrence>\d+)")
 
 
 class AuxiliaryHead(nn.Sequential):
@@ -30,14 +25,14 @@ class AuxiliaryHead(nn.Sequential):
         self, in_channels: int, channels: int, num_classes: int, *, norm: str, activation: str, dropout: float
     ) -> None:
         super().__init__(
-            _conv(in_channels, channels, 3, norm, activation),
+            conv_norm_act(in_channels, channels, 3, norm, activation),
             nn.Dropout2d(dropout),
             nn.Conv2d(channels, num_classes, kernel_size=1),
         )
 
 
 @SEM_SEG_HEADS_REGISTRY.register()
-class CCNetHead(nn.Module):
+class CCNetHead(ContextBlock):
     """`conva` 3x3, context module, `convb` 3x3; concatenated with the backbone's features, fused and classified.
 
     :paper:`CCNet: Criss-Cross Attention for Semantic Segmentation (TPAMI)`, Sec. 3.1 and Fig. 2. The context module
@@ -90,18 +85,19 @@ class CCNetHead(nn.Module):
             ValueError: a feature, context, loss or activation name is unknown, or `category_consistent` is asked for
                 with a standalone context module.
         """
-        super().__init__()
         for feature in (in_feature, aux_feature):
             if feature is not None and feature not in input_shape:
                 raise ValueError(f"Feature {feature!r} is not among the backbone's {sorted(input_shape)}.")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r} is not one of {sorted(ACTIVATIONS)}.")
         if isinstance(loss, str) and loss not in LOSSES:
             raise ValueError(f"loss={loss!r} is not one of {sorted(LOSSES)}.")
-        if isinstance(category_consistent, str) and category_consistent not in FORMS:
-            raise ValueError(
-                f"category_consistent={category_consistent!r} is not one of {sorted(FORMS)} or None."
-            )
+        super().__init__(
+            input_shape[in_feature].channels,
+            channels,
+            context,
+            norm=norm,
+            activation=activation,
+            align_corners=align_corners,
+        )
         self.in_feature = in_feature
         self.aux_feature = aux_feature
         self.aux_loss_weight = aux_loss_weight
@@ -109,43 +105,14 @@ class CCNetHead(nn.Module):
         self.stride = input_shape[in_feature].stride
         self.num_classes = num_classes
 
-        in_channels = input_shape[in_feature].channels
-        if isinstance(context, str):
-            match = _RECURRENCE.fullmatch(context)
-            options = {"recurrence": int(match["recurrence"])} if match else {}
-            context = build_context(
-                match["name"] if match else context,
-                in_channels,
-                channels,
-                norm=lambda c: get_norm(norm, c),
-                activation=activation,
-                align_corners=align_corners,
-                **options,
-            )
-        self.context = context
-        self.standalone = getattr(self.context, "standalone", False)
-        if not self.standalone:
-            self.conva = _conv(in_channels, channels, 3, norm, activation)
-            self.convb = _conv(channels, channels, 3, norm, activation)
-            self.fuse = _conv(in_channels + channels, channels, 3, norm, activation)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(channels, num_classes, kernel_size=1)
         loss_args = {"ignore_index": ignore_value, "align_corners": align_corners}
         self.loss = LOSSES[loss](**loss_args) if isinstance(loss, str) else loss
 
-        self.category_features = None
-        if category_consistent is not None:
-            if self.standalone:
-                raise ValueError(
-                    f"category_consistent works on the map that goes into convb, which {type(self.context).__name__} "
-                    "as a whole head of its own does not have: choose another context, or category_consistent=None."
-                )
-            self.category_features = nn.Conv2d(channels, CATEGORY_CONSISTENT_CHANNELS, kernel_size=1)
-            self.category_consistent_loss = (
-                CategoryConsistentLoss(form=category_consistent, **loss_args)
-                if isinstance(category_consistent, str)
-                else category_consistent
-            )
+        self.category_features, self.category_consistent_loss = category_consistent_branch(
+            category_consistent, self, channels, **loss_args
+        )
 
         self.auxiliary = None
         if aux_feature is not None:
@@ -216,22 +183,5 @@ class CCNetHead(nn.Module):
 
     def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits, and the context module's output."""
-        if self.standalone:
-            out = context = self.context(x)
-        else:
-            context = self.context(self.conva(x))
-            out = self.fuse(torch.cat([x, self.convb(context)], dim=1))
+        out, context = super().forward(x)
         return self.classifier(self.dropout(out)), context
-
-
-def _conv(in_channels: int, out_channels: int, kernel_size: int, norm: str, activation: str) -> Conv2d:
-    # torch's own initial weights, as in the official code: larger ones learn several times slower behind a norm.
-    return Conv2d(
-        in_channels,
-        out_channels,
-        kernel_size=kernel_size,
-        padding=kernel_size // 2,
-        bias=not norm,
-        norm=get_norm(norm, out_channels),
-        activation=ACTIVATIONS[activation](),
-    )

@@ -7,72 +7,16 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec, get_norm
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
-from ccnet_d2.layers.build import build_context
-from ccnet_d2.layers.norm_act import ACTIVATIONS
 from ccnet_d2.losses import CategoryConsistentLoss, CrossEntropy, EdgeCrossEntropy, edge_labels
-from ccnet_d2.losses.category_consistent import FORMS
 from ccnet_d2.losses.resize import upsample
 
-from .ccnet_head import _RECURRENCE, CATEGORY_CONSISTENT_CHANNELS, _conv
+from .context_block import ContextBlock, category_consistent_branch, conv_norm_act
 
 _EDGE_CLASSES = 2
-
-
-class ContextBlock(nn.Module):
-    """The CCNet head without its classifier: `conva`, context module, `convb`, fused with the input.
-
-    :paper:`CCNet: Criss-Cross Attention for Semantic Segmentation (TPAMI)`, Fig. 2. A context module that is a head
-    of its own (`standalone`, such as PSP) takes the input directly, and its output is the block's.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        context: nn.Module | str,
-        *,
-        norm: str,
-        activation: str,
-        align_corners: bool,
-    ) -> None:
-        """
-        Args:
-            in_channels: of the input.
-            channels: of the output, and of the map that the context module works on.
-            context, norm, activation, align_corners: see `CE2PHead`.
-        """
-        super().__init__()
-        if isinstance(context, str):
-            match = _RECURRENCE.fullmatch(context)
-            options = {"recurrence": int(match["recurrence"])} if match else {}
-            context = build_context(
-                match["name"] if match else context,
-                in_channels,
-                channels,
-                norm=lambda c: get_norm(norm, c),
-                activation=activation,
-                align_corners=align_corners,
-                **options,
-            )
-        self.standalone = getattr(context, "standalone", False)
-        if not self.standalone:
-            self.conva = _conv(in_channels, channels, 3, norm, activation)
-        self.context = context
-        if not self.standalone:
-            self.convb = _conv(channels, channels, 3, norm, activation)
-            self.fuse = _conv(in_channels + channels, channels, 3, norm, activation)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C_in, h, w) -> the block's output and that of the context module, (B, C, h, w) both."""
-        if self.standalone:
-            out = self.context(x)
-            return out, out
-        context = self.context(self.conva(x))
-        return self.fuse(torch.cat([x, self.convb(context)], dim=1)), context
 
 
 class Decoder(nn.Module):
@@ -92,10 +36,11 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.align_corners = align_corners
-        self.reduce = _conv(channels, width, 1, norm, activation)
-        self.fine = _conv(fine_channels, fine_width, 1, norm, activation)
+        self.reduce = conv_norm_act(channels, width, 1, norm, activation)
+        self.fine = conv_norm_act(fine_channels, fine_width, 1, norm, activation)
         self.fuse = nn.Sequential(
-            _conv(width + fine_width, width, 1, norm, activation), _conv(width, width, 1, norm, activation)
+            conv_norm_act(width + fine_width, width, 1, norm, activation),
+            conv_norm_act(width, width, 1, norm, activation),
         )
         self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
 
@@ -115,7 +60,7 @@ class EdgeBranch(nn.Module):
     ) -> None:
         super().__init__()
         self.align_corners = align_corners
-        self.reduce = nn.ModuleList(_conv(c, width, 1, norm, activation) for c in in_channels)
+        self.reduce = nn.ModuleList(conv_norm_act(c, width, 1, norm, activation) for c in in_channels)
         self.shared = nn.Conv2d(width, _EDGE_CLASSES, kernel_size=3, padding=1)
         self.classifier = nn.Conv2d(len(in_channels) * _EDGE_CLASSES, _EDGE_CLASSES, kernel_size=1)
 
@@ -193,12 +138,6 @@ class CE2PHead(nn.Module):
         for feature in in_features:
             if feature not in input_shape:
                 raise ValueError(f"Feature {feature!r} is not among the backbone's {sorted(input_shape)}.")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r} is not one of {sorted(ACTIVATIONS)}.")
-        if isinstance(category_consistent, str) and category_consistent not in FORMS:
-            raise ValueError(
-                f"category_consistent={category_consistent!r} is not one of {sorted(FORMS)} or None."
-            )
         self.in_features = in_features
         self.num_classes = num_classes
         self.align_corners = align_corners
@@ -213,27 +152,16 @@ class CE2PHead(nn.Module):
         )
         self.edge = EdgeBranch(widths[:-1], width=edge_channels, **shared)
         joined = decoder_channels + edge_channels * len(widths[:-1])
-        self.fuse = _conv(joined, decoder_channels, 1, norm, activation)
+        self.fuse = conv_norm_act(joined, decoder_channels, 1, norm, activation)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(decoder_channels, num_classes, kernel_size=1)
 
         loss_args = {"ignore_index": ignore_value, "align_corners": align_corners}
         self.parsing_loss = CrossEntropy(**loss_args)
         self.edge_loss = EdgeCrossEntropy(**loss_args)
-        self.category_features = None
-        if category_consistent is not None:
-            if self.context.standalone:
-                raise ValueError(
-                    "category_consistent works on the map that goes into convb, which "
-                    f"{type(self.context.context).__name__} as a whole head of its own does not have: choose another "
-                    "context, or leave the loss out (category_consistent=null)."
-                )
-            self.category_features = nn.Conv2d(channels, CATEGORY_CONSISTENT_CHANNELS, kernel_size=1)
-            self.category_consistent_loss = (
-                CategoryConsistentLoss(form=category_consistent, **loss_args)
-                if isinstance(category_consistent, str)
-                else category_consistent
-            )
+        self.category_features, self.category_consistent_loss = category_consistent_branch(
+            category_consistent, self.context, channels, **loss_args
+        )
 
     @classmethod
     def from_config(cls, cfg, input_shape):

@@ -54,7 +54,7 @@ def test_train_evaluate_resume(train_net, tmp_path):
     )
     assert status == 0 and evaluation(tmp_path / "alone") == trained
 
-    assert train_net(config, *small, "--resume", "train.max_iter=6") == (0, [])
+    assert train_net(config, "--resume", *small, "train.max_iter=6") == (0, [])
     assert torch.load(tmp_path / "output/model_final.pth", weights_only=True)["iteration"] == 5
 
     status, errors = train_net(config, "dataloader.train.total_batch_size=3", output="odd")
