@@ -1,34 +1,14 @@
-"""Cityscapes, fine annotations, with the paper's augmentation; tested at its own 1024x2048."""
+"""Cityscapes, fine annotations, with the paper's augmentation; tested at its own 1024x2048.
 
-from detectron2.config import LazyCall as L
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.evaluation import SemSegEvaluator
-from omegaconf import OmegaConf
-
-from ccnet_d2.data import SemSegMapper, get_sem_seg_dataset_dicts
+On the labelTrainIds files: Cityscapes' own evaluators need a package of their own and give the same mIoU.
+"""
 
 from ..augmentations import scale_crop_flip
+from .sem_seg import sem_seg_dataloader
 
-dataloader = OmegaConf.create()
-
-dataloader.train = L(build_detection_train_loader)(
-    dataset=L(get_sem_seg_dataset_dicts)(names="cityscapes_fine_sem_seg_train"),
-    mapper=L(SemSegMapper)(
-        is_train=True,
-        augmentations=scale_crop_flip,
-        dataset_names="${..dataset.names}",
-        image_format="RGB",
-    ),
-    total_batch_size=8,
-    aspect_ratio_grouping=False,
-    num_workers=4,
+dataloader = sem_seg_dataloader(
+    "cityscapes_fine_sem_seg_train",
+    "cityscapes_fine_sem_seg_val",
+    augmentations=scale_crop_flip,
+    batch_size=8,
 )
-
-dataloader.test = L(build_detection_test_loader)(
-    dataset=L(get_sem_seg_dataset_dicts)(names="cityscapes_fine_sem_seg_val"),
-    mapper=L(SemSegMapper)(is_train=False, augmentations=[], image_format="${...train.mapper.image_format}"),
-    num_workers=4,
-)
-
-# On the labelTrainIds files: Cityscapes' own evaluators need a package of their own and give the same mIoU.
-dataloader.evaluator = L(SemSegEvaluator)(dataset_name="${..test.dataset.names}")
