@@ -14,6 +14,7 @@ _SUBPACKAGES = (
     "checkpoint",
     "data",
     "engine",
+    "export",
     "inference",
     "layers",
     "losses",

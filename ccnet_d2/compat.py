@@ -10,11 +10,12 @@ import torch
 
 
 def has_fast_bf16() -> bool:
-    """Whether bf16 matrix products run in units of their own here: a GPU that has them, or a CPU with AMX."""
+    """Whether bf16 products have units of their own here: a GPU with them, or a CPU with AMX or AVX512-BF16."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     get_capabilities = getattr(torch.cpu, "get_capabilities", None)
-    return bool(get_capabilities and get_capabilities().get("amx_bf16"))
+    capabilities = get_capabilities() if get_capabilities else {}
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def ddp_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -130,6 +130,7 @@ class TrainLoader:
         self._mapper = mapper
         self._collate = collate_fn
         self._options = {"num_workers": num_workers, **loader_options}
+        self._iterator: Generator[Any, None, None] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the run, as plain data."""
@@ -162,6 +163,18 @@ class TrainLoader:
         )
 
     def __iter__(self) -> Iterator[Any]:
+        self._iterator = self._batches()
+        return self._iterator
+
+    def close(self) -> None:
+        """End the workers of the last iterator, which has no more batches then.
+
+        Left to the garbage collector, they may be waited for five seconds each.
+        """
+        if self._iterator is not None:
+            self._iterator.close()
+
+    def _batches(self) -> Generator[Any, None, None]:
         # A generator: nothing is loaded until the first batch is asked for, after load_state_dict.
         samples = _Samples(
             self._dataset,

@@ -15,9 +15,9 @@ from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import config_path, get_config
 
 from . import yacs
-from .distributed import ElasticRun, TorchrunProcess, joined_torchrun
 from .launch import Processes, launch
 from .overrides import apply_overrides
+from .torchrun import ElasticRun, TorchrunProcess, joined_torchrun
 from .training import evaluate_only, train
 from .user_errors import one_sentence_errors
 
@@ -96,8 +96,11 @@ def _run(args: argparse.Namespace, torchrun: TorchrunProcess | None = None) -> N
         program(args.resume)
         return
     with joined_torchrun(torchrun, torch.device(device).type):
+        if args.eval_only:
+            program(args.resume)
+            return
         run = ElasticRun(torchrun, output_dir)
-        restart = not args.eval_only and run.is_restart()
+        restart = run.is_restart()
         run.begin()
         program(args.resume or restart)
         run.end()

@@ -1,12 +1,9 @@
-"""This process among the others: process groups, torchrun's environment, and the model shared by all."""
+"""This process among the others: process groups, and the model shared by all."""
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,51 +16,10 @@ from ccnet_d2.compat import ddp_options
 from ccnet_d2.errors import UserError
 from ccnet_d2.layers.sync_batch_norm import sync_batch_norm_on_cpu
 
-from .network import choose_interface
-
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others in one operation: Detectron2's, since the main process evaluates alone."""
 
 _create_ddp_model = defaults.create_ddp_model
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass(frozen=True)
-class TorchrunProcess:
-    """What torchrun tells a process that it started.
-
-    Attributes:
-        rank: of this process among all.
-        world_size: number of processes.
-        local_rank: of this process on its machine.
-        machine_rank: of the machine.
-        restarts: how often torchrun has started all processes anew after a failure.
-        run_id: torchrun's --rdzv-id; "none" unless given.
-        address: host of the rendezvous.
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    machine_rank: int
-    restarts: int
-    run_id: str
-    address: str
-
-    @classmethod
-    def from_environment(cls) -> "TorchrunProcess | None":
-        """None unless torchrun (or another launcher that sets its variables) started this process."""
-        if any(name not in os.environ for name in _TORCHRUN):
-            return None
-        return cls(
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            local_rank=int(os.environ["LOCAL_RANK"]),
-            machine_rank=int(os.environ.get("GROUP_RANK", "0")),
-            restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
-            run_id=os.environ.get("TORCHELASTIC_RUN_ID", "none"),
-            address=os.environ["MASTER_ADDR"],
-        )
 
 
 @contextmanager
@@ -74,7 +30,7 @@ def joined_processes(
     world_size: int,
     local_rank: int,
     machine_rank: int,
-    store: dist.Store | None = None,
+    store: dist.Store,
     timeout: timedelta = TIMEOUT,
 ) -> Iterator[None]:
     """Within the block, `torch.distributed` and Detectron2's `comm` know all processes.
@@ -85,7 +41,7 @@ def joined_processes(
         world_size: number of processes.
         local_rank: of this process on its machine.
         machine_rank: of the machine.
-        store: where the processes find each other; default: as torchrun's variables say.
+        store: where the processes find each other.
         timeout: of each operation.
     """
     if device == "cuda":
@@ -121,29 +77,6 @@ def is_lost_connection(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "Connection "))
-
-
-@contextmanager
-def joined_torchrun(process: TorchrunProcess, device: str) -> Iterator[None]:
-    """`joined_processes` for a process that torchrun started.
-
-    Raises:
-        UserError: there are fewer GPUs than processes.
-    """
-    if device == "cuda" and process.local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"torchrun started process {process.local_rank + 1} of this machine, but torch sees "
-            f"{torch.cuda.device_count()} GPUs: lower --nproc-per-node, or add train.device=cpu."
-        )
-    choose_interface(process.address)
-    with joined_processes(
-        device,
-        rank=process.rank,
-        world_size=process.world_size,
-        local_rank=process.local_rank,
-        machine_rank=process.machine_rank,
-    ):
-        yield
 
 
 def share_model(model: nn.Module, *, fp16_compression: bool = False, **kwargs: Any) -> nn.Module:
@@ -225,40 +158,3 @@ def check_same_start(start_iter: int, output_dir: str) -> None:
             f"Process 0 goes on from iteration {starts[0]} and process {other} from iteration {starts[other]}: "
             f"the output directory {output_dir} must be one folder that all machines share."
         )
-
-
-class ElasticRun:
-    """Remembers in the output directory which torchrun run trains there, so that a restart goes on by itself.
-
-    torchrun starts all processes anew after a failure, and when machines come or go; in the latter case it does not
-    count that as a restart.
-    """
-
-    def __init__(self, process: TorchrunProcess | None, output_dir: str | os.PathLike[str]) -> None:
-        """
-        Args:
-            process: None for a run without torchrun, which is never a restart.
-            output_dir: of the run.
-        """
-        self._process = process
-        self._path = Path(output_dir) / "elastic_run_id"
-
-    def is_restart(self) -> bool:
-        """Whether this run was here before and did not end; all processes must ask, and get one answer."""
-        if self._process is None:
-            return False
-        here = self._process.restarts > 0
-        if self._process.run_id != "none" and self._path.is_file():
-            here = here or self._path.read_text().strip() == self._process.run_id
-        return any_process(here)
-
-    def begin(self) -> None:
-        """Note that the run is under way."""
-        if self._process is not None and comm.is_main_process():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(self._process.run_id + "\n")
-
-    def end(self) -> None:
-        """Note that the run is complete: the next one of the same id is a new one."""
-        if self._process is not None and comm.is_main_process():
-            self._path.unlink(missing_ok=True)

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 1.0
-_STOP_SECONDS = 10.0
+_STOP_SECONDS = 5.0
 _CAUSE_ORDER = {"user": 0, "fault": 0, "lost": 1, "exit": 2}
 _PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
@@ -173,7 +173,7 @@ class _Supervisor:
         self._children: list[_Child] = []
         self._asked_to_stop = 0
 
-    def start(self, main: Callable[..., Any], args: tuple, timeout: timedelta) -> None:
+    def start(self, main: Callable[..., Any], args: tuple[Any, ...], timeout: timedelta) -> None:
         context = multiprocessing.get_context("spawn")
         threads = 0
         if "OMP_NUM_THREADS" not in os.environ:
@@ -322,7 +322,7 @@ class _Place:
     timeout: timedelta
 
 
-def _child(pipe: Connection, place: _Place, main: Callable[..., Any], args: tuple) -> None:
+def _child(pipe: Connection, place: _Place, main: Callable[..., Any], args: tuple[Any, ...]) -> None:
     _end_with_parent()
     if place.threads:
         torch.set_num_threads(place.threads)
@@ -352,7 +352,7 @@ def _child(pipe: Connection, place: _Place, main: Callable[..., Any], args: tupl
         os._exit(report.status)
 
 
-def _join_and_call(place: _Place, main: Callable[..., Any], args: tuple) -> None:
+def _join_and_call(place: _Place, main: Callable[..., Any], args: tuple[Any, ...]) -> None:
     host, port = place.address
     store = dist.TCPStore(host, port, is_master=False, timeout=place.timeout)
     with joined_processes(

@@ -11,8 +11,8 @@ from ccnet_d2.errors import UserError
 
 CONNECT_TIMEOUT = timedelta(minutes=10)
 _BEAT_SECONDS = 1.0
-_SILENCE_SECONDS = 30.0
-_FAREWELL_SECONDS = 10.0
+_SILENCE_SECONDS = 20.0
+_FAREWELL_SECONDS = 3.0
 _FAILURE = "failure"
 
 
@@ -166,9 +166,9 @@ class Machines:
     def _exchange(self, beats: dict[int, tuple[int, float]]) -> None:
         self._store.add(f"beat/{self._rank}", 1)
         if self._store.check([_FAILURE]):
-            rank, _, message = self._store.get(_FAILURE).decode().partition(":")
-            if int(rank) != self._rank:
-                self._lost = f"Machine {rank} failed: {message}"
+            failed, _, message = self._store.get(_FAILURE).decode().partition(":")
+            if int(failed) != self._rank:
+                self._lost = f"Machine {failed} failed: {message}"
                 self._store.set(f"left/{self._rank}", "stopped")
         now = time.monotonic()
         for rank, (count, since) in beats.items():

@@ -16,6 +16,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ccnet_d2.data.randomness import GeneratorStates
+from ccnet_d2.data.train_loader import TrainLoader
 from ccnet_d2.errors import UserError
 
 from .non_finite import NonFiniteGuard, gradients_are_finite
@@ -94,6 +95,8 @@ class Trainer(SimpleTrainer):
                 raise
             finally:
                 self.after_train()
+                if isinstance(self.data_loader, TrainLoader):
+                    self.data_loader.close()
 
     def run_step(self) -> None:
         assert self.model.training, "[Trainer] model was changed to eval mode!"

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from ccnet_d2.checkpoint.atomic_file import atomic_write
 
 from .check import DEFAULT_SIZES, Difference, Run, compare
-from .network import ExportError
+from .network import ExportError, check_form
 from .program import LEAST_SIDE, trace
 
 __all__ = ["FORMATS", "ExportReport", "export_model", "load_program"]
@@ -77,6 +77,7 @@ def export_model(
         raise ExportError(
             f"sizes to check on must be (batch, height, width) with sides of at least {LEAST_SIDE}."
         )
+    check_form(model)  # before packages are asked for that would be of no use
     make = _onnx_maker() if path.suffix == ".onnx" else _pt2
     model.eval()
     content, run = make(trace(model), metadata or {})
@@ -103,7 +104,13 @@ def load_program(path: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, str
 
 
 def _onnx_maker() -> _Maker:
-    from .onnx_format import onnx_bytes, onnx_runner  # optional packages
+    try:
+        from .onnx_format import onnx_bytes, onnx_runner  # optional packages
+    except ImportError as error:
+        raise ExportError(
+            f"ONNX files need the packages onnx, onnxruntime and onnxscript, and {error.name} is missing: "
+            "pip install 'ccnet_d2[export]', or write a .pt2 file, which needs none of them."
+        ) from error
 
     def make(program: ExportedProgram, metadata: Mapping[str, str]) -> tuple[bytes, Run]:
         content = onnx_bytes(program, metadata)

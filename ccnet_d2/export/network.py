@@ -6,12 +6,13 @@ Shapes: B batch, C channels, H W image size, K classes.
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ccnet_d2.errors import UserError
-from ccnet_d2.layers import ClipRCCA, CrissCrossAttention
+from ccnet_d2.layers import ClipRCCA, CrissCrossAttention, RegionConstruction
 
 __all__ = ["ExportError", "ExportedNetwork", "check_form"]
 
@@ -50,7 +51,7 @@ class ExportedNetwork(nn.Module):
                 module.backend = "reference"
                 # As a convolution and not as the matrix product that suits the compiled operator's memory layout:
                 # runtimes fuse convolutions, and the product is chosen by looking at the batch size.
-                module.project = _Projection(module)
+                vars(module)["project"] = functools.partial(_project, module)
 
     def forward(self, images: Tensor) -> Tensor:
         """
@@ -70,16 +71,10 @@ class ExportedNetwork(nn.Module):
         return F.pad(logits, (0, -right, 0, -below))
 
 
-class _Projection(nn.Module):
+def _project(attention: CrissCrossAttention, x: Tensor) -> tuple[Tensor, ...]:
     """`CrissCrossAttention.project` as a convolution."""
-
-    def __init__(self, attention: CrissCrossAttention) -> None:
-        super().__init__()
-        self.sizes = [attention.key_channels, attention.key_channels, attention.channels]
-        self.attention = [attention]  # in a list: it holds this module, not the other way round
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.attention[0].qkv(x).split(self.sizes, dim=1)
+    sizes = [attention.key_channels, attention.key_channels, attention.channels]
+    return attention.qkv(x).split(sizes, dim=1)
 
 
 def check_form(model: nn.Module) -> None:
@@ -97,6 +92,11 @@ def check_form(model: nn.Module) -> None:
     if any(isinstance(module, ClipRCCA) for module in model.modules()):
         raise ExportError(
             f"{name} does not export: it segments clips, and only networks on single images do."
+        )
+    if any(isinstance(module, RegionConstruction) for module in model.modules()):
+        raise ExportError(
+            f"{name} with RANet's head does not export: it reads the lines between all pairs of cells, and how many "
+            "and how long they are is worked out anew for each image's size."
         )
     missing = [
         part for part in ("backbone", "sem_seg_head", "pixel_mean", "pixel_std") if not hasattr(model, part)

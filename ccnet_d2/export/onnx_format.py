@@ -9,22 +9,15 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import onnx
+import onnxruntime
+import onnxscript  # noqa: F401  torch's exporter needs it
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from .network import ExportError
 from .program import INPUT, OUTPUT
-
-try:
-    import onnx
-    import onnxruntime
-    import onnxscript  # noqa: F401  torch's exporter needs it
-except ImportError as error:
-    raise ExportError(
-        f"ONNX files need the packages onnx, onnxruntime and onnxscript, and {error.name} is missing: "
-        "pip install 'ccnet_d2[export]', or write a .pt2 file, which needs none of them."
-    ) from error
 
 __all__ = ["onnx_bytes", "onnx_runner"]
 

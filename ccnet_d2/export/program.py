@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from .network import ExportedNetwork, ExportError
 __all__ = ["INPUT", "LEAST_SIDE", "OUTPUT", "trace"]
 
 INPUT, OUTPUT = "images", "logits"
-LEAST_SIDE = 16
+LEAST_SIDE = 32
 """Smallest height and width of the images that an exported file takes."""
 
 # Neither equal sides nor multiples of a stride: what holds for them alone would show as a violated constraint.
@@ -23,7 +26,7 @@ _EXAMPLE = (2, 3, 106, 138)
 
 
 def trace(model: nn.Module) -> ExportedProgram:
-    """The model as a program from images (B, 3, H, W) to logits (B, K, H, W), for any B and any H, W >= 16.
+    """The model as a program from images (B, 3, H, W) to logits (B, K, H, W), for any B and any H, W >= 32.
 
     Raises:
         ExportError: the model is of a form that is not exported (see `ExportedNetwork`), or its arithmetic depends
@@ -36,8 +39,7 @@ def trace(model: nn.Module) -> ExportedProgram:
         3: Dim("width", min=LEAST_SIDE, max=1 << 16),
     }
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about torch's own parts
+        with torch.no_grad(), _quiet():
             program = torch.export.export(network, (torch.zeros(_EXAMPLE),), dynamic_shapes=(sizes,))
             if any(node.target in _DECOMPOSITIONS for node in program.graph.nodes):
                 program = program.run_decompositions(_DECOMPOSITIONS)
@@ -50,6 +52,19 @@ def trace(model: nn.Module) -> ExportedProgram:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine's files
     return program
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch says of its own parts, and without the graph it prints where tracing fails."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(level)
 
 
 def _adaptive_average(x: Tensor, output_size: list[int]) -> Tensor:
@@ -81,5 +96,5 @@ _DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 def _reason(error: Exception) -> str:
     """The line of torch's message that says which condition on the sizes was met."""
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
-    conditions = [line for line in lines if "guard" in line]
+    conditions = [line for line in lines if "generated guard" in line]
     return (conditions or lines or [type(error).__name__])[0].rstrip(".")

@@ -1,6 +1,6 @@
 """Predictions from images in two lines.
 
-predictor = Predictor("camvid/ccnet_R_18_small.py", "output/model_final.pth")
+predictor = Predictor("camvid/ccnet_R_18_D8_half.py", "output/model_final.pth")
 picture = predictor("street.png").overlay()
 """
 
@@ -78,7 +78,7 @@ class Predictor:
     """Segments images given as files, arrays or Pillow images.
 
     Example:
-        >>> predictor = Predictor("camvid/ccnet_R_18_small.py", "output/model_final.pth")  # doctest: +SKIP
+        >>> predictor = Predictor("camvid/ccnet_R_18_D8_half.py", "output/model_final.pth")  # doctest: +SKIP
         >>> labels = predictor("street.png").labels  # doctest: +SKIP
     """
 

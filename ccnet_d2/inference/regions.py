@@ -112,7 +112,8 @@ def draw_regions(found: RegionMap) -> np.ndarray:
 
     sizes = np.bincount(found.region.ravel())
     on_image = resize_labels(region, height, width)
-    outlines = _edges(on_image)
+    # Regions of one cell count as one here: lines between them would be a grid over the image.
+    outlines = _edges(np.where(sizes[on_image] == 1, -1, on_image))
     dots = [
         ((column + 0.5) * width / columns, (row + 0.5) * height / rows)
         for row, column in found.representatives

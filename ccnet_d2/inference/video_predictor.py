@@ -20,6 +20,7 @@ from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import get_config
 from ccnet_d2.modeling import CCNet3D
 
+from .clips import WholeClip
 from .images import as_rgb
 from .label_bands import LabelBands
 from .mode import WholeImage
@@ -145,6 +146,8 @@ class VideoPredictor(Predictor):
                 f"{type(self.model).__name__} runs on whole clips, not in the test mode {type(self.mode).__name__}: "
                 "leave the mode out."
             )
+        if not isinstance(self.mode, WholeClip):
+            self.mode = WholeClip(align_corners=self.mode.align_corners).bind(self.model)
         if clip_length is None and isinstance(model, DictConfig):
             configured = OmegaConf.select(model, "dataloader.test.dataset")
             clip_length = None if configured is None else configured.get("length")

@@ -27,7 +27,8 @@ class RegionAttention(nn.Module):
     convolutions for queries and values and after each of the three steps (those on the list of representatives as if
     it were a map of one column), softmax over all pixels or all representatives, no J on what is passed on.
 
-    Computed in fp32, inside autocast too (the energies have no scale), but for the convolutions.
+    Computed in fp32, inside autocast too (the energies have no scale), but for the convolutions. At 512 channels and
+    97x97, forward and backward pass take 0.6 GB an image with 25 regions, and 1 GB with one for each cell.
 
     :paper:`RANet: Region Attention Network for Semantic Segmentation`, Sec. 3.
     """
@@ -38,7 +39,7 @@ class RegionAttention(nn.Module):
         *,
         variant: str = "paper",
         representatives: int = 8,
-        threshold: float | None = None,
+        threshold: float = 0.8,
         samples: int | None = None,
         pair_cells: int = 49 * 49,
         use_boundary: bool = True,

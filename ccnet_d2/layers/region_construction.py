@@ -15,7 +15,7 @@ from .region_similarity import binary_jensen_shannon, jensen_shannon
 from .region_smoothing import smooth_maps
 
 VARIANTS = ("paper", "code")
-_THRESHOLDS = {"paper": 0.5, "code": 0.8}
+_THRESHOLD = 0.8
 
 
 class Regions(NamedTuple):
@@ -48,7 +48,7 @@ class RegionConstruction(nn.Module):
     | the ends of a line (Eq. 1) | belong to it, so a boundary cell is alone | do not |
     | E (Eq. 2) | divergence of all classes, base 2 | of the likeliest class of i, see `binary_jensen_shannon` |
     | W^g (Eq. 4) | 3x3 over the map of each cell i, from the identity, no bias | none |
-    | threshold of sgn (Eq. 4) | 0.5; 0, as printed, would join everything, since F >= 0 | 0.8 |
+    | threshold of sgn (Eq. 4) | 0.8; 0, as printed, would join everything, since F >= 0 | 0.8 |
     | regions | connected components of G | each cell points to the first that it belongs with |
     | J (Eq. 5) | mean of F^g, clamped to [0, 1] | mean of F over the region's cells |
 
@@ -67,7 +67,7 @@ class RegionConstruction(nn.Module):
         *,
         variant: str = "paper",
         representatives: int = 8,
-        threshold: float | None = None,
+        threshold: float = _THRESHOLD,
         samples: int | None = None,
         use_boundary: bool = True,
         use_semantic: bool = True,
@@ -76,7 +76,8 @@ class RegionConstruction(nn.Module):
         Args:
             variant: "paper" or "code", see above.
             representatives: K.
-            threshold: above which two cells belong together; None for the variant's.
+            threshold: above which two cells belong together. Classes that change little by little are told apart by
+                their boundary alone, of which a high threshold needs less.
             samples: points of a line that are looked at, see `line_maximum`; None for all.
             use_boundary: whether the boundary scores count (Tab. 1); without, D = 0.
             use_semantic: whether the semantic scores count (Tab. 1); without, E = 0.
@@ -93,7 +94,7 @@ class RegionConstruction(nn.Module):
             raise ValueError("regions need boundaries or semantics: set use_boundary or use_semantic.")
         self.variant = variant
         self.representatives = representatives
-        self.threshold = _THRESHOLDS[variant] if threshold is None else threshold
+        self.threshold = threshold
         self.samples = samples
         self.use_boundary = use_boundary
         self.use_semantic = use_semantic

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _SIDE = 3
+# Values worked on in one go on a CPU, whose cache they fit in; a GPU takes all at once.
+_CHUNK = 1 << 18
 
 
 def smooth_maps(maps: Tensor, kernel: Tensor) -> Tensor:
@@ -34,29 +36,41 @@ class _Smooth(torch.autograd.Function):
     def forward(ctx: Any, maps: Tensor, kernel: Tensor) -> Tensor:
         ctx.save_for_backward(maps, kernel)
         out = torch.zeros_like(maps)
-        for weight, part in zip(kernel.flatten(), _parts(_padded(maps)), strict=True):
-            out.addcmul_(part, weight)
+        weights = kernel.flatten()
+        for some in _chunks(maps):
+            for weight, part in zip(weights, _parts(_padded(maps[some])), strict=True):
+                out[some].addcmul_(part, weight)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         maps, kernel = ctx.saved_tensors
-        grad_maps = grad_kernel = None
-        if ctx.needs_input_grad[1]:
-            dots = [(grad * part).sum() for part in _parts(_padded(maps))]
-            grad_kernel = torch.stack(dots).reshape(_SIDE, _SIDE)
-        if ctx.needs_input_grad[0]:
-            wide = grad.new_zeros(grad.shape[0], grad.shape[1] + 2, grad.shape[2] + 2)
-            for weight, part in zip(kernel.flatten(), _parts(wide), strict=True):
-                part.addcmul_(grad, weight)
-            # What fell on the padding belongs to the edge that it repeats.
-            wide[:, 1] += wide[:, 0]
-            wide[:, -2] += wide[:, -1]
-            wide[:, :, 1] += wide[:, :, 0]
-            wide[:, :, -2] += wide[:, :, -1]
-            grad_maps = wide[:, 1:-1, 1:-1]
-        return grad_maps, grad_kernel
+        weights = kernel.flatten()
+        grad_maps = torch.empty_like(maps) if ctx.needs_input_grad[0] else None
+        grad_kernel = torch.zeros_like(weights) if ctx.needs_input_grad[1] else None
+        for some in _chunks(maps):
+            slope = grad[some].contiguous()
+            if grad_kernel is not None:
+                around = _padded(maps[some])
+                grad_kernel += torch.stack([(slope * part).sum() for part in _parts(around)])
+            if grad_maps is not None:
+                wide = slope.new_zeros(slope.shape[0], slope.shape[1] + 2, slope.shape[2] + 2)
+                for weight, part in zip(weights, _parts(wide), strict=True):
+                    part.addcmul_(slope, weight)
+                # What fell on the padding belongs to the edge that it repeats.
+                wide[:, 1] += wide[:, 0]
+                wide[:, -2] += wide[:, -1]
+                wide[:, :, 1] += wide[:, :, 0]
+                wide[:, :, -2] += wide[:, :, -1]
+                grad_maps[some] = wide[:, 1:-1, 1:-1]
+        return grad_maps, None if grad_kernel is None else grad_kernel.reshape(_SIDE, _SIDE)
+
+
+def _chunks(maps: Tensor) -> Iterator[slice]:
+    size = max(1, _CHUNK // maps[0].numel()) if maps.device.type == "cpu" else len(maps)
+    for start in range(0, len(maps), size):
+        yield slice(start, start + size)
 
 
 def _padded(maps: Tensor) -> Tensor:

@@ -75,7 +75,14 @@ class _Normalize(torch.autograd.Function):
     """(x - mean) / sqrt(variance + eps) * weight + bias with mean and variance over all processes."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, eps, group):
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = at_least_float32(input)
         axes = [axis for axis in range(x.dim()) if axis != 1]
         # A count above 2^24 is not exact in fp32.
@@ -97,7 +104,7 @@ class _Normalize(torch.autograd.Function):
         scale = torch.rsqrt(variance + eps)
         normalized = centred.mul_(scale.view(shape))
         output = normalized
-        if weight is not None:
+        if weight is not None and bias is not None:
             output = normalized * weight.to(x.dtype).view(shape) + bias.to(x.dtype).view(shape)
         ctx.save_for_backward(normalized, scale, weight)
         ctx.count, ctx.axes, ctx.shape, ctx.group = float(count), axes, shape, group
@@ -106,7 +113,9 @@ class _Normalize(torch.autograd.Function):
         return output.to(input.dtype), mean, variance, count
 
     @staticmethod
-    def backward(ctx, gradient, *_):
+    def backward(  # type: ignore[no-untyped-def]
+        ctx, gradient: Tensor, *_: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         normalized, scale, weight = ctx.saved_tensors
         gradient = gradient.to(normalized.dtype)
         # Weight and bias: this process's part; DistributedDataParallel brings the parts together.

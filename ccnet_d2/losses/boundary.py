@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ccnet_d2.layers.precision import at_least_float32, autocast_disabled
 
+from .reduction import mean_over_processes
 from .resize import upsample
 from .segmentation_loss import check_map_and_labels
 
@@ -109,8 +110,7 @@ class BoundaryLoss(nn.Module):
                 share = boundary.sum() / labelled.sum().clamp(min=1)
                 weight = weight * torch.where(boundary, 1 - share, share)
             total = F.binary_cross_entropy_with_logits(full, boundary.to(full.dtype), weight, reduction="sum")
-            mass = weight.sum()
-            return total / torch.where(mass > 0, mass, 1.0)
+            return mean_over_processes(total, weight.sum())
 
     def extra_repr(self) -> str:
         return (

@@ -54,7 +54,7 @@ class RANetHead(nn.Module):
         context: str = REGION,
         variant: str = "paper",
         representatives: int = 8,
-        threshold: float | None = None,
+        threshold: float = 0.8,
         samples: int | None = None,
         pair_cells: int = 49 * 49,
         use_boundary: bool = True,
@@ -250,6 +250,7 @@ class RANetHead(nn.Module):
 
 def _boundary_classifier(channels: int) -> nn.Conv2d:
     classifier = nn.Conv2d(channels, 1, kernel_size=1)
+    nn.init.normal_(classifier.weight, std=0.01)
     assert classifier.bias is not None
     nn.init.constant_(classifier.bias, math.log(_FIRST_BOUNDARY / (1 - _FIRST_BOUNDARY)))
     return classifier

@@ -47,7 +47,8 @@ def unavailable_reason(device: str = "cpu") -> str | None:
 
 
 def instruction_set(dtype: torch.dtype) -> str | None:
-    """The CPU kernels chosen for inputs of `dtype` ("portable", "avx2", "avx512", "amx"); None without a library."""
+    """The CPU kernels chosen for inputs of `dtype` ("portable", "avx2", "avx512", "avx512_bf16",
+    "amx"); None without a library."""
     if _CPU_REASON is not None:
         return None
     name: str = torch.ops.ccnet_d2.cpu_instruction_set(str(dtype).removeprefix("torch."))

@@ -1,6 +1,6 @@
 """A small CE2P with RCCA that learns the drawn fixture in LIP's layout, in minutes on a CPU.
 
-`python projects/CCNet/tools/make_lip_fixture.py` draws the images. Processors with bf16 units (AMX) and GPUs train it
+`python projects/CCNet/tools/make_lip_fixture.py` draws the images. Processors with bf16 units (AVX512-BF16, AMX) and GPUs train it
 faster with `train.amp.enabled=True`.
 """
 

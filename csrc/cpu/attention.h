@@ -67,7 +67,8 @@ struct Kernels {
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
-const Kernels* amx_kernels();  // bf16 only
+const Kernels* avx512bf16_kernels();  // bf16 only, as are the next
+const Kernels* amx_kernels();
 
 }  // namespace cpu
 }  // namespace ccnet

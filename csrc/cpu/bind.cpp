@@ -24,10 +24,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Best first. CCNET_CPU_ISA=portable|avx2|avx512|amx caps the choice, for tests and for finding faults.
+// Best first. CCNET_CPU_ISA=portable|avx2|avx512|avx512_bf16|amx caps the choice, for tests and for finding faults.
 int isa_rank(const char* name) {
-  const char* const order[] = {"portable", "avx2", "avx512", "amx"};
-  for (int i = 0; i < 4; ++i) {
+  const char* const order[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+  for (int i = 0; i < 5; ++i) {
     if (strcmp(order[i], name) == 0) return i;
   }
   return -1;
@@ -35,16 +35,17 @@ int isa_rank(const char* name) {
 
 int isa_cap() {
   const char* wanted = getenv("CCNET_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return 3;
+  if (wanted == nullptr || *wanted == '\0') return 4;
   const int rank = isa_rank(wanted);
-  STD_TORCH_CHECK(rank >= 0, "CCNET_CPU_ISA=", wanted, " is unknown: choose portable, avx2, avx512 or amx.");
+  STD_TORCH_CHECK(rank >= 0, "CCNET_CPU_ISA=", wanted, " is unknown: choose portable, avx2, avx512, avx512_bf16 or amx.");
   return rank;
 }
 
 const Kernels& select_kernels(DType dtype) {
   const int cap = isa_cap();
   if (dtype != DType::kDouble) {
-    if (dtype == DType::kBFloat16 && cap >= 3 && amx_kernels() != nullptr) return *amx_kernels();
+    if (dtype == DType::kBFloat16 && cap >= 4 && amx_kernels() != nullptr) return *amx_kernels();
+    if (dtype == DType::kBFloat16 && cap >= 3 && avx512bf16_kernels() != nullptr) return *avx512bf16_kernels();
     if (cap >= 2 && avx512_kernels() != nullptr) return *avx512_kernels();
     if (cap >= 1 && avx2_kernels() != nullptr) return *avx2_kernels();
   }

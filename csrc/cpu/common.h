@@ -25,6 +25,9 @@
 #define CCNET_X86_DISPATCH 1
 #endif
 
+// CCNET_LEAVE_OUT_KERNEL, set by setup.py where the compiler does not know a kernel's instructions, leaves only the
+// function that says so.
+
 #if defined(__GNUC__) || defined(__clang__)
 #define CCNET_PREFETCH(p) __builtin_prefetch((p), 0, 2)
 #else

@@ -23,6 +23,7 @@ struct Avx2 {
   static constexpr int W = 8;
   static constexpr int kPanelVectors = 2;
   static constexpr int kAccumulators = 12;  // of 16 registers
+  static constexpr bool kMovesWords = false;
 
   static __m256i first(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

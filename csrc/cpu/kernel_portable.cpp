@@ -16,6 +16,7 @@ struct ArrayVector {
   static constexpr int W = Width;
   static constexpr int kPanelVectors = 2;
   static constexpr int kAccumulators = 12;  // fits the 16 registers of SSE2 and the 32 of NEON
+  static constexpr bool kMovesWords = false;
 
 #if defined(__GNUC__) || defined(__clang__)
   typedef Scalar reg __attribute__((vector_size(sizeof(Scalar) * Width)));

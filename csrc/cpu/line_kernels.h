@@ -606,7 +606,8 @@ void backward_typed(const BackwardArgs& args) {
 
 // ------------------------------------------------------------------------------------------- to channels-last
 
-// Copies one run of positions that are `step` elements apart in the source, W x W blocks at a time.
+// Copies one run of positions that are `step` elements apart in the source, a square block at a time. The channels of a
+// position are far apart, which no hardware prefetcher follows: the next block is asked for ahead.
 template <class V, class S>
 void copy_positions(const S* from, int64_t step, int64_t channel, S* to, int64_t row, int64_t count,
                     int64_t channels) {
@@ -616,10 +617,23 @@ void copy_positions(const S* from, int64_t step, int64_t channel, S* to, int64_t
     }
     return;
   }
-  for (int64_t i = 0; i < count; i += V::W) {
-    const int rows = static_cast<int>(count - i < V::W ? count - i : V::W);
-    for (int64_t c = 0; c < channels; c += V::W) {
+  if constexpr (V::kMovesWords && sizeof(S) == 2) {
+    // Two bytes are moved as they are; 32 of them are a cache line, which is read once.
+    for (int64_t c = 0; c < channels; c += 32) {
+      for (int64_t i = 0; i < count; i += 32) {
+        const int64_t further = channels - c - 32 < 32 ? channels - c - 32 : 32;
+        for (int64_t r = 0; r < further; ++r) CCNET_PREFETCH(from + (c + 32 + r) * channel + i);
+        V::transpose_words(from + c * channel + i, channel, channels - c, count - i, to + i * row + c, row);
+      }
+    }
+    return;
+  }
+  for (int64_t c = 0; c < channels; c += V::W) {
+    for (int64_t i = 0; i < count; i += V::W) {
+      const int rows = static_cast<int>(count - i < V::W ? count - i : V::W);
       const int cols = static_cast<int>(channels - c < V::W ? channels - c : V::W);
+      const int64_t further = channels - c - V::W < V::W ? channels - c - V::W : V::W;
+      for (int64_t r = 0; r < further; ++r) CCNET_PREFETCH(from + (c + V::W + r) * channel + i);
       typename V::reg t[V::W];
       CCNET_UNROLL
       for (int r = 0; r < V::W; ++r) {

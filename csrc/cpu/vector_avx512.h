@@ -6,6 +6,7 @@ struct Avx512 {
   static constexpr int W = 16;
   static constexpr int kPanelVectors = 4;
   static constexpr int kAccumulators = 24;  // of 32 registers: NR + 1 more hold operands
+  static constexpr bool kMovesWords = true;  // has transpose_words
 
   static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -88,7 +89,42 @@ struct Avx512 {
     }
   }
 
+  static __mmask32 first_words(int64_t n) {
+    return n >= 32 ? ~__mmask32(0) : static_cast<__mmask32>((1u << n) - 1u);
+  }
+
+  // dst[i, j] = src[j, i] for i < cols, j < rows, both at most 32; src_step and dst_step between rows. S has 16 bits.
+  template <class S>
+  static void transpose_words(const S* src, int64_t src_step, int64_t rows, int64_t cols, S* dst, int64_t dst_step) {
+    const __mmask32 used = first_words(cols);
+    reg lo[16], hi[16];
+    CCNET_UNROLL
+    for (int r = 0; r < 16; ++r) {
+      const S* p = src + 2 * r * src_step;
+      const __m512i a = _mm512_maskz_loadu_epi16(2 * r < rows ? used : 0, p);
+      const __m512i b = _mm512_maskz_loadu_epi16(2 * r + 1 < rows ? used : 0, p + src_step);
+      lo[r] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b));
+      hi[r] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b));
+    }
+    transpose(lo);
+    transpose(hi);
+    CCNET_UNROLL
+    for (int r = 0; r < 16; ++r) {
+      const int64_t at = r / 4 * 8 + r % 4;  // undoes the order that the unpack instructions gave
+      store_words(dst + at * dst_step, lo[r], at < cols ? rows : 0);
+      store_words(dst + (at + 4) * dst_step, hi[r], at + 4 < cols ? rows : 0);
+    }
+  }
+
  private:
+  template <class S>
+  static void store_words(S* p, reg x, int64_t n) {
+    if (n >= 32) {
+      _mm512_storeu_si512(p, _mm512_castps_si512(x));
+    } else if (n > 0) {
+      _mm512_mask_storeu_epi16(p, first_words(n), _mm512_castps_si512(x));
+    }
+  }
   static reg pairs_lo(reg a, reg b) {
     return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
   }

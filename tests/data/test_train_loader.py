@@ -1,6 +1,8 @@
 """Training batches that depend on the seed and their place alone."""
 
+import multiprocessing
 import random
+import time
 
 import numpy as np
 import pytest
@@ -27,7 +29,18 @@ def mapper(record):
 
 def loader(count=10, bad=(), batch=3, **options):
     options = {"mapper": mapper, "aspect_ratio_grouping": False, "seed": 7, **options}
-    return TrainLoader(records(count, bad), total_batch_size=batch, **options)
+    made.append(TrainLoader(records(count, bad), total_batch_size=batch, **options))
+    return made[-1]
+
+
+made = []
+
+
+@pytest.fixture(autouse=True)
+def no_workers_are_left():
+    yield
+    while made:
+        made.pop().close()
 
 
 def take(batches, count):
@@ -153,6 +166,19 @@ def test_a_bad_sample_stops(workers):
     with pytest.raises(SampleError, match=r"sample '4\.png' cannot be loaded: cannot identify") as error:
         take(iter(loader(bad=[4], num_workers=workers)), 6)
     assert error.value.path == "4.png"
+
+
+def test_closing_ends_the_workers():
+    data = loader(num_workers=2)
+    data.close()
+    batches = iter(data)
+    take(batches, 3)
+    assert len(multiprocessing.active_children()) == 2
+    start = time.monotonic()
+    data.close()
+    assert time.monotonic() - start < 4 and not multiprocessing.active_children()
+    assert list(batches) == []
+    assert data.batches == 3 and next(iter(data))
 
 
 def test_a_mapper_that_returns_none_is_no_silent_fallback():

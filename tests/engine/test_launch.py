@@ -1,7 +1,9 @@
 """Several processes on CPUs: gradients of one process, ends of all when one ends, and clear messages."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,7 +12,7 @@ import time
 import pytest
 import torch
 
-from ccnet_d2.engine.distributed import TorchrunProcess
+from ccnet_d2.engine.command_line import main
 from ccnet_d2.engine.launch import Processes, ProcessFailedError, launch
 from ccnet_d2.engine.network import interface_to
 from ccnet_d2.errors import UserError
@@ -144,8 +146,6 @@ def machines(tmp_path, free_port):
 
 @pytest.fixture
 def free_port():
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -153,8 +153,6 @@ def free_port():
 
 @pytest.mark.slow
 def test_two_machines(machines):
-    import json
-
     ends = machines("say_who", counts=(2, 2))
     assert [status for status, _, _ in ends] == [0, 0], ends
     lines = [json.loads(line) for _, output, _ in ends for line in output.splitlines()]
@@ -201,9 +199,31 @@ def test_wrong_numbers(numbers, words):
         Processes(**numbers)
 
 
-def test_taken_port(free_port):
-    import socket
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what to do without a GPU")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--num-gpus", "2"], "--num-processes"),
+        (["--num-machines", "2"], "--num-processes"),
+        (["--num-gpus", "2", "--num-processes", "2"], "together"),
+        (["--num-processes", "0"], "at least one"),
+        (["--num-processes", "1", "--num-machines", "2"], "--dist-url"),
+    ],
+)
+def test_wrong_command_line(capsys, arguments, words):
+    assert main(["--config-file", "toy/ccnet_synthetic.py", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error
 
+
+def test_torchrun_says_how_many_processes_there_are(capsys, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    assert main(["--config-file", "toy/ccnet_synthetic.py", "--num-processes", "2"]) == 1
+    assert "leave out" in capsys.readouterr().err
+
+
+def test_taken_port(free_port):
     with socket.socket() as server:
         server.bind(("127.0.0.1", free_port))
         server.listen()
@@ -220,14 +240,3 @@ def test_one_process_is_this_one():
 def test_loopback_leads_to_this_machine():
     assert interface_to("127.0.0.1") == interface_to("127.0.0.2") == "lo"
     assert interface_to("no.such.host.invalid") is None
-
-
-def test_torchrun_is_recognised(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    assert TorchrunProcess.from_environment() is None
-    variables = dict(RANK=5, WORLD_SIZE=8, LOCAL_RANK=1, GROUP_RANK=2, MASTER_ADDR="h", MASTER_PORT=1)
-    variables |= dict(TORCHELASTIC_RESTART_COUNT=3, TORCHELASTIC_RUN_ID="job")
-    for name, value in variables.items():
-        monkeypatch.setenv(name, str(value))
-    assert TorchrunProcess.from_environment() == TorchrunProcess(5, 8, 1, 2, 3, "job", "h")

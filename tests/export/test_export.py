@@ -20,7 +20,7 @@ from ccnet_d2.export import (
     load_program,
 )
 from ccnet_d2.export.program import _adaptive_average
-from ccnet_d2.layers import CrissCrossAttention
+from ccnet_d2.layers import CONTEXT_MODULES, CrissCrossAttention
 from ccnet_d2.model_zoo import get_config
 
 SIZES = [(1, 64, 80), (3, 49, 91), (2, 130, 57)]
@@ -34,7 +34,8 @@ def make_model(config=TOY, *overrides):
     for module in model.modules():
         if isinstance(module, CrissCrossAttention):
             module.gamma.data.fill_(0.7)  # at 0, where training starts, attention would not show
-            module.qkv.weight.data.mul_(3)
+            if config == TOY:
+                module.qkv.weight.data.mul_(3)  # attention that is far from even
         if isinstance(module, nn.BatchNorm2d):  # as after training: statistics that are not 0 and 1
             module.running_mean.normal_(0, 0.1, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
@@ -96,6 +97,9 @@ def test_the_onnx_file_is_one_file_of_plain_operators(toy_onnx):
     model = onnx.load(toy_onnx)
     assert [path.name for path in toy_onnx.parent.iterdir()] == ["toy.onnx"]
     assert {node.domain for node in model.graph.node} == {""}
+    # Two of the backbone, conva, the projections of both loops, convb, fuse and the classifier.
+    assert sum(node.op_type == "Conv" for node in model.graph.node) == 8
+    assert not any(node.op_type in ("Gemm", "If", "Loop") for node in model.graph.node)
     assert not any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)
     assert {entry.key: entry.value for entry in model.metadata_props} == {"classes": '["a", "b"]'}
     assert b".py" not in toy_onnx.read_bytes()  # no paths of the machine it was made on
@@ -132,8 +136,7 @@ def test_the_file_of_a_run_names_its_classes(toy_pt2, tmp_path):
 def test_the_model_is_left_as_it_was(toy):
     attention = toy.sem_seg_head.context
     ExportedNetwork(toy)
-    assert attention.backend == "auto"
-    assert attention.project.__func__ is CrissCrossAttention.project
+    assert attention.backend == "auto" and "project" not in vars(attention)
     assert all(parameter.requires_grad for parameter in toy.parameters())
 
 
@@ -179,6 +182,11 @@ def test_nan_is_not_a_small_difference(toy):
 def test_what_does_not_export_is_one_sentence(tmp_path):
     detector = instantiate(get_config("coco/mask_rcnn_rcca_R_50_FPN_1x.py").model)
     for model, message in (
+        (instantiate(get_config("toy/ranet_synthetic.py").model), "CCNet with RANet's head does not export"),
+        (
+            instantiate(get_config("camvid/ccnet3d_T1_R_18_D8_half.py").model),
+            "CCNet3D does not export: it segments",
+        ),
         (detector, "GeneralizedRCNN does not export: detection networks (Mask R-CNN with or without RCCA)"),
         (
             nn.Conv2d(3, 3, 1),
@@ -210,7 +218,7 @@ def test_arithmetic_that_depends_on_the_size_is_refused(tmp_path):
     [
         ("model.tflite", SIZES, "must end in .onnx or .pt2"),
         ("model.onnx", [], "sizes to check on must be"),
-        ("model.onnx", [(1, 8, 64)], "sides of at least 16"),
+        ("model.onnx", [(1, 8, 64)], "sides of at least 32"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(toy, tmp_path, name, sizes, message):
@@ -219,25 +227,31 @@ def test_wrong_arguments_are_one_sentence(toy, tmp_path, name, sizes, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 @pytest.mark.parametrize(
-    ("config", "overrides"),
+    ("config", "overrides", "suffixes"),
     [
         # The official form: deep stem, ceil_mode, align_corners; mmsegmentation's: neither.
-        ("cityscapes/ccnet_R_50_D8_769x769_60k.py", []),
-        ("cityscapes/ccnet_R_50_D8_512x1024_80k.py", ["model.sem_seg_head.context=rcca_r3"]),
-        ("camvid/ccnet_R_18_D8_half.py", ["model.size_divisibility=32"]),
-        (TOY, ["model.sem_seg_head.align_corners=True"]),
-        *[(TOY, [f"model.sem_seg_head.context={name}"]) for name in ("none", "nl", "psp", "aspp", "danet")],
+        ("cityscapes/ccnet_R_50_D8_769x769_60k.py", [], [".onnx", ".pt2"]),
+        (
+            "cityscapes/ccnet_R_50_D8_512x1024_80k.py",
+            ["model.sem_seg_head.context=rcca_r3"],
+            [".onnx", ".pt2"],
+        ),
+        ("camvid/ccnet_R_18_D8_half.py", ["model.size_divisibility=32"], [".onnx", ".pt2"]),
+        ("quick_schedules/ce2p_ccl_R_18_lip_fixture.py", [], [".onnx"]),
+        (TOY, ["model.sem_seg_head.align_corners=True"], [".onnx"]),
         *[
-            (TOY, [f"model.sem_seg_head.context={name}"])
-            for name in ("hv_vh", "gcn", "asymmetric_nl", "psanet")
+            (TOY, [f"model.sem_seg_head.context={name}"], [".onnx"])
+            for name in CONTEXT_MODULES
+            if name != "rcca"
         ],
     ],
 )
-def test_networks_in_both_formats(tmp_path, suffix, config, overrides):
-    if suffix == ".onnx":
-        pytest.importorskip("onnxscript")
-    report = export_model(make_model(config, *overrides), tmp_path / f"model{suffix}", sizes=SIZES)
-    assert len(report.differences) == 3
-    assert all(difference.relative <= 1e-4 and difference.reach > 0.01 for difference in report.differences)
+def test_networks(tmp_path, config, overrides, suffixes):
+    model = make_model(config, *overrides)
+    for suffix in suffixes:
+        if suffix == ".onnx":
+            pytest.importorskip("onnxscript")
+        report = export_model(model, tmp_path / f"model{suffix}", sizes=SIZES)
+        assert len(report.differences) == 3
+        assert all(difference.largest <= 1e-4 < difference.reach / 100 for difference in report.differences)

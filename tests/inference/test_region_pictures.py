@@ -26,8 +26,8 @@ def predictor(size_divisibility: int = 0, **options) -> Predictor:
     )
     if options.get("context") is None:
         with torch.no_grad():  # sharp scores make several regions
-            head.semantic.weight.mul_(20)
-            head.boundary.weight.mul_(40)
+            head.semantic.weight.mul_(40)
+            head.boundary.weight.normal_(std=6)
     model = CCNet(
         backbone=backbone,
         sem_seg_head=head,

@@ -129,6 +129,13 @@ def test_clips_of_frames_further_apart(run, weights, frames):
         assert (prediction.labels == labels_of(logits, (45, 61))).mean() > 0.999
 
 
+def test_the_mode_whole_means_whole_clips(run, weights, frames):
+    named = VideoPredictor(run, weights, mode="whole").video(frames[:5])
+    default = VideoPredictor(run, weights).video(frames[:5])
+    for one, other in zip(named, default, strict=True):
+        assert np.array_equal(one.labels, other.labels)
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_videos_shorter_than_a_clip(run, weights, frames, count):
     predictor = VideoPredictor(run, weights)

@@ -140,7 +140,7 @@ def test_attention_decisions_scores_and_representatives_by_hand():
     torch.manual_seed(0)
     boundary = 0.6 * torch.rand(1, 3, 4, dtype=torch.float64)
     semantic = (2 * torch.randn(1, 3, 3, 4, dtype=torch.float64)).softmax(1)
-    construction = RegionConstruction(representatives=2).double()
+    construction = RegionConstruction(representatives=2, threshold=0.5).double()
     with torch.no_grad():
         construction.kernel.add_(0.05 * torch.randn(3, 3))
     table = table_by_hand(boundary[0], semantic[0], construction.kernel.detach())
@@ -148,7 +148,7 @@ def test_attention_decisions_scores_and_representatives_by_hand():
 
     with torch.no_grad():
         (regions,) = construction(boundary, semantic)
-    _, expected = connected_components(((table + table.t()) / 2 > 0.5).numpy())
+    _, expected = connected_components(((table + table.t()) / 2 > construction.threshold).numpy())
     assert 1 < len(set(expected)) < 12 and same_partition(regions.region.numpy(), expected)
     chosen = set()
     for q in set(expected):
@@ -229,7 +229,9 @@ def test_more_representatives_than_pixels():
     assert representatives(region, score, 2).tolist() == [2, 3, 5, 1, 4]
 
 
-def test_smoothing_is_a_convolution():
+@pytest.mark.parametrize("chunk", [1 << 18, 25])
+def test_smoothing_is_a_convolution(chunk, monkeypatch):
+    monkeypatch.setattr("ccnet_d2.layers.region_smoothing._CHUNK", chunk)
     torch.manual_seed(0)
     maps_ = torch.randn(5, 4, 3, dtype=torch.float64, requires_grad=True)
     kernel = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)

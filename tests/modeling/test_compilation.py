@@ -117,16 +117,26 @@ def test_a_run_and_the_predictor_compile_when_asked(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
-    ("config", "overrides", "classes"),
+    ("config", "overrides", "classes", "training"),
     [
-        (TOY, [], 4),
-        (TOY, ["model.sem_seg_head.context=rcca_r3", "model.sem_seg_head.align_corners=True"], 4),
-        (TOY, ["model.sem_seg_head.loss=ohem", "model.sem_seg_head.category_consistent=piecewise"], 4),
-        ("camvid/ccnet_R_18_D8_half.py", [], 11),
-        # ceil_mode in the stem, whose size turns on even and odd
-        ("camvid/ccnet_R_50_D8_504x504.py", ["model.backbone.norm=BN", "model.backbone.depth=18"], 11),
+        (TOY, [], 4, False),
+        (TOY, [], 4, True),
+        (TOY, ["model.sem_seg_head.context=rcca_r3", "model.sem_seg_head.align_corners=True"], 4, False),
+        (
+            TOY,
+            ["model.sem_seg_head.loss=ohem", "model.sem_seg_head.category_consistent=piecewise"],
+            4,
+            True,
+        ),
+        ("camvid/ccnet_R_18_D8_half.py", [], 11, True),
+        # ceil_mode in the stem, whose size turns on even and odd.
+        (
+            "camvid/ccnet_R_50_D8_504x504.py",
+            ["model.backbone.norm=BN", "model.backbone.depth=18"],
+            11,
+            False,
+        ),
     ],
 )
 def test_compiled_by_inductor(config, overrides, classes, training):

@@ -105,6 +105,7 @@ def test_build_and_load(build, tmp_path):
     assert done.returncode == 0, done.stderr
     assert libraries == ["_C_cpu.so"]
     assert "for CUDA is NOT built: FORCE_CUDA=0" in done.stderr
+    assert "is left out" not in done.stderr  # a compiler of the last years knows all instructions
     program = (
         "import sys, torch; torch.ops.load_library(sys.argv[1])\n"
         "x = torch.randn(1, 2, 1, 1); print(torch.equal(torch.ops.ccnet_d2.criss_cross_forward(x, x, x)[0], x))"
@@ -133,6 +134,50 @@ def test_architectures(setup_module):
     ]
     with pytest.raises(setup_module.NotBuilt, match="'Hopper', which is no architecture"):
         setup_module.architecture_flags("Hopper")
+
+
+# Stands in for a compiler that does not know an instruction: -c of a file that speaks of one fails.
+OLD_COMPILER = """#!{python}
+import sys
+arguments = sys.argv[1:]
+target = arguments[arguments.index("-o") + 1]
+if "-c" in arguments:
+    source = open(arguments[arguments.index("-c") + 1]).read()
+    if "new_instruction" in source and "-DCCNET_LEAVE_OUT_KERNEL" not in arguments:
+        sys.exit("unknown instruction")
+open(target, "w").write(" ".join(arguments))
+"""
+
+
+@pytest.mark.skipif(not TORCH_IS_NEW_ENOUGH, reason="the compiled op needs torch 2.10")
+def test_kernel_that_the_compiler_does_not_know_is_left_out(setup_module, monkeypatch, tmp_path, capfd):
+    compiler = tmp_path / "c++"
+    compiler.write_text(OLD_COMPILER.format(python=sys.executable))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    sources = [tmp_path / name for name in ("kernel_avx512bf16.cpp", "bind.cpp")]
+    for source in sources:
+        source.write_text("")
+    sources[0].write_text("new_instruction")
+    library = tmp_path / "out" / "library.so"
+    build = setup_module.Build("library", tmp_path / "temp")
+    build.run(sources, [], library)
+    assert library.exists()
+    told = capfd.readouterr().err
+    assert "kernel_avx512bf16.cpp is left out" in told and "unknown instruction" in told
+    # It is tried again, and told again; nothing else is.
+    build.run(sources, [], library)
+    again = capfd.readouterr()
+    assert "kernel_avx512bf16.cpp is left out" in again.err and "bind.cpp -o" not in again.out
+    # Any other file is needed.
+    sources[1].write_text("new_instruction")
+    with pytest.raises(setup_module.NotBuilt, match="unknown instruction"):
+        build.run(sources, [], library)
+
+
+def test_kernels_that_may_be_left_out_exist(setup_module):
+    for name in setup_module.KERNELS_FOR_NEW_COMPILERS:
+        assert "CCNET_LEAVE_OUT_KERNEL" in (ROOT / "csrc" / "cpu" / name).read_text()
 
 
 def test_toolkit_that_is_none(setup_module, monkeypatch, tmp_path):

@@ -10,7 +10,8 @@ from ccnet_d2.ops import compiled, criss_cross_attention
 if not compiled.is_available():
     pytest.skip(str(compiled.unavailable_reason()), allow_module_level=True)
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+BF16_ONLY = ("avx512_bf16", "amx")
 CASES = 520
 CASES_PER_TEST = 65
 MOST_POSITIONS = 400  # the oracle holds N x N energies
@@ -18,7 +19,7 @@ MOST_POSITIONS = 400  # the oracle holds N x N energies
 
 @pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request, monkeypatch):
-    """Runs the test once for each kind of kernel that the processor has; "amx" is bf16 alone."""
+    """Runs the test once for each kind of kernel that the processor has; the last two are for bf16 alone."""
     monkeypatch.setenv("CCNET_CPU_ISA", request.param)
     if compiled.instruction_set(torch.bfloat16) != request.param:
         pytest.skip(f"this processor or build has no {request.param} kernels")
@@ -110,8 +111,8 @@ def relative_error(got, wanted, scale):
 
 @pytest.mark.parametrize("seed", range(CASES // CASES_PER_TEST))
 def test_fp32_is_exact_for_drawn_shapes_and_strides(seed, instruction_set):
-    if instruction_set == "amx":
-        pytest.skip("the matrix units are for bf16; fp32 runs the avx512 kernels")
+    if instruction_set in BF16_ONLY:
+        pytest.skip("these kernels are for bf16; fp32 runs the avx512 kernels")
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     for _ in range(CASES_PER_TEST):
         batch, sizes = rng.randint(1, 3), draw_sizes(rng)
@@ -130,11 +131,34 @@ def test_fp32_is_exact_for_drawn_shapes_and_strides(seed, instruction_set):
             assert error < 1e-5, f"{name}: {error} for {batch=} {sizes=} {key_channels=} {channels=}"
 
 
+def test_bf16_is_right_for_drawn_shapes_and_strides(instruction_set):
+    rng, generator = random.Random(100), torch.Generator().manual_seed(100)
+    for _ in range(CASES_PER_TEST):
+        batch, sizes = rng.randint(1, 3), draw_sizes(rng)
+        key_channels, channels = (
+            rng.choice((1, 3, 8, 17, 33)),
+            rng.choice((1, 5, 31, 32, 64, 65, 81, 130, 161)),
+        )
+        wanted_channels = (key_channels, key_channels, channels, channels)
+        query, key, value, grad_out = (
+            draw_tensor(rng, generator, batch, c, sizes, torch.bfloat16) for c in wanted_channels
+        )
+        wanted = outputs_and_gradients(
+            dense_attention, [x.double() for x in (query, key, value)], grad_out.double()
+        )
+        got = run_compiled((query, key, value), grad_out)
+        scales = (1.0, key_channels**0.5 * channels**0.5, key_channels**0.5 * channels**0.5, 1.0)
+        for name, g, w, scale in zip(("out", "query", "key", "value"), got, wanted, scales, strict=True):
+            # A few roundings to 8 bits; a wrong index or an unread padding would give errors of 1.
+            error = relative_error(g, w, scale)
+            assert error < 2e-2, f"{name}: {error} for {batch=} {sizes=} {key_channels=} {channels=}"
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(33, 20), (17, 65), (1, 40), (40, 1), (128, 3)])
 def test_half_precision_errors_are_those_of_plain_pytorch(dtype, sizes, instruction_set):
-    if instruction_set == "amx" and dtype != torch.bfloat16:
-        pytest.skip("the matrix units are for bf16")
+    if instruction_set in BF16_ONLY and dtype != torch.bfloat16:
+        pytest.skip("these kernels are for bf16")
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, c, *sizes, generator=generator).to(dtype) for c in (16, 16, 70)]
     grad_out = torch.randn(2, 70, *sizes, generator=generator).to(dtype)

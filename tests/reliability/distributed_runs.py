@@ -4,8 +4,9 @@
     python tests/reliability/distributed_runs.py
 
 Prints a table: gradients of 2 and 4 processes against one; an evaluation of 101 images by 1, 2 and 4; a process killed
-in the middle of training; torchrun starting all anew after one was killed; two machines, each a network namespace of
-its own (needs root and `ip`), one of which loses a process or its network. `--only` names parts.
+in the middle of training; SIGTERM; the launcher killed; torchrun starting all anew after one was killed; two machines,
+each a network namespace of its own (needs root and `ip`), one of which loses a process or its network. `--only` names
+parts.
 """
 
 import argparse
@@ -205,6 +206,64 @@ def killed(folder: Path) -> Iterator[Row]:
     yield Row("goes on with --resume", f"from iteration {last + 1} to {final + 1}", final == last + 2)
 
 
+def stopped(folder: Path) -> Iterator[Row]:
+    """SIGTERM to the launcher: all processes save, and --resume ends with the weights of a run left alone."""
+
+    def command(output: Path, *arguments: str) -> list[str | Path]:
+        few = ("train.max_iter=400", "train.eval_period=0")
+        return [sys.executable, *train_net(output, "--num-processes", "2", *arguments, *few)]
+
+    finish(Run(command(folder / "left_alone"), folder / "left_alone.log"))
+    output = folder / "output"
+    run = Run(command(output), folder / "stopped.log")
+    try:
+        wait_for((output / "last_checkpoint").exists, run, "the first checkpoint")
+        run.popen.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        status = run.wait(END_SECONDS)
+        seconds = time.monotonic() - start
+    finally:
+        run.end()
+    last = torch.load(output / (output / "last_checkpoint").read_text(), weights_only=True)["iteration"]
+    yield Row(
+        "SIGTERM", f"status {status} after {seconds:.1f} s, saved at iteration {last + 1}", status == 143
+    )
+    finish(Run(command(output, "--resume"), folder / "resumed.log"))
+    ours, alone = (
+        torch.load(path / "model_final.pth", weights_only=True)["model"]
+        for path in (output, folder / "left_alone")
+    )
+    same = all(torch.equal(ours[key], value) for key, value in alone.items())
+    yield Row("SIGTERM, then --resume: final weights", "bit-identical" if same else "DIFFERENT", same)
+
+    output = folder / "launcher_killed"
+    run = Run(command(output), folder / "launcher_killed.log")
+    try:
+        wait_for((output / "last_checkpoint").exists, run, "the first checkpoint")
+        ranks = run.ranks()
+        run.popen.kill()
+        start = time.monotonic()
+        while any(is_running(pid) for pid in ranks) and time.monotonic() - start < END_SECONDS:
+            time.sleep(0.1)
+        seconds = time.monotonic() - start
+        left = [pid for pid in ranks if is_running(pid)]
+    finally:
+        run.end()
+    yield Row(
+        "launcher killed",
+        f"{len(left)} of {len(ranks)} processes left after {seconds:.1f} s",
+        not left and len(ranks) == 2,
+    )
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process that is not waiting to be buried."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def elastic(folder: Path) -> Iterator[Row]:
     """torchrun starts all processes anew after one was killed; the weights are those of a run left alone."""
     weights = {}
@@ -329,6 +388,7 @@ PARTS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "gradients": gradients,
     "evaluation": evaluation,
     "killed": killed,
+    "stopped": stopped,
     "elastic": elastic,
     "machines": machines,
 }

@@ -89,6 +89,17 @@ def test_label_maps_are_what_the_predictor_gives(run, photos, tmp_path, checkpoi
         assert np.array_equal(written, predictor(photos / name).labels)
 
 
+@pytest.mark.slow
+def test_two_devices_share_a_folder(run, photos, tmp_path):
+    out, alone = tmp_path / "two", tmp_path / "one"
+    options = ["--input", photos, "--labels", "--opts", "train.device=cpu"]
+    status, printed, _ = run("--output", out, "--devices", "cpu,cpu", *options)
+    assert status == 0 and printed == f"2 written to {out}\n"
+    assert run("--output", alone, *options)[0] == 0
+    for name in ("a.png", "b.png"):
+        assert (out / name).read_bytes() == (alone / name).read_bytes()
+
+
 def test_multi_scale_and_a_single_file(run, photos, tmp_path):
     out = tmp_path / "new" / "one.jpg"
     options = ["--mode", "ms-slide", "--tile", "40", "--scales", "0.5", "1", "--no-flip"]
@@ -136,6 +147,11 @@ def test_weights_may_be_named_by_override(run, photos, tmp_path, checkpoint):
         ({"--tile": "8"}, "error: --tile needs --mode slide or ms-slide"),
         ({"--scales": "1", "--mode": "slide"}, "error: --scales needs --mode ms or ms-slide"),
         ({"--zoom": "2"}, "unrecognized arguments: --zoom 2"),
+        (
+            {"--devices": "all"},
+            "" if torch.cuda.is_available() else "error: 'all' means every GPU, but torch sees",
+        ),
+        ({"--devices": "cpu,cuda:9"}, "error: device 'cuda:9' was asked for, but torch sees"),
         ({"--opts": "train.device=cuda"}, "" if torch.cuda.is_available() else "torch sees no GPU"),
     ],
 )

@@ -1,0 +1,486 @@
+// Forward and backward of criss-cross attention in bf16, line by line, for processors that multiply pairs of bf16
+// numbers into fp32 sums: matrix units (kernel_amx.cpp) or vectors (kernel_avx512bf16.cpp).
+//
+// Included once per instruction set, inside that translation unit's anonymous namespace, after storage.h,
+// vector_avx512.h, work.h and merge_rows.h.
+//
+// The same walk over lines as line_kernels.h. The left operand of a product is row-major; the right one has pairs of
+// rows interleaved, so that a 32-bit unit holds two successive k of one column. Two packings produce it:
+//   pack_pairs        B[k, n] = src[k, n]   rows 2k and 2k+1 interleaved. The unpack instructions work within 128-bit
+//                                           lanes, which permutes the columns in each 32; store_words undoes it.
+//   pack_transposed   B[k, n] = src[n, k]   a transpose of 32-bit units, columns in order.
+// Everything is padded with zeros to what the products take. Weights and their gradients are rounded to bf16 between
+// products, as in plain PyTorch; energies, softmax, sums and accumulators are fp32.
+//
+// An Engine multiplies:
+//   kRows, kDepth     products take rows of A in multiples of kRows and successive k in multiples of kDepth
+//   kKeyRows          keys whose energies the backward pass computes at once, a multiple of 32
+//   kEdgeColumns      up to so many queries beyond the last 16 are better served by dot products than by a vector of
+//                     which most is padding; images of 8n + 1 pixels are the rule in segmentation (97 = 6 * 16 + 1)
+//   Session           lives as long as the thread multiplies
+//   product           C[M, N] = A B, N a multiple of 16
+//   product_to        the same, N a multiple of 32, each result handed to finish(row, column, lo, hi): the numbers of
+//                     32 columns as pack_pairs ordered them; only rows below `rows` are handed out
+//   steps(M, N, k)    how often such a product asks for memory ahead
+
+using V = Avx512;
+using reg = __m512;
+
+constexpr int64_t kPanel = 64;  // output columns per pass
+
+// Memory to ask for while the processor multiplies: the next line, whose rows may be far apart. A core has few misses
+// under way at once, so the requests are spread evenly.
+class Ahead {
+ public:
+  // cols numbers of each of `rows` rows, `row` numbers apart.
+  void add(const BFloat16* first, int64_t row, int64_t rows, int64_t cols) {
+    if (rows <= 0 || cols <= 0) return;
+    streams_[count_++] = {reinterpret_cast<const char*>(first), row * 2, rows, cols * 2};
+    left_ += rows * ((cols * 2 + kStep - 1) / kStep);
+  }
+  // Spread what was added over so many calls of ask.
+  void spread(int64_t calls) { quota_ = calls > 0 ? (left_ + calls - 1) / calls : left_; }
+  void ask() {
+    for (int64_t n = quota_; n > 0 && current_ < count_; --n) {
+      Stream& s = streams_[current_];
+      CCNET_PREFETCH(s.at + offset_);
+      offset_ += kStep;
+      if (offset_ >= s.bytes) {
+        offset_ = 0;
+        s.at += s.step;
+        if (--s.rows == 0) ++current_;
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kStep = 64;
+  struct Stream {
+    const char* at;
+    int64_t step, rows, bytes;
+  };
+  Stream streams_[5];
+  int count_ = 0, current_ = 0;
+  int64_t offset_ = 0, left_ = 0, quota_ = 0;
+};
+
+// Row strides of an odd number of cache lines (see `leading`): of bf16 rows, in numbers.
+int64_t words_leading(int64_t n) { return 2 * leading<V>(n / 2); }
+
+// -------------------------------------------------------------------------------------------------- packing
+
+inline __m512i load_words(const BFloat16* p, int64_t n) {
+  return n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(V::first_words(n), p);
+}
+
+// dst[i, c] = src[i, c], i < rows, c < cols, zeros up to padded_rows and to a multiple of 32 columns.
+void pack_plain(const BFloat16* src, int64_t row, int64_t rows, int64_t cols, int64_t padded_rows, BFloat16* dst,
+                int64_t ld) {
+  for (int64_t i = 0; i < padded_rows; ++i) {
+    for (int64_t c = 0; c < cols; c += 32) {
+      const __m512i x = i < rows ? load_words(src + i * row + c, cols - c) : _mm512_setzero_si512();
+      _mm512_storeu_si512(dst + i * ld + c, x);
+    }
+  }
+}
+
+// dst[r, c] = (src[2r, c], src[2r+1, c]) for c < cols padded to 32, 2r < padded_rows; columns permuted (see above).
+void pack_pairs(const BFloat16* src, int64_t row, int64_t rows, int64_t cols, int64_t padded_rows, uint32_t* dst,
+                int64_t ld) {
+  for (int64_t i = 0; i < padded_rows; i += 2) {
+    const BFloat16* p = src + i * row;
+    uint32_t* d = dst + i / 2 * ld;
+    for (int64_t c = 0; c < cols; c += 32) {
+      const __m512i a = i < rows ? load_words(p + c, cols - c) : _mm512_setzero_si512();
+      const __m512i b = i + 1 < rows ? load_words(p + row + c, cols - c) : _mm512_setzero_si512();
+      _mm512_storeu_si512(d + c, _mm512_unpacklo_epi16(a, b));
+      _mm512_storeu_si512(d + c + 16, _mm512_unpackhi_epi16(a, b));
+    }
+  }
+}
+
+// dst[k, i] = (src[i, 2k], src[i, 2k+1]) for i < padded_rows (a multiple of 16), 2k < cols padded to 32.
+void pack_transposed(const BFloat16* src, int64_t row, int64_t rows, int64_t cols, int64_t padded_rows,
+                     uint32_t* dst, int64_t ld) {
+  for (int64_t i = 0; i < padded_rows; i += 16) {
+    for (int64_t c = 0; c < cols; c += 32) {
+      reg t[16];
+      CCNET_UNROLL
+      for (int r = 0; r < 16; ++r) {
+        t[r] = i + r < rows ? _mm512_castsi512_ps(load_words(src + (i + r) * row + c, cols - c)) : V::zero();
+      }
+      V::transpose(t);
+      CCNET_UNROLL
+      for (int r = 0; r < 16; ++r) _mm512_storeu_ps(dst + (c / 2 + r) * ld + i, t[r]);
+    }
+  }
+}
+
+// sum_c a[c] * b[c]; a is padded with zeros to a multiple of 32.
+inline float dot_words(const BFloat16* a, const BFloat16* b, int64_t count) {
+  reg sum = V::zero();
+  for (int64_t c = 0; c < count; c += 32) {
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a + c), (__m512bh)load_words(b + c, count - c));
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+// ---------------------------------------------------------------------------------------------------- storing
+
+inline __m512i words_in_order(reg lo, reg hi) {
+  const __m512i order = _mm512_set_epi16(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8,  //
+                                         23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(hi, lo));
+}
+
+// dst[0 .. cols) = fresh * (lo, hi) + old * dst, at most 32 numbers in the order of pack_pairs. dst is not read where
+// it holds nothing yet (first).
+inline void store_words(reg lo, reg hi, int64_t cols, bool first, reg old, BFloat16* dst) {
+  if (!first) {
+    const __m512i before = load_words(dst, cols), zero = _mm512_setzero_si512();
+    lo = V::fma(_mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, before)), old, lo);
+    hi = V::fma(_mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, before)), old, hi);
+  }
+  const __m512i words = words_in_order(lo, hi);
+  if (cols >= 32) {
+    _mm512_storeu_si512(dst, words);
+  } else {
+    _mm512_mask_storeu_epi16(dst, V::first_words(cols), words);
+  }
+}
+
+// Block of queries of a line: the first, the last, one in between.
+struct BlockPosition {
+  bool first, last;
+};
+
+// What becomes of a gradient's products: dst[row, c] (+)= product. Where a line comes in several blocks of queries,
+// `sums` [M, padded] keeps the fp32 totals and dst is written with the last block.
+struct GradientStore {
+  BFloat16* dst;
+  int64_t row_step, cols;
+  bool accumulate;
+  float* sums;
+  int64_t padded;
+  BlockPosition at;
+
+  void operator()(int64_t row, int64_t c, reg lo, reg hi) const {
+    if (sums != nullptr) {
+      float* s = sums + row * padded + c;
+      if (!at.first) {
+        lo = V::add(V::load(s), lo);
+        hi = V::add(V::load(s + 16), hi);
+      }
+      if (!at.last) {
+        V::store(s, lo);
+        V::store(s + 16, hi);
+        return;
+      }
+    }
+    store_words(lo, hi, cols - c, !accumulate, V::set1(1.0f), dst + row * row_step + c);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------- forward
+
+// Query rows handled at once, a multiple of 32 unless it is the whole line.
+int64_t block_rows(int64_t length) {
+  if (length <= 256) return length;
+  const int64_t rows = 256 * 256 / length / 32 * 32;
+  return rows < 32 ? 32 : rows;
+}
+
+// Weights of 16 queries: p[i, j] = exp(s[j, i] - max_i) in bf16, zero for L <= j < the next multiple of 32, with the
+// maxima and the (fp32) sums. Down the columns nothing is horizontal; the weights are then transposed in registers.
+void softmax_columns(const float* s, int64_t ld, int64_t L, BFloat16* p, int64_t p_ld, float* max, float* sum) {
+  reg m0 = V::load(s), m1 = m0;
+  for (int64_t j = 1; j < L; j += 2) {
+    m0 = V::max(m0, V::load(s + j * ld));
+    m1 = V::max(m1, V::load(s + (j + 1 < L ? j + 1 : j) * ld));
+  }
+  const reg m = V::max(m0, m1);
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                              23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  reg s0 = V::zero(), s1 = V::zero();
+  for (int64_t j0 = 0; j0 < L; j0 += 32) {
+    alignas(64) float pairs[16][16];
+    for (int r = 0; r < 16; ++r) {
+      const int64_t j = j0 + 2 * r;
+      const reg e0 = j < L ? V::exp(V::sub(V::load(s + j * ld), m)) : V::zero();
+      const reg e1 = j + 1 < L ? V::exp(V::sub(V::load(s + (j + 1) * ld), m)) : V::zero();
+      s0 = V::add(s0, e0);
+      s1 = V::add(s1, e1);
+      const __m512i words = _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(e1, e0));
+      _mm512_store_si512(pairs[r], words);
+    }
+    reg t[16];
+    CCNET_UNROLL
+    for (int r = 0; r < 16; ++r) t[r] = _mm512_load_ps(pairs[r]);
+    V::transpose(t);
+    CCNET_UNROLL
+    for (int r = 0; r < 16; ++r) _mm512_storeu_ps(p + r * p_ld + j0, t[r]);
+  }
+  V::store(max, m);
+  V::store(sum, V::add(s0, s1));
+}
+
+template <class Engine>
+void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
+  const Grid& grid = args.grid;
+  const int64_t L = grid.size[axis], QK = args.qk_channels, C = args.channels;
+  const int64_t block = block_rows(L), blocks = (L + block - 1) / block;
+  const int64_t l32 = round_up(L, 32), l16 = round_up(L, 16), b16 = round_up(block, 16);
+  const int64_t qk32 = round_up(QK, 32), c32 = round_up(C, 32);
+  const int64_t key_rows = round_up(L, Engine::kRows), key_depth = round_up(L, Engine::kDepth);
+  const bool masked = !keeps_self(grid.axes, axis);
+  const Strides stat = scalar_strides(grid);
+  const int64_t stat_row = stat.axis[axis];
+  const int64_t v_row = args.value.strides.axis[axis], o_row = args.out.strides.axis[axis];
+  const int64_t q_row = args.query.strides.axis[axis], k_row = args.key.strides.axis[axis];
+
+  const int64_t ld = leading<V>(b16), k_ld = words_leading(qk32), p_ld = words_leading(l32);
+
+  run_items(args, grid.lines(axis) * blocks, [&](auto next) {
+    Scratch<float> scratch(l16 * k_ld / 2 + qk32 / 2 * ld + l16 * ld + b16 * p_ld / 2 + l32 / 2 * kPanel + 4 * b16);
+    if (!scratch.ok()) return false;
+    BFloat16* k_plain = reinterpret_cast<BFloat16*>(scratch.take(l16 * k_ld / 2));
+    uint32_t* q_transposed = reinterpret_cast<uint32_t*>(scratch.take(qk32 / 2 * ld));
+    float* s = scratch.take(l16 * ld);  // energies [j, i]
+    BFloat16* p = reinterpret_cast<BFloat16*>(scratch.take(b16 * p_ld / 2));  // weights [i, j]
+    uint32_t* v_pairs = reinterpret_cast<uint32_t*>(scratch.take(l32 / 2 * kPanel));
+    float* keep = scratch.take(b16);
+    float* fresh = scratch.take(b16);
+    float* before_max = scratch.take(b16);
+    float* before_sum = scratch.take(b16);
+    [[maybe_unused]] typename Engine::Session session;
+
+    int64_t item, upcoming, packed_line = -1;
+    bool more = next(&item);
+    for (; more; item = upcoming) {
+      more = next(&upcoming);
+      const int64_t line = item / blocks, i0 = item % blocks * block;
+      const int64_t rows = L - i0 < block ? L - i0 : block;
+      const int64_t r16 = round_up(rows, 16), query_rows = round_up(rows, Engine::kRows);
+      const BFloat16* v = line_data<BFloat16>(args.value, grid, axis, line);
+      BFloat16* o = line_data<BFloat16>(args.out, grid, axis, line) + i0 * o_row;
+      const int64_t stat0 = line_offset(grid, stat, axis, line) + i0 * stat_row;
+      float* max_out = static_cast<float*>(args.max) + stat0;
+      float* sum_out = static_cast<float*>(args.lse) + stat0;
+
+      Ahead ahead;
+      if (more && upcoming / blocks != line) {
+        const int64_t next_line = upcoming / blocks;
+        ahead.add(line_data<BFloat16>(args.key, grid, axis, next_line), k_row, L, QK);
+        ahead.add(line_data<BFloat16>(args.query, grid, axis, next_line), q_row, L, QK);
+        ahead.add(line_data<BFloat16>(args.value, grid, axis, next_line), v_row, L, C);
+        ahead.add(line_data<BFloat16>(args.out, grid, axis, next_line), o_row, L, C);
+        ahead.spread(Engine::steps(key_rows, r16, qk32) + Engine::steps(query_rows, c32, key_depth));
+      }
+
+      if (packed_line != line) {
+        pack_plain(line_data<BFloat16>(args.key, grid, axis, line), k_row, L, QK, key_rows, k_plain, k_ld);
+        packed_line = line;
+      }
+      pack_transposed(line_data<BFloat16>(args.query, grid, axis, line) + i0 * q_row, q_row, rows, QK, r16,
+                      q_transposed, ld);
+      Engine::product(key_rows, r16, qk32, k_plain, k_ld, q_transposed, ld, s, ld, &ahead);
+      if (masked) {
+        for (int64_t i = 0; i < rows; ++i) s[(i0 + i) * ld + i] = -INFINITY;
+      }
+      for (int64_t i = 0; i < r16; i += 16) softmax_columns(s + i, ld, L, p + i * p_ld, p_ld, keep + i, fresh + i);
+      merge_rows<V>(rows, first, last, max_out, sum_out, stat_row, keep, fresh, before_max, before_sum);
+
+      for (int64_t c = 0; c < c32; c += kPanel) {
+        const int64_t width = c32 - c < kPanel ? c32 - c : kPanel;
+        const int64_t valid = C - c < width ? C - c : width;
+        pack_pairs(v + c, v_row, L, valid, key_depth, v_pairs, kPanel);
+        Engine::product_to(query_rows, rows, width, key_depth, p, p_ld, v_pairs, kPanel,
+                           [&](int64_t r, int64_t x, reg lo, reg hi) {
+                             const reg scale = V::set1(fresh[r]);
+                             store_words(V::mul(lo, scale), V::mul(hi, scale), valid - x, first, V::set1(keep[r]),
+                                         o + r * o_row + c + x);
+                           },
+                           &ahead);
+      }
+    }
+    return true;
+  });
+}
+
+template <class Engine>
+void forward(const ForwardArgs& args) {
+  const int first = first_axis(args.grid);
+  for (int axis = first; axis < args.grid.axes; ++axis) {
+    if (contributes(args.grid, axis)) forward_axis<Engine>(args, axis, axis == first, axis == args.grid.axes - 1);
+  }
+}
+
+// --------------------------------------------------------------------------------------------------- backward
+
+template <class Engine>
+void backward_axis(const BackwardArgs& args, int axis, bool first) {
+  const Grid& grid = args.grid;
+  const int64_t L = grid.size[axis], QK = args.qk_channels, C = args.channels;
+  const int64_t block = block_rows(L), blocks = (L + block - 1) / block;
+  const int64_t l32 = round_up(L, 32), l16 = round_up(L, 16), b32 = round_up(block, 32);
+  const int64_t qk32 = round_up(QK, 32), c32 = round_up(C, 32);
+  const int64_t key_rows = round_up(L, Engine::kRows), key_depth = round_up(L, Engine::kDepth);
+  // Energies of this many keys at a time: blocks of nearly equal size.
+  const int64_t key_blocks = (L + Engine::kKeyRows - 1) / Engine::kKeyRows;
+  const int64_t key_block = key_blocks > 1 ? round_up((L + key_blocks - 1) / key_blocks, Engine::kRows) : l32;
+  const int64_t qk_words = words_leading(qk32), c_words = words_leading(c32);
+  const int64_t i_words = words_leading(b32), j_words = words_leading(l32);
+  const int64_t qk_ld = leading<V>(qk32), c_ld = leading<V>(c32), i_ld = leading<V>(b32);
+  const bool masked = !keeps_self(grid.axes, axis);
+  const Strides stat = scalar_strides(grid);
+  const int64_t stat_row = stat.axis[axis];
+  const int64_t q_row = args.query.strides.axis[axis], k_row = args.key.strides.axis[axis];
+  const int64_t v_row = args.value.strides.axis[axis], o_row = args.out.strides.axis[axis];
+  const int64_t g_row = args.grad_out.strides.axis[axis];
+  const int64_t dq_row = args.grad_query.strides.axis[axis], dk_row = args.grad_key.strides.axis[axis];
+  const int64_t dv_row = args.grad_value.strides.axis[axis];
+
+  run_items(args, grid.lines(axis), [&](auto next) {
+    const int64_t kept = blocks > 1 ? l32 * (qk32 + c32) : 0;
+    Scratch<float> scratch((l16 * qk_words + b32 * j_words + l16 * c_words) / 2 + l32 * i_words + l32 / 2 * qk_ld +
+                           qk32 / 2 * i_ld + b32 / 2 * qk_ld + 2 * key_block * i_ld + c32 / 2 * i_ld + b32 / 2 * c_ld +
+                           2 * b32 + kept);
+    if (!scratch.ok()) return false;
+    const auto take_words = [&](int64_t n) { return reinterpret_cast<BFloat16*>(scratch.take(n / 2)); };
+    const auto take_pairs = [&](int64_t n) { return reinterpret_cast<uint32_t*>(scratch.take(n)); };
+    BFloat16* k_plain = take_words(l16 * qk_words);
+    uint32_t* k_pairs = take_pairs(l32 / 2 * qk_ld);
+    uint32_t* q_transposed = take_pairs(qk32 / 2 * i_ld);
+    uint32_t* q_pairs = take_pairs(b32 / 2 * qk_ld);
+    float* s = scratch.take(key_block * i_ld);      // energies [j, i]
+    float* dp = scratch.take(key_block * i_ld);     // grad of the weights [j, i]
+    BFloat16* p = take_words(l32 * i_words);       // weights [j, i]
+    BFloat16* ds = take_words(l32 * i_words);      // grad of the energies [j, i]
+    BFloat16* ds_rows = take_words(b32 * j_words);  // the same [i, j]
+    BFloat16* v_plain = take_words(l16 * c_words);
+    uint32_t* g_transposed = take_pairs(c32 / 2 * i_ld);
+    uint32_t* g_pairs = take_pairs(b32 / 2 * c_ld);
+    float* lse = scratch.take(b32);
+    float* delta = scratch.take(b32);
+    float* dk_sums = blocks > 1 ? scratch.take(l32 * qk32) : nullptr;
+    float* dv_sums = blocks > 1 ? scratch.take(l32 * c32) : nullptr;
+    [[maybe_unused]] typename Engine::Session session;
+
+    int64_t line, upcoming;
+    bool more = next(&line);
+    for (; more; line = upcoming) {
+      more = next(&upcoming);
+      const int64_t next_line = more ? upcoming : line;
+      const BFloat16* k = line_data<BFloat16>(args.key, grid, axis, line);
+      const BFloat16* v = line_data<BFloat16>(args.value, grid, axis, line);
+      Ahead ahead;
+      if (more) {
+        const int64_t n = L < block ? L : block;
+        ahead.add(line_data<BFloat16>(args.grad_out, grid, axis, next_line), g_row, n, C);
+        if (first) ahead.add(line_data<BFloat16>(args.out, grid, axis, next_line), o_row, n, C);
+        ahead.add(line_data<BFloat16>(args.value, grid, axis, next_line), v_row, L, C);
+        ahead.add(line_data<BFloat16>(args.grad_value, grid, axis, next_line), dv_row, L, C);
+        ahead.spread(blocks * (Engine::steps(key_rows, n, qk32) + Engine::steps(key_rows, n, c32) +
+                               Engine::steps(n, qk32, key_depth) + Engine::steps(key_rows, qk32 + c32, n)));
+      }
+      pack_plain(k, k_row, L, QK, key_rows, k_plain, qk_words);
+      pack_pairs(k, k_row, L, QK, key_depth, k_pairs, qk_ld);
+      pack_plain(v, v_row, L, C, key_rows, v_plain, c_words);
+
+      for (int64_t i0 = 0; i0 < L; i0 += block) {
+        const int64_t rows = L - i0 < block ? L - i0 : block;
+        const int64_t r32 = round_up(rows, 32), r16 = round_up(rows, 16);
+        const int64_t query_rows = round_up(rows, Engine::kRows), query_depth = round_up(rows, Engine::kDepth);
+        const int64_t edge = rows > 16 && rows % 16 <= Engine::kEdgeColumns ? rows % 16 : 0;
+        const int64_t inner = edge ? rows - edge : r16;
+        const BFloat16* q = line_data<BFloat16>(args.query, grid, axis, line) + i0 * q_row;
+        const BFloat16* o = line_data<BFloat16>(args.out, grid, axis, line) + i0 * o_row;
+        const BFloat16* g = line_data<BFloat16>(args.grad_out, grid, axis, line) + i0 * g_row;
+        const int64_t stat0 = line_offset(grid, stat, axis, line) + i0 * stat_row;
+        const float* lse_in = static_cast<const float*>(args.lse) + stat0;
+        float* delta_io = static_cast<float*>(args.delta) + stat0;
+
+        pack_transposed(q, q_row, rows, QK, r16, q_transposed, i_ld);
+        pack_pairs(q, q_row, rows, QK, query_depth, q_pairs, qk_ld);
+        pack_transposed(g, g_row, rows, C, r16, g_transposed, i_ld);
+        pack_pairs(g, g_row, rows, C, query_depth, g_pairs, c_ld);
+        for (int64_t i = 0; i < rows; ++i) {
+          lse[i] = lse_in[i * stat_row];
+          if (first) {
+            reg even = V::zero(), odd = V::zero();
+            const __m512i zero = _mm512_setzero_si512();
+            for (int64_t c = 0; c < C; c += 32) {
+              const __m512i x = load_words(g + i * g_row + c, C - c), y = load_words(o + i * o_row + c, C - c);
+              even = V::fma(_mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, x)),
+                            _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, y)), even);
+              odd = V::fma(_mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, x)),
+                           _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, y)), odd);
+            }
+            delta_io[i * stat_row] = _mm512_reduce_add_ps(V::add(even, odd));
+          }
+          delta[i] = delta_io[i * stat_row];
+        }
+        for (int64_t i = rows; i < r32; ++i) lse[i] = delta[i] = 0.0f;
+
+        for (int64_t j0 = 0; j0 < l32; j0 += key_block) {
+          const int64_t end = j0 + key_block < l32 ? j0 + key_block : l32;
+          const int64_t count = (end < key_rows ? end : key_rows) - j0;
+          if (count > 0) {
+            Engine::product(count, r16, qk32, k_plain + j0 * qk_words, qk_words, q_transposed, i_ld, s, i_ld, &ahead);
+            const BFloat16* v_block = v_plain + j0 * c_words;
+            Engine::product(count, inner, c32, v_block, c_words, g_transposed, i_ld, dp, i_ld, &ahead);
+            for (int64_t i = inner; i < inner + edge; ++i) {
+              for (int64_t j = 0; j < count; ++j) {
+                dp[j * i_ld + i] = dot_words(v_block + j * c_words, g + i * g_row, C);
+              }
+            }
+          }
+          for (int64_t j = j0; j < end; ++j) {
+            // Rows beyond the line and columns beyond the block are zero in p and ds.
+            for (int64_t i = 0; i < r32; i += 16) {
+              const int64_t from = (j - j0) * i_ld + i, to = j * i_words + i;
+              __m256i weights = _mm256_setzero_si256(), grads = _mm256_setzero_si256();
+              if (j < L && i < rows) {
+                __mmask16 valid = V::first(static_cast<int>(rows - i < 16 ? rows - i : 16));
+                const int64_t self = j - i0 - i;
+                if (masked && self >= 0 && self < 16) valid &= static_cast<__mmask16>(~(1u << self));
+                const reg w = _mm512_maskz_mov_ps(valid, V::exp(V::sub(V::load(s + from), V::load(lse + i))));
+                weights = (__m256i)_mm512_cvtneps_pbh(w);
+                grads = (__m256i)_mm512_cvtneps_pbh(
+                    _mm512_maskz_mul_ps(valid, w, V::sub(V::load(dp + from), V::load(delta + i))));
+              }
+              _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + to), weights);
+              _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds + to), grads);
+            }
+          }
+        }
+        for (int64_t j = 0; j < l32; j += 32) {
+          for (int64_t i = 0; i < r32; i += 32) {
+            V::transpose_words(ds + j * i_words + i, i_words, 32, 32, ds_rows + i * j_words + j, j_words);
+          }
+        }
+        const BlockPosition at{i0 == 0, i0 + block >= L};
+        const auto to_line = [&](const TensorRef& t, int64_t row, int64_t cols, float* sums) {
+          return GradientStore{
+              line_data<BFloat16>(t, grid, axis, line), row, cols, !first, sums, round_up(cols, 32), at};
+        };
+        GradientStore query_store = to_line(args.grad_query, dq_row, QK, nullptr);
+        query_store.dst += i0 * dq_row;
+        Engine::product_to(query_rows, rows, qk32, key_depth, ds_rows, j_words, k_pairs, qk_ld, query_store, &ahead);
+        Engine::product_to(key_rows, L, qk32, query_depth, ds, i_words, q_pairs, qk_ld,
+                           to_line(args.grad_key, dk_row, QK, dk_sums), &ahead);
+        Engine::product_to(key_rows, L, c32, query_depth, p, i_words, g_pairs, c_ld,
+                           to_line(args.grad_value, dv_row, C, dv_sums), &ahead);
+      }
+    }
+    return true;
+  });
+}
+
+template <class Engine>
+void backward(const BackwardArgs& args) {
+  const int first = first_axis(args.grid);
+  for (int axis = first; axis < args.grid.axes; ++axis) {
+    if (contributes(args.grid, axis)) backward_axis<Engine>(args, axis, axis == first);
+  }
+}

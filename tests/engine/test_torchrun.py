@@ -1,0 +1,63 @@
+"""Processes that torchrun starts, and starts anew."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from ccnet_d2.engine.torchrun import ElasticRun, TorchrunProcess, agree_on_round
+
+
+def process(**changes) -> TorchrunProcess:
+    values = dict(rank=0, world_size=1, local_rank=0, machine_rank=0, restarts=0, run_id="none", address="h")
+    return TorchrunProcess(**{**values, **changes})
+
+
+def test_torchrun_is_recognised(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert TorchrunProcess.from_environment() is None
+    variables = dict(RANK=5, WORLD_SIZE=8, LOCAL_RANK=1, GROUP_RANK=2, MASTER_ADDR="h", MASTER_PORT=1)
+    variables |= dict(TORCHELASTIC_RESTART_COUNT=3, TORCHELASTIC_RUN_ID="job")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    assert TorchrunProcess.from_environment() == TorchrunProcess(5, 8, 1, 2, 3, "job", "h")
+
+
+def test_each_start_agrees_on_a_round_of_its_own_in_one_store():
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    rounds = []
+    for processes in (3, 3, 2, 1, 4):  # started anew, then fewer, then more
+
+        def agree(rank: int, processes: int = processes) -> str:
+            store = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+            return agree_on_round(store, rank, processes, timedelta(seconds=20))
+
+        with ThreadPoolExecutor(processes) as pool:
+            found = set(pool.map(agree, range(processes)))
+        assert len(found) == 1
+        rounds += found
+    assert len(set(rounds)) == len(rounds)
+
+
+def test_a_process_that_does_not_come():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(TimeoutError, match="Process 0 of 2"):
+        agree_on_round(store, 0, 2, timedelta(seconds=0.3))
+
+
+def test_a_run_goes_on_after_a_restart_and_not_after_its_end(tmp_path):
+    first = ElasticRun(process(run_id="job"), tmp_path)
+    assert not first.is_restart()
+    first.begin()
+    # Started anew because a machine left, which torchrun does not count.
+    assert ElasticRun(process(run_id="job"), tmp_path).is_restart()
+    assert not ElasticRun(process(run_id="another"), tmp_path).is_restart()
+    first.end()
+    assert not ElasticRun(process(run_id="job"), tmp_path).is_restart()
+
+    nameless = ElasticRun(process(), tmp_path)
+    nameless.begin()
+    assert not ElasticRun(process(), tmp_path).is_restart()
+    assert ElasticRun(process(restarts=1), tmp_path).is_restart()
