@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -128,7 +129,6 @@ def launch(
         main(*args)
         return
     host, port = processes.address()
-    choose_interface(host)
     with Machines(host, port, processes.machines, processes.machine_rank, processes.per_machine) as machines:
         supervisor = _Supervisor(processes, machines)
         supervisor.start(main, tuple(args), timeout)
@@ -190,13 +190,15 @@ class _Supervisor:
 
     def watch(self) -> None:
         """Wait for all processes, or end them when one fails."""
-        before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM,)}
+        # Other threads may not handle signals.
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, self._pass_on) if in_main_thread else None
         try:
             self._wait()
         finally:
             self._end_all()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            if in_main_thread:
+                signal.signal(signal.SIGTERM, before)
 
     def _wait(self) -> None:
         while True:
@@ -214,13 +216,13 @@ class _Supervisor:
                 raise ProcessFailedError(f"{error} The processes of this machine were stopped.") from None
         if any(self._failed(child) for child in self._children):
             self._raise_cause()
-        status = max(child.status() for child in self._children)
-        if status:
-            raise SystemExit(status)
         try:
             self._machines.finish()
         except MachineLostError as error:
             raise ProcessFailedError(str(error)) from None
+        status = max(child.status() for child in self._children)
+        if status:
+            raise SystemExit(status)
 
     def _open_pipes(self) -> list[Any]:
         return [child.pipe for child in self._children if child.report is None and not child.pipe.closed]
@@ -354,6 +356,7 @@ def _child(pipe: Connection, place: _Place, main: Callable[..., Any], args: tupl
 
 def _join_and_call(place: _Place, main: Callable[..., Any], args: tuple[Any, ...]) -> None:
     host, port = place.address
+    choose_interface(host)
     store = dist.TCPStore(host, port, is_master=False, timeout=place.timeout)
     with joined_processes(
         place.processes.device,

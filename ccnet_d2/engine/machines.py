@@ -59,7 +59,7 @@ class Machines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and self._machines > 1:
+        if kind is not None and not issubclass(kind, SystemExit) and self._machines > 1:
             self.report_failure(f"Machine {self._rank} stopped.")
             if self._rank == 0:
                 self._wait_for_farewells(_FAREWELL_SECONDS)

@@ -3,6 +3,7 @@
 import ccnet_d2.compat  # noqa: F401  first: it imports Detectron2 without its warnings
 
 from .attention import AttentionMaps, draw_attention, draw_clip_attention, pixel_attention
+from .attention_view import AttentionView
 from .build import MODE_NAMES, build_mode
 from .classes import ClassTable
 from .clips import WholeClip
@@ -25,6 +26,7 @@ from .visualize import (
 __all__ = [
     "MODE_NAMES",
     "AttentionMaps",
+    "AttentionView",
     "ClassTable",
     "ImageFileError",
     "InferenceMode",

@@ -1,7 +1,7 @@
 """CCNet with ResNet-18 from random weights on CamVid at 240x180, for small machines.
 
-Processors with bf16 units (AVX512-BF16, AMX) and GPUs train it two to three times as fast with `train.amp.enabled=True`. The same
-network without attention: `model.sem_seg_head.context=none`.
+Processors with bf16 units (AVX512-BF16, AMX) and GPUs train it two to three times as fast with
+`train.amp.enabled=True`. The same network without attention: `model.sem_seg_head.context=none`.
 """
 
 from detectron2.config import LazyCall as L

@@ -1,7 +1,7 @@
 """A small CE2P with RCCA that learns the drawn fixture in LIP's layout, in minutes on a CPU.
 
-`python projects/CCNet/tools/make_lip_fixture.py` draws the images. Processors with bf16 units (AVX512-BF16, AMX) and GPUs train it
-faster with `train.amp.enabled=True`.
+`python projects/CCNet/tools/make_lip_fixture.py` draws the images. Processors with bf16 units (AVX512-BF16, AMX)
+and GPUs train it faster with `train.amp.enabled=True`.
 """
 
 from ccnet_d2.data.datasets import lip_fixture  # registers it

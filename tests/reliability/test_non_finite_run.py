@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-import replay_non_finite
 import torch
 
+import replay_non_finite
 from ccnet_d2.checkpoint import SafeCheckpointer, load_file
 from ccnet_d2.engine import trainer
 
@@ -25,7 +25,9 @@ def test_it_is_explained_and_repeated(run, tmp_path, capsys, monkeypatch):
     assert replay_non_finite.main() == 0
     printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
     assert printed["then"] == printed["now"] and printed["then"] in error
-    monkeypatch.setattr(sys, "argv", ["replay_non_finite.py", "--config-file", SMALL_RUN, str(tmp_path / "none.pth")])
+    monkeypatch.setattr(
+        sys, "argv", ["replay_non_finite.py", "--config-file", SMALL_RUN, str(tmp_path / "none.pth")]
+    )
     assert replay_non_finite.main() == 1
     assert "does not exist" in capsys.readouterr().err
 

@@ -17,7 +17,15 @@ pytestmark = pytest.mark.slow
 
 
 def start(output, *options):
-    command = [sys.executable, "-m", "ccnet_d2.engine.command_line", "--config-file", SMALL_RUN, "--num-processes", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "ccnet_d2.engine.command_line",
+        "--config-file",
+        SMALL_RUN,
+        "--num-processes",
+        "2",
+    ]
     with output.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
             [*command, *sorted([f"train.output_dir={output}", *options])],  # flags first
@@ -34,7 +42,9 @@ def finish(process, output):
 def wait_for_checkpoint(process, output):
     end = time.monotonic() + 60 * MINUTES
     while not (output / "last_checkpoint").exists():
-        assert process.poll() is None and time.monotonic() < end, output.with_suffix(".log").read_text()[-3000:]
+        assert process.poll() is None and time.monotonic() < end, output.with_suffix(".log").read_text()[
+            -3000:
+        ]
         time.sleep(0.01)
 
 

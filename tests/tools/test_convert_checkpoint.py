@@ -45,7 +45,9 @@ def test_a_run_that_the_weights_have_to_fit(script, resnet18, tmp_path, capsys):
     run = ["--config-file", "camvid/ccnet_R_18_D8_half.py"]
     assert script.main([str(resnet18), str(tmp_path / "a.pkl"), *run]) == 0
     assert "__author__" in pickle.loads((tmp_path / "a.pkl").read_bytes())
-    assert script.main([str(resnet18), str(tmp_path / "b.pth"), *run, "--opts", "model.backbone.depth=34"]) == 1
+    assert (
+        script.main([str(resnet18), str(tmp_path / "b.pth"), *run, "--opts", "model.backbone.depth=34"]) == 1
+    )
     assert "cannot be made from them" in capsys.readouterr().err
     assert not (tmp_path / "b.pth").exists()
 

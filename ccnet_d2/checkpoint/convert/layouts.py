@@ -140,7 +140,7 @@ LAYOUTS: dict[str, Layout] = {
             "torchvision",
             _BASIC_STEM | _BLOCKS,
             _IMAGENET_CLASSIFIER,
-            hint="RGB images; model.backbone.stem=basic model.backbone.ceil_mode=False",
+            hint="RGB images; model.backbone.stem=basic .stem_channels=null .ceil_mode=False",
         ),
         Layout(
             "timm",
