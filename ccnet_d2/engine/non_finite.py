@@ -305,8 +305,10 @@ def gradients_are_finite(model: nn.Module) -> bool:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if not gradients:
         return True
-    # The largest magnitude keeps infinities and NaN, and cannot overflow as a sum can.
-    return bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients, float("inf")))).all())
+    if bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients, 2))).all()):
+        return True
+    # The squares of numbers beyond 1e19 overflow.
+    return all_finite(gradients)
 
 
 def all_finite(value: Any) -> bool:
