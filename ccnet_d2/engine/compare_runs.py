@@ -80,8 +80,9 @@ def compare_runs(
 
 def format_table(result: dict[str, Any]) -> str:
     """What `compare_runs` returned, as a Markdown table."""
+    name = result["key"].rpartition(".")[2]
     lines = [
-        f"| {result['key'].rpartition('.')[2]} | mIoU | standard deviation | lowest | highest | succeeded | s/iteration |",
+        f"| {name} | mIoU | standard deviation | lowest | highest | succeeded | s/iteration |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in result["rows"]:
@@ -96,7 +97,8 @@ def format_table(result: dict[str, Any]) -> str:
             if succeeded
             else ["–"] * 4
         )
-        figures += [f"{len(succeeded)}/{len(row['miou'])}", f"{row['seconds_per_iteration']:.3f}"]
+        seconds = row["seconds_per_iteration"]
+        figures += [f"{len(succeeded)}/{len(row['miou'])}", "–" if seconds is None else f"{seconds:.3f}"]
         lines.append(f"| {row['value']} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
@@ -104,12 +106,13 @@ def format_table(result: dict[str, Any]) -> str:
 def _row(value: str, runs: Sequence[VariantRun]) -> dict[str, Any]:
     succeeded = [run for run in runs if run.error is None]
     mious = [run.miou for run in succeeded]
+    seconds = [run.seconds_per_iteration for run in succeeded if run.seconds_per_iteration is not None]
     return {
         "value": value,
         "miou": [None if run.error else round(run.miou, 3) for run in runs],
         "mean": statistics.fmean(mious) if mious else None,
         "deviation": statistics.pstdev(mious) if mious else None,
-        "seconds_per_iteration": statistics.median(run.seconds_per_iteration for run in succeeded or runs),
+        "seconds_per_iteration": statistics.median(seconds) if seconds else None,
         "errors": [run.error for run in runs if run.error],
     }
 

@@ -52,10 +52,10 @@ class VariantRun:
         return self.output_dir / "model_final.pth"
 
     @property
-    def seconds_per_iteration(self) -> float:
-        """Median over the logged iterations, data loading included."""
+    def seconds_per_iteration(self) -> float | None:
+        """Median over the logged iterations, data loading included; None if none was logged."""
         times = [line["time"] for line in _metrics_lines(self.output_dir / "metrics.json") if "time" in line]
-        return statistics.median(times) if times else float("nan")
+        return statistics.median(times) if times else None
 
     def progress(self) -> str:
         """One phrase: how far it is."""
