@@ -49,7 +49,7 @@ def build_model(cfg: DictConfig) -> nn.Module:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"train.device={cfg.train.device}, but torch sees no GPU: add train.device=cpu.")
     model = instantiate(cfg.model).to(device)
-    return compile_model(model) if OmegaConf.select(cfg, "train.compile") else model
+    return compile_model(model, dynamic=None) if OmegaConf.select(cfg, "train.compile") else model
 
 
 def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:

@@ -13,14 +13,18 @@ __all__ = ["compile_model"]
 _COMPILERS = ("c++", "g++", "clang++")
 
 
-def compile_model(model: nn.Module, *, fullgraph: bool = False, backend: str = "inductor") -> nn.Module:
+def compile_model(
+    model: nn.Module, *, dynamic: bool | None = True, fullgraph: bool = False, backend: str = "inductor"
+) -> nn.Module:
     """Have torch.compile run the model from now on, in training and in inference.
 
     The model stays the same object with the same parameter names. It is compiled at its first call (once for
-    training, once for inference), for any height and width; another number of images compiles it once more.
+    training, once for inference); another number of images compiles it once more.
 
     Args:
         model: on its device.
+        dynamic: compile for any height and width; None: for those of the first batch, and for any when others come
+            (training, whose crops have one size: torch 2.14 fails on the gradients of ResNets of any size).
         fullgraph: raise an error, rather than run a part uncompiled, where the model is not one graph; `CCNet` is.
         backend: see `torch.compile`.
 
@@ -38,7 +42,7 @@ def compile_model(model: nn.Module, *, fullgraph: bool = False, backend: str = "
         # Left alone, torch lays out the gradients of convolutions as in the first batch, and compiles again for
         # every other size of the images.
         options = {"force_layout_optimization": True}
-    model.compile(dynamic=True, fullgraph=fullgraph, backend=backend, options=options)
+    model.compile(dynamic=dynamic, fullgraph=fullgraph, backend=backend, options=options)
     return model
 
 

@@ -23,7 +23,7 @@ train = dict(
     max_iter=60000,
     # bf16 (or fp16 where a GPU has no bf16) autocast; works on CPUs too. dtype: "auto", "bfloat16" or "float16".
     amp=dict(enabled=False, dtype="auto"),
-    # Run the model through torch.compile, for images of any size; the first steps then take minutes.
+    # Run the model through torch.compile, for the size of the crops; the first step then takes minutes.
     compile=False,
     clip_grad_norm=None,
     # How many batches of the run may be dropped because a loss or gradient is not finite; 0: the first one stops it.
