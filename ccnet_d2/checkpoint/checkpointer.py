@@ -218,8 +218,13 @@ class SafeCheckpointer(DetectionCheckpointer):
         # What was left out for its shape, Detectron2 counts as missing as well.
         other_shape = {entry[0] for entry in incompatible.incorrect_shapes}
         may_lack = () if self.strict else self.may_lack
+        # A batch norm that was frozen in training has no counter, and none computes with it.
         missing = sorted(
-            key for key in incompatible.missing_keys if key not in other_shape and not _matches(key, may_lack)
+            key
+            for key in incompatible.missing_keys
+            if key not in other_shape
+            and not _matches(key, may_lack)
+            and not key.endswith("num_batches_tracked")
         )
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

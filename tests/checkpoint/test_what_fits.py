@@ -51,6 +51,12 @@ def test_missing_names_are_errors_unless_allowed(tmp_path):
         load(tmp_path, weights, may_lack=["*"], strict=True)
 
 
+def test_norms_frozen_in_training_have_no_counter(tmp_path):
+    weights = Net(7).state("backbone.1.num_batches_tracked")
+    net = load(tmp_path, weights, Net(), strict=True, may_differ=["head.*"])
+    assert torch.equal(net.backbone[0].weight, Net(7).backbone[0].weight)
+
+
 def test_other_shapes_are_errors_unless_allowed(tmp_path):
     weights = Net(7).state()
     with pytest.raises(
