@@ -125,7 +125,7 @@ def test_a_run_and_the_predictor_compile_when_asked(tmp_path):
         (TOY, ["model.sem_seg_head.context=rcca_r3", "model.sem_seg_head.align_corners=True"], 4, False),
         (
             TOY,
-            ["model.sem_seg_head.loss=ohem", "model.sem_seg_head.category_consistent=piecewise"],
+            ["model.sem_seg_head.loss=ohem"],
             4,
             True,
         ),
@@ -147,7 +147,6 @@ def test_compiled_by_inductor(config, overrides, classes, training):
     else:
         check_inference(model, reference, 1e-4)
     assert counters["stats"]["unique_graphs"] == 1
-    assert counters["aot_autograd"]["total"] == 1
 
 
 @pytest.mark.slow
