@@ -72,6 +72,10 @@ RULES = (
     ),
     Rule(r"\bCONFIG\b", reason="a pattern, which other documents fill in"),
     Rule(r"overfit", reason="trains for minutes; tests/integration/test_detection.py trains it"),
+    Rule(r"compare_runs", reason="trains for minutes; tests/engine/test_compare_runs.py has it in small"),
+    Rule(
+        r"train_net.*ranet_", reason="trains for minutes; tests/integration/test_ranet_run.py has it in small"
+    ),
     Rule(r"attention_viewer", reason="serves until it is stopped; tests/tools/test_attention_viewer.py"),
     Rule(r"benchmark_", reason="measures for minutes; run by tests/tools"),
     Rule(r"clips|ccnet3d|--video-input", reason="needs a video; tests/tools/test_demo_video.py draws one"),
