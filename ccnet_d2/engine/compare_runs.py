@@ -1,7 +1,6 @@
 """A table of one run trained with several values of a setting and several seeds (CCNet, TPAMI, Tab. 1, 3 and 4)."""
 
 import json
-import os
 import re
 import shlex
 import statistics
@@ -9,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ccnet_d2.checkpoint import atomic_write_text
 from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import get_config
 
@@ -73,8 +73,8 @@ def compare_runs(
         "seeds": list(seeds),
         "rows": [_row(value, [by_variant[value, seed] for seed in seeds]) for value in values],
     }
-    _write(output / "table.json", json.dumps(result, indent=2) + "\n")
-    _write(output / "table.md", format_table(result) + f"\n\n{_commands(runs)}\n")
+    atomic_write_text(output / "table.json", json.dumps(result, indent=2) + "\n")
+    atomic_write_text(output / "table.md", format_table(result) + f"\n\n{_commands(runs)}\n")
     return result
 
 
@@ -120,9 +120,3 @@ def _row(value: str, runs: Sequence[VariantRun]) -> dict[str, Any]:
 def _commands(runs: Sequence[VariantRun]) -> str:
     commands = "\n".join(f"python projects/CCNet/train_net.py {shlex.join(run.arguments)}" for run in runs)
     return f"```\n{commands}\n```"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -1,7 +1,6 @@
 """The demo: the paper's central comparison (Tab. 2), trained and drawn."""
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import DictConfig
 
+from ccnet_d2.checkpoint import atomic_write_text
 from ccnet_d2.compat import has_fast_bf16
 from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
 from ccnet_d2.data.image_files import read_image, read_label
@@ -98,9 +98,9 @@ def run_demo(dataset: str, output: Path, *, seed: int = 0, overrides: Sequence[s
         "total_seconds": round(time.monotonic() - start, 1),
     }
     _draw(cfg, runs, output)
-    _write(output / "report.json", json.dumps(report, indent=2) + "\n")
+    atomic_write_text(output / "report.json", json.dumps(report, indent=2) + "\n")
     table = _table(runs)
-    _write(output / "report.md", _markdown(demo, cfg, runs, report))
+    atomic_write_text(output / "report.md", _markdown(demo, cfg, runs, report))
     print(f"\n{table}\nReport and pictures: {output}/report.md", flush=True)
     return report
 
@@ -180,9 +180,3 @@ def _pixel_to_explain(
     image = int(np.argmax([depth.max() for depth in depths]))
     row, column = np.unravel_index(depths[image].argmax(), depths[image].shape)
     return image, (int(column), int(row))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
