@@ -294,10 +294,14 @@ def time_sizes(
 ):
     """One row for each pass and formulation."""
     key_channels, channels = TIMED_CHANNELS
-    sets = []
-    for i in range(INPUT_SETS):
-        case = Case(dtype, 1, sizes, key_channels, channels, "channels_last", 1.0, seed=i)
-        sets.append(make_inputs(case, device))
+    # Each formulation gets the layout that it is made for.
+    sets = {
+        layout: [
+            make_inputs(Case(dtype, 1, sizes, key_channels, channels, layout, 1.0, seed=i), device)
+            for i in range(INPUT_SETS)
+        ]
+        for layout in ("channels_last", "contiguous")
+    }
     formulations: dict[str, Callable[..., Tensor]] = {
         "compiled": compiled.criss_cross_attention,
         "matmul": matmul.criss_cross_attention,
@@ -311,9 +315,12 @@ def time_sizes(
         flop_count, element_count = sum(flops[: step + 1]), sum(elements[: step + 1])
         floor = 1e3 * max(flop_count / ceilings[dtype], element_count * itemsize / ceilings["bytes"])
         for name, function in formulations.items():
+            layout = "contiguous" if name == "textbook" else "channels_last"
 
-            def call(i: int, function: Callable[..., Tensor] = function, step: int = step) -> object:
-                query, key, value, grad_out = sets[i]
+            def call(
+                i: int, function: Callable[..., Tensor] = function, step: int = step, layout: str = layout
+            ) -> object:
+                query, key, value, grad_out = sets[layout][i]
                 if step == 0:
                     with torch.no_grad():
                         return function(query, key, value)

@@ -1,0 +1,128 @@
+// Tiles of lines for the kernels of compute capability 9.0: a tile is the 128 rows that one TMA box brings, either 128
+// positions of one line, or as many whole short lines as fit.
+#pragma once
+
+#include "hopper_device.h"
+#include "interface.h"
+#include "lines_io.h"
+
+namespace ccnet {
+namespace cuda {
+
+constexpr int kTileRows = 128;
+
+// How the lines of an axis are cut into tiles.
+struct Tiling {
+  LineGrid lines;
+  int length;        // L, positions of a line
+  int span;          // positions of a line in a tile: 128, or L where several lines share a tile
+  int group;         // lines in a tile: neighbours along the last other axis
+  int line_tiles;    // tiles along a line: ceil(L / span)
+  int64_t groups;    // groups along the last other axis
+};
+
+CCNET_HD Tiling tiling_along(const Grid& g, int axis) {
+  Tiling t{};
+  t.lines = lines_along(g, axis);
+  t.length = static_cast<int>(g.size[axis]);
+  const int64_t neighbours = t.lines.other[kMaxAxes - 2];
+  const int fitting = t.length <= kTileRows / 2 && neighbours > 1 ? kTileRows / t.length : 1;
+  t.group = static_cast<int>(fitting < neighbours ? fitting : neighbours);
+  t.span = t.group > 1 ? t.length : kTileRows;
+  t.line_tiles = t.group > 1 ? 1 : static_cast<int>(ceil_div(t.length, kTileRows));
+  t.groups = ceil_div(neighbours, t.group);
+  return t;
+}
+// Groups of lines over the whole batch.
+CCNET_HD int64_t line_groups(const Tiling& t, int64_t batch) { return batch * t.lines.other[0] * t.groups; }
+
+// Where the rows of a group of lines lie; `line` is the first of them.
+CCNET_HD Line find_group(const Tiling& t, int64_t number) {
+  LineGrid grid = t.lines;
+  grid.other[kMaxAxes - 2] = t.groups;
+  Line line = find_line(grid, number);
+  line.at[kMaxAxes - 2] *= t.group;
+  return line;
+}
+
+// A row of a tile: which line of the group and which position of it.
+struct TileRow {
+  int line;
+  int position;  // on the line, counted from the tile's first
+};
+CCNET_HD TileRow tile_row(const Tiling& t, int row) {
+  if (t.group == 1) return {0, row};
+  const int line = row / t.span;
+  return {line, row - line * t.span};
+}
+// Whether a row is a position of the tensor, for a tile whose rows begin at `first` of its lines.
+CCNET_HD bool row_exists(const Tiling& t, const Line& group, int first, const TileRow& row) {
+  return row.line < t.group && group.at[kMaxAxes - 2] + row.line < t.lines.other[kMaxAxes - 2] &&
+         first + row.position < t.length;
+}
+// Element offset of that position, channel 0.
+CCNET_HD int64_t row_offset(const LineStrides& s, const Line& group, int first, const TileRow& row) {
+  return offset_of(group, s) + row.line * s.other[kMaxAxes - 2] + (first + row.position) * s.step;
+}
+
+// The rows of another tile of the same group that a row attends to (and, the relation being symmetric, that attend to
+// it): those from `begin` on, `count` of them, without `self`.
+struct Partners {
+  int begin, count;
+  int self;  // -1: none is left out
+  CCNET_HD bool has(int row) const {
+    return static_cast<unsigned>(row - begin) < static_cast<unsigned>(count) && row != self;
+  }
+};
+// `first` and `other_first`: the positions at which the row's tile and the other tile begin.
+CCNET_HD Partners partners_of(const Tiling& t, const TileRow& row, int first, int other_first, bool drop_self) {
+  Partners p;
+  p.begin = t.group == 1 ? 0 : row.line * t.span;
+  p.count = row.line < t.group ? min_of(t.span, t.length - other_first) : 0;
+  p.self = drop_self ? p.begin + first + row.position - other_first : -1;
+  return p;
+}
+
+// What a TMA box is cut from: dimensions from the fastest on: channels, positions of the line, the axis along which
+// lines are grouped, the other one, batch. Strides in elements.
+struct BoxSource {
+  const void* data;
+  int element_bytes;
+  int64_t size[5];
+  int64_t stride[5];  // the first is 1
+  int box[5];
+};
+template <typename T>
+BoxSource box_source(const TensorRef& t, const Grid& g, int axis, int channels, const Tiling& tiling) {
+  const LineStrides s = strides_along(g, t.strides, axis);
+  BoxSource b{};
+  b.data = t.data;
+  b.element_bytes = static_cast<int>(sizeof(T));
+  const int64_t size[5] = {channels, tiling.length, tiling.lines.other[1], tiling.lines.other[0], g.batch};
+  const int64_t stride[5] = {1, s.step, s.other[1], s.other[0], s.batch};
+  const int box[5] = {kPanelWidth<T>, tiling.span, tiling.group, 1, 1};
+  int64_t dense = round_up(channels, kSegmentLength<T>);  // for dimensions of size 1, whose stride is never used
+  for (int d = 0; d < 5; ++d) {
+    b.size[d] = size[d];
+    b.box[d] = box[d];
+    b.stride[d] = d > 0 && size[d] == 1 ? dense : stride[d];
+    if (d > 0 && size[d] > 1) dense = stride[d] * size[d] > dense ? stride[d] * size[d] : dense;
+  }
+  return b;
+}
+// The TMA's conditions: a 16-byte grid, positive strides below 2^40 bytes, and sizes within 32 bits.
+template <typename T>
+bool boxes_fit(const TensorRef& t, const Grid& g, int channels) {
+  bool fit = (t.strides.channel == 1 || channels == 1) && reinterpret_cast<uintptr_t>(t.data) % kSegmentBytes == 0;
+  const auto stride_fits = [](int64_t elements) {
+    const int64_t bytes = elements * static_cast<int64_t>(sizeof(T));
+    return bytes > 0 && bytes % kSegmentBytes == 0 && bytes < int64_t{1} << 40;
+  };
+  constexpr int64_t kMostPositions = int64_t{1} << 31;
+  fit = fit && g.batch < kMostPositions && (g.batch == 1 || stride_fits(t.strides.batch));
+  for (int a = 0; a < g.axes; ++a) fit = fit && (g.size[a] == 1 || stride_fits(t.strides.axis[a]));
+  return fit;
+}
+
+}  // namespace cuda
+}  // namespace ccnet
