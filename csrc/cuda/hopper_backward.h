@@ -1,0 +1,555 @@
+// The backward kernels for compute capability 9.0, fp16 and bf16, lines of at most 256 positions. What is computed is
+// what backward.h describes; here the products are wgmma, transposed so that keys are rows, and panels come by TMA.
+//
+// A CTA takes one group of lines (hopper_lines.h): one tile of 128 rows, or the two tiles of a longer line. Two
+// warpgroups compute, each with 64 keys of a tile; one more warp does nothing but load. For each tile of keys:
+//   P^T = exp(K Q^T - lse);  dP^T = V dO^T over the channels, while dV = P^T dO is written panel by panel;
+//   dS^T = P^T (dP^T - delta);  dK = dS^T Q and dQ (+)= dS K, panel by panel.
+// Every output element is written by one thread of one CTA in a fixed order: no atomics, the same bits every time.
+#pragma once
+
+#include "hopper_lines.h"
+
+namespace ccnet {
+namespace cuda {
+
+// `Blocks`: tiles of a line.
+template <typename T, int Blocks>
+struct HopperBackwardShape {
+  static_assert(sizeof(T) == 2 && (Blocks == 1 || Blocks == 2), "fp16 or bf16, at most 256 positions");
+  static constexpr int kConsumers = 2 * kWarpgroup;
+  static constexpr int kThreads = kConsumers + kWarpgroup;
+  // Of each thread's equal share, 168, the warpgroup that loads gives up most.
+  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kLoaderRegisters = 24;
+  // P^T, then dS^T, of one tile of keys is an operand. With one tile of queries it stays in registers, and shared memory
+  // has dS^T for dQ only; with two there are not registers enough.
+  static constexpr bool kWeightsInRegisters = Blocks == 1;
+
+  // Shared memory: stages of panels (one of K or V, and for each tile of queries one of Q or dO), panels of P^T or dS^T
+  // [key][64 queries], lse and delta of the line, barriers.
+  static constexpr int kPanelBytes = panel_bytes(kTileRows);
+  static constexpr int kStages = Blocks == 1 ? 6 : 3;
+  static constexpr int kStageBytes = (1 + Blocks) * kPanelBytes;
+  static constexpr int kWeightsOffset = kStages * kStageBytes;
+  static constexpr int kWeightsPanels = 2 * Blocks;
+  static constexpr int kLseOffset = kWeightsOffset + kWeightsPanels * kPanelBytes;
+  static constexpr int kStatisticsBytes = Blocks * kTileRows * static_cast<int>(sizeof(float));
+  static constexpr int kDeltaOffset = kLseOffset + kStatisticsBytes;
+  static constexpr int kBarriersOffset = kDeltaOffset + kStatisticsBytes;
+  static constexpr int kSharedBytes = kBarriersOffset + 2 * kStages * static_cast<int>(sizeof(SharedBarrier));
+};
+
+template <typename T>
+struct HopperBackwardArgs {
+  TensorMap query, key, value, grad_out;  // boxes of 64 channels x span x group
+  Tiling tiling;
+  LineStrides position;  // of (B, N) statistics
+  bool drop_self;
+  int qk_channels, channels;
+  Output<T> grad_query, grad_key, grad_value;  // with vectors
+  const float* lse;                            // (B, N)
+  const float* delta;                          // (B, N), of an earlier launch
+  bool accumulate;                             // an earlier launch has written the gradients
+  int64_t first_block, blocks;                 // one block for each group of lines
+};
+
+// Stages in shared memory, filled by the loading warp and consumed by the others in turn.
+template <int Stages, int StageBytes, int Arrivals>
+struct Ring {
+  char* stages;
+  SharedBarrier* full;  // Stages of them, and as many more, `empty`
+  int slot = 0, parity = 0;
+
+  CCNET_DEVICE Ring(char* memory, char* barriers)
+      : stages(memory), full(reinterpret_cast<SharedBarrier*>(barriers)) {}
+
+  // By one thread.
+  CCNET_DEVICE void init() {
+    for (int s = 0; s < Stages; ++s) {
+      init_barrier(full + s, 1);
+      init_barrier(full + Stages + s, Arrivals);
+    }
+    fence_barriers();
+  }
+  CCNET_DEVICE void advance() {
+    if (++slot == Stages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+  // The stage to fill next, once everyone has released it; the caller loads `bytes` into it on `full[slot]` and
+  // advances.
+  CCNET_DEVICE char* acquire(int bytes, bool first_round) {
+    if (!first_round) wait_phase(full + Stages + slot, parity ^ 1);
+    arrive_and_expect(full + slot, bytes);
+    return stages + slot * StageBytes;
+  }
+  // The stage that comes next, filled.
+  CCNET_DEVICE char* next() {
+    wait_phase(full + slot, parity);
+    return stages + slot * StageBytes;
+  }
+  // Hands back the stage `Behind` places before the next one. By one lane of every warp, when the warp's products
+  // have read it.
+  template <int Behind>
+  CCNET_DEVICE void release() {
+    const int s = slot - Behind;
+    arrive(full + Stages + (s < 0 ? s + Stages : s));
+  }
+};
+
+// Exchange of 4 x 4 words among the four lanes of a row: word j of lane i becomes word i of lane j. A collective of the
+// warp.
+CCNET_DEVICE void transpose_words(uint32_t (&w)[4]) {
+  CCNET_UNROLL
+  for (int bit = 1; bit < 4; bit *= 2) {
+    const bool high = (thread_index() & bit) != 0;
+    CCNET_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      if ((j & bit) != 0) continue;
+      const uint32_t sent = high ? w[j] : w[j + bit];
+      const uint32_t received = float_to_bits(shuffle_xor(bits_to_float(sent), bit));
+      w[j] = high ? received : w[j];
+      w[j + bit] = high ? w[j + bit] : received;
+    }
+  }
+}
+
+// Writes a warpgroup's products of 64 rows x 64 channels, of which a lane holds parts of two rows (WarpgroupProduct).
+// The four lanes that share a row exchange their parts, so that each reads and writes whole segments.
+template <typename T>
+struct LaneRows {
+  T* row[2];  // at the lane's first segment
+  bool exists[2];
+  int channel;   // of the lane's first segment
+  int channels;  // C or C'
+  Segment old[2][2];
+
+  // Row `r` of the lane is rows[r] of the tile that begins at position `first`.
+  CCNET_DEVICE LaneRows(const Output<T>& out, int channel_count, const Tiling& tiling, const Line& group, int first,
+                        const TileRow (&rows)[2])
+      : channel(thread_index() % 4 * kSegmentLength<T>), channels(channel_count) {
+    CCNET_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      exists[r] = row_exists(tiling, group, first, rows[r]);
+      row[r] = out.data + row_offset(out.strides, group, first, rows[r]) + channel;
+    }
+  }
+
+  CCNET_DEVICE bool has(int r, int s, int channel0) const { return exists[r] && channel0 + channel + 32 * s < channels; }
+
+  // What an earlier launch or an earlier tile of keys has left in channels channel0 .. channel0 + 63.
+  CCNET_DEVICE void read(int channel0) {
+    CCNET_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      CCNET_UNROLL
+      for (int s = 0; s < 2; ++s) {
+        old[r][s] = {{0, 0, 0, 0}};
+        if (has(r, s, channel0)) old[r][s] = load_global(reinterpret_cast<const Segment*>(row[r] + channel0 + 32 * s));
+      }
+    }
+  }
+
+  // `add`: to what read() has brought. A collective of the warp.
+  CCNET_DEVICE void write(const float (&d)[32], bool add, int channel0) {
+    CCNET_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      CCNET_UNROLL
+      for (int s = 0; s < 2; ++s) {
+        float v[8];
+        CCNET_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          v[2 * j] = d[4 * (4 * s + j) + 2 * r];
+          v[2 * j + 1] = d[4 * (4 * s + j) + 2 * r + 1];
+        }
+        if (add) {
+          float before[8];
+          transpose_words(old[r][s].word);
+          unpack<T>(old[r][s], before);
+          CCNET_UNROLL
+          for (int e = 0; e < 8; ++e) v[e] += before[e];
+        }
+        Segment sum = pack_segment<T>(v);
+        transpose_words(sum.word);
+        if (has(r, s, channel0)) store_global(reinterpret_cast<Segment*>(row[r] + channel0 + 32 * s), sum);
+      }
+    }
+  }
+};
+
+// Two neighbouring floats.
+CCNET_DEVICE void load_pair(const char* p, float& a, float& b) {
+  const uint64_t v = load_shared<uint64_t>(p);
+  a = bits_to_float(static_cast<uint32_t>(v));
+  b = bits_to_float(static_cast<uint32_t>(v >> 32));
+}
+template <typename T>
+CCNET_DEVICE void unpack_pair(uint32_t word, float& a, float& b) {
+  a = to_float<T>(T{static_cast<uint16_t>(word)});
+  b = to_float<T>(T{static_cast<uint16_t>(word >> 16)});
+}
+
+// Distances between operands in a descriptor, which counts 16 bytes.
+constexpr int kDepthAdvance = 16 * 2 / kSegmentBytes;           // 16 deep in an operand stored kDepth
+constexpr int kOuterAdvance = 16 * kRowBytes / kSegmentBytes;   // 16 deep in an operand stored kOuter
+constexpr int kHalfAdvance = 64 * kRowBytes / kSegmentBytes;    // from a tile's rows 0-63 to its rows 64-127
+constexpr int kPanelAdvance = kTileRows * kRowBytes / kSegmentBytes;  // to the next panel
+
+// P^T, later dS^T, of a warpgroup's 64 keys and of all queries of the line. A lane holds for column group j (eight
+// queries) and row r of its two the elements of columns 8 j + lane % 4 * 2 and the next: one word.
+template <typename T, int Blocks>
+struct KeyWeights {
+  using Shape = HopperBackwardShape<T, Blocks>;
+  static constexpr int kSteps = kTileRows / 16;
+
+  uint32_t registers[Shape::kWeightsInRegisters ? Blocks : 1][kSteps][4];
+  char* lane;           // the lane's first word in the first panel
+  int swizzle;          // of its rows
+  uint64_t descriptor;  // of the warpgroup's keys in the first panel
+
+  // `row`: of the tile, the lane's first.
+  CCNET_DEVICE KeyWeights(char* panels, int row)
+      : lane(panels + row * kRowBytes + thread_index() % 4 * 4),
+        swizzle(row % kRowSegments * kSegmentBytes),
+        descriptor(panel_descriptor(panels) + static_cast<uint64_t>(row / 64 * kHalfAdvance)) {}
+
+  CCNET_DEVICE char* place(int block, int r, int j) const {
+    const int panel = 2 * block + j / kRowSegments;
+    return lane + panel * Shape::kPanelBytes + r * 8 * kRowBytes + (j % kRowSegments * kSegmentBytes ^ swizzle);
+  }
+  CCNET_DEVICE uint32_t get(int block, int r, int j) const {
+    if constexpr (Shape::kWeightsInRegisters) return registers[block][j / 2][j % 2 * 2 + r];
+    return load_shared<uint32_t>(place(block, r, j));
+  }
+  template <bool InShared>
+  CCNET_DEVICE void put(int block, int r, int j, uint32_t word) {
+    if constexpr (Shape::kWeightsInRegisters) registers[block][j / 2][j % 2 * 2 + r] = word;
+    if constexpr (InShared || !Shape::kWeightsInRegisters) store_shared<uint32_t>(place(block, r, j), word);
+  }
+
+  // d (+)= these weights for queries of `block` times a panel [query][channel].
+  CCNET_DEVICE void multiply(float (&d)[32], int block, uint64_t panel, bool add_to) const {
+    CCNET_UNROLL
+    for (int k = 0; k < kSteps; ++k) {
+      const uint64_t b = panel + static_cast<uint64_t>(k * kOuterAdvance);
+      if constexpr (Shape::kWeightsInRegisters) {
+        WarpgroupProduct<T, 64>::template multiply<Major::kOuter>(d, registers[block][k], b, add_to || k > 0);
+      } else {
+        const int advance = (2 * block + k / 4) * kPanelAdvance + k % 4 * kDepthAdvance;
+        WarpgroupProduct<T, 64>::template multiply<Major::kDepth, Major::kOuter>(
+            d, descriptor + static_cast<uint64_t>(advance), b, add_to || k > 0);
+      }
+    }
+  }
+};
+
+// d (+)= 64 rows of one panel times the 128 rows of another, transposed: both [row][64 channels].
+template <typename T>
+CCNET_DEVICE void multiply_rows(float (&d)[64], uint64_t a, uint64_t b, bool add_to) {
+  CCNET_UNROLL
+  for (int k = 0; k < kPanelWidth<T> / 16; ++k) {
+    WarpgroupProduct<T, 128>::template multiply<Major::kDepth, Major::kDepth>(
+        d, a + static_cast<uint64_t>(k * kDepthAdvance), b + static_cast<uint64_t>(k * kDepthAdvance),
+        add_to || k > 0);
+  }
+}
+
+template <typename T, int Blocks>
+CCNET_KERNEL((HopperBackwardShape<T, Blocks>::kThreads), 1)
+void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
+  using Shape = HopperBackwardShape<T, Blocks>;
+  constexpr int kWidth = kPanelWidth<T>;
+  constexpr int kConsumerWarps = Shape::kConsumers / kWarp;
+  constexpr int kConsumerBarrier = 1;   // numbers of named barriers
+  constexpr int kWarpgroupBarrier = 2;  // and the next
+
+  char* const shared = dynamic_shared();
+  char* const lse = shared + Shape::kLseOffset;
+  char* const delta = shared + Shape::kDeltaOffset;
+  Ring<Shape::kStages, Shape::kStageBytes, kConsumerWarps> ring(shared, shared + Shape::kBarriersOffset);
+  const int thread = thread_index();
+  if (thread == Shape::kConsumers) {
+    prefetch_map(&a.key);
+    prefetch_map(&a.query);
+    ring.init();
+    prefetch_map(&a.value);
+    prefetch_map(&a.grad_out);
+  }
+  barrier();
+  allow_next_launch();
+
+  const Line group = find_group(a.tiling, a.first_block + block_index());
+  const int qk_steps = static_cast<int>(ceil_div(a.qk_channels, kWidth));
+  const int value_steps = static_cast<int>(ceil_div(a.channels, kWidth));
+  const int box_rows = a.tiling.span * a.tiling.group;
+
+  if (thread >= Shape::kConsumers) {
+    release_registers<Shape::kLoaderRegisters>();
+    if (thread > Shape::kConsumers) return;
+    const int other0 = static_cast<int>(group.at[1]), other1 = static_cast<int>(group.at[0]);
+    const int batch = static_cast<int>(group.batch);
+    bool first_round = true;
+    const auto load = [&](const TensorMap* key_side, const TensorMap* query_side, int key_block, int panel) {
+      char* const stage = ring.acquire((1 + Blocks) * panel_bytes(box_rows), first_round);
+      SharedBarrier* const full = ring.full + ring.slot;
+      load_box(stage, key_side, panel * kWidth, key_block * kTileRows, other0, other1, batch, full);
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) {
+        load_box(stage + (1 + b) * Shape::kPanelBytes, query_side, panel * kWidth, b * kTileRows, other0, other1, batch,
+                 full);
+      }
+      ring.advance();
+      if (ring.slot == 0) first_round = false;
+    };
+    for (int key_block = 0; key_block < Blocks; ++key_block) {
+      for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
+      for (int p = 0; p < value_steps; ++p) load(&a.value, &a.grad_out, key_block, p);
+      for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
+    }
+    return;
+  }
+  claim_registers<Shape::kConsumerRegisters>();
+
+  // Rows that no box brings must be zero: they are multiplied with zero weights.
+  for (int row = box_rows + thread / kRowSegments; row < kTileRows; row += Shape::kConsumers / kRowSegments) {
+    CCNET_UNROLL_BY(1)
+    for (int panel = 0; panel < Shape::kStages * (1 + Blocks); ++panel) {
+      store_shared<Segment>(shared + panel * Shape::kPanelBytes + row * kRowBytes + thread % kRowSegments * kSegmentBytes,
+                            {{0, 0, 0, 0}});
+    }
+  }
+  fence_shared_for_async();
+  // The statistics of query number `thread`.
+  const int own_first = thread / kTileRows * kTileRows;
+  const TileRow own = tile_row(a.tiling, thread % kTileRows);
+  const bool own_exists = thread < Blocks * kTileRows && row_exists(a.tiling, group, own_first, own);
+  const int64_t own_offset = row_offset(a.position, group, own_first, own);
+  if (thread < Blocks * kTileRows) {
+    store_shared<float>(lse + thread * 4, own_exists ? load_global(a.lse + own_offset) : INFINITY);
+  }
+  named_barrier(kConsumerBarrier, Shape::kConsumers);
+
+  const int warpgroup = thread / kWarpgroup;
+  const bool leads_warp = thread % kWarp == 0;
+  const int lane_row = thread / kWarp * 16 + thread % kWarp / 4;
+  const int lane_column = thread % 4 * 2;
+  const TileRow rows[2] = {tile_row(a.tiling, lane_row), tile_row(a.tiling, lane_row + 8)};
+  const uint64_t own_half = static_cast<uint64_t>(warpgroup * kHalfAdvance);
+  KeyWeights<T, Blocks> weights(shared + Shape::kWeightsOffset, lane_row);
+
+  CCNET_UNROLL_BY(1)
+  for (int key_block = 0; key_block < Blocks; ++key_block) {
+    const int key0 = key_block * kTileRows;
+    float pair[Blocks][64];  // S^T, then dP^T
+    CCNET_UNROLL_BY(1)
+    for (int p = 0; p < qk_steps; ++p) {
+      const uint64_t stage = panel_descriptor(ring.next());
+      begin_products();
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) {
+        multiply_rows<T>(pair[b], stage + own_half, stage + static_cast<uint64_t>((1 + b) * kPanelAdvance), p > 0);
+      }
+      commit_products();
+      wait_products<0>();
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) hold(pair[b]);
+      ring.advance();
+      if (leads_warp) ring.template release<1>();
+    }
+    if (key_block > 0) named_barrier(kConsumerBarrier, Shape::kConsumers);  // dS^T is read no more
+    CCNET_UNROLL
+    for (int b = 0; b < Blocks; ++b) {
+      Partners partners[2];
+      CCNET_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        partners[r] = partners_of(a.tiling, rows[r], key0, b * kTileRows, a.drop_self);
+        if (!row_exists(a.tiling, group, key0, rows[r])) partners[r].count = 0;
+      }
+      CCNET_UNROLL
+      for (int j = 0; j < kTileRows / 8; ++j) {
+        float lse0, lse1;
+        load_pair(lse + (b * kTileRows + 8 * j + lane_column) * 4, lse0, lse1);
+        CCNET_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          const float p0 = exp2f((pair[b][4 * j + 2 * r] - lse0) * kLog2E);
+          const float p1 = exp2f((pair[b][4 * j + 2 * r + 1] - lse1) * kLog2E);
+          const int column = 8 * j + lane_column;
+          weights.template put<false>(b, r, j, pack<T>(partners[r].has(column) ? p0 : 0.f,
+                                                       partners[r].has(column + 1) ? p1 : 0.f));
+        }
+      }
+    }
+    if constexpr (!Shape::kWeightsInRegisters) {
+      fence_shared_for_async();
+      named_barrier(kWarpgroupBarrier + warpgroup, kWarpgroup);
+    }
+
+    float own_delta = 0.f;
+    if (key_block == 0 && a.accumulate) wait_for_previous_launch();
+    LaneRows<T> value_rows(a.grad_value, a.channels, a.tiling, group, key0, rows);
+    if (a.accumulate) value_rows.read(0);
+    CCNET_UNROLL_BY(1)
+    for (int p = 0; p < value_steps; ++p) {
+      float grad[32];
+      const uint64_t stage = panel_descriptor(ring.next());
+      begin_products();
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) {
+        weights.multiply(grad, b, stage + static_cast<uint64_t>((1 + b) * kPanelAdvance), b > 0);
+      }
+      commit_products();
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) {
+        multiply_rows<T>(pair[b], stage + own_half, stage + static_cast<uint64_t>((1 + b) * kPanelAdvance), p > 0);
+      }
+      commit_products();
+      if (key_block == 0 && p == value_steps - 1) {
+        if (!a.accumulate) wait_for_previous_launch();
+        if (own_exists) own_delta = load_global(a.delta + own_offset);
+      }
+      wait_products<1>();  // dV is there, and with it dP of the stage before
+      hold(grad);
+      if (p > 0 && leads_warp) ring.template release<1>();
+      ring.advance();
+      value_rows.write(grad, a.accumulate, p * kWidth);
+      if (a.accumulate && p + 1 < value_steps) value_rows.read((p + 1) * kWidth);
+    }
+    if (key_block == 0) {
+      if (thread < Blocks * kTileRows) store_shared<float>(delta + thread * 4, own_delta);
+      named_barrier(kConsumerBarrier, Shape::kConsumers);
+    }
+    wait_products<0>();
+    CCNET_UNROLL
+    for (int b = 0; b < Blocks; ++b) hold(pair[b]);
+    if (leads_warp) ring.template release<1>();
+
+    LaneRows<T> key_rows(a.grad_key, a.qk_channels, a.tiling, group, key0, rows);
+    if (a.accumulate) key_rows.read(0);
+    CCNET_UNROLL
+    for (int b = 0; b < Blocks; ++b) {
+      CCNET_UNROLL
+      for (int j = 0; j < kTileRows / 8; ++j) {
+        float delta0, delta1;
+        load_pair(delta + (b * kTileRows + 8 * j + lane_column) * 4, delta0, delta1);
+        CCNET_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          float p0, p1;
+          unpack_pair<T>(weights.get(b, r, j), p0, p1);
+          weights.template put<true>(b, r, j, pack<T>(p0 * (pair[b][4 * j + 2 * r] - delta0),
+                                                      p1 * (pair[b][4 * j + 2 * r + 1] - delta1)));
+        }
+      }
+    }
+    fence_shared_for_async();
+    named_barrier(kConsumerBarrier, Shape::kConsumers);
+
+    const bool add_query = a.accumulate || key_block > 0;
+    const uint64_t queries = panel_descriptor(shared + Shape::kWeightsOffset + warpgroup * Shape::kPanelBytes);
+    CCNET_UNROLL_BY(1)
+    for (int p = 0; p < qk_steps; ++p) {
+      float key_grad[32], query_grad[Blocks][32];
+      const uint64_t stage = panel_descriptor(ring.next());
+      begin_products();
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) {
+        weights.multiply(key_grad, b, stage + static_cast<uint64_t>((1 + b) * kPanelAdvance), b > 0);
+      }
+      commit_products();
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) {
+        CCNET_UNROLL
+        for (int k = 0; k < kTileRows / 16; ++k) {
+          WarpgroupProduct<T, 64>::template multiply<Major::kOuter, Major::kOuter>(
+              query_grad[b], queries + static_cast<uint64_t>(2 * b * kPanelAdvance + k * kOuterAdvance),
+              stage + static_cast<uint64_t>(k * kOuterAdvance), k > 0);
+        }
+      }
+      commit_products();
+      wait_products<1>();
+      hold(key_grad);
+      key_rows.write(key_grad, a.accumulate, p * kWidth);
+      if (a.accumulate && p + 1 < qk_steps) key_rows.read((p + 1) * kWidth);
+      wait_products<0>();
+      ring.advance();
+      if (leads_warp) ring.template release<1>();
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) {
+        hold(query_grad[b]);
+        LaneRows<T> query_rows(a.grad_query, a.qk_channels, a.tiling, group, b * kTileRows, rows);
+        if (add_query) query_rows.read(p * kWidth);
+        query_rows.write(query_grad[b], add_query, p * kWidth);
+      }
+    }
+  }
+}
+
+// delta = sum over channels of dO * O, fp32, where positions are equally far apart in memory: a warp takes two at a
+// time, with all loads of up to 512 channels in flight. CTAs are as large as can be, so that a grid smaller than the
+// machine leaves whole multiprocessors to the launch that follows, which needs delta late.
+constexpr int kDenseDeltaThreads = 1024;
+
+template <typename T>
+struct DenseDeltaArgs {
+  const T* grad_out;
+  const T* out;
+  int64_t grad_out_step, out_step;  // from a position to the next; multiples of a segment, as are the addresses
+  int64_t positions;                // B * N
+  int channels;                     // a multiple of a segment
+  float* delta;                     // (B, N)
+  int64_t first_block, blocks;      // all blocks are one grid
+};
+
+template <typename T>
+CCNET_KERNEL(kDenseDeltaThreads, 1)
+void dense_delta_kernel(DenseDeltaArgs<T> a) {
+  constexpr int kLength = kSegmentLength<T>;
+  constexpr int kPositions = 2, kChunks = 2;
+  allow_next_launch();
+  const int lane = thread_index() % kWarp;
+  const int64_t warp = block_index() * (kDenseDeltaThreads / kWarp) + thread_index() / kWarp;
+  const int64_t warps = a.blocks * (kDenseDeltaThreads / kWarp);
+  CCNET_UNROLL_BY(1)
+  for (int64_t first = warp * kPositions; first < a.positions; first += warps * kPositions) {
+    const T* const grad_out = a.grad_out + first * a.grad_out_step + lane * kLength;
+    const T* const out = a.out + first * a.out_step + lane * kLength;
+    float sum[kPositions] = {0.f, 0.f};
+    CCNET_UNROLL_BY(1)
+    for (int c = 0; c < a.channels; c += kChunks * kWarp * kLength) {
+      Segment g[kPositions][kChunks], o[kPositions][kChunks];
+      CCNET_UNROLL
+      for (int i = 0; i < kPositions; ++i) {
+        CCNET_UNROLL
+        for (int k = 0; k < kChunks; ++k) {
+          const int channel = c + k * kWarp * kLength;
+          g[i][k] = o[i][k] = {{0, 0, 0, 0}};
+          if (first + i < a.positions && channel + lane * kLength < a.channels) {
+            g[i][k] = load_global(reinterpret_cast<const Segment*>(grad_out + i * a.grad_out_step + channel));
+            o[i][k] = load_global(reinterpret_cast<const Segment*>(out + i * a.out_step + channel));
+          }
+        }
+      }
+      CCNET_UNROLL
+      for (int i = 0; i < kPositions; ++i) {
+        CCNET_UNROLL
+        for (int k = 0; k < kChunks; ++k) {
+          float x[kLength], y[kLength];
+          unpack<T>(g[i][k], x);
+          unpack<T>(o[i][k], y);
+          CCNET_UNROLL
+          for (int e = 0; e < kLength; ++e) sum[i] = fmaf(x[e], y[e], sum[i]);
+        }
+      }
+    }
+    CCNET_UNROLL
+    for (int bit = 1; bit < kWarp; bit *= 2) {
+      CCNET_UNROLL
+      for (int i = 0; i < kPositions; ++i) sum[i] += shuffle_xor(sum[i], bit);
+    }
+    const float own = lane == 0 ? sum[0] : sum[1];
+    if (lane < kPositions && first + lane < a.positions) store_global(a.delta + first + lane, own);
+  }
+}
+
+}  // namespace cuda
+}  // namespace ccnet
