@@ -86,6 +86,9 @@ CCNET_DEVICE void prefetch_map(const TensorMap* map) {
 // Makes this thread's ordinary writes to shared memory visible to wgmma and the TMA; a barrier must follow.
 CCNET_DEVICE void fence_shared_for_async() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
+// Brings the lanes of a warp together again: the instructions of a warpgroup want whole warps.
+CCNET_DEVICE void converge_warp() { __syncwarp(); }
+
 // A barrier of `threads` threads, numbered 1 to 15.
 CCNET_DEVICE void named_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(number), "r"(threads) : "memory");
@@ -114,6 +117,13 @@ CCNET_DEVICE uint64_t panel_descriptor(const char* p) {
   constexpr uint64_t kLeading = uint64_t{1} << 16;
   constexpr uint64_t kStride = uint64_t{8 * kRowBytes >> 4} << 32;
   return kSwizzle128 | kStride | kLeading | (shared_address(p) >> 4 & 0x3fff);
+}
+
+// 2^x to within two units in the last place; 0 where that is below the smallest normal number.
+CCNET_DEVICE float exp2_rounded(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
 }
 
 CCNET_DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
