@@ -119,14 +119,13 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
   };
   refill(Shape::kSlots);
 
-  const int thread = thread_index();
-  const int lane = thread % kWarp;
-  const int own_row = thread / kWarp * 16 + lane / 4;  // and the one eight further
-  const int column = lane % 4 * 2;
+  const auto own_row = [](int thread) { return thread / kWarp * 16 + thread % kWarp / 4; };  // and the one 8 further
 
   uint32_t weights[Blocks][kKeySteps][4];  // P, as left operands
   float new_scale[2], old_scale[2];
-  int64_t out_offset[2];  // of the row; -1: there is none
+  // Of the row, in segments, which keeps it in 32 bits (the plan sees to that).
+  constexpr uint32_t kNoRow = 0xffffffffu;
+  uint32_t out_row[2];
   {
     float scores[kUnit / 2];
     float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.f, 0.f};
@@ -148,7 +147,7 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
           q = ring.take();
           k[key_block] = ring.take();
         }
-        const uint64_t q_matrix = panel_descriptor(q + thread / kWarpgroup * 64 * kRowBytes);
+        const uint64_t q_matrix = panel_descriptor(q + thread_index() / kWarpgroup * 64 * kRowBytes);
         const uint64_t k_matrix = panel_descriptor(k[key_block] + unit_row * kRowBytes);
         hold(scores);
         begin_products();
@@ -162,9 +161,11 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
         hold(scores);
         if (!resident) done_with(2);
       }
+      const int thread = recompute(thread_index());
+      const int column = thread % 4 * 2;
       CCNET_UNROLL
       for (int r = 0; r < 2; ++r) {
-        const Partners partners = partners_of(tiling, tile_row(tiling, own_row + 8 * r), query0,
+        const Partners partners = partners_of(tiling, tile_row(tiling, own_row(thread) + 8 * r), query0,
                                               a.first_key + key_block * kTileRows, a.drop_self);
         if (partners.begin > 0 || partners.count < kTileRows || partners.self >= 0) {
           CCNET_UNROLL
@@ -196,15 +197,16 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
 
     if (a.stats_in != nullptr) wait_for_previous_launch();
     const Line group = ring.group();
+    const int thread = recompute(thread_index());
     CCNET_UNROLL
     for (int r = 0; r < 2; ++r) {
       row_sum[r] += shuffle_xor(row_sum[r], 1);
       row_sum[r] += shuffle_xor(row_sum[r], 2);
-      const TileRow row = tile_row(tiling, own_row + 8 * r);
-      out_offset[r] = -1;
+      const TileRow row = tile_row(tiling, own_row(thread) + 8 * r);
+      out_row[r] = kNoRow;
       new_scale[r] = old_scale[r] = 0.f;
       if (!row_exists(tiling, group, query0, row)) continue;
-      out_offset[r] = row_offset(a.out.strides, group, query0, row);
+      out_row[r] = static_cast<uint32_t>(row_offset(a.out.strides, group, query0, row) / kSegmentLength<T>);
       const int64_t position = row_offset(a.position, group, query0, row);
       Stats<float> before = empty_stats<float>();
       if (a.stats_in != nullptr) before = load_global(a.stats_in + position);
@@ -213,7 +215,7 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
         new_scale[r] = merged.scale_b / merged.stats.sum;
         old_scale[r] = before.sum * merged.scale_a / merged.stats.sum;
       }
-      if (split == 0 && lane % 4 == 0) {
+      if (split == 0 && thread % 4 == 0) {
         if (a.stats_out != nullptr) store_global(a.stats_out + position, merged.stats);
         if (a.lse != nullptr) store_global(a.lse + position, log_sum_exp(merged.stats));
       }
@@ -223,10 +225,10 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
   // out = P V * new_scale + out * old_scale. A lane's 16 channels of a panel are those of its turn among the four lanes
   // that hold a row: two segments.
   const bool kept = a.stats_in != nullptr;
-  const int segment = lane % 4 * kSegmentLength<T>;
+  Segment* const out = reinterpret_cast<Segment*>(a.out.data);
   CCNET_UNROLL_BY(1)
   for (int step = 0; step < steps; ++step) {
-    const int channel = (step0 + step) * kWidth + segment;
+    const int channel = (step0 + step) * kWidth + recompute(thread_index()) % 4 * kSegmentLength<T>;
     float sums[kWidth / 2];
     hold(sums);
     const char* v[Blocks];
@@ -249,8 +251,8 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
       for (int h = 0; h < 2; ++h) {
         const int c = channel + h * 4 * kSegmentLength<T>;
         old[r][h] = Segment{{0, 0, 0, 0}};
-        if (kept && out_offset[r] >= 0 && c < a.channels) {
-          old[r][h] = load_global(reinterpret_cast<const Segment*>(a.out.data + out_offset[r] + c));
+        if (kept && out_row[r] != kNoRow && c < a.channels) {
+          old[r][h] = load_global(out + out_row[r] + c / kSegmentLength<T>);
         }
       }
     };
@@ -286,8 +288,8 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
         }
         transpose_words(words);
         const int c = channel + h * 4 * kSegmentLength<T>;
-        if (out_offset[r] >= 0 && c < a.channels) {
-          store_global(reinterpret_cast<Segment*>(a.out.data + out_offset[r] + c),
+        if (out_row[r] != kNoRow && c < a.channels) {
+          store_global(out + out_row[r] + c / kSegmentLength<T>,
                        Segment{{words[0], words[1], words[2], words[3]}});
         }
       }
