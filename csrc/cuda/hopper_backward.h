@@ -9,6 +9,7 @@
 #pragma once
 
 #include "hopper_lines.h"
+#include "quad.h"
 
 namespace ccnet {
 namespace cuda {
@@ -27,16 +28,19 @@ struct HopperBackwardShape {
   static constexpr bool kWeightsInRegisters = Blocks == 1;
 
   // Shared memory: stages of panels (one of K or V, and for each tile of queries one of Q or dO), panels of P^T or dS^T
-  // [key][64 queries], lse and delta of the line, barriers.
+  // [key][64 queries], then for each position of the tiles lse, delta and where its rows of dQ, dK and dV are; barriers.
   static constexpr int kPanelBytes = panel_bytes(kTileRows);
   static constexpr int kStages = Blocks == 1 ? 6 : 3;
   static constexpr int kStageBytes = (1 + Blocks) * kPanelBytes;
   static constexpr int kWeightsOffset = kStages * kStageBytes;
   static constexpr int kWeightsPanels = 2 * Blocks;
   static constexpr int kLseOffset = kWeightsOffset + kWeightsPanels * kPanelBytes;
-  static constexpr int kStatisticsBytes = Blocks * kTileRows * static_cast<int>(sizeof(float));
-  static constexpr int kDeltaOffset = kLseOffset + kStatisticsBytes;
-  static constexpr int kBarriersOffset = kDeltaOffset + kStatisticsBytes;
+  static constexpr int kTableBytes = Blocks * kTileRows * 4;
+  static constexpr int kDeltaOffset = kLseOffset + kTableBytes;
+  static constexpr int kQueryRowsOffset = kDeltaOffset + kTableBytes;
+  static constexpr int kKeyRowsOffset = kQueryRowsOffset + kTableBytes;
+  static constexpr int kValueRowsOffset = kKeyRowsOffset + kTableBytes;
+  static constexpr int kBarriersOffset = kValueRowsOffset + kTableBytes;
   static constexpr int kSharedBytes = kBarriersOffset + 2 * kStages * static_cast<int>(sizeof(SharedBarrier));
 };
 
@@ -56,12 +60,12 @@ struct HopperBackwardArgs {
 
 // Stages in shared memory, filled by the loading warp and consumed by the others in turn.
 template <int Stages, int StageBytes, int Arrivals>
-struct Ring {
+struct StageRing {
   char* stages;
   SharedBarrier* full;  // Stages of them, and as many more, `empty`
   int slot = 0, parity = 0;
 
-  CCNET_DEVICE Ring(char* memory, char* barriers)
+  CCNET_DEVICE StageRing(char* memory, char* barriers)
       : stages(memory), full(reinterpret_cast<SharedBarrier*>(barriers)) {}
 
   // By one thread.
@@ -99,60 +103,47 @@ struct Ring {
   }
 };
 
-// Exchange of 4 x 4 words among the four lanes of a row: word j of lane i becomes word i of lane j. A collective of the
-// warp.
-CCNET_DEVICE void transpose_words(uint32_t (&w)[4]) {
-  CCNET_UNROLL
-  for (int bit = 1; bit < 4; bit *= 2) {
-    const bool high = (thread_index() & bit) != 0;
-    CCNET_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      if ((j & bit) != 0) continue;
-      const uint32_t sent = high ? w[j] : w[j + bit];
-      const uint32_t received = float_to_bits(shuffle_xor(bits_to_float(sent), bit));
-      w[j] = high ? received : w[j];
-      w[j + bit] = high ? w[j + bit] : received;
-    }
-  }
+// Where a position's row of an output is: segments from the beginning, which 32 bits hold (the plan sees to that).
+constexpr uint32_t kNoRow = 0xffffffffu;
+template <typename T>
+CCNET_DEVICE uint32_t output_row(const Output<T>& out, const Line& group, int first, const TileRow& row) {
+  return static_cast<uint32_t>(row_offset(out.strides, group, first, row) / kSegmentLength<T>);
 }
 
 // Writes a warpgroup's products of 64 rows x 64 channels, of which a lane holds parts of two rows (WarpgroupProduct).
 // The four lanes that share a row exchange their parts, so that each reads and writes whole segments.
 template <typename T>
 struct LaneRows {
-  T* row[2];  // at the lane's first segment
-  bool exists[2];
-  int channel;   // of the lane's first segment
-  int channels;  // C or C'
+  uint32_t row[2];
   Segment old[2][2];
 
-  // Row `r` of the lane is rows[r] of the tile that begins at position `first`.
-  CCNET_DEVICE LaneRows(const Output<T>& out, int channel_count, const Tiling& tiling, const Line& group, int first,
-                        const TileRow (&rows)[2])
-      : channel(thread_index() % 4 * kSegmentLength<T>), channels(channel_count) {
-    CCNET_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      exists[r] = row_exists(tiling, group, first, rows[r]);
-      row[r] = out.data + row_offset(out.strides, group, first, rows[r]) + channel;
-    }
-  }
+  // `table`: the entry of the lane's first row in a table of output rows.
+  CCNET_DEVICE explicit LaneRows(const char* table)
+      : row{load_shared<uint32_t>(table), load_shared<uint32_t>(table + 8 * 4)}, old{} {}
 
-  CCNET_DEVICE bool has(int r, int s, int channel0) const { return exists[r] && channel0 + channel + 32 * s < channels; }
+  static CCNET_DEVICE Segment* place(T* out, uint32_t row, int channel) {
+    return reinterpret_cast<Segment*>(out) + row + channel / kSegmentLength<T>;
+  }
+  static CCNET_DEVICE int lane_channel() { return recompute(thread_index()) % 4 * kSegmentLength<T>; }
 
   // What an earlier launch or an earlier tile of keys has left in channels channel0 .. channel0 + 63.
-  CCNET_DEVICE void read(int channel0) {
+  CCNET_DEVICE void read(T* out, int channels, int channel0) {
+    const int channel = channel0 + lane_channel();
     CCNET_UNROLL
     for (int r = 0; r < 2; ++r) {
       CCNET_UNROLL
       for (int s = 0; s < 2; ++s) {
         old[r][s] = {{0, 0, 0, 0}};
-        if (has(r, s, channel0)) old[r][s] = load_global(reinterpret_cast<const Segment*>(row[r] + channel0 + 32 * s));
+        if (row[r] != kNoRow && channel + 32 * s < channels) {
+          old[r][s] = load_global(place(out, row[r], channel + 32 * s));
+        }
       }
     }
   }
 
   // `add`: to what read() has brought. A collective of the warp.
-  CCNET_DEVICE void write(const float (&d)[32], bool add, int channel0) {
+  CCNET_DEVICE void write(const float (&d)[32], bool add, T* out, int channels, int channel0) {
+    const int channel = channel0 + lane_channel();
     CCNET_UNROLL
     for (int r = 0; r < 2; ++r) {
       CCNET_UNROLL
@@ -172,11 +163,20 @@ struct LaneRows {
         }
         Segment sum = pack_segment<T>(v);
         transpose_words(sum.word);
-        if (has(r, s, channel0)) store_global(reinterpret_cast<Segment*>(row[r] + channel0 + 32 * s), sum);
+        if (row[r] != kNoRow && channel + 32 * s < channels) {
+          store_global(place(out, row[r], channel + 32 * s), sum);
+        }
       }
     }
   }
 };
+
+// A product that does not add still counts as reading its sums. Set before a loop, they occupy no registers outside it.
+template <int Count>
+CCNET_DEVICE void clear(float (&d)[Count]) {
+  CCNET_UNROLL
+  for (int i = 0; i < Count; ++i) d[i] = 0.f;
+}
 
 // Two neighbouring floats.
 CCNET_DEVICE void load_pair(const char* p, float& a, float& b) {
@@ -224,7 +224,10 @@ struct KeyWeights {
   }
   template <bool InShared>
   CCNET_DEVICE void put(int block, int r, int j, uint32_t word) {
-    if constexpr (Shape::kWeightsInRegisters) registers[block][j / 2][j % 2 * 2 + r] = word;
+    // Without recompute() the compiler holds the halves of the word and joins them anew for every product.
+    if constexpr (Shape::kWeightsInRegisters) {
+      registers[block][j / 2][j % 2 * 2 + r] = static_cast<uint32_t>(recompute(static_cast<int>(word)));
+    }
     if constexpr (InShared || !Shape::kWeightsInRegisters) store_shared<uint32_t>(place(block, r, j), word);
   }
 
@@ -267,7 +270,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   char* const shared = dynamic_shared();
   char* const lse = shared + Shape::kLseOffset;
   char* const delta = shared + Shape::kDeltaOffset;
-  Ring<Shape::kStages, Shape::kStageBytes, kConsumerWarps> ring(shared, shared + Shape::kBarriersOffset);
+  StageRing<Shape::kStages, Shape::kStageBytes, kConsumerWarps> ring(shared, shared + Shape::kBarriersOffset);
   const int thread = thread_index();
   if (thread == Shape::kConsumers) {
     prefetch_map(&a.key);
@@ -326,7 +329,14 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   const bool own_exists = thread < Blocks * kTileRows && row_exists(a.tiling, group, own_first, own);
   const int64_t own_offset = row_offset(a.position, group, own_first, own);
   if (thread < Blocks * kTileRows) {
-    store_shared<float>(lse + thread * 4, own_exists ? load_global(a.lse + own_offset) : INFINITY);
+    char* const entry = shared + thread * 4;
+    store_shared<float>(entry + Shape::kLseOffset, own_exists ? load_global(a.lse + own_offset) : INFINITY);
+    store_shared<uint32_t>(entry + Shape::kQueryRowsOffset,
+                           own_exists ? output_row(a.grad_query, group, own_first, own) : kNoRow);
+    store_shared<uint32_t>(entry + Shape::kKeyRowsOffset,
+                           own_exists ? output_row(a.grad_key, group, own_first, own) : kNoRow);
+    store_shared<uint32_t>(entry + Shape::kValueRowsOffset,
+                           own_exists ? output_row(a.grad_value, group, own_first, own) : kNoRow);
   }
   named_barrier(kConsumerBarrier, Shape::kConsumers);
 
@@ -334,7 +344,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   const bool leads_warp = thread % kWarp == 0;
   const int lane_row = thread / kWarp * 16 + thread % kWarp / 4;
   const int lane_column = thread % 4 * 2;
-  const TileRow rows[2] = {tile_row(a.tiling, lane_row), tile_row(a.tiling, lane_row + 8)};
+  const char* const lane_tables = shared + lane_row * 4;
   const uint64_t own_half = static_cast<uint64_t>(warpgroup * kHalfAdvance);
   KeyWeights<T, Blocks> weights(shared + Shape::kWeightsOffset, lane_row);
 
@@ -342,6 +352,8 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   for (int key_block = 0; key_block < Blocks; ++key_block) {
     const int key0 = key_block * kTileRows;
     float pair[Blocks][64];  // S^T, then dP^T
+    CCNET_UNROLL
+    for (int b = 0; b < Blocks; ++b) clear(pair[b]);
     CCNET_UNROLL_BY(1)
     for (int p = 0; p < qk_steps; ++p) {
       const uint64_t stage = panel_descriptor(ring.next());
@@ -363,8 +375,9 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       Partners partners[2];
       CCNET_UNROLL
       for (int r = 0; r < 2; ++r) {
-        partners[r] = partners_of(a.tiling, rows[r], key0, b * kTileRows, a.drop_self);
-        if (!row_exists(a.tiling, group, key0, rows[r])) partners[r].count = 0;
+        const int row = recompute(lane_row) + 8 * r;
+        partners[r] = partners_of(a.tiling, tile_row(a.tiling, row), key0, b * kTileRows, a.drop_self);
+        if (load_shared<uint32_t>(shared + Shape::kKeyRowsOffset + (key0 + row) * 4) == kNoRow) partners[r].count = 0;
       }
       CCNET_UNROLL
       for (int j = 0; j < kTileRows / 8; ++j) {
@@ -372,8 +385,8 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
         load_pair(lse + (b * kTileRows + 8 * j + lane_column) * 4, lse0, lse1);
         CCNET_UNROLL
         for (int r = 0; r < 2; ++r) {
-          const float p0 = exp2f((pair[b][4 * j + 2 * r] - lse0) * kLog2E);
-          const float p1 = exp2f((pair[b][4 * j + 2 * r + 1] - lse1) * kLog2E);
+          const float p0 = exp2_rounded((pair[b][4 * j + 2 * r] - lse0) * kLog2E);
+          const float p1 = exp2_rounded((pair[b][4 * j + 2 * r + 1] - lse1) * kLog2E);
           const int column = 8 * j + lane_column;
           weights.template put<false>(b, r, j, pack<T>(partners[r].has(column) ? p0 : 0.f,
                                                        partners[r].has(column + 1) ? p1 : 0.f));
@@ -387,11 +400,12 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
 
     float own_delta = 0.f;
     if (key_block == 0 && a.accumulate) wait_for_previous_launch();
-    LaneRows<T> value_rows(a.grad_value, a.channels, a.tiling, group, key0, rows);
-    if (a.accumulate) value_rows.read(0);
+    LaneRows<T> value_rows(lane_tables + Shape::kValueRowsOffset + key0 * 4);
+    if (a.accumulate) value_rows.read(a.grad_value.data, a.channels, 0);
+    float grad[32];
+    clear(grad);
     CCNET_UNROLL_BY(1)
     for (int p = 0; p < value_steps; ++p) {
-      float grad[32];
       const uint64_t stage = panel_descriptor(ring.next());
       begin_products();
       CCNET_UNROLL
@@ -412,8 +426,8 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       hold(grad);
       if (p > 0 && leads_warp) ring.template release<1>();
       ring.advance();
-      value_rows.write(grad, a.accumulate, p * kWidth);
-      if (a.accumulate && p + 1 < value_steps) value_rows.read((p + 1) * kWidth);
+      value_rows.write(grad, a.accumulate, a.grad_value.data, a.channels, p * kWidth);
+      if (a.accumulate && p + 1 < value_steps) value_rows.read(a.grad_value.data, a.channels, (p + 1) * kWidth);
     }
     if (key_block == 0) {
       if (thread < Blocks * kTileRows) store_shared<float>(delta + thread * 4, own_delta);
@@ -424,8 +438,8 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
     for (int b = 0; b < Blocks; ++b) hold(pair[b]);
     if (leads_warp) ring.template release<1>();
 
-    LaneRows<T> key_rows(a.grad_key, a.qk_channels, a.tiling, group, key0, rows);
-    if (a.accumulate) key_rows.read(0);
+    LaneRows<T> key_rows(lane_tables + Shape::kKeyRowsOffset + key0 * 4);
+    if (a.accumulate) key_rows.read(a.grad_key.data, a.qk_channels, 0);
     CCNET_UNROLL
     for (int b = 0; b < Blocks; ++b) {
       CCNET_UNROLL
@@ -446,9 +460,12 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
 
     const bool add_query = a.accumulate || key_block > 0;
     const uint64_t queries = panel_descriptor(shared + Shape::kWeightsOffset + warpgroup * Shape::kPanelBytes);
+    float key_grad[32], query_grad[Blocks][32];
+    clear(key_grad);
+    CCNET_UNROLL
+    for (int b = 0; b < Blocks; ++b) clear(query_grad[b]);
     CCNET_UNROLL_BY(1)
     for (int p = 0; p < qk_steps; ++p) {
-      float key_grad[32], query_grad[Blocks][32];
       const uint64_t stage = panel_descriptor(ring.next());
       begin_products();
       CCNET_UNROLL
@@ -468,17 +485,17 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       commit_products();
       wait_products<1>();
       hold(key_grad);
-      key_rows.write(key_grad, a.accumulate, p * kWidth);
-      if (a.accumulate && p + 1 < qk_steps) key_rows.read((p + 1) * kWidth);
+      key_rows.write(key_grad, a.accumulate, a.grad_key.data, a.qk_channels, p * kWidth);
+      if (a.accumulate && p + 1 < qk_steps) key_rows.read(a.grad_key.data, a.qk_channels, (p + 1) * kWidth);
       wait_products<0>();
       ring.advance();
       if (leads_warp) ring.template release<1>();
       CCNET_UNROLL
       for (int b = 0; b < Blocks; ++b) {
         hold(query_grad[b]);
-        LaneRows<T> query_rows(a.grad_query, a.qk_channels, a.tiling, group, b * kTileRows, rows);
-        if (add_query) query_rows.read(p * kWidth);
-        query_rows.write(query_grad[b], add_query, p * kWidth);
+        LaneRows<T> query_rows(lane_tables + Shape::kQueryRowsOffset + b * kTileRows * 4);
+        if (add_query) query_rows.read(a.grad_query.data, a.qk_channels, p * kWidth);
+        query_rows.write(query_grad[b], add_query, a.grad_query.data, a.qk_channels, p * kWidth);
       }
     }
   }

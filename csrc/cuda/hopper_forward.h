@@ -6,6 +6,7 @@
 #pragma once
 
 #include "hopper_ring.h"
+#include "quad.h"
 
 namespace ccnet {
 namespace cuda {
@@ -34,24 +35,6 @@ struct HopperForwardArgs {
   int splits, steps_per_split;   // ranges of channels, in panels
   int64_t first_block, blocks;
 };
-
-// Exchanges 4x4 words within each four lanes: lane t's word j becomes lane j's word t.
-CCNET_DEVICE void transpose_words(uint32_t (&w)[4]) {
-  const int lane = thread_index();
-  CCNET_UNROLL
-  for (int bit = 1; bit < 4; bit *= 2) {
-    const bool high = (lane & bit) != 0;
-    CCNET_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      if ((i & bit) != 0) continue;
-      const uint32_t kept = high ? w[i + bit] : w[i];
-      const uint32_t sent = high ? w[i] : w[i + bit];
-      const uint32_t got = float_to_bits(shuffle_xor(bits_to_float(sent), bit));
-      w[i] = high ? got : kept;
-      w[i + bit] = high ? kept : got;
-    }
-  }
-}
 
 template <typename T, int Blocks>
 CCNET_KERNEL(HopperForwardShape<Blocks>::kThreads, HopperForwardShape<Blocks>::kBlocksPerSm)
