@@ -26,6 +26,8 @@ struct HopperBackwardShape {
   // P^T, then dS^T, of one tile of keys is an operand. With one tile of queries it stays in registers, and shared memory
   // has dS^T for dQ only; with two there are not registers enough.
   static constexpr bool kWeightsInRegisters = Blocks == 1;
+  // S^T and dP^T at the same time: the first products for dP run while P is formed.
+  static constexpr bool kSeparateScores = Blocks == 1;
 
   // Shared memory: stages of panels (one of K or V, and for each tile of queries one of Q or dO), panels of P^T or dS^T
   // [key][64 queries], then for each position of the tiles lse, delta and where its rows of dQ, dK and dV are; barriers.
@@ -63,7 +65,8 @@ template <int Stages, int StageBytes, int Arrivals>
 struct StageRing {
   char* stages;
   SharedBarrier* full;  // Stages of them, and as many more, `empty`
-  int slot = 0, parity = 0;
+  int slot = 0, parity = 0;  // of the next stage
+  bool first_round = true;
 
   CCNET_DEVICE StageRing(char* memory, char* barriers)
       : stages(memory), full(reinterpret_cast<SharedBarrier*>(barriers)) {}
@@ -76,30 +79,31 @@ struct StageRing {
     }
     fence_barriers();
   }
-  CCNET_DEVICE void advance() {
+  CCNET_DEVICE char* stage(int s) const { return stages + s * StageBytes; }
+
+  // The loader's next stage, once everyone has released it: the caller brings `bytes` bytes into it, on full[it].
+  CCNET_DEVICE int acquire(int bytes) {
+    if (!first_round) wait_phase(full + Stages + slot, parity ^ 1);
+    arrive_and_expect(full + slot, bytes);
+    return step();
+  }
+  // A consumer's next stage, filled.
+  CCNET_DEVICE int take() {
+    wait_phase(full + slot, parity);
+    return step();
+  }
+  // By one lane of each warp, when the warp's products have read the stage.
+  CCNET_DEVICE void release(int s) { arrive(full + Stages + s); }
+
+ private:
+  CCNET_DEVICE int step() {
+    const int s = slot;
     if (++slot == Stages) {
       slot = 0;
       parity ^= 1;
+      first_round = false;
     }
-  }
-  // The stage to fill next, once everyone has released it; the caller loads `bytes` into it on `full[slot]` and
-  // advances.
-  CCNET_DEVICE char* acquire(int bytes, bool first_round) {
-    if (!first_round) wait_phase(full + Stages + slot, parity ^ 1);
-    arrive_and_expect(full + slot, bytes);
-    return stages + slot * StageBytes;
-  }
-  // The stage that comes next, filled.
-  CCNET_DEVICE char* next() {
-    wait_phase(full + slot, parity);
-    return stages + slot * StageBytes;
-  }
-  // Hands back the stage `Behind` places before the next one. By one lane of every warp, when the warp's products
-  // have read it.
-  template <int Behind>
-  CCNET_DEVICE void release() {
-    const int s = slot - Behind;
-    arrive(full + Stages + (s < 0 ? s + Stages : s));
+    return s;
   }
 };
 
@@ -292,18 +296,16 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
     if (thread > Shape::kConsumers) return;
     const int other0 = static_cast<int>(group.at[1]), other1 = static_cast<int>(group.at[0]);
     const int batch = static_cast<int>(group.batch);
-    bool first_round = true;
     const auto load = [&](const TensorMap* key_side, const TensorMap* query_side, int key_block, int panel) {
-      char* const stage = ring.acquire((1 + Blocks) * panel_bytes(box_rows), first_round);
-      SharedBarrier* const full = ring.full + ring.slot;
+      const int slot = ring.acquire((1 + Blocks) * panel_bytes(box_rows));
+      char* const stage = ring.stage(slot);
+      SharedBarrier* const full = ring.full + slot;
       load_box(stage, key_side, panel * kWidth, key_block * kTileRows, other0, other1, batch, full);
       CCNET_UNROLL
       for (int b = 0; b < Blocks; ++b) {
         load_box(stage + (1 + b) * Shape::kPanelBytes, query_side, panel * kWidth, b * kTileRows, other0, other1, batch,
                  full);
       }
-      ring.advance();
-      if (ring.slot == 0) first_round = false;
     };
     for (int key_block = 0; key_block < Blocks; ++key_block) {
       for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
@@ -348,27 +350,50 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   const uint64_t own_half = static_cast<uint64_t>(warpgroup * kHalfAdvance);
   KeyWeights<T, Blocks> weights(shared + Shape::kWeightsOffset, lane_row);
 
+  // The panel of K or V in a stage, and that of Q or dO for a tile of queries.
+  const auto key_side = [&](int slot) { return panel_descriptor(ring.stage(slot)); };
+  const auto query_side = [&](int slot, int b) {
+    return key_side(slot) + static_cast<uint64_t>((1 + b) * kPanelAdvance);
+  };
+  // d (+)= this warpgroup's keys times the queries, one panel deep.
+  const auto multiply_pairs = [&](float (&d)[Blocks][64], int slot, bool add_to) {
+    CCNET_UNROLL
+    for (int b = 0; b < Blocks; ++b) {
+      multiply_rows<T>(d[b], key_side(slot) + own_half, query_side(slot, b), add_to);
+    }
+  };
+
   CCNET_UNROLL_BY(1)
   for (int key_block = 0; key_block < Blocks; ++key_block) {
     const int key0 = key_block * kTileRows;
-    float pair[Blocks][64];  // S^T, then dP^T
+    float pair[Blocks][64];            // dP^T
+    float separate_scores[Blocks][64];  // S^T, where there are registers for it
+    float(&scores)[Blocks][64] = Shape::kSeparateScores ? separate_scores : pair;
     CCNET_UNROLL
-    for (int b = 0; b < Blocks; ++b) clear(pair[b]);
+    for (int b = 0; b < Blocks; ++b) {
+      clear(pair[b]);
+      clear(scores[b]);
+    }
     CCNET_UNROLL_BY(1)
     for (int p = 0; p < qk_steps; ++p) {
-      const uint64_t stage = panel_descriptor(ring.next());
+      const int slot = ring.take();
       begin_products();
-      CCNET_UNROLL
-      for (int b = 0; b < Blocks; ++b) {
-        multiply_rows<T>(pair[b], stage + own_half, stage + static_cast<uint64_t>((1 + b) * kPanelAdvance), p > 0);
-      }
+      multiply_pairs(scores, slot, p > 0);
       commit_products();
       wait_products<0>();
       CCNET_UNROLL
-      for (int b = 0; b < Blocks; ++b) hold(pair[b]);
-      ring.advance();
-      if (leads_warp) ring.template release<1>();
+      for (int b = 0; b < Blocks; ++b) hold(scores[b]);
+      if (leads_warp) ring.release(slot);
     }
+    // From here on the products for dP are one stage ahead of those for dV.
+    int slot = 0;
+    const auto begin_pairs = [&]() {
+      slot = ring.take();
+      begin_products();
+      multiply_pairs(pair, slot, false);
+      commit_products();
+    };
+    if constexpr (Shape::kSeparateScores) begin_pairs();
     if (key_block > 0) named_barrier(kConsumerBarrier, Shape::kConsumers);  // dS^T is read no more
     CCNET_UNROLL
     for (int b = 0; b < Blocks; ++b) {
@@ -385,8 +410,8 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
         load_pair(lse + (b * kTileRows + 8 * j + lane_column) * 4, lse0, lse1);
         CCNET_UNROLL
         for (int r = 0; r < 2; ++r) {
-          const float p0 = exp2_rounded((pair[b][4 * j + 2 * r] - lse0) * kLog2E);
-          const float p1 = exp2_rounded((pair[b][4 * j + 2 * r + 1] - lse1) * kLog2E);
+          const float p0 = exp2_rounded((scores[b][4 * j + 2 * r] - lse0) * kLog2E);
+          const float p1 = exp2_rounded((scores[b][4 * j + 2 * r + 1] - lse1) * kLog2E);
           const int column = 8 * j + lane_column;
           weights.template put<false>(b, r, j, pack<T>(partners[r].has(column) ? p0 : 0.f,
                                                        partners[r].has(column + 1) ? p1 : 0.f));
@@ -397,46 +422,41 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       fence_shared_for_async();
       named_barrier(kWarpgroupBarrier + warpgroup, kWarpgroup);
     }
+    if constexpr (!Shape::kSeparateScores) begin_pairs();
 
     float own_delta = 0.f;
-    if (key_block == 0 && a.accumulate) wait_for_previous_launch();
     LaneRows<T> value_rows(lane_tables + Shape::kValueRowsOffset + key0 * 4);
-    if (a.accumulate) value_rows.read(a.grad_value.data, a.channels, 0);
     float grad[32];
     clear(grad);
     CCNET_UNROLL_BY(1)
     for (int p = 0; p < value_steps; ++p) {
-      const uint64_t stage = panel_descriptor(ring.next());
+      const bool last = p + 1 == value_steps;
       begin_products();
       CCNET_UNROLL
-      for (int b = 0; b < Blocks; ++b) {
-        weights.multiply(grad, b, stage + static_cast<uint64_t>((1 + b) * kPanelAdvance), b > 0);
+      for (int b = 0; b < Blocks; ++b) weights.multiply(grad, b, query_side(slot, b), b > 0);
+      commit_products();
+      const int released = slot;
+      if (!last) {
+        slot = ring.take();
+        begin_products();
+        multiply_pairs(pair, slot, true);
       }
       commit_products();
-      CCNET_UNROLL
-      for (int b = 0; b < Blocks; ++b) {
-        multiply_rows<T>(pair[b], stage + own_half, stage + static_cast<uint64_t>((1 + b) * kPanelAdvance), p > 0);
-      }
-      commit_products();
-      if (key_block == 0 && p == value_steps - 1) {
-        if (!a.accumulate) wait_for_previous_launch();
-        if (own_exists) own_delta = load_global(a.delta + own_offset);
-      }
-      wait_products<1>();  // dV is there, and with it dP of the stage before
+      // What earlier launches have left is needed here at last.
+      if (key_block == 0 && (a.accumulate ? p == 0 : last)) wait_for_previous_launch();
+      if (key_block == 0 && last && own_exists) own_delta = load_global(a.delta + own_offset);
+      if (a.accumulate && p == 0) value_rows.read(a.grad_value.data, a.channels, 0);
+      wait_products<1>();
       hold(grad);
-      if (p > 0 && leads_warp) ring.template release<1>();
-      ring.advance();
+      if (leads_warp) ring.release(released);
       value_rows.write(grad, a.accumulate, a.grad_value.data, a.channels, p * kWidth);
-      if (a.accumulate && p + 1 < value_steps) value_rows.read(a.grad_value.data, a.channels, (p + 1) * kWidth);
-    }
-    if (key_block == 0) {
-      if (thread < Blocks * kTileRows) store_shared<float>(delta + thread * 4, own_delta);
-      named_barrier(kConsumerBarrier, Shape::kConsumers);
+      if (a.accumulate && !last) value_rows.read(a.grad_value.data, a.channels, (p + 1) * kWidth);
     }
     wait_products<0>();
     CCNET_UNROLL
     for (int b = 0; b < Blocks; ++b) hold(pair[b]);
-    if (leads_warp) ring.template release<1>();
+    if (key_block == 0 && thread < Blocks * kTileRows) store_shared<float>(delta + thread * 4, own_delta);
+    named_barrier(kConsumerBarrier, Shape::kConsumers);  // delta is there, and P^T is read no more
 
     LaneRows<T> key_rows(lane_tables + Shape::kKeyRowsOffset + key0 * 4);
     if (a.accumulate) key_rows.read(a.grad_key.data, a.qk_channels, 0);
@@ -466,12 +486,10 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
     for (int b = 0; b < Blocks; ++b) clear(query_grad[b]);
     CCNET_UNROLL_BY(1)
     for (int p = 0; p < qk_steps; ++p) {
-      const uint64_t stage = panel_descriptor(ring.next());
+      const int slot = ring.take();
       begin_products();
       CCNET_UNROLL
-      for (int b = 0; b < Blocks; ++b) {
-        weights.multiply(key_grad, b, stage + static_cast<uint64_t>((1 + b) * kPanelAdvance), b > 0);
-      }
+      for (int b = 0; b < Blocks; ++b) weights.multiply(key_grad, b, query_side(slot, b), b > 0);
       commit_products();
       CCNET_UNROLL
       for (int b = 0; b < Blocks; ++b) {
@@ -479,7 +497,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
         for (int k = 0; k < kTileRows / 16; ++k) {
           WarpgroupProduct<T, 64>::template multiply<Major::kOuter, Major::kOuter>(
               query_grad[b], queries + static_cast<uint64_t>(2 * b * kPanelAdvance + k * kOuterAdvance),
-              stage + static_cast<uint64_t>(k * kOuterAdvance), k > 0);
+              key_side(slot) + static_cast<uint64_t>(k * kOuterAdvance), k > 0);
         }
       }
       commit_products();
@@ -488,8 +506,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       key_rows.write(key_grad, a.accumulate, a.grad_key.data, a.qk_channels, p * kWidth);
       if (a.accumulate && p + 1 < qk_steps) key_rows.read(a.grad_key.data, a.qk_channels, (p + 1) * kWidth);
       wait_products<0>();
-      ring.advance();
-      if (leads_warp) ring.template release<1>();
+      if (leads_warp) ring.release(slot);
       CCNET_UNROLL
       for (int b = 0; b < Blocks; ++b) {
         hold(query_grad[b]);
