@@ -5,9 +5,15 @@
 //   - two CTAs of one launch, or two threads of a CTA with no barrier in between, that touch the same global memory,
 //     one of them writing;
 //   - global memory outside the registered tensors, outputs read before they were written, misaligned accesses;
-//   - threads that do not meet at a barrier, or lanes that do not call the same warp collective.
-// Asynchronous copies land either at once or not before the wait, and threads take turns in several orders: results
-// must not depend on it. Bank conflicts are counted. Single-threaded; one Machine at a time.
+//   - threads that do not meet at a barrier, or lanes that do not call the same warp collective;
+//   - boxes (TMA) and products of a warpgroup (wgmma) on shared memory that ordinary accesses, or each other, may still
+//     touch: a box is there for the threads that waited for its phase, a product is done for those that waited for its
+//     group, and ordinary writes reach both only after a fence and a barrier;
+//   - registers touched while a product uses them;
+//   - a launch that touches what an earlier one it overlaps with may still touch.
+// Asynchronous work happens either at once or as late as someone's wait allows, and threads take turns in several
+// orders: results must not depend on it. What is ordered is decided by clocks (clocks.h), not by the turns taken. Bank
+// conflicts are counted. Single-threaded; one Machine at a time.
 #pragma once
 
 #include <setjmp.h>
@@ -20,9 +26,12 @@
 #include <functional>
 #include <memory>
 #include <random>
-#include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "phase_barrier.h"
+#include "products.h"
+#include "shared_shadow.h"
 
 namespace ccnet {
 namespace emulation {
@@ -38,6 +47,16 @@ enum class Fault {
   kTransposeMma,     // the fragment of A read as if transposed
   kShuffleNeighbour, // shuffles deliver the next lane's value
   kDropTail,         // copies of fewer than 16 bytes deliver nothing
+  kSkipPhase,           // one wait in three for a phase does not wait
+  kWrongParity,         // one wait in three for a phase waits for the other parity
+  kRefillEarly,         // the first arrival ends the wait for barriers at which threads arrive without bytes
+  kLoseArrival,         // one arrival in seven is lost
+  kSkipFence,           // fence_shared_for_async() does nothing
+  kPlainBox,            // boxes are not swizzled
+  kKeepOutside,         // what of a box lies outside the tensor is left as it was
+  kTransposeDescriptor, // matrices in shared memory are read as if transposed
+  kWaitTooLittle,       // waits for products leave one more group under way
+  kSkipLaunchWait,      // wait_for_previous_launch() does nothing
 };
 
 struct Options {
@@ -47,10 +66,6 @@ struct Options {
   Fault fault = Fault::kNone;
 };
 
-struct Error : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
 class Machine {
  public:
   static Machine*& current() {
@@ -58,7 +73,9 @@ class Machine {
     return machine;
   }
 
-  explicit Machine(const Options& options) : options_(options), random_(options.seed) { current() = this; }
+  explicit Machine(const Options& options) : options_(options), random_(options.seed), shadow_(clocks_) {
+    current() = this;
+  }
   ~Machine() { current() = nullptr; }
   Machine(const Machine&) = delete;
 
@@ -89,8 +106,12 @@ class Machine {
   long bank_conflicts() const { return bank_conflicts_; }
   long matrix_loads() const { return matrix_loads_; }
 
-  void run_grid(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {
-    ++launch_;
+  // `overlaps_previous`: the launch may begin as soon as all CTAs of the one before have allowed it.
+  void run_grid(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel,
+                bool overlaps_previous = false) {
+    if (shared_bytes > kMostSharedBytes) throw Error("more shared memory than a CTA can have");
+    if (threads % 32 != 0 || threads > 1024) throw Error("a CTA of " + std::to_string(threads) + " threads");
+    begin_launch(overlaps_previous);
     std::vector<int64_t> order(static_cast<size_t>(blocks));
     for (int64_t b = 0; b < blocks; ++b) order[static_cast<size_t>(b)] = b;
     if (options_.order == Order::kDescending) std::reverse(order.begin(), order.end());
@@ -103,60 +124,55 @@ class Machine {
   int64_t block() const { return block_; }
   char* shared() { return shared_; }
 
+  int64_t shared_offset(const void* p) const { return static_cast<const char*>(p) - shared_; }
+
   void barrier() {
-    if (options_.fault == Fault::kSkipBarrier && ++fibers_[static_cast<size_t>(running_)].barriers % 3 == 0) return;
+    Fiber& fiber = running();
+    if (options_.fault == Fault::kSkipBarrier && ++fiber.barriers % 3 == 0) return;
     ++at_barrier_;
     if (at_barrier_ == threads_) {
       at_barrier_ = 0;
-      ++epoch_;
-      for (Fiber& f : fibers_) f.waiting = false;
+      clocks_.synchronize_all();
+      for (Fiber& f : fibers_) {
+        if (f.waits_for == Wait::kBarrier) f.waits_for = Wait::kNothing;
+      }
       return;
     }
-    wait();
+    wait(Wait::kBarrier);
+  }
+  void named_barrier(int number, int threads) {
+    if (number < 1 || number > 15) throw Error("a barrier's number is not within 1 and 15");
+    if (threads % 32 != 0 || threads < 32 || threads > threads_) throw Error("a barrier of no whole number of warps");
+    if (options_.fault == Fault::kSkipBarrier && ++running().barriers % 3 == 0) return;
+    NamedBarrier& b = named_[number];
+    if (b.arrived.empty()) b.threads = threads;
+    if (b.threads != threads) throw Error("threads give different counts to one barrier");
+    b.arrived.push_back(running_);
+    if (static_cast<int>(b.arrived.size()) < threads) {
+      wait(Wait::kBarrier);
+      return;
+    }
+    clocks_.synchronize(b.arrived);
+    wake(b.arrived);
+    b.arrived.clear();
   }
 
   // Every lane of the warp passes its operand; the last to arrive runs `all` on the 32 of them.
   void collective(int kind, void* operand, void (*all)(Machine&, void* const* operands)) {
-    Warp& warp = warps_[static_cast<size_t>(running_ / 32)];
-    if (warp.arrived == 0) warp.kind = kind;
-    if (warp.kind != kind) throw Error("lanes of one warp call different collectives");
-    warp.operands[running_ % 32] = operand;
-    if (++warp.arrived < 32) {
-      wait();
-      return;
-    }
-    warp.arrived = 0;
-    all(*this, warp.operands);
-    for (int lane = 0; lane < 32; ++lane) fibers_[static_cast<size_t>(running_ / 32 * 32 + lane)].waiting = false;
+    meet(warps_[static_cast<size_t>(running_ / 32)], 32, kind, operand, all);
+  }
+  void converge_warp() {
+    collective(kConverge, nullptr, [](Machine& m, void* const*) {
+      std::vector<int> lanes(32);
+      for (int lane = 0; lane < 32; ++lane) lanes[static_cast<size_t>(lane)] = m.running_ / 32 * 32 + lane;
+      m.clocks_.synchronize(lanes);
+    });
   }
 
   void shared_access(const char* p, int bytes, bool write, int thread) {
-    const int64_t offset = p - shared_;
-    if (offset < 0 || offset + bytes > shared_bytes_) throw Error("shared memory: access out of bounds");
-    if (offset % bytes != 0) throw Error("shared memory: misaligned access");
-    for (int64_t i = offset / kUnit; i < (offset + bytes) / kUnit; ++i) {
-      SharedCell& cell = shared_cells_[static_cast<size_t>(i)];
-      if (cell.copying) throw Error("shared memory: touched while a copy into it is under way");
-      if (cell.written_at == epoch_ && cell.writer != thread) {
-        throw Error(write ? "shared memory: two threads write without a barrier between"
-                          : "shared memory: read without a barrier after another thread's write");
-      }
-      if (write) {
-        if (cell.read_at == epoch_ && cell.reader != thread) {
-          throw Error("shared memory: written without a barrier after another thread's read");
-        }
-        cell.written_at = epoch_;
-        cell.writer = thread;
-      } else {
-        if (cell.written_at == 0) throw Error("shared memory: read before it was written");
-        if (cell.read_at == epoch_ && cell.reader != thread) {
-          cell.reader = kSeveral;
-        } else {
-          cell.reader = thread;
-        }
-        cell.read_at = epoch_;
-      }
-    }
+    shadow_.touch(shared_offset(p), bytes, write, thread, [&](int b) {
+      return barriers_[static_cast<size_t>(b)].seen[static_cast<size_t>(thread)];
+    });
   }
 
   void global_access(const void* p, int bytes, bool write) {
@@ -185,7 +201,7 @@ class Machine {
     Copy copy{to, {}};
     memcpy(copy.data, from, static_cast<size_t>(bytes));
     if (!options_.copies_land_late) memcpy(to, copy.data, 16);
-    mark(to, true);
+    shadow_.begin_copy(shared_offset(to));
     fibers_[static_cast<size_t>(running_)].copies.push_back(copy);
   }
 
@@ -194,7 +210,7 @@ class Machine {
     if (options_.fault == Fault::kCopyLate && fiber.copies.size() > 0 && ++late_ % 7 == 0) return;
     for (const Copy& copy : fiber.copies) {
       memcpy(copy.to, copy.data, 16);
-      mark(copy.to, false);
+      shadow_.land_copy(shared_offset(copy.to));
       shared_access(copy.to, 16, true, running_);
     }
     fiber.copies.clear();
@@ -211,12 +227,171 @@ class Machine {
     }
   }
 
+  // Barriers in shared memory.
+  void init_phase_barrier(const char* at, int count) {
+    const int64_t offset = shared_offset(at);
+    for (const PhaseBarrier& b : barriers_) {
+      if (b.offset == offset) throw Error(b.name() + " is initialised twice");
+    }
+    if (count < 1) throw Error("a barrier in shared memory of no arrivals");
+    if (barriers_.size() == Clocks::kMostBarriers) throw Error("more barriers in shared memory than are counted here");
+    shared_access(at, 8, true, running_);
+    shadow_.make_barrier(offset);
+    PhaseBarrier b;
+    b.offset = offset;
+    b.count = b.missing = count;
+    b.owner = running_;
+    b.seen.assign(static_cast<size_t>(threads_), 0);
+    barriers_.push_back(std::move(b));
+  }
+  void fence_phase_barriers() {
+    for (PhaseBarrier& b : barriers_) {
+      if (b.owner == running_ && b.fenced_at == 0) b.fenced_at = clocks_.now(running_);
+    }
+  }
+  // One arrival, and so many bytes more to wait for.
+  void arrive(const char* at, int bytes) {
+    PhaseBarrier& b = barriers_[find_barrier(at)];
+    if (bytes < 0 || bytes >= 1 << 20) throw Error(b.name() + ": bytes out of range");
+    if (options_.fault == Fault::kLoseArrival && ++faults_ % 7 == 0) return;
+    if (b.missing == 0) throw Error(b.name() + ": more arrivals in a phase than it takes");
+    if (bytes == 0) b.plain = true;
+    --b.missing;
+    b.bytes += bytes;
+    clocks_.release(running_, b.arrived);
+    end_phase(b);
+  }
+  void wait_phase(const char* at, int parity) {
+    const size_t number = find_barrier(at);
+    if (parity != 0 && parity != 1) throw Error("a phase's parity is 0 or 1");
+    if (options_.fault == Fault::kSkipPhase && ++faults_ % 3 == 0) return;
+    if (options_.fault == Fault::kWrongParity && ++faults_ % 3 == 0) parity ^= 1;
+    // The parity of the current phase means to wait for its end, the other parity for that of the phase before.
+    while (static_cast<int>(barriers_[number].ended & 1) == parity) {
+      if (options_.fault == Fault::kRefillEarly && barriers_[number].plain) return;
+      running().phase = number;
+      wait(Wait::kPhase);
+    }
+    PhaseBarrier& b = barriers_[number];
+    b.seen[static_cast<size_t>(running_)] = b.ended;
+    clocks_.acquire(running_, b.known);
+    clocks_.learn(running_, clocks_.phases(static_cast<int>(number)), b.ended);
+  }
+  void fence_shared_for_async() {
+    if (options_.fault != Fault::kSkipFence) clocks_.fence(running_);
+  }
+  void load_box(char* to, const BoxMap& map, const int (&from)[5], const char* at) {
+    const size_t number = find_barrier(at);
+    PhaseBarrier& b = barriers_[number];
+    if (b.fenced_at == 0) throw Error(b.name() + ": fence_barriers() must come before a box");
+    if (map.made != BoxMap::kMade) throw Error("a box of a tensor map that was not made");
+    Box box{map, {}, shared_offset(to), static_cast<int>(number)};
+    for (int d = 0; d < 5; ++d) box.from[d] = from[d];
+    if (box.to % kSwizzlePeriod != 0) throw Error("a box's place in shared memory is no multiple of 1024");
+    if (box.to < 0 || box.to + map.bytes() > shared_bytes_) throw Error("shared memory: box out of bounds");
+    for (int64_t i = box.to; i < box.to + map.bytes(); i += SharedShadow::kGranule) {
+      shadow_.write_box(i, running_, box.barrier, b.ended + 1);
+    }
+    box.for_each_row([&](int64_t, const char* source, int, int bytes) {
+      if (bytes == 0) return;
+      bytes_read_ += bytes;
+      const uintptr_t address = reinterpret_cast<uintptr_t>(source);
+      Region& region = find(address, static_cast<uintptr_t>(bytes));
+      for (uintptr_t i = (address - region.begin) / kUnit; i < (address - region.begin + bytes) / kUnit; ++i) {
+        touch(region, region.cells[i], false);
+        region.cells[i].reader = kSeveral;  // read after this thread has gone on
+      }
+    });
+    ++b.under_way;
+    boxes_.push_back(box);
+    if (!options_.copies_land_late) land_box(boxes_.size() - 1);
+  }
+
+  // Products of the running thread's warpgroup. Not inlined: the caller's registers lie above this frame.
+  __attribute__((noinline)) void begin_products() {
+    const size_t lane = static_cast<size_t>(running_ % kProductThreads);
+    warpgroup().begun[lane] = true;
+    // What registers hold, to see whether they change before a product uses them.
+    const char* const frame = static_cast<const char*>(__builtin_frame_address(0));
+    Fiber& fiber = running();
+    fiber.registers_at = frame;
+    fiber.registers.assign(frame, static_cast<const char*>(fiber.stack.get()) + kStackBytes);
+  }
+  void commit_products() { ++warpgroup().committed[running_ % kProductThreads]; }
+  void multiply(int kind, const ProductCall& call, bool a_outer, bool b_outer, int columns,
+                float (*value_of)(uint16_t)) {
+    struct Operand {
+      ProductCall call;
+      bool a_outer, b_outer;
+      int columns;
+      float (*value_of)(uint16_t);
+    } operand{call, a_outer, b_outer, columns, value_of};
+    warpgroup();
+    meet(meetings_[static_cast<size_t>(running_ / kProductThreads)], kProductThreads, kind, &operand,
+         [](Machine& m, void* const* operands) {
+           Product p;
+           for (int t = 0; t < kProductThreads; ++t) p.call[t] = static_cast<Operand*>(operands[t])->call;
+           const Operand& first = *static_cast<Operand*>(operands[0]);
+           p.a_outer = first.a_outer;
+           p.b_outer = first.b_outer;
+           p.columns = first.columns;
+           p.value_of = first.value_of;
+           m.issue_product(std::move(p));
+         });
+  }
+  void wait_products(int pending) {
+    Warpgroup& w = warpgroup();
+    const int lane = running_ % kProductThreads;
+    if (options_.fault == Fault::kWaitTooLittle) ++pending;
+    w.begun[lane] = false;
+    const int64_t reach = static_cast<int64_t>(w.committed[lane]) - pending;
+    if (reach <= 0) return;
+    const uint32_t group = static_cast<uint32_t>(reach);
+    clocks_.learn(running_, clocks_.products(running_ / kProductThreads), group);
+    for (Product& p : w.products) {
+      if (p.group > group) break;
+      if (!p.done) compute(p);
+      if (p.call[lane].a_registers != nullptr &&
+          memcmp(p.call[lane].a_registers, p.a_registers[lane], sizeof p.a_registers[lane]) != 0) {
+        throw Error("a register of A changed, or went out of scope, while a product used it");
+      }
+    }
+    for (auto a = w.accumulators.begin(); a != w.accumulators.end();) {
+      if (a->last_group <= group && !a->returned_to[lane]) return_registers(*a, lane);
+      if (a->returned == kProductThreads) {
+        w.products.remove_if([&](const Product& p) { return p.d == &*a; });
+        a = w.accumulators.erase(a);
+      } else {
+        ++a;
+      }
+    }
+  }
+
+  // Launches that overlap.
+  void allow_next_launch() {
+    if (block_allowed_) return;
+    block_allowed_ = true;
+    if (!running().waited_for_launch) launch().waited_before_allowing = false;
+  }
+  void wait_for_previous_launch() {
+    if (options_.fault == Fault::kSkipLaunchWait) return;
+    Fiber& fiber = running();
+    if (fiber.waited_for_launch) return;
+    fiber.waited_for_launch = true;
+    launch_waits_.push_back({running_, clocks_.now(running_)});
+  }
+
   const Options& options() const { return options_; }
 
  private:
-  static constexpr int kUnit = 2;  // bytes for each shadow cell
+  static constexpr int kUnit = 2;  // bytes for each shadow cell of global memory
   static constexpr int kSeveral = -2;
+  static constexpr int kConverge = 50;
   static constexpr size_t kStackBytes = 64 * 1024;
+  static constexpr int kMostSharedBytes = 227 * 1024;
+  static constexpr uint32_t kPoison = 0x7fc0dead;  // not a number
+
+  enum class Wait { kNothing, kBarrier, kOthers, kPhase };
 
   struct Copy {
     char* to;
@@ -225,25 +400,40 @@ class Machine {
   struct Fiber {
     ucontext_t start;
     jmp_buf at;
-    bool started = false, waiting = false, done = false;
+    bool started = false, done = false;
+    Wait waits_for = Wait::kNothing;
+    size_t phase = 0;  // the barrier in shared memory that it waits for
     int barriers = 0;
+    bool waited_for_launch = false;
     std::vector<Copy> copies;
+    std::vector<char> registers;  // its stack from registers_at on, when it called begin_products()
+    const char* registers_at = nullptr;
     std::unique_ptr<char[]> stack;
   };
-  struct Warp {
+  // Threads that come together for a collective.
+  struct Meeting {
     int arrived = 0, kind = 0;
-    void* operands[32];
+    void* operands[kProductThreads];
   };
-  struct SharedCell {
-    int64_t written_at = 0, read_at = 0;  // epochs; 0 is never
-    int writer = -1, reader = -1;
-    bool copying = false;
+  struct NamedBarrier {
+    int threads = 0;
+    std::vector<int> arrived;
+  };
+  struct LaunchWait {
+    int thread;
+    uint32_t time;
+  };
+  struct Launch {
+    // Which of the launches before it have ended when it begins, and when it has waited.
+    std::vector<bool> ended_at_start, ended_after_wait;
+    bool waited = true, waited_before_allowing = true;  // in every CTA
   };
   struct Cell {
     bool written = false;
     int64_t write_launch = 0, read_launch = 0;
     int64_t write_block = -1, read_block = -1;
-    int64_t write_epoch = 0, read_epoch = 0;
+    uint32_t write_time = 0;
+    int64_t read_at = 0;  // epoch or, of a single reader, time
     int writer = -1, reader = -1;
   };
   struct Region {
@@ -252,6 +442,268 @@ class Machine {
     const char* name;
     std::vector<Cell> cells;
   };
+
+  Fiber& running() { return fibers_[static_cast<size_t>(running_)]; }
+  Launch& launch() { return launches_[static_cast<size_t>(launch_)]; }
+  Warpgroup& warpgroup() {
+    const size_t w = static_cast<size_t>(running_ / kProductThreads);
+    if (w >= warpgroups_.size()) throw Error("a product by threads that are no whole warpgroup");
+    return warpgroups_[w];
+  }
+  void wake(const std::vector<int>& threads) {
+    for (int t : threads) fibers_[static_cast<size_t>(t)].waits_for = Wait::kNothing;
+  }
+
+  void meet(Meeting& meeting, int count, int kind, void* operand, void (*all)(Machine&, void* const*)) {
+    if (meeting.arrived == 0) meeting.kind = kind;
+    if (meeting.kind != kind) {
+      throw Error(count == 32 ? "lanes of one warp call different collectives"
+                              : "threads of one warpgroup issue different products");
+    }
+    meeting.operands[running_ % count] = operand;
+    if (++meeting.arrived < count) {
+      wait(Wait::kOthers);
+      return;
+    }
+    meeting.arrived = 0;
+    all(*this, meeting.operands);
+    const int first = running_ / count * count;
+    for (int t = first; t < first + count; ++t) fibers_[static_cast<size_t>(t)].waits_for = Wait::kNothing;
+  }
+
+  size_t find_barrier(const char* at) {
+    const int64_t offset = shared_offset(at);
+    for (size_t i = 0; i < barriers_.size(); ++i) {
+      const PhaseBarrier& b = barriers_[i];
+      if (b.offset != offset) continue;
+      if (b.owner != running_ && (b.fenced_at == 0 || !clocks_.knows(running_, b.owner, b.fenced_at))) {
+        throw Error(b.name() + ": used by another thread without fence_barriers() and a barrier after its start");
+      }
+      return i;
+    }
+    throw Error("shared memory, byte " + std::to_string(offset) + ": no barrier was initialised here");
+  }
+  void end_phase(PhaseBarrier& b) {
+    if (!b.end_phase()) return;
+    for (Fiber& f : fibers_) {
+      if (f.waits_for == Wait::kPhase && &barriers_[f.phase] == &b) f.waits_for = Wait::kNothing;
+    }
+  }
+
+  void land_box(size_t number) {
+    const Box box = boxes_[number];
+    boxes_.erase(boxes_.begin() + static_cast<std::ptrdiff_t>(number));
+    box.for_each_row([&](int64_t to, const char* source, int before, int bytes) {
+      char row[kBoxRowBytes] = {};
+      if (bytes > 0) memcpy(row + before, source, static_cast<size_t>(bytes));
+      for (int i = 0; i < kBoxRowBytes; i += 2) {
+        const int64_t offset = to + i;
+        if (options_.fault == Fault::kKeepOutside && (i < before || i >= before + bytes)) continue;
+        memcpy(shared_ + (options_.fault == Fault::kPlainBox ? offset : swizzle_128(offset)), row + i, 2);
+      }
+    });
+    PhaseBarrier& b = barriers_[static_cast<size_t>(box.barrier)];
+    b.bytes -= box.map.bytes();
+    --b.under_way;
+    end_phase(b);
+  }
+
+  // Where byte p of the running warpgroup's thread was kept by begin_products(); null if it was not.
+  char* kept_register(Fiber& fiber, const void* p, size_t bytes) {
+    const char* const at = static_cast<const char*>(p);
+    if (at < fiber.registers_at || at + bytes > fiber.registers_at + fiber.registers.size()) return nullptr;
+    return fiber.registers.data() + (at - fiber.registers_at);
+  }
+  void set_registers(int thread, float* d, const float* value, int count) {
+    const size_t bytes = static_cast<size_t>(count) * sizeof(float);
+    memcpy(d, value, bytes);
+    char* const kept = kept_register(fibers_[static_cast<size_t>(thread)], d, bytes);
+    if (kept != nullptr) memcpy(kept, value, bytes);
+  }
+  // One thread's part of an accumulator.
+  static void pick(const Accumulator& a, int lane, std::vector<float>& part) {
+    part.resize(static_cast<size_t>(a.columns / 2));
+    for (int i = 0; i < a.columns / 2; ++i) {
+      part[static_cast<size_t>(i)] =
+          a.value[static_cast<size_t>(product_row(lane, i) * a.columns + product_column(lane, i))];
+    }
+  }
+
+  void issue_product(Product&& p) {
+    const int number = running_ / kProductThreads, first = number * kProductThreads;
+    Warpgroup& w = warpgroups_[static_cast<size_t>(number)];
+    p.group = w.committed[0] + 1;
+    for (int t = 0; t < kProductThreads; ++t) {
+      const ProductCall& call = p.call[t];
+      if (w.committed[t] + 1 != p.group) throw Error("threads of one warpgroup commit different numbers of groups");
+      if (!w.begun[t]) throw Error("a product without begin_products() after the last wait");
+      if (call.b != p.call[0].b || call.add != p.call[0].add ||
+          (call.a_registers == nullptr && call.a != p.call[0].a)) {
+        throw Error("threads of one warpgroup issue products of different matrices");
+      }
+      Fiber& fiber = fibers_[static_cast<size_t>(first + t)];
+      const auto check = [&](const void* registers, size_t bytes) {
+        const char* const kept = kept_register(fiber, registers, bytes);
+        if (kept == nullptr || memcmp(kept, registers, bytes) != 0) {
+          throw Error("a register of a product changed after begin_products()");
+        }
+      };
+      if (call.add) check(call.d, static_cast<size_t>(p.columns / 2) * sizeof(float));
+      if (call.a_registers != nullptr) {
+        check(call.a_registers, sizeof p.a_registers[t]);
+        memcpy(p.a_registers[t], call.a_registers, sizeof p.a_registers[t]);
+      }
+    }
+
+    Accumulator* accumulator = nullptr;
+    for (Accumulator& a : w.accumulators) {
+      if (a.d[0] == p.call[0].d) accumulator = &a;
+    }
+    if (accumulator == nullptr) {
+      w.accumulators.emplace_back();
+      accumulator = &w.accumulators.back();
+      accumulator->columns = p.columns;
+      accumulator->value.resize(static_cast<size_t>(kProductRows * p.columns));
+      for (int t = 0; t < kProductThreads; ++t) {
+        accumulator->d[t] = p.call[t].d;
+        for (int i = 0; i < p.columns / 2; ++i) {
+          accumulator->value[static_cast<size_t>(product_row(t, i) * p.columns + product_column(t, i))] =
+              p.call[t].d[i];
+        }
+      }
+      if (options_.copies_land_late) {
+        std::vector<float> poison(static_cast<size_t>(p.columns / 2));
+        for (float& f : poison) memcpy(&f, &kPoison, sizeof f);
+        for (int t = 0; t < kProductThreads; ++t) set_registers(first + t, p.call[t].d, poison.data(), p.columns / 2);
+      }
+    }
+    if (accumulator->columns != p.columns) throw Error("products of different shapes add to one accumulator");
+    if (accumulator->returned != 0) throw Error("threads of one warpgroup wait for different products");
+    for (int t = 0; t < kProductThreads; ++t) {
+      if (accumulator->d[t] != p.call[t].d) throw Error("threads of one warpgroup multiply into different accumulators");
+    }
+    accumulator->last_group = p.group;
+    p.d = accumulator;
+
+    const auto seen = [&](int b) {
+      const std::vector<uint32_t>& all = barriers_[static_cast<size_t>(b)].seen;
+      return *std::min_element(all.begin() + first, all.begin() + first + kProductThreads);
+    };
+    std::vector<uint32_t> seen_of(barriers_.size());
+    for (size_t b = 0; b < barriers_.size(); ++b) seen_of[b] = seen(static_cast<int>(b));
+    for_each_segment(p, [&](int64_t offset) {
+      shadow_.read_product(offset, number, p.group, [&](int b) { return seen_of[static_cast<size_t>(b)]; });
+    });
+    w.products.push_back(p);
+    if (!options_.copies_land_late) {
+      compute(w.products.back());
+      std::vector<float> part;
+      for (int t = 0; t < kProductThreads; ++t) {
+        pick(*accumulator, t, part);
+        set_registers(first + t, p.call[t].d, part.data(), p.columns / 2);
+      }
+    }
+  }
+
+  // The 16-byte segments of shared memory that a product reads.
+  template <typename F>
+  void for_each_segment(const Product& p, const F& f) const {
+    const auto operand = [&](uint64_t bits, bool outer_contiguous, int outers) {
+      const MatrixDescriptor matrix(bits);
+      const int outer_step = outer_contiguous ? 8 : 1, depth_step = outer_contiguous ? 1 : 8;
+      for (int o = 0; o < outers; o += outer_step) {
+        for (int k = 0; k < kProductDepth; k += depth_step) {
+          f(matrix.address(outer_contiguous, o, k) / SharedShadow::kGranule * SharedShadow::kGranule);
+        }
+      }
+    };
+    if (p.call[0].a_registers == nullptr) operand(p.call[0].a, p.a_outer, kProductRows);
+    operand(p.call[0].b, p.b_outer, p.columns);
+  }
+
+  void compute(Product& p) {
+    p.done = true;
+    float a[kProductRows][kProductDepth];
+    std::vector<float> b(static_cast<size_t>(kProductDepth * p.columns));
+    const auto load = [&](const MatrixDescriptor& matrix, bool outer_contiguous, int outer, int depth) {
+      uint16_t bits;
+      memcpy(&bits, shared_ + matrix.address(outer_contiguous, outer, depth), 2);
+      return p.value_of(bits);
+    };
+    if (p.call[0].a_registers == nullptr) {
+      const MatrixDescriptor matrix(p.call[0].a);
+      for (int row = 0; row < kProductRows; ++row) {
+        for (int k = 0; k < kProductDepth; ++k) a[row][k] = load(matrix, p.a_outer, row, k);
+      }
+    } else {
+      const bool swapped = options_.fault == Fault::kSwapFragments;
+      for (int t = 0; t < kProductThreads; ++t) {
+        for (int i = 0; i < 8; ++i) {
+          const int word = swapped && (i / 2 == 1 || i / 2 == 2) ? 3 - i / 2 : i / 2;
+          const uint32_t pair = p.a_registers[t][word];
+          a[operand_row(t, i)][operand_depth(t, i)] = p.value_of(static_cast<uint16_t>(i % 2 == 0 ? pair : pair >> 16));
+        }
+      }
+    }
+    const MatrixDescriptor matrix(p.call[0].b);
+    for (int k = 0; k < kProductDepth; ++k) {
+      for (int c = 0; c < p.columns; ++c) b[static_cast<size_t>(k * p.columns + c)] = load(matrix, p.b_outer, c, k);
+    }
+    // Products of two 16-bit numbers are exact in fp32.
+    for (int row = 0; row < kProductRows; ++row) {
+      float* const d = p.d->value.data() + row * p.columns;
+      if (!p.call[0].add) std::fill(d, d + p.columns, 0.f);
+      for (int k = 0; k < kProductDepth; ++k) {
+        const float factor = a[row][k];
+        const float* const other = b.data() + k * p.columns;
+        for (int c = 0; c < p.columns; ++c) d[c] += factor * other[c];
+      }
+    }
+  }
+
+  void return_registers(Accumulator& a, int lane) {
+    if (options_.copies_land_late) {
+      for (int i = 0; i < a.columns / 2; ++i) {
+        if (memcmp(a.d[lane] + i, &kPoison, sizeof kPoison) != 0) {
+          throw Error("an accumulator's register was written while a product used it");
+        }
+      }
+      std::vector<float> part;
+      pick(a, lane, part);
+      memcpy(a.d[lane], part.data(), part.size() * sizeof(float));
+    }
+    a.returned_to[lane] = true;
+    ++a.returned;
+  }
+
+  void begin_launch(bool overlaps_previous) {
+    Launch next;
+    const size_t before = launches_.size();  // launches_[0] stands for what was before the first
+    next.ended_at_start.assign(before, true);
+    next.ended_after_wait.assign(before, true);
+    if (overlaps_previous && before > 1) {
+      const Launch& previous = launches_.back();
+      for (size_t i = 0; i < before; ++i) {
+        const bool last = i + 1 == before;
+        const bool at_start = !last && previous.ended_at_start[i];
+        const bool after_wait = !last && previous.ended_after_wait[i];
+        next.ended_at_start[i] = at_start || (previous.waited_before_allowing && after_wait);
+        next.ended_after_wait[i] = last || at_start || (previous.waited && after_wait);
+      }
+    }
+    launches_.push_back(std::move(next));
+    launch_ = static_cast<int64_t>(before);
+  }
+  // Whether the running thread may rely on the end of an earlier launch.
+  bool has_ended(int64_t earlier) {
+    const Launch& now = launch();
+    const size_t i = static_cast<size_t>(earlier);
+    if (now.ended_at_start[i]) return true;
+    if (!now.ended_after_wait[i]) return false;
+    if (running().waited_for_launch) return true;
+    return std::any_of(launch_waits_.begin(), launch_waits_.end(),
+                       [&](const LaunchWait& w) { return clocks_.knows(running_, w.thread, w.time); });
+  }
 
   Region& find(uintptr_t address, uintptr_t bytes) {
     for (Region& region : regions_) {
@@ -262,45 +714,50 @@ class Machine {
 
   void touch(Region& region, Cell& cell, bool write) {
     if (!region.writable) return;
-    const auto clash = [&](int64_t launch, int64_t block, int64_t epoch, int thread) {
-      return launch == launch_ && (block != block_ || (epoch == epoch_ && thread != running_));
-    };
-    if (clash(cell.write_launch, cell.write_block, cell.write_epoch, cell.writer)) {
-      throw Error(std::string(region.name) + ": " + (write ? "written twice" : "read after a write") +
-                  " in one launch by threads that are not ordered");
+    const auto fail = [&](const char* what) { throw Error(std::string(region.name) + ": " + what); };
+    if (cell.write_launch == launch_) {
+      if (cell.write_block != block_ || !clocks_.knows(running_, cell.writer, cell.write_time)) {
+        fail(write ? "written twice in one launch by threads that are not ordered"
+                   : "read after a write in one launch by threads that are not ordered");
+      }
+    } else if (!has_ended(cell.write_launch)) {
+      fail("touched while an earlier launch that writes it may be under way");
     }
     if (write) {
-      if (clash(cell.read_launch, cell.read_block, cell.read_epoch, cell.reader)) {
-        throw Error(std::string(region.name) + ": written after a read in one launch by threads that are not ordered");
+      if (cell.read_launch == launch_) {
+        const bool ordered = cell.read_block == block_ &&
+                             (cell.reader == kSeveral
+                                  ? cell.read_at < clocks_.epoch()
+                                  : clocks_.knows(running_, cell.reader, static_cast<uint32_t>(cell.read_at)));
+        if (!ordered) fail("written after a read in one launch by threads that are not ordered");
+      } else if (!has_ended(cell.read_launch)) {
+        fail("written while an earlier launch that reads it may be under way");
       }
       cell.written = true;
       cell.write_launch = launch_;
       cell.write_block = block_;
-      cell.write_epoch = epoch_;
+      cell.write_time = clocks_.now(running_);
       cell.writer = running_;
     } else {
-      if (!cell.written) throw Error(std::string(region.name) + ": read before it was written");
+      if (!cell.written) fail("read before it was written");
       const bool again = cell.read_launch == launch_;
-      const bool same_block = again && cell.read_block == block_;
-      cell.reader = same_block && cell.read_epoch == epoch_ && cell.reader != running_ ? kSeveral : running_;
-      cell.read_block = again && !same_block ? kSeveral : block_;
+      if (again && cell.read_block != block_) {
+        cell.read_block = kSeveral;
+      } else {
+        const bool others = again && (cell.reader == kSeveral
+                                          ? cell.read_at == clocks_.epoch()
+                                          : !clocks_.knows(running_, cell.reader, static_cast<uint32_t>(cell.read_at)));
+        cell.read_block = block_;
+        cell.reader = others ? kSeveral : running_;
+        cell.read_at = others ? clocks_.epoch() : clocks_.now(running_);
+      }
       cell.read_launch = launch_;
-      cell.read_epoch = epoch_;
     }
   }
 
-  void mark(const char* to, bool copying) {
-    for (int64_t i = (to - shared_) / kUnit; i < (to - shared_ + 16) / kUnit; ++i) {
-      SharedCell& cell = shared_cells_[static_cast<size_t>(i)];
-      cell.copying = copying;
-      // The issue counted as a write for the checks; the landing counts anew.
-      if (!copying) cell.writer = running_, cell.written_at = 0, cell.read_at = 0;
-    }
-  }
-
-  void wait() {
-    Fiber& fiber = fibers_[static_cast<size_t>(running_)];
-    fiber.waiting = true;
+  void wait(Wait what) {
+    Fiber& fiber = running();
+    fiber.waits_for = what;
     if (_setjmp(fiber.at) == 0) _longjmp(scheduler_, 1);
   }
 
@@ -338,20 +795,28 @@ class Machine {
     shared_memory_.assign(static_cast<size_t>(shared_bytes) + 1024, static_cast<char>(0xff));  // NaN in every type
     const uintptr_t base = reinterpret_cast<uintptr_t>(shared_memory_.data());
     shared_ = shared_memory_.data() + (1024 - base % 1024) % 1024;
-    shared_cells_.assign(static_cast<size_t>(shared_bytes / kUnit), SharedCell());
-    ++epoch_;
+    clocks_.start(threads);
+    shadow_.start(shared_bytes);
+    barriers_.clear();
+    boxes_.clear();
+    launch_waits_.clear();
+    block_allowed_ = false;
     at_barrier_ = 0;
+    for (NamedBarrier& b : named_) b.arrived.clear();
+    warpgroups_.assign(static_cast<size_t>(threads / kProductThreads), Warpgroup());
+    meetings_.assign(warpgroups_.size(), Meeting());
     error_.clear();
     while (fibers_.size() < static_cast<size_t>(threads)) {
       fibers_.emplace_back();
       fibers_.back().stack.reset(new char[kStackBytes]);
     }
     fibers_.resize(static_cast<size_t>(threads));
-    warps_.assign(static_cast<size_t>(threads / 32), Warp());
+    warps_.assign(static_cast<size_t>(threads / 32), Meeting());
     std::vector<int> order(static_cast<size_t>(threads));
     for (int t = 0; t < threads; ++t) {
       Fiber& fiber = fibers_[static_cast<size_t>(t)];
-      fiber.started = fiber.waiting = fiber.done = false;
+      fiber.started = fiber.done = fiber.waited_for_launch = false;
+      fiber.waits_for = Wait::kNothing;
       fiber.barriers = 0;
       fiber.copies.clear();
       order[static_cast<size_t>(t)] = t;
@@ -372,7 +837,7 @@ class Machine {
       bool progress = false;
       for (int t : order) {
         Fiber& fiber = fibers_[static_cast<size_t>(t)];
-        if (fiber.done || fiber.waiting) continue;
+        if (fiber.done || fiber.waits_for != Wait::kNothing) continue;
         resume(t);
         progress = true;
         if (!error_.empty()) {
@@ -384,28 +849,54 @@ class Machine {
         }
       }
       if (!progress && left > 0) {  // a random order may have left out the warps that can go on
-        const auto runs = [](const Fiber& f) { return !f.done && !f.waiting; };
-        if (std::none_of(fibers_.begin(), fibers_.end(), runs)) throw Error("deadlock: threads wait for each other");
+        const auto runs = [](const Fiber& f) { return !f.done && f.waits_for == Wait::kNothing; };
+        if (std::any_of(fibers_.begin(), fibers_.end(), runs)) continue;
+        if (boxes_.empty()) throw Error(deadlock() + " (block " + std::to_string(block) + ")");
+        land_box(options_.order == Order::kAscending    ? 0
+                 : options_.order == Order::kDescending ? boxes_.size() - 1
+                                                        : random_() % boxes_.size());
       }
     }
+    if (!boxes_.empty()) throw Error("a CTA ended with boxes under way");
+    for (const Warpgroup& w : warpgroups_) {
+      if (!w.products.empty()) throw Error("a CTA ended with products under way");
+    }
+    if (launch_waits_.empty()) launch().waited = launch().waited_before_allowing = false;
+    if (!block_allowed_ && launch_waits_.empty()) launch().waited_before_allowing = false;
+  }
+  std::string deadlock() const {
+    std::string text = "deadlock: threads wait for each other";
+    for (size_t t = 0; t < fibers_.size(); ++t) {
+      if (fibers_[t].done || fibers_[t].waits_for != Wait::kPhase) continue;
+      return text + ", thread " + std::to_string(t) + " for " + barriers_[fibers_[t].phase].text();
+    }
+    return text;
   }
 
   Options options_;
   std::mt19937 random_;
   std::vector<Region> regions_;
   std::vector<Fiber> fibers_;
-  std::vector<Warp> warps_;
+  std::vector<Meeting> warps_, meetings_;
+  std::vector<Warpgroup> warpgroups_;
+  NamedBarrier named_[16];
+  Clocks clocks_;
+  SharedShadow shadow_;
+  std::vector<PhaseBarrier> barriers_;
+  std::vector<Box> boxes_;  // under way
+  std::vector<Launch> launches_{1};
+  std::vector<LaunchWait> launch_waits_;  // of this CTA
+  bool block_allowed_ = false;            // the next launch to begin
   std::vector<char> shared_memory_;
-  std::vector<SharedCell> shared_cells_;
   char* shared_ = nullptr;
   int64_t shared_bytes_ = 0;
   const std::function<void()>* kernel_ = nullptr;
   jmp_buf scheduler_;
   std::string error_;
   int running_ = 0, threads_ = 0, at_barrier_ = 0;
-  int64_t block_ = 0, launch_ = 0, epoch_ = 0;
+  int64_t block_ = 0, launch_ = 0;
   int64_t bytes_read_ = 0, bytes_written_ = 0;
-  long bank_conflicts_ = 0, matrix_loads_ = 0, late_ = 0;
+  long bank_conflicts_ = 0, matrix_loads_ = 0, late_ = 0, faults_ = 0;
 };
 
 }  // namespace emulation

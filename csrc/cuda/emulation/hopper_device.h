@@ -1,0 +1,93 @@
+// hopper_device.h on the emulated machine. Layouts and conditions are those of the PTX manual (products.h, boxes.h),
+// written independently of how the kernels use them.
+#pragma once
+
+#include "machine.h"
+
+#define CCNET_CONSTANT_PARAMETER const
+
+namespace ccnet {
+namespace cuda {
+
+using TensorMap = emulation::BoxMap;
+using SharedBarrier = uint64_t;
+
+inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(machine().shared_offset(p)); }
+
+inline void init_barrier(SharedBarrier* b, int count) {
+  machine().init_phase_barrier(reinterpret_cast<const char*>(b), count);
+}
+inline void fence_barriers() { machine().fence_phase_barriers(); }
+inline void arrive(SharedBarrier* b) { machine().arrive(reinterpret_cast<const char*>(b), 0); }
+inline void arrive_and_expect(SharedBarrier* b, int bytes) {
+  machine().arrive(reinterpret_cast<const char*>(b), bytes);
+}
+inline void wait_phase(SharedBarrier* b, int parity) {
+  machine().wait_phase(reinterpret_cast<const char*>(b), parity);
+}
+
+inline void load_box(char* panel, const TensorMap* map, int channel, int position, int other0, int other1, int batch,
+                     SharedBarrier* b) {
+  machine().load_box(panel, *map, {channel, position, other0, other1, batch}, reinterpret_cast<const char*>(b));
+}
+inline void prefetch_map(const TensorMap*) {}
+
+inline void fence_shared_for_async() { machine().fence_shared_for_async(); }
+inline void converge_warp() { machine().converge_warp(); }
+inline void named_barrier(int number, int threads) { machine().named_barrier(number, threads); }
+
+inline void allow_next_launch() { machine().allow_next_launch(); }
+inline void wait_for_previous_launch() { machine().wait_for_previous_launch(); }
+
+// The bits that the GPU's version puts together; the machine takes them apart again by the manual.
+inline uint64_t panel_descriptor(const char* p) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kLeading = uint64_t{1} << 16;
+  constexpr uint64_t kStride = uint64_t{8 * kRowBytes >> 4} << 32;
+  return kSwizzle128 | kStride | kLeading | (shared_address(p) >> 4 & 0x3fff);
+}
+
+inline float exp2_rounded(float x) {
+  const float y = exp2f(x);
+  return y < 1.17549435e-38f ? 0.f : y;
+}
+
+inline void begin_products() { machine().begin_products(); }
+inline void commit_products() { machine().commit_products(); }
+template <int Pending>
+void wait_products() {
+  machine().wait_products(Pending);
+}
+template <int Count>
+void hold(float (&)[Count]) {}
+
+template <typename T>
+float element_value(uint16_t bits) {
+  return to_float<T>(T{bits});
+}
+
+template <typename T, int N>
+struct WarpgroupProduct {
+  static_assert(sizeof(T) == 2 && (N == 64 || N == 128), "the products that hopper_device.h has");
+
+  template <Major A, Major B>
+  static void multiply(float (&d)[N / 2], uint64_t a, uint64_t b_matrix, bool add_to) {
+    multiply(d, nullptr, a, b_matrix, add_to, A == Major::kOuter, B == Major::kOuter);
+  }
+  template <Major B>
+  static void multiply(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b_matrix, bool add_to) {
+    multiply(d, a, 0, b_matrix, add_to, false, B == Major::kOuter);
+  }
+
+ private:
+  static void multiply(float* d, const uint32_t* registers, uint64_t a, uint64_t b, bool add, bool a_outer,
+                       bool b_outer) {
+    const int kind = N + (registers != nullptr ? 1 : 0) + (a_outer ? 2 : 0) + (b_outer ? 4 : 0);
+    const bool transposed = machine().options().fault == emulation::Fault::kTransposeDescriptor;
+    machine().multiply(kind, {d, registers, a, b, add}, a_outer != transposed, b_outer != transposed, N,
+                       element_value<T>);
+  }
+};
+
+}  // namespace cuda
+}  // namespace ccnet

@@ -1,0 +1,172 @@
+// Who touched which bytes of a CTA's shared memory, and whether the next to touch them is ordered after that.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "clocks.h"
+#include "error.h"
+
+namespace ccnet {
+namespace emulation {
+
+class SharedShadow {
+ public:
+  static constexpr int kGranule = 16;  // bytes
+
+  explicit SharedShadow(Clocks& clocks) : clocks_(clocks) {}
+
+  void start(int64_t bytes) {
+    bytes_ = bytes;
+    granules_.resize(static_cast<size_t>(bytes / kGranule + 1));
+    for (Granule& g : granules_) {
+      g.writes.clear();
+      g.reads.clear();
+      g.written = g.barrier = 0;
+      g.copying = false;
+    }
+  }
+
+  // An ordinary access by a thread, of 1 to 16 bytes. `seen(barrier)`: the last phase of a barrier in shared memory that
+  // the thread itself waited for.
+  template <typename Seen>
+  void touch(int64_t offset, int bytes, bool write, int thread, const Seen& seen) {
+    Granule& g = at(offset, bytes);
+    const uint16_t mask = mask_of(offset, bytes);
+    if (g.barrier & mask) fail(offset, "a barrier, touched like data");
+    if (g.copying) fail(offset, "touched while a copy into it is under way");
+    for (const Access& w : g.writes) {
+      if (!(w.bytes & mask)) continue;
+      const bool of_box = clocks_.is_phase(w.agent);
+      if (!clocks_.knows(thread, w.agent, w.time)) {
+        if (of_box) fail(offset, "touched while a copy into it is under way, for all that this thread has waited for");
+        fail(offset, write ? "two threads write without a barrier between"
+                           : "read without a barrier after another thread's write");
+      }
+      if (!write && of_box && seen(clocks_.barrier_of(w.agent)) < w.time) {
+        fail(offset, "a box read by a thread that has not itself waited for its barrier");
+      }
+    }
+    if (write) {
+      check_reads(g, offset, mask, thread);
+      cover(g.writes, mask);
+      cover(g.reads, mask);
+      g.written |= mask;
+      g.writes.push_back({thread, clocks_.now(thread), mask});
+    } else {
+      if (mask & ~g.written) fail(offset, "read before it was written");
+      // A later write that is ordered after this read is ordered after those known to it.
+      drop(g.reads, [&](const Access& r) { return !(r.bytes & ~mask) && clocks_.knows(thread, r.agent, r.time); });
+      g.reads.push_back({thread, clocks_.now(thread), mask});
+    }
+  }
+
+  // 16 bytes that a thread's copy_async writes, until land().
+  void begin_copy(int64_t offset) { at(offset, kGranule).copying = true; }
+  void land_copy(int64_t offset) {
+    Granule& g = at(offset, kGranule);
+    g.copying = false;
+    g.writes.clear();
+    g.reads.clear();
+  }
+
+  // 16 bytes of a box that `thread` asks for and that will have landed by phase `time` of the barrier.
+  void write_box(int64_t offset, int thread, int barrier, uint32_t time) {
+    Granule& g = at(offset, kGranule);
+    if (g.barrier) fail(offset, "a barrier, overwritten by a box");
+    if (g.copying) fail(offset, "touched while a copy into it is under way");
+    for (const Access& w : g.writes) {
+      if (!clocks_.knows(thread, w.agent, w.time)) {
+        fail(offset, clocks_.is_phase(w.agent) ? "a box is loaded while another into the same place is under way"
+                                               : "a box is loaded without a barrier after another thread's write");
+      }
+      if (clocks_.is_thread(w.agent) && !clocks_.knows(thread, clocks_.fenced_writes(w.agent), w.time)) {
+        fail(offset, "a box is loaded over ordinary writes without a fence between");
+      }
+    }
+    check_reads(g, offset, 0xffff, thread);
+    g.writes.clear();
+    g.reads.clear();
+    g.written = 0xffff;
+    g.writes.push_back({clocks_.phases(barrier), time, 0xffff});
+  }
+
+  // 16 bytes that a group of products of a warpgroup reads. `seen(barrier)`: the last phase that all its threads waited
+  // for.
+  template <typename Seen>
+  void read_product(int64_t offset, int warpgroup, uint32_t group, const Seen& seen) {
+    Granule& g = at(offset, kGranule);
+    if (g.barrier) fail(offset, "a barrier, read by a product");
+    if (g.copying) fail(offset, "touched while a copy into it is under way");
+    if (g.written != 0xffff) fail(offset, "a product reads what was not written");
+    for (const Access& w : g.writes) {
+      if (clocks_.is_phase(w.agent)) {
+        if (seen(clocks_.barrier_of(w.agent)) < w.time) {
+          fail(offset, "a product reads a box that not all threads of the warpgroup have waited for");
+        }
+        continue;
+      }
+      if (!clocks_.all_know(warpgroup, w.agent, w.time)) {
+        fail(offset, "a product reads without a barrier after another thread's write");
+      }
+      if (!clocks_.all_know(warpgroup, clocks_.fenced_writes(w.agent), w.time)) {
+        fail(offset, "a product reads ordinary writes without a fence between");
+      }
+    }
+    const int agent = clocks_.products(warpgroup);
+    drop(g.reads, [&](const Access& r) { return r.agent == agent; });
+    g.reads.push_back({agent, group, 0xffff});
+  }
+
+  void make_barrier(int64_t offset) {
+    Granule& g = at(offset, 8);
+    g.barrier |= mask_of(offset, 8);
+  }
+
+ private:
+  struct Access {
+    int agent;
+    uint32_t time;
+    uint16_t bytes;  // which of the granule
+  };
+  struct Granule {
+    std::vector<Access> writes, reads;  // those that a later access might not be ordered after
+    uint16_t written = 0;               // which bytes ever were
+    uint16_t barrier = 0;               // which bytes are of barriers
+    bool copying = false;
+  };
+
+  [[noreturn]] static void fail(int64_t offset, const char* what) {
+    throw Error("shared memory, byte " + std::to_string(offset) + ": " + what);
+  }
+  static uint16_t mask_of(int64_t offset, int bytes) {
+    return static_cast<uint16_t>(((1u << bytes) - 1) << offset % kGranule);
+  }
+  Granule& at(int64_t offset, int bytes) {
+    if (offset < 0 || offset + bytes > bytes_) fail(offset, "access out of bounds");
+    if (offset % bytes != 0) fail(offset, "misaligned access");
+    return granules_[static_cast<size_t>(offset / kGranule)];
+  }
+  void check_reads(const Granule& g, int64_t offset, uint16_t mask, int thread) const {
+    for (const Access& r : g.reads) {
+      if (!(r.bytes & mask) || clocks_.knows(thread, r.agent, r.time)) continue;
+      fail(offset, clocks_.is_thread(r.agent) ? "written without a barrier after another thread's read"
+                                              : "written while a product that reads it may be under way");
+    }
+  }
+  template <typename Drop>
+  static void drop(std::vector<Access>& list, const Drop& drop) {
+    list.erase(std::remove_if(list.begin(), list.end(), drop), list.end());
+  }
+  static void cover(std::vector<Access>& list, uint16_t mask) {
+    for (Access& a : list) a.bytes = static_cast<uint16_t>(a.bytes & ~mask);
+    drop(list, [](const Access& a) { return a.bytes == 0; });
+  }
+
+  Clocks& clocks_;
+  int64_t bytes_ = 0;
+  std::vector<Granule> granules_;
+};
+
+}  // namespace emulation
+}  // namespace ccnet
