@@ -18,7 +18,7 @@ constexpr int kSwizzlePeriod = 1024;
 
 inline int64_t swizzle_128(int64_t address) { return address ^ (address >> 7 & 7) << 4; }
 
-struct alignas(64) BoxMap {
+struct BoxMap {
   const char* data;
   int element_bytes;
   int64_t size[5];

@@ -113,11 +113,12 @@ class Clocks {
   const Clock& least(int warpgroup) {
     Clock& least = least_[static_cast<size_t>(warpgroup)];
     if (!least.empty()) return least;
-    least.assign(static_cast<size_t>(agents_), UINT32_MAX);
+    Clock all(static_cast<size_t>(agents_), UINT32_MAX);
     for (int t = warpgroup * kWarpgroup; t < (warpgroup + 1) * kWarpgroup; ++t) {
       const Clock& own = learned(t);
-      for (size_t i = 0; i < least.size(); ++i) least[i] = std::min(least[i], std::max(own[i], common_[i]));
+      for (size_t i = 0; i < all.size(); ++i) all[i] = std::min(all[i], std::max(own[i], common_[i]));
     }
+    least = std::move(all);
     return least;
   }
 
