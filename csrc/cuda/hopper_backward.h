@@ -441,6 +441,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
         begin_products();
         multiply_pairs(pair, slot, true);
       }
+      begin_products();
       commit_products();
       // What earlier launches have left is needed here at last.
       if (key_block == 0 && (a.accumulate ? p == 0 : last)) wait_for_previous_launch();
