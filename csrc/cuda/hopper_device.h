@@ -108,6 +108,17 @@ CCNET_DEVICE void named_barrier(int number, int threads) {
 CCNET_DEVICE void allow_next_launch() { asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory"); }
 CCNET_DEVICE void wait_for_previous_launch() { asm volatile("griddepcontrol.wait;\n" ::: "memory"); }
 
+// Moves registers between warpgroups: a kernel's threads begin with equal shares of them. By all warps of a warpgroup;
+// `Count` is a multiple of 8. claim_registers() waits until there are so many.
+template <int Count>
+CCNET_DEVICE void claim_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(Count));
+}
+template <int Count>
+CCNET_DEVICE void release_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(Count));
+}
+
 // A matrix in a panel, for wgmma: 128-byte swizzle, groups of eight rows 1024 bytes apart. One panel's width (64
 // elements) is all that a product takes of it, so that the distance between panels does not matter.
 CCNET_DEVICE uint64_t panel_descriptor(const char* p) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "hopper_ring.h"
+#include "quad.h"
 
 namespace ccnet {
 namespace cuda {

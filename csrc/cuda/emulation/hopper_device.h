@@ -39,6 +39,12 @@ inline void named_barrier(int number, int threads) { machine().named_barrier(num
 inline void allow_next_launch() { machine().allow_next_launch(); }
 inline void wait_for_previous_launch() { machine().wait_for_previous_launch(); }
 
+// Registers are not counted here; the compiler refuses a kernel that has too few.
+template <int Count>
+void claim_registers() {}
+template <int Count>
+void release_registers() {}
+
 // The bits that the GPU's version puts together; the machine takes them apart again by the manual.
 inline uint64_t panel_descriptor(const char* p) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
