@@ -286,7 +286,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   barrier();
   allow_next_launch();
 
-  const Line group = find_group(a.tiling, a.first_block + block_index());
+  const Line group = find_group(a.tiling, static_cast<int>(block_index()));
   const int qk_steps = static_cast<int>(ceil_div(a.qk_channels, kWidth));
   const int value_steps = static_cast<int>(ceil_div(a.channels, kWidth));
   const int box_rows = a.tiling.span * a.tiling.group;
