@@ -46,6 +46,8 @@ struct HopperBackwardShape {
   static constexpr int kSharedBytes = kBarriersOffset + 2 * kStages * static_cast<int>(sizeof(SharedBarrier));
 };
 
+// The plan sees to it that lines have at most Blocks tiles, and that 32 bits hold the numbers of groups, of positions
+// and of each output's segments.
 template <typename T>
 struct HopperBackwardArgs {
   TensorMap query, key, value, grad_out;  // boxes of 64 channels x span x group
@@ -108,8 +110,9 @@ struct StageRing {
   }
 };
 
-// Where a position's row of an output is: segments from the beginning, which 32 bits hold (the plan sees to that).
+// Where a position's row of an output is, in segments from the beginning.
 constexpr uint32_t kNoRow = 0xffffffffu;
+
 template <typename T>
 CCNET_DEVICE uint32_t output_row(const Output<T>& out, const Line& group, int first, const TileRow& row) {
   return static_cast<uint32_t>(row_offset(out.strides, group, first, row) / kSegmentLength<T>);
@@ -385,6 +388,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       CCNET_UNROLL_BY(1)
       for (int p = 0; p < qk_steps; ++p) {
         const int slot = ring.take();
+        converge_warp();
         begin_products();
         multiply_pairs(scores, slot, p > 0);
         commit_products();
@@ -397,6 +401,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       int slot = 0;
       const auto begin_pairs = [&]() {
         slot = ring.take();
+        converge_warp();
         begin_products();
         multiply_pairs(pair, slot, false);
         commit_products();
@@ -439,6 +444,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       CCNET_UNROLL_BY(1)
       for (int p = 0; p < value_steps; ++p) {
         const bool last = p + 1 == value_steps;
+        converge_warp();
         begin_products();
         CCNET_UNROLL
         for (int b = 0; b < Blocks; ++b) weights.multiply(grad, b, query_side(slot, b), b > 0);
@@ -446,6 +452,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
         const int released = slot;
         if (!last) {
           slot = ring.take();
+          converge_warp();
           begin_products();
           multiply_pairs(pair, slot, true);
         }
@@ -496,6 +503,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       CCNET_UNROLL_BY(1)
       for (int p = 0; p < qk_steps; ++p) {
         const int slot = ring.take();
+        converge_warp();
         begin_products();
         CCNET_UNROLL
         for (int b = 0; b < Blocks; ++b) weights.multiply(key_grad, b, query_side(slot, b), b > 0);
