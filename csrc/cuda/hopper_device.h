@@ -86,8 +86,17 @@ CCNET_DEVICE void prefetch_map(const TensorMap* map) {
 // Makes this thread's ordinary writes to shared memory visible to wgmma and the TMA; a barrier must follow.
 CCNET_DEVICE void fence_shared_for_async() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
-// Brings the lanes of a warp together again: the instructions of a warpgroup want whole warps.
+// Brings the lanes of a warp together again (the instructions of a warpgroup want whole warps), and orders their
+// accesses to shared memory.
 CCNET_DEVICE void converge_warp() { __syncwarp(); }
+
+// The inverse of load_matrices(): lane l passes in word i the elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of
+// matrix i; lane 8 i + r passes the address of row r of matrix i.
+CCNET_DEVICE void store_matrices(char* row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared_address(row)), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
 
 // A barrier of `threads` threads, numbered 1 to 15.
 CCNET_DEVICE void named_barrier(int number, int threads) {

@@ -53,6 +53,32 @@ inline uint64_t panel_descriptor(const char* p) {
   return kSwizzle128 | kStride | kLeading | (shared_address(p) >> 4 & 0x3fff);
 }
 
+struct MatrixStore {
+  char* row;
+  const uint32_t* words;
+  int thread;
+};
+// Element (r, c) of 8x8 matrix i goes to the address that lane 8 i + r passed, plus 2 c bytes.
+inline void store_matrices(char* row, const uint32_t (&r)[4]) {
+  MatrixStore store{row, r, thread_index()};
+  machine().collective(4, &store, [](emulation::Machine& m, void* const* operands) {
+    for (int lane = 0; lane < 32; ++lane) {
+      const MatrixStore& to = *static_cast<MatrixStore*>(operands[lane]);
+      m.shared_access(to.row, 16, true, to.thread);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      const MatrixStore& from = *static_cast<MatrixStore*>(operands[lane]);
+      for (int i = 0; i < 4; ++i) {
+        for (int e = 0; e < 2; ++e) {
+          const uint16_t element = static_cast<uint16_t>(from.words[i] >> 16 * e);
+          char* const to = static_cast<MatrixStore*>(operands[8 * i + lane / 4])->row;
+          memcpy(to + 2 * (2 * (lane % 4) + e), &element, 2);
+        }
+      }
+    }
+  });
+}
+
 inline float exp2_rounded(float x) {
   const float y = exp2f(x);
   return y < 1.17549435e-38f ? 0.f : y;

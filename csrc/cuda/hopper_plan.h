@@ -1,0 +1,191 @@
+// The launches of a call on a GPU of compute capability 9.0: plan.h for the kernels with wgmma and TMA. `launch` runs
+// one kernel and returns 0, or an error code that ends the call.
+#pragma once
+
+#include "hopper_backward.h"
+#include "hopper_forward.h"
+#include "plan.h"
+
+namespace ccnet {
+namespace cuda {
+
+constexpr int kHopperCapability = 90;
+
+// Whether an output can be written in whole segments.
+template <typename T>
+bool hopper_output_fits(const TensorRef& t, const Grid& g, int channels) {
+  // The kernels count segments of an output in 32 bits.
+  constexpr int64_t kMostSegments = int64_t{0xffffffff};
+  int64_t last = (g.batch - 1) * t.strides.batch + channels;
+  for (int a = 0; a < g.axes; ++a) last += (g.size[a] - 1) * t.strides.axis[a];
+  return boxes_fit<T>(t, g, channels) && channels % kSegmentLength<T> == 0 && last / kSegmentLength<T> < kMostSegments;
+}
+
+template <typename T>
+bool hopper_takes_forward(const ForwardRequest& call) {
+  const Grid& g = call.grid;
+  return call.device.capability == kHopperCapability &&
+         call.device.shared_bytes >= HopperForwardShape<2>::kSharedBytes &&
+         boxes_fit<T>(call.query, g, call.qk_channels) && boxes_fit<T>(call.key, g, call.qk_channels) &&
+         boxes_fit<T>(call.value, g, call.channels) && hopper_output_fits<T>(call.out, g, call.channels);
+}
+
+constexpr int kHopperKeysPerLaunch = 2 * kTileRows;
+
+inline int64_t hopper_forward_launches(const Grid& g) {
+  int64_t launches = 0;
+  for (int axis = 0; axis < g.axes; ++axis) {
+    if (has_keys(g, axis)) launches += ceil_div(g.size[axis], kHopperKeysPerLaunch);
+  }
+  return launches;
+}
+
+inline int64_t hopper_forward_scratch(const Grid& g) {
+  return stats_buffers(hopper_forward_launches(g)) * g.batch * g.positions() * int64_t{sizeof(Stats<float>)};
+}
+
+// launch.template forward<T, Blocks>(args, overlaps_previous)
+template <typename T, typename Launch>
+int hopper_forward(const ForwardRequest& call, Launch&& launch) {
+  const Grid& g = call.grid;
+  Stats<float>* const stats = static_cast<Stats<float>*>(call.stats);
+  const int64_t positions = g.batch * g.positions();
+  const int64_t launches = hopper_forward_launches(g);
+  int64_t done = 0;
+  for (int axis = 0; axis < g.axes; ++axis) {
+    if (!has_keys(g, axis)) continue;
+    HopperForwardArgs<T> args{};
+    args.tiling = tiling_along(g, axis);
+    const Tiling& tiling = args.tiling;
+    int error = make_map(&args.query, box_source<T>(call.query, g, axis, call.qk_channels, tiling));
+    if (error == 0) error = make_map(&args.key, box_source<T>(call.key, g, axis, call.qk_channels, tiling));
+    if (error == 0) error = make_map(&args.value, box_source<T>(call.value, g, axis, call.channels, tiling));
+    if (error != 0) return error;
+    args.position = strides_along(g, scalar_strides(g), axis);
+    args.drop_self = !keeps_self(g.axes, axis);
+    args.qk_channels = call.qk_channels;
+    args.channels = call.channels;
+    args.out = output_of<T>(call.out, g, axis, call.channels);
+    // Two CTAs for each multiprocessor, where there are channels enough to share out.
+    const int64_t tiles = line_groups(tiling, g.batch) * tiling.line_tiles;
+    const int64_t steps = ceil_div(call.channels, kPanelWidth<T>);
+    int64_t splits = HopperForwardShape<1>::kBlocksPerSm * call.device.multiprocessors / tiles;
+    splits = splits < 1 ? 1 : splits > steps ? steps : splits;
+    args.steps_per_split = static_cast<int>(ceil_div(steps, splits));
+    splits = ceil_div(steps, args.steps_per_split);
+    args.by_split = divisor_of(splits);
+    args.within = divisor_of(tiling.line_tiles * splits);
+    args.blocks = static_cast<int>(tiles * splits);
+    for (int64_t first_key = 0; first_key < tiling.length; first_key += kHopperKeysPerLaunch, ++done) {
+      args.first_key = static_cast<int>(first_key);
+      const bool last = done + 1 == launches;
+      args.stats_in = done == 0 ? nullptr : stats + (done - 1) % 2 * positions;
+      args.stats_out = last ? nullptr : stats + done % 2 * positions;
+      args.lse = last ? call.lse : nullptr;
+      const bool two_blocks = tiling.length - first_key > kTileRows;
+      const bool overlaps = done > 0;
+      error = two_blocks ? launch.template forward<T, 2>(args, overlaps) : launch.template forward<T, 1>(args, overlaps);
+      if (error != 0) return error;
+    }
+  }
+  return 0;
+}
+
+// The step from a position (B, *S) to the next, where it is the same all over; otherwise 0.
+inline int64_t position_step(const TensorRef& t, const Grid& g) {
+  int64_t step = 0, positions = 1;
+  const auto joins = [&](int64_t size, int64_t stride) {
+    if (size > 1 && step == 0 && positions == 1) step = stride;
+    const bool even = size == 1 || stride == step * positions;
+    positions *= size;
+    return even;
+  };
+  for (int a = g.axes - 1; a >= 0; --a) {
+    if (!joins(g.size[a], t.strides.axis[a])) return 0;
+  }
+  if (!joins(g.batch, t.strides.batch)) return 0;
+  return positions == 1 ? 1 << 16 : step;  // of a single position any
+}
+
+template <typename T>
+bool hopper_takes_backward(const BackwardRequest& call) {
+  const Grid& g = call.grid;
+  bool takes = call.device.capability == kHopperCapability &&
+               call.device.shared_bytes >= HopperBackwardShape<T, 1>::kSharedBytes &&
+               call.device.shared_bytes >= HopperBackwardShape<T, 2>::kSharedBytes &&
+               boxes_fit<T>(call.query, g, call.qk_channels) && boxes_fit<T>(call.key, g, call.qk_channels) &&
+               boxes_fit<T>(call.value, g, call.channels) && boxes_fit<T>(call.grad_out, g, call.channels) &&
+               boxes_fit<T>(call.out, g, call.channels) &&
+               hopper_output_fits<T>(call.grad_query, g, call.qk_channels) &&
+               hopper_output_fits<T>(call.grad_key, g, call.qk_channels) &&
+               hopper_output_fits<T>(call.grad_value, g, call.channels) && position_step(call.out, g) > 0 &&
+               position_step(call.grad_out, g) > 0;
+  for (int axis = 0; axis < g.axes; ++axis) takes = takes && g.size[axis] <= 2 * kTileRows;
+  return takes;
+}
+
+// One CTA for each multiprocessor, or fewer where there are fewer groups of lines.
+inline int hopper_backward_blocks(int64_t groups, const DeviceInfo& device) {
+  return static_cast<int>(groups < device.multiprocessors ? groups : device.multiprocessors);
+}
+
+// launch.template backward<T, Blocks>(args, overlaps_previous), launch.template dense_delta<T>(args)
+template <typename T, typename Launch>
+int hopper_backward(const BackwardRequest& call, Launch&& launch) {
+  const Grid& g = call.grid;
+  {
+    DenseDeltaArgs<T> args{};
+    args.grad_out = static_cast<const T*>(call.grad_out.data);
+    args.out = static_cast<const T*>(call.out.data);
+    args.grad_out_step = position_step(call.grad_out, g);
+    args.out_step = position_step(call.out, g);
+    args.positions = g.batch * g.positions();
+    args.channels = call.channels;
+    args.delta = call.delta;
+    // The first axis needs delta late: where its CTAs leave many multiprocessors free, those compute delta meanwhile.
+    int first_axis = 0;
+    while (first_axis + 1 < g.axes && !has_keys(g, first_axis)) ++first_axis;
+    const int processors = call.device.multiprocessors;
+    const int64_t first_groups = line_groups(tiling_along(g, first_axis), g.batch);
+    const int free = processors - hopper_backward_blocks(first_groups, call.device);
+    const int64_t blocks = ceil_div(args.positions, 2 * (kDenseDeltaThreads / kWarp));
+    const int most = 4 * free >= processors ? free : processors;
+    args.blocks = blocks < most ? static_cast<int>(blocks) : most;
+    const int error = launch.template dense_delta<T>(args);
+    if (error != 0) return error;
+  }
+  bool accumulate = false;
+  for (int axis = 0; axis < g.axes; ++axis) {
+    if (!has_keys(g, axis)) continue;
+    HopperBackwardArgs<T> args{};
+    args.tiling = tiling_along(g, axis);
+    const auto map = [&](TensorMap* to, const TensorRef& t, int channels) {
+      return make_map(to, box_source<T>(t, g, axis, channels, args.tiling));
+    };
+    int error = map(&args.query, call.query, call.qk_channels);
+    if (error == 0) error = map(&args.key, call.key, call.qk_channels);
+    if (error == 0) error = map(&args.value, call.value, call.channels);
+    if (error == 0) error = map(&args.grad_out, call.grad_out, call.channels);
+    if (error != 0) return error;
+    args.position = strides_along(g, scalar_strides(g), axis);
+    args.drop_self = !keeps_self(g.axes, axis);
+    args.qk_channels = call.qk_channels;
+    args.channels = call.channels;
+    args.grad_query = output_of<T>(call.grad_query, g, axis, call.qk_channels);
+    args.grad_key = output_of<T>(call.grad_key, g, axis, call.qk_channels);
+    args.grad_value = output_of<T>(call.grad_value, g, axis, call.channels);
+    args.lse = call.lse;
+    args.delta = call.delta;
+    args.accumulate = accumulate;
+    args.groups = static_cast<int>(line_groups(args.tiling, g.batch));
+    args.blocks = hopper_backward_blocks(args.groups, call.device);
+    error = args.tiling.line_tiles > 1 ? launch.template backward<T, 2>(args, true)
+                                       : launch.template backward<T, 1>(args, true);
+    if (error != 0) return error;
+    accumulate = true;
+  }
+  return 0;
+}
+
+}  // namespace cuda
+}  // namespace ccnet
