@@ -31,6 +31,7 @@ from .distributed import (
 )
 from .metrics_file import drop_metrics_from
 from .non_finite import NonFiniteGuard
+from .param_groups import merge_param_groups
 from .pictures import PredictionPictures
 from .saving import ReportBadSamples, SaveCheckpoints
 from .train_data import build_train_loader
@@ -74,6 +75,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
     logger.info("Model:\n%s", model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
+    merge_param_groups(optimizer)
     train_loader = build_train_loader(cfg)
     ddp_model = share_model(model, **cfg.train.ddp)
     trainer = Trainer(

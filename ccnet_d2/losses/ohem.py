@@ -114,8 +114,9 @@ class OHEMCrossEntropy(nn.Module):
         """Scalar threshold out of true-class probabilities and their validity, without waiting for the
         GPU."""
         kept = self.min_kept // self.factor**2
-        thresh = probability.new_tensor(self.thresh)
-        one = probability.new_tensor(1.0)
+        # Not new_tensor, which copies a number from the CPU.
+        thresh = probability.new_full((), self.thresh)
+        one = probability.new_ones(())
         if kept >= probability.numel():
             return one
         if kept == 0:
