@@ -59,6 +59,9 @@ class RANetHead(nn.Module):
         pair_cells: int = 49 * 49,
         use_boundary: bool = True,
         use_semantic: bool = True,
+        kernel: str | None = None,
+        small_regions: str | None = None,
+        map_gradients: bool | None = None,
         intra: bool = True,
         inter: bool = True,
         normalization: str = "region",
@@ -84,7 +87,9 @@ class RANetHead(nn.Module):
                 place, without B (Tab. 1: "none" 77.5, "psp" 79.6, "nl" 80.5); C is trained all the same.
             variant: "paper" or "code".
             representatives: K of Tab. 2, representative pixels of a region.
-            threshold, samples, pair_cells, use_boundary, use_semantic, intra, inter, normalization: see
+            threshold, samples, use_boundary, use_semantic, kernel, small_regions, map_gradients: see
+                `ccnet_d2.layers.RegionConstruction`.
+            pair_cells, intra, inter, normalization: see
                 `ccnet_d2.layers.RegionAttention`; use_semantic=False and use_boundary=False are "boundary map" and
                 "semantic map" of Tab. 1.
             dropout: of whole channels before the classifier.
@@ -143,6 +148,9 @@ class RANetHead(nn.Module):
                 pair_cells=pair_cells,
                 use_boundary=use_boundary,
                 use_semantic=use_semantic,
+                kernel=kernel,
+                small_regions=small_regions,
+                map_gradients=map_gradients,
                 intra=intra,
                 inter=inter,
                 normalization=normalization,
