@@ -71,9 +71,9 @@ class RegionConstruction(nn.Module):
       representatives in every region, 400 pixels in one on average and "pixels near the object boundary" among them
       (Sec. 3.2 and 5.2): so cells of smaller regions go to the region of the cell that they belong with most.
 
-    The decisions carry no gradient; J does. A region of fewer than K cells that stays is represented by all of them. Maps
-    may consist of a single region, or of one for each cell (with "join" where none has K cells); where boundaries are
-    certain everywhere, "paper" gives every J = 0, and nothing is passed on.
+    The decisions carry no gradient; J does. A region of fewer than K cells that stays is represented by all of them.
+    Maps may consist of a single region, or of one for each cell (with "join" where none has K cells); where boundaries
+    are certain everywhere, "paper" gives every J = 0, and nothing is passed on.
 
     The tables have N^2 entries an image, so that a map should not have more than some 50 x 50 cells:
     `RegionAttention` reduces it. Computed in fp32, inside autocast too.
@@ -104,7 +104,8 @@ class RegionConstruction(nn.Module):
             use_boundary: whether the boundary scores count (Tab. 1); without, D = 0.
             use_semantic: whether the semantic scores count (Tab. 1); without, E = 0.
             kernel: W^g, one of `KERNELS`; None for the variant's.
-            small_regions: what becomes of regions of fewer than K cells, one of `SMALL_REGIONS`; None for the variant's.
+            small_regions: what becomes of regions of fewer than K cells, one of `SMALL_REGIONS`; None for the
+                variant's.
             map_gradients: whether J's gradient reaches the two maps; None for the variant's.
 
         Raises:

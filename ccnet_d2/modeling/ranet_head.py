@@ -35,6 +35,7 @@ class RANetHead(nn.Module):
     | --- | --- | --- |
     | B and C come from | one 1x1 convolution each on A ("A is passed to two separate convolutional layers") | a 3x3 convolution on res4, then likewise |
     | O to logits | A and O concatenated, 3x3, dropout, 1x1 | the same |
+    | boundary loss | at the size of B (B is H x W as A is): whether a boundary passes through a cell | B enlarged to the labels' size |
     | a boundary map of the fine features | none | trained as well |
     | weight of the coarse and the boundary loss | 0.4 and 0.2 | 0.4, and 0.2 (fine) and 0.08 (coarse) |
 
@@ -71,6 +72,7 @@ class RANetHead(nn.Module):
         coarse_loss_weight: float = 0.4,
         boundary_loss_weight: float = 0.2,
         boundary_radius: float = 2.0,
+        boundary_resolution: str | None = None,
         balanced_boundaries: bool = False,
         ignore_value: int = 255,
         align_corners: bool = False,
@@ -88,16 +90,16 @@ class RANetHead(nn.Module):
             variant: "paper" or "code".
             representatives: K of Tab. 2, representative pixels of a region.
             threshold, samples, use_boundary, use_semantic, kernel, small_regions, map_gradients: see
-                `ccnet_d2.layers.RegionConstruction`.
-            pair_cells, intra, inter, normalization: see
-                `ccnet_d2.layers.RegionAttention`; use_semantic=False and use_boundary=False are "boundary map" and
+                `ccnet_d2.layers.RegionConstruction`; use_semantic=False and use_boundary=False are "boundary map" and
                 "semantic map" of Tab. 1.
+            pair_cells, intra, inter, normalization: see `ccnet_d2.layers.RegionAttention`.
             dropout: of whole channels before the classifier.
             norm: see `detectron2.layers.get_norm`.
             activation: "relu" or "leaky_relu".
             coarse_loss_weight: factor of the cross entropy of C.
             boundary_loss_weight: factor of the boundary loss.
-            boundary_radius, balanced_boundaries: see `ccnet_d2.losses.BoundaryLoss`.
+            boundary_radius, boundary_resolution, balanced_boundaries: see `ccnet_d2.losses.BoundaryLoss`; a resolution
+                of None is the variant's.
             ignore_value: label that carries no loss.
             align_corners: of every upsampling of logits.
             output: what is predicted: "fine", or "coarse" for the logits of C (Tab. 4).
@@ -159,6 +161,7 @@ class RANetHead(nn.Module):
             )
             self.boundary_loss = BoundaryLoss(
                 radius=boundary_radius,
+                resolution=boundary_resolution or ("map" if variant == "paper" else "labels"),
                 balanced=balanced_boundaries,
                 ignore_index=ignore_value,
                 align_corners=align_corners,

@@ -287,7 +287,9 @@ def joined_by_hand(region: np.ndarray, table: np.ndarray, count: int) -> list[in
 
 def test_cells_of_small_regions_join_the_region_they_belong_with_most():
     rng = np.random.default_rng(0)
-    regions = np.stack([np.unique(rng.integers(0, 9, 30) ** 2 // 8, return_inverse=True)[1] for _ in range(3)])
+    regions = np.stack(
+        [np.unique(rng.integers(0, 9, 30) ** 2 // 8, return_inverse=True)[1] for _ in range(3)]
+    )
     tables = rng.random((3, 30, 30)).round(1)  # with ties
     tables = np.maximum(tables, tables.transpose(0, 2, 1))
     for count in (1, 3, 6, 31):
