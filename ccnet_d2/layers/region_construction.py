@@ -18,7 +18,7 @@ from .region_smoothing import smooth_maps
 VARIANTS = ("paper", "code")
 KERNELS = ("mean", "free", "none")
 SMALL_REGIONS = ("join", "keep")
-_THRESHOLD = 0.8
+_THRESHOLDS = {"paper": 0.5, "code": 0.8}
 _OWN_WEIGHT = 0.9  # of a weighted mean W^g, for the cell itself before any training
 
 
@@ -52,7 +52,7 @@ class RegionConstruction(nn.Module):
     | the ends of a line (Eq. 1) | belong to it | do not |
     | E (Eq. 2) | divergence of all classes, base 2 | of the likeliest class of i, see `binary_jensen_shannon` |
     | W^g (Eq. 4) | 3x3 over the map of each cell i, a weighted mean: `kernel="mean"` | none: `"none"` |
-    | threshold of sgn (Eq. 4) | 0.8; 0, as printed, would join everything, since F >= 0 | 0.8 |
+    | threshold of sgn (Eq. 4) | 0.5; 0, as printed, would join everything, since F >= 0 | 0.8 |
     | regions | connected components of G | each cell points to the first that it belongs with |
     | regions of fewer than K cells | join others: `small_regions="join"` | stay: `"keep"` |
     | J (Eq. 5) | mean of F^g, clamped to [0, 1] | mean of F over the region's cells |
@@ -60,6 +60,9 @@ class RegionConstruction(nn.Module):
 
     Why "paper" is as it is:
 
+    - F_ij is the probability of i and j sharing a region, so 0.5 is where sharing becomes the likelier case. It takes
+      boundary probabilities that mean it: those of "code", learned at the size of the labels, are the share of a
+      cell's pixels that a thin boundary covers, for which 0.8 serves (`ccnet_d2.losses.BoundaryLoss`).
     - W^g gets its gradient from J alone, since sgn has none, and a kernel of free weights ("free": from the identity)
       shrinks or grows as suits the features that J scales, while the threshold stays where it is. Within a hundred
       iterations no F^g comes near 0.8, and each cell is a region of its own. Positive weights that sum to 1 keep F^g in
@@ -86,7 +89,7 @@ class RegionConstruction(nn.Module):
         *,
         variant: str = "paper",
         representatives: int = 8,
-        threshold: float = _THRESHOLD,
+        threshold: float | None = None,
         samples: int | None = None,
         use_boundary: bool = True,
         use_semantic: bool = True,
@@ -98,8 +101,8 @@ class RegionConstruction(nn.Module):
         Args:
             variant: "paper" or "code", see above.
             representatives: K.
-            threshold: above which two cells belong together. Classes that change little by little are told apart by
-                their boundary alone, of which a high threshold needs less.
+            threshold: above which two cells belong together; None for the variant's. Classes that change little by
+                little are told apart by their boundary alone, of which a high threshold needs less.
             samples: points of a line that are looked at, see `line_maximum`; None for all.
             use_boundary: whether the boundary scores count (Tab. 1); without, D = 0.
             use_semantic: whether the semantic scores count (Tab. 1); without, E = 0.
@@ -128,7 +131,7 @@ class RegionConstruction(nn.Module):
             raise ValueError("regions need boundaries or semantics: set use_boundary or use_semantic.")
         self.variant = variant
         self.representatives = representatives
-        self.threshold = threshold
+        self.threshold = _THRESHOLDS[variant] if threshold is None else threshold
         self.samples = samples
         self.use_boundary = use_boundary
         self.use_semantic = use_semantic

@@ -13,10 +13,12 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
 from ccnet_d2.layers import RegionAttention
-from ccnet_d2.layers.build import build_context
 from ccnet_d2.layers.norm_act import ACTIVATIONS, ConvNormAct
 from ccnet_d2.losses import BoundaryLoss, CrossEntropy
 from ccnet_d2.losses.resize import upsample
+
+from .config import head_arguments
+from .context_block import named_context
 
 OUTPUTS = ("fine", "coarse")
 REGION = "region"
@@ -55,7 +57,7 @@ class RANetHead(nn.Module):
         context: str = REGION,
         variant: str = "paper",
         representatives: int = 8,
-        threshold: float = 0.8,
+        threshold: float | None = None,
         samples: int | None = None,
         pair_cells: int = 49 * 49,
         use_boundary: bool = True,
@@ -167,13 +169,8 @@ class RANetHead(nn.Module):
                 align_corners=align_corners,
             )
         else:
-            self.context = build_context(
-                context,
-                channels,
-                channels,
-                norm=lambda c: get_norm(norm, c),
-                activation=activation,
-                align_corners=align_corners,
+            self.context = named_context(
+                context, channels, channels, norm=norm, activation=activation, align_corners=align_corners
             )
         self.fuse = convolution(2 * channels)
         self.dropout = nn.Dropout2d(dropout)
@@ -182,25 +179,18 @@ class RANetHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        head, ccnet, ranet = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.CCNET, cfg.MODEL.RANET
+        ranet = cfg.MODEL.RANET
         return {
-            "input_shape": input_shape,
-            "num_classes": head.NUM_CLASSES,
-            "in_feature": head.IN_FEATURES[-1],
+            **head_arguments(cfg, input_shape),
+            "in_feature": cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES[-1],
             "coarse_feature": ranet.COARSE_FEATURE or None,
-            "channels": head.CONVS_DIM,
             "context": ranet.CONTEXT,
             "variant": ranet.VARIANT,
             "representatives": ranet.REPRESENTATIVES,
             "pair_cells": ranet.PAIR_CELLS,
-            "dropout": ccnet.DROPOUT,
-            "norm": head.NORM,
-            "activation": ccnet.ACTIVATION,
             "coarse_loss_weight": ranet.COARSE_LOSS_WEIGHT,
             "boundary_loss_weight": ranet.BOUNDARY_LOSS_WEIGHT,
             "boundary_radius": ranet.BOUNDARY_RADIUS,
-            "ignore_value": head.IGNORE_VALUE,
-            "align_corners": ccnet.ALIGN_CORNERS,
             "output": ranet.OUTPUT,
         }
 

@@ -205,12 +205,12 @@ def test_however_the_kernel_learns_the_scale_of_attention_stays(sign):
     """What pulls all scores up or down makes regions of a free kernel vanish or run together, those of a mean not."""
     classes, boundary = drawn("blocks")
     boundary[:, 6] = True
-    inputs = [x.float() for x in maps(classes, 0.5 * boundary)]
+    inputs = [x.float() for x in maps(classes, 0.95 * boundary)]
     found = {}
     for kernel in ("mean", "free"):
         construction = RegionConstruction(kernel=kernel, use_semantic=False)
-        optimizer = torch.optim.Adam(construction.parameters(), lr=0.05)
-        for step in range(41):
+        optimizer = torch.optim.Adam(construction.parameters(), lr=0.02)
+        for step in range(21):
             (regions,) = construction(*inputs)
             if step == 0:
                 first = regions.region
@@ -223,7 +223,7 @@ def test_however_the_kernel_learns_the_scale_of_attention_stays(sign):
             wall = torch.from_numpy(boundary).flatten()  # may go to either side
             assert torch.equal(regions.region[~wall], first[~wall])
             table = construction.attention(*inputs)
-            assert table.min() >= 0 and table.max() <= 1
+            assert table.min() >= 0 and table.max() <= 1 + 1e-6
     assert found["free"] == (classes.size if sign > 0 else 1)
 
 

@@ -115,10 +115,13 @@ def test_other_context_in_its_place(context):
         {"normalization": "others"},
         {"samples": 2},
         {"pair_cells": 6},
+        {"threshold": 0.2},
+        {"small_regions": "join"},
     ],
 )
-def test_rows_of_the_tables_change_the_output(options):
-    plain, changed = head().eval(), head(**options).eval()
+def test_rows_of_the_tables_and_other_choices_change_the_output(options):
+    common = {"small_regions": "keep", "threshold": 0.8}
+    plain, changed = head(**common).eval(), head(**common | options).eval()
     changed.load_state_dict(plain.state_dict())
     with torch.no_grad():  # sharper scores, so that there are several regions
         for net in (plain, changed):
