@@ -19,7 +19,7 @@ def connected_regions(together: Tensor) -> Tensor:
         (..., N) int64, regions 0 to Q - 1, numbered in the order of their first pixels.
     """
     pixels = together.shape[-1]
-    parent = torch.arange(pixels, device=together.device).expand(together.shape[:-1])
+    parent = torch.arange(pixels, device=together.device).repeat(*together.shape[:-2], 1)
     beyond = torch.tensor(pixels, dtype=torch.int32, device=together.device)
     while True:
         # Every pixel looks for the smallest root next to it, roots are hung under what their pixels found, and paths
