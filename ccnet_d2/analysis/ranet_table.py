@@ -143,11 +143,11 @@ class _Logits(nn.Module):
 class _EqualRegions(RegionConstruction):
     """Finds regions and then takes equal ones instead, in as many rows as columns."""
 
-    def partition(self, together: Tensor) -> Tensor:
-        super().partition(together)
-        side = round(len(together) ** 0.5)
+    def partition(self, attention: Tensor) -> Tensor:
+        found = super().partition(attention)
+        side = round(found.shape[-1] ** 0.5)
         block = torch.arange(side) * _REGIONS_A_SIDE // side
-        return (block[:, None] * _REGIONS_A_SIDE + block).flatten()
+        return (block[:, None] * _REGIONS_A_SIDE + block).flatten().expand_as(found)
 
 
 class _RegionContext(nn.Module):

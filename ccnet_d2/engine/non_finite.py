@@ -1,7 +1,7 @@
 """Losses and gradients that are not finite: where they come from, and a file that shows it again."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
 
 from ccnet_d2.checkpoint import CheckpointError, atomic_write, load_file
 from ccnet_d2.data.randomness import GeneratorStates
@@ -66,27 +66,25 @@ class NonFiniteGuard:
         self.output_dir = output_dir
         self.retries = retries
         self.dropped = 0
-        self._buffers: list[torch.Tensor] = []
+        self._buffers: list[Tensor] = []
 
     def remember_buffers(self, model: nn.Module) -> None:
         """Before a step: copy the model's buffers, such as running means, which a step with NaN spoils."""
         now = list(model.buffers())
         if not self._buffers:
             self._buffers = [buffer.detach().clone() for buffer in now]
-        elif now:
-            with torch.no_grad():
-                torch._foreach_copy_(self._buffers, now)
+        else:
+            _copy(now, self._buffers)
 
     def _put_buffers_back(self, model: nn.Module) -> None:
         if self._buffers:
-            with torch.no_grad():
-                torch._foreach_copy_(list(model.buffers()), self._buffers)
+            _copy(self._buffers, list(model.buffers()))
 
     def handle(
         self,
         trainer: Any,
         data: list[Any],
-        losses: Mapping[str, torch.Tensor],
+        losses: Mapping[str, Tensor],
         random: GeneratorStates,
     ) -> None:
         """Report a step whose losses or gradients are not finite; returns, with the model as it was before the step,
@@ -158,6 +156,18 @@ class NonFiniteGuard:
             )
 
 
+@torch.no_grad()
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """In few calls of the device: tensors of one dtype go together."""
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for source, target in zip(sources, targets, strict=True):
+        pair = by_dtype.setdefault(target.dtype, ([], []))
+        pair[0].append(source)
+        pair[1].append(target)
+    for some_sources, some_targets in by_dtype.values():
+        torch._foreach_copy_(some_targets, some_sources)
+
+
 @dataclass(frozen=True)
 class StoredStep:
     """A step as `NonFiniteGuard` stores it."""
@@ -168,7 +178,7 @@ class StoredStep:
     images: list[str]
     amp_dtype: str | None
     random: GeneratorStates
-    model: dict[str, torch.Tensor]
+    model: dict[str, Tensor]
     batch: list[Any]
 
 
@@ -203,7 +213,7 @@ def replay(model: nn.Module, step: StoredStep) -> Finding:
         random = GeneratorStates(random.python, random.numpy, random.cpu)
     random.restore()
 
-    def forward() -> Mapping[str, torch.Tensor]:
+    def forward() -> Mapping[str, Tensor]:
         with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None):
             return model(step.batch)
 
@@ -213,7 +223,7 @@ def replay(model: nn.Module, step: StoredStep) -> Finding:
 def find(
     model: nn.Module,
     data: Any,
-    forward: Callable[[], Mapping[str, torch.Tensor]],
+    forward: Callable[[], Mapping[str, Tensor]],
     any_process: Callable[[bool], bool] = bool,
 ) -> Finding:
     """Where a training step first gives a value that is not finite: forward, then backward.
@@ -275,7 +285,7 @@ def _watched(model: nn.Module, found: list[Finding]) -> Iterator[None]:
                     Finding("output", name, f"the first module with an output that is not finite is {label}")
                 )
 
-            def on_gradient(gradient: torch.Tensor) -> None:
+            def on_gradient(gradient: Tensor) -> None:
                 if not found and not all_finite(gradient):
                     found.append(
                         Finding(
@@ -300,15 +310,24 @@ def _watched(model: nn.Module, found: list[Finding]) -> Iterator[None]:
             handle.remove()
 
 
-def gradients_are_finite(model: nn.Module) -> bool:
-    """Whether every gradient is, with one look at the device's result."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+def gradients_look_finite(model: nn.Module) -> Tensor:
+    """Whether the L2 norms of all gradients are finite: a flag on their device, which is not waited for.
+
+    It is not set either for gradients beyond 1e19, whose squares overflow: see `gradients_are_finite`.
+    """
+    gradients = _gradients(model)
     if not gradients:
-        return True
-    if bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients, 2))).all()):
-        return True
-    # The squares of numbers beyond 1e19 overflow.
-    return all_finite(gradients)
+        return torch.tensor(True)
+    return torch.isfinite(torch.stack(torch._foreach_norm(gradients, 2))).all()
+
+
+def gradients_are_finite(model: nn.Module) -> bool:
+    """Whether every gradient is."""
+    return bool(gradients_look_finite(model)) or all_finite(_gradients(model))
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad for p in model.parameters() if p.grad is not None]
 
 
 def all_finite(value: Any) -> bool:
@@ -327,8 +346,8 @@ def image_names(data: Iterable[Any]) -> list[str]:
     return names
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
@@ -338,7 +357,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
     elif hasattr(value, "get_fields"):  # Instances
         yield from _tensors(value.get_fields())
-    elif isinstance(getattr(value, "tensor", None), torch.Tensor):  # Boxes, BitMasks, ImageList
+    elif isinstance(getattr(value, "tensor", None), Tensor):  # Boxes, BitMasks, ImageList
         yield value.tensor
 
 

@@ -4,6 +4,7 @@ import functools
 import logging
 from typing import Any
 
+import torch
 from detectron2.config import instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.utils import comm
@@ -34,6 +35,8 @@ def build_train_loader(cfg: DictConfig) -> Any:
         )
         return instantiate(node)
     arguments = {key: instantiate(value) for key, value in node.items() if key not in ("_target_", "sampler")}
+    # Batches in page-locked memory go to a GPU while it computes.
+    arguments.setdefault("pin_memory", torch.device(cfg.train.device).type == "cuda")
     seed = cfg.train.seed
     return TrainLoader(
         **arguments,

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from torch import nn
+from torch import Tensor, nn
 
 from ccnet_d2.data.randomness import GeneratorStates
 from ccnet_d2.data.train_loader import TrainLoader
 from ccnet_d2.errors import UserError
 
-from .non_finite import NonFiniteGuard, gradients_are_finite
+from .non_finite import NonFiniteGuard, gradients_are_finite, gradients_look_finite
 
 logger = logging.getLogger(__name__)
 
@@ -120,19 +120,16 @@ class Trainer(SimpleTrainer):
         self.guard.remember_buffers(self.model)
 
         loss_dict = self.forward(data)
-        losses = sum(loss_dict.values())
-        finite = self._in_all_processes(bool(torch.isfinite(losses.detach()).all()))
-        if finite:
-            self.optimizer.zero_grad(set_to_none=True)
-            self.grad_scaler.scale(losses).backward()
-            # A scaler leaves out such steps and lowers its scale. All processes have the same, averaged gradients.
-            finite = self.grad_scaler.is_enabled() or gradients_are_finite(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = sum(loss_dict.values())
+        self.grad_scaler.scale(total).backward()
+        finite, values = self._outcome(total, loss_dict)
         if not finite:
             self.optimizer.zero_grad(set_to_none=True)
             self.guard.handle(self, data, loss_dict, random)
             return False
 
-        self._write_metrics(loss_dict, data_time)
+        self._write_metrics(values, data_time)
         if self.clip_grad_norm is not None:
             self.grad_scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
@@ -140,7 +137,7 @@ class Trainer(SimpleTrainer):
         self.grad_scaler.update()
         return True
 
-    def forward(self, data: list[Any], model: nn.Module | None = None) -> dict[str, torch.Tensor]:
+    def forward(self, data: list[Any], model: nn.Module | None = None) -> dict[str, Tensor]:
         """The losses of a batch under the run's autocast setting.
 
         Args:
@@ -192,12 +189,29 @@ class Trainer(SimpleTrainer):
     def _capture_random(self) -> GeneratorStates:
         return GeneratorStates.capture(cuda=self.device_type == "cuda")
 
-    def _in_all_processes(self, flag: bool) -> bool:
+    def _outcome(self, total: Tensor, losses: dict[str, Tensor]) -> tuple[bool, dict[str, Tensor]]:
+        """Whether losses and gradients are finite in all processes, and the losses as CPU tensors.
+
+        A GPU is waited for once, when the backward pass is in its queue: each wait leaves it idle until it is given
+        work again. All processes have the same, averaged gradients; a scaler leaves out steps with infinite ones and
+        lowers its scale.
+        """
+        scaled = self.grad_scaler.is_enabled()
+        finite = torch.isfinite(total.detach())
+        fine = finite if scaled else finite & gradients_look_finite(self.model)
+        results = [self._in_all_processes(fine), *losses.values()]
+        flag, *values = torch.stack([r.detach().to(total).reshape(()) for r in results]).cpu()
+        if not flag:  # rarely; gradients may still turn out to be finite
+            fine = finite & (scaled or gradients_are_finite(self.model))
+            flag = self._in_all_processes(fine)
+        return bool(flag), dict(zip(losses, values, strict=True))
+
+    def _in_all_processes(self, flag: Tensor) -> Tensor:
         if comm.get_world_size() == 1:
             return flag
-        shared = torch.tensor([flag], dtype=torch.int32, device=self.device_type)
+        shared = flag.to(torch.int32)
         dist.all_reduce(shared, op=dist.ReduceOp.MIN)
-        return bool(shared.item())
+        return shared
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import nn
 
 from ccnet_d2.checkpoint import SafeCheckpointer, atomic_write_text, disk_full_reported, load_checkpoint
 from ccnet_d2.data.train_loader import TrainLoader
+from ccnet_d2.devices import available_device
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference.build import configured_mode
 from ccnet_d2.modeling.compilation import compile_model
@@ -31,6 +32,7 @@ from .distributed import (
 )
 from .metrics_file import drop_metrics_from
 from .non_finite import NonFiniteGuard
+from .param_groups import merge_param_groups
 from .pictures import PredictionPictures
 from .saving import ReportBadSamples, SaveCheckpoints
 from .train_data import build_train_loader
@@ -45,9 +47,7 @@ def build_model(cfg: DictConfig) -> nn.Module:
     Raises:
         UserError: the device is not there.
     """
-    device = torch.device(cfg.train.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"train.device={cfg.train.device}, but torch sees no GPU: add train.device=cpu.")
+    device = available_device(cfg.train.device, "train.device={}")
     model = instantiate(cfg.model).to(device)
     return compile_model(model, dynamic=None) if OmegaConf.select(cfg, "train.compile") else model
 
@@ -74,6 +74,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
     logger.info("Model:\n%s", model)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
+    merge_param_groups(optimizer)
     train_loader = build_train_loader(cfg)
     ddp_model = share_model(model, **cfg.train.ddp)
     trainer = Trainer(

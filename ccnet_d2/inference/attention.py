@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ccnet_d2.layers import RCCA
 from ccnet_d2.ops import criss_cross_weights
 
-from .drawing import panel_grid, readable, resize_rgb, stack, text_line
+from .drawing import panel_grid, readable, resize_rgb, scale_bar, stack
 from .visualize import heat_colors
 
 __all__ = [
@@ -296,6 +296,7 @@ def _percent(share: float) -> str:
 
 
 def _scale_bar(width: int) -> np.ndarray:
-    bar = np.repeat(np.linspace(0, 1, min(width, 240))[None], 10, axis=0)
-    text = text_line("none - share of attention (square root) - largest of the map", width, 13)
-    return stack([heat_colors(bar), text])
+    colors = heat_colors(np.linspace(0, 1, min(width // 3, 240)))
+    return scale_bar(
+        colors, "none", "most in the map", "share of attention, its square root as colour", width
+    )

@@ -17,6 +17,7 @@ __all__ = [
     "readable",
     "resize_labels",
     "resize_rgb",
+    "scale_bar",
     "stack",
     "text_line",
     "text_size",
@@ -115,6 +116,26 @@ def legend(
         )
         draw.text((left + swatch + 6, top + 4 + swatch / 2), text, font=font, fill=INK, anchor="lm")
     return np.asarray(canvas)
+
+
+def scale_bar(
+    colors: np.ndarray, low: str, high: str, caption: str, width: int, size: int = 13
+) -> np.ndarray:
+    """What the colours of a map mean: a bar between the names of its two ends, over a caption.
+
+    Args:
+        colors: (n, 3) uint8, from the lowest to the highest; a column of the bar each.
+        low, high: what the ends stand for.
+        caption: what is shown.
+        width: of the picture in pixels.
+        size: of the text in pixels.
+    """
+    bar = np.broadcast_to(colors, (size, *colors.shape))
+    side = max(int(_font(size).getlength(text)) for text in (low, high)) + 3 * _MARGIN
+    space = np.full((1, 0, 3), PAPER, np.uint8)
+    ends = [text_line(text, side, size) for text in (low, high)]
+    line = _beside([ends[0], _centred(bar, size + 8, bar.shape[1]), ends[1]], space)
+    return stack([line, text_line(caption, width, size)])
 
 
 def stack(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ccnet_d2.checkpoint import load_checkpoint
 from ccnet_d2.data.image_files import read_image
+from ccnet_d2.devices import available_device
 from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import get_config
 from ccnet_d2.modeling.compilation import compile_model
@@ -30,7 +31,6 @@ from .attention import AttentionMaps
 from .attention_view import AttentionView
 from .build import as_mode, configured_mode
 from .classes import ClassTable
-from .devices import available_device
 from .images import as_rgb, find_images
 from .label_bands import labels_of
 from .mode import InferenceMode
@@ -128,9 +128,11 @@ class Predictor:
             raise TypeError(
                 f"model must be a module, a LazyConfig or the name of one, got {type(model).__name__}."
             )
+        if device is not None:
+            device = available_device(device)  # before weights are read
         if checkpoint is not None:
             load_checkpoint(model, os.fspath(checkpoint))
-        self.model = model.to(available_device(device)) if device is not None else model
+        self.model = model if device is None else model.to(device)
         self.model.eval()
         if OmegaConf.select(cfg, "train.compile") if compile is None and cfg is not None else compile:
             compile_model(self.model)

@@ -4,6 +4,7 @@ Shapes: B batch, M channels, K classes, h w size of the features, P = h w pixels
 """
 
 from math import isqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,29 +39,26 @@ class RegionAttention(nn.Module):
         channels: int,
         *,
         variant: str = "paper",
-        representatives: int = 8,
-        threshold: float = 0.8,
-        samples: int | None = None,
         pair_cells: int = 49 * 49,
-        use_boundary: bool = True,
-        use_semantic: bool = True,
         intra: bool = True,
         inter: bool = True,
         normalization: str = "region",
         norm: NormLike = "BN",
         activation: ActivationLike = "relu",
+        **construction: Any,
     ) -> None:
         """
         Args:
             channels: M, of input and output.
             variant: "paper" or "code".
-            representatives, threshold, samples, use_boundary, use_semantic: see `RegionConstruction`.
             pair_cells: cells of the grid on which pairs are compared, at most; tables have its square.
             intra, inter, normalization: see `region_interaction`; of the variant "paper".
             norm, activation: of the convolutions of the variant "code".
+            construction: further arguments of `RegionConstruction`: K, the threshold, ….
 
         Raises:
             ValueError: a value is not among those allowed.
+            TypeError: `RegionConstruction` has no such argument.
         """
         super().__init__()
         if pair_cells < 1:
@@ -71,14 +69,7 @@ class RegionAttention(nn.Module):
             )
         if variant == "code" and not (intra and inter):
             raise ValueError("intra=False and inter=False are ablations of variant='paper'.")
-        self.construction = RegionConstruction(
-            variant=variant,
-            representatives=representatives,
-            threshold=threshold,
-            samples=samples,
-            use_boundary=use_boundary,
-            use_semantic=use_semantic,
-        )
+        self.construction = RegionConstruction(variant=variant, **construction)
         self.pair_cells = pair_cells
         self.intra, self.inter, self.normalization = intra, inter, normalization
         self.interaction = CodeInteraction(channels, norm, activation) if variant == "code" else None

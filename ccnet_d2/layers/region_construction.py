@@ -3,6 +3,7 @@
 Shapes: B batch, K classes, h w size of the map, N = h w its cells, Q regions, S representatives.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor, nn
 
 from .precision import at_least_float32, autocast_disabled
 from .region_lines import line_maximum
-from .region_partition import connected_regions, pointer_regions, representatives
+from .region_partition import connected_regions, join_small_regions, pointer_regions, representatives
 from .region_similarity import binary_jensen_shannon, jensen_shannon
 from .region_smoothing import smooth_maps
 
 VARIANTS = ("paper", "code")
-_THRESHOLD = 0.8
+KERNELS = ("mean", "free", "none")
+SMALL_REGIONS = ("join", "keep")
+_THRESHOLDS = {"paper": 0.5, "code": 0.8}
+_OWN_WEIGHT = 0.9  # of a weighted mean W^g, for the cell itself before any training
 
 
 class Regions(NamedTuple):
@@ -45,16 +49,34 @@ class RegionConstruction(nn.Module):
 
     | | "paper" | "code" (as released) |
     | --- | --- | --- |
-    | the ends of a line (Eq. 1) | belong to it, so a boundary cell is alone | do not |
+    | the ends of a line (Eq. 1) | belong to it | do not |
     | E (Eq. 2) | divergence of all classes, base 2 | of the likeliest class of i, see `binary_jensen_shannon` |
-    | W^g (Eq. 4) | 3x3 over the map of each cell i, from the identity, no bias | none |
-    | threshold of sgn (Eq. 4) | 0.8; 0, as printed, would join everything, since F >= 0 | 0.8 |
+    | W^g (Eq. 4) | 3x3 over the map of each cell i, a weighted mean: `kernel="mean"` | none: `"none"` |
+    | threshold of sgn (Eq. 4) | 0.5; 0, as printed, would join everything, since F >= 0 | 0.8 |
     | regions | connected components of G | each cell points to the first that it belongs with |
+    | regions of fewer than K cells | join others: `small_regions="join"` | stay: `"keep"` |
     | J (Eq. 5) | mean of F^g, clamped to [0, 1] | mean of F over the region's cells |
+    | what J's gradient reaches | W^g: `map_gradients=False` | both maps: `True` |
 
-    The decisions carry no gradient; J does, to W^g, to both maps and through them to the features. A region of fewer
-    than K cells is represented by all of them. Maps may consist of a single region, or of one for each cell; where
-    boundaries are certain everywhere, "paper" gives every J = 0, and nothing is passed on.
+    Why "paper" is as it is:
+
+    - F_ij is the probability of i and j sharing a region, so 0.5 is where sharing becomes the likelier case. It takes
+      boundary probabilities that mean it: those of "code", learned at the size of the labels, are the share of a
+      cell's pixels that a thin boundary covers, for which 0.8 serves (`ccnet_d2.losses.BoundaryLoss`).
+    - W^g gets its gradient from J alone, since sgn has none, and a kernel of free weights ("free": from the identity)
+      shrinks or grows as suits the features that J scales, while the threshold stays where it is. Within a hundred
+      iterations no F^g comes near 0.8, and each cell is a region of its own. Positive weights that sum to 1 keep F^g in
+      [0, 1], where Eq. 5 has J.
+    - Likewise J's gradient would turn B into whatever scale suits the features: D is a maximum, so the lines of the
+      whole map push on a few cells, far harder than the boundary loss. B and C are learned from their own supervision
+      (Sec. 4) instead.
+    - A cell that a boundary passes through shares no region at all, as an end of its lines. The paper has K
+      representatives in every region, 400 pixels in one on average and "pixels near the object boundary" among them
+      (Sec. 3.2 and 5.2): so cells of smaller regions go to the region of the cell that they belong with most.
+
+    The decisions carry no gradient; J does. A region of fewer than K cells that stays is represented by all of them.
+    Maps may consist of a single region, or of one for each cell (with "join" where none has K cells); where boundaries
+    are certain everywhere, "paper" gives every J = 0, and nothing is passed on.
 
     The tables have N^2 entries an image, so that a map should not have more than some 50 x 50 cells:
     `RegionAttention` reduces it. Computed in fp32, inside autocast too.
@@ -67,42 +89,68 @@ class RegionConstruction(nn.Module):
         *,
         variant: str = "paper",
         representatives: int = 8,
-        threshold: float = _THRESHOLD,
+        threshold: float | None = None,
         samples: int | None = None,
         use_boundary: bool = True,
         use_semantic: bool = True,
+        kernel: str | None = None,
+        small_regions: str | None = None,
+        map_gradients: bool | None = None,
     ) -> None:
         """
         Args:
             variant: "paper" or "code", see above.
             representatives: K.
-            threshold: above which two cells belong together. Classes that change little by little are told apart by
-                their boundary alone, of which a high threshold needs less.
+            threshold: above which two cells belong together; None for the variant's. Classes that change little by
+                little are told apart by their boundary alone, of which a high threshold needs less.
             samples: points of a line that are looked at, see `line_maximum`; None for all.
             use_boundary: whether the boundary scores count (Tab. 1); without, D = 0.
             use_semantic: whether the semantic scores count (Tab. 1); without, E = 0.
+            kernel: W^g, one of `KERNELS`; None for the variant's.
+            small_regions: what becomes of regions of fewer than K cells, one of `SMALL_REGIONS`; None for the
+                variant's.
+            map_gradients: whether J's gradient reaches the two maps; None for the variant's.
 
         Raises:
-            ValueError: the variant is unknown, K is below 1, or nothing is used.
+            ValueError: an option is unknown, K is below 1, or nothing is used.
         """
         super().__init__()
-        if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r} is not one of {', '.join(map(repr, VARIANTS))}.")
+        paper = variant == "paper"
+        kernel = kernel or ("mean" if paper else "none")
+        small_regions = small_regions or ("join" if paper else "keep")
+        for name, value, known in (
+            ("variant", variant, VARIANTS),
+            ("kernel", kernel, KERNELS),
+            ("small_regions", small_regions, SMALL_REGIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}.")
         if representatives < 1:
             raise ValueError(f"representatives must be at least 1, got {representatives}.")
         if not (use_boundary or use_semantic):
             raise ValueError("regions need boundaries or semantics: set use_boundary or use_semantic.")
         self.variant = variant
         self.representatives = representatives
-        self.threshold = threshold
+        self.threshold = _THRESHOLDS[variant] if threshold is None else threshold
         self.samples = samples
         self.use_boundary = use_boundary
         self.use_semantic = use_semantic
-        self.kernel = None
-        if variant == "paper":
-            identity = torch.zeros(3, 3)
-            identity[1, 1] = 1
-            self.kernel = nn.Parameter(identity)
+        self.kernel_type = kernel
+        self.small_regions = small_regions
+        self.map_gradients = not paper if map_gradients is None else map_gradients
+        # Weights of W^g ("free"), or what a softmax makes them from ("mean").
+        self.kernel_weights = None
+        if kernel != "none":
+            weights = torch.zeros(3, 3)
+            weights[1, 1] = 1 if kernel == "free" else math.log(8 * _OWN_WEIGHT / (1 - _OWN_WEIGHT))
+            self.kernel_weights = nn.Parameter(weights)
+
+    @property
+    def kernel(self) -> Tensor | None:
+        """W^g, (3, 3), or None."""
+        if self.kernel_weights is None or self.kernel_type == "free":
+            return self.kernel_weights
+        return self.kernel_weights.flatten().softmax(0).reshape(3, 3)
 
     def forward(self, boundary: Tensor, semantic: Tensor) -> list[Regions]:
         """
@@ -113,9 +161,20 @@ class RegionConstruction(nn.Module):
         Returns:
             One `Regions` an image.
         """
+        if not self.map_gradients:
+            boundary, semantic = boundary.detach(), semantic.detach()
+        size = (boundary.shape[-2], boundary.shape[-1])
         with autocast_disabled(boundary.device):
-            attention = self.attention(at_least_float32(boundary), at_least_float32(semantic))
-            return [self._divide(table, boundary.shape[-2:]) for table in attention]
+            table = self.attention(at_least_float32(boundary), at_least_float32(semantic))
+            with torch.no_grad():
+                region = self.partition((table + table.transpose(1, 2)) / 2)
+            score = representative_scores(table, region)
+            if self.variant == "paper":
+                score = score.clamp(0, 1)
+        return [
+            Regions(size, *parts, representatives(*parts, self.representatives))
+            for parts in zip(region, score, strict=True)
+        ]
 
     def attention(self, boundary: Tensor, semantic: Tensor) -> Tensor:
         """F^g, (B, N, N), of Eq. 1 to 4; arguments as for `forward`, in fp32."""
@@ -128,33 +187,37 @@ class RegionConstruction(nn.Module):
             alike = 1 - divergence(probability)
             table = alike if table is None else table * alike
         assert table is not None
-        if self.kernel is None:
+        kernel = self.kernel
+        if kernel is None:
             return table
         maps = table.reshape(-1, *boundary.shape[-2:])
-        return smooth_maps(maps, self.kernel.to(maps.dtype)).reshape(table.shape)
+        return smooth_maps(maps, kernel.to(maps.dtype)).reshape(table.shape)
 
-    def _divide(self, table: Tensor, size: torch.Size) -> Regions:
-        """Regions of one image from its F^g, (N, N)."""
-        with torch.no_grad():
-            region = self.partition((table + table.t()) / 2 > self.threshold)
-        score = representative_scores(table, region)
-        if self.variant == "paper":
-            score = score.clamp(0, 1)
-        chosen = representatives(region, score, self.representatives)
-        return Regions((size[0], size[1]), region, score, chosen)
-
-    def partition(self, together: Tensor) -> Tensor:
-        """Regions of one image, (N,) from 0 on, from its decisions G, (N, N) bool."""
-        return connected_regions(together) if self.variant == "paper" else pointer_regions(together)
+    def partition(self, attention: Tensor) -> Tensor:
+        """Regions, (B, N) from 0 on, from symmetric attention scores, (B, N, N)."""
+        together = attention > self.threshold
+        region = connected_regions(together) if self.variant == "paper" else pointer_regions(together)
+        if self.small_regions == "join":
+            region = join_small_regions(region, attention, self.representatives)
+        return region
 
     def extra_repr(self) -> str:
         return (
             f"variant={self.variant!r}, representatives={self.representatives}, threshold={self.threshold}, "
-            f"samples={self.samples}, use_boundary={self.use_boundary}, use_semantic={self.use_semantic}"
+            f"samples={self.samples}, use_boundary={self.use_boundary}, use_semantic={self.use_semantic}, "
+            f"kernel={self.kernel_type!r}, small_regions={self.small_regions!r}, map_gradients={self.map_gradients}"
         )
 
 
 def representative_scores(table: Tensor, region: Tensor) -> Tensor:
-    """J_i, the mean of F^g_ij over the pixels j of the region of i, i included (Eq. 5): (N, N), (N,) -> (N,)."""
-    same = region[:, None] == region[None, :]
-    return (table * same).sum(1) / same.sum(1)
+    """J_i, the mean of F^g_ij over the pixels j of the region of i, i included (Eq. 5).
+
+    Args:
+        table: (..., N, N), F^g.
+        region: (..., N) regions.
+
+    Returns:
+        (..., N).
+    """
+    same = region[..., :, None] == region[..., None, :]
+    return (table * same).sum(-1) / same.sum(-1)

@@ -136,7 +136,8 @@ def masked_softmax(energy: Tensor, mask: Tensor) -> Tensor:
 
 def softmax_by_region(energy: Tensor, region: Tensor) -> Tensor:
     """Softmax over the columns of each region by itself: (R, S), (S,) -> (R, S); each region's weights sum to 1."""
-    regions = int(region.max()) + 1
+    # As many places as representatives, which are no fewer than regions: a GPU need not wait for a count.
+    regions = energy.shape[1]
     columns = region.expand_as(energy)
     # Less the largest of each region, which leaves the result as it is: no exponential overflows.
     largest = energy.detach().new_full((energy.shape[0], regions), -torch.inf)

@@ -1,6 +1,6 @@
 """From "these two pixels belong together" to regions (RANet, Sec. 3.1), and each region's representatives (Sec. 3.2).
 
-Shapes: N pixels of one image, Q regions, S representatives.
+Shapes: N pixels of an image, Q regions, S representatives; "..." any axes in front, for instance the images of a batch.
 """
 
 import torch
@@ -13,23 +13,23 @@ def connected_regions(together: Tensor) -> Tensor:
     """Regions as connected components: two pixels share one if a chain of pairs leads from one to the other.
 
     Args:
-        together: (N, N) bool, symmetric; the diagonal does not matter.
+        together: (..., N, N) bool, symmetric; the diagonal does not matter.
 
     Returns:
-        (N,) int64, regions 0 to Q - 1, numbered in the order of their first pixels.
+        (..., N) int64, regions 0 to Q - 1, numbered in the order of their first pixels.
     """
-    pixels = together.shape[0]
-    parent = torch.arange(pixels, device=together.device)
+    pixels = together.shape[-1]
+    parent = torch.arange(pixels, device=together.device).repeat(*together.shape[:-2], 1)
     beyond = torch.tensor(pixels, dtype=torch.int32, device=together.device)
     while True:
         # Every pixel looks for the smallest root next to it, roots are hung under what their pixels found, and paths
         # are shortened. Roots only get smaller, so this ends, after some log N rounds.
-        nearest = torch.where(together, parent.int()[None, :], beyond).amin(dim=1)
+        nearest = torch.where(together, parent.int()[..., None, :], beyond).amin(-1)
         found = torch.minimum(parent, nearest.long())
-        hung = parent.scatter_reduce(0, parent, found, "amin")
+        hung = parent.scatter_reduce(-1, parent, found, "amin")
         hung = torch.minimum(hung, found)
         while True:
-            shorter = hung[hung]
+            shorter = hung.gather(-1, hung)
             if torch.equal(shorter, hung):
                 break
             hung = shorter
@@ -44,16 +44,37 @@ def pointer_regions(together: Tensor) -> Tensor:
     A pixel i points to the smallest j <= i with `together[i, j]`, itself if there is none.
 
     Args:
-        together: (N, N) bool.
+        together: (..., N, N) bool.
 
     Returns:
-        (N,) int64, regions 0 to Q - 1, numbered in the order of the pixels pointed to.
+        (..., N) int64, regions 0 to Q - 1, numbered in the order of the pixels pointed to.
     """
-    own = torch.eye(together.shape[0], dtype=torch.bool, device=together.device)
-    pointer = (together | own).int().argmax(dim=1)  # the first of the largest; never behind i itself
+    own = torch.eye(together.shape[-1], dtype=torch.bool, device=together.device)
+    pointer = (together | own).int().argmax(-1)  # the first of the largest; never behind i itself
     for _ in range(_JUMPS):
-        pointer = pointer[pointer]
+        pointer = pointer.gather(-1, pointer)
     return _numbered(pointer)
+
+
+def join_small_regions(region: Tensor, attention: Tensor, count: int) -> Tensor:
+    """Each pixel of a region of fewer than `count` pixels goes to the larger region that it belongs with most.
+
+    That is the region of the pixel for which its attention score is the highest (in a tie the first one). An image
+    without any region of that size stays as it is.
+
+    Args:
+        region: (..., N) regions, 0 to Q - 1.
+        attention: (..., N, N) symmetric scores of belonging together.
+        count: pixels that a region must have.
+
+    Returns:
+        (..., N) int64, regions 0 to Q' - 1, in the same order.
+    """
+    sizes = torch.zeros_like(region).scatter_add(-1, region, torch.ones_like(region))
+    large = sizes.gather(-1, region) >= count
+    target = attention.masked_fill(~large[..., None, :], -torch.inf).argmax(-1)
+    settled = large | ~large.any(-1, keepdim=True)
+    return _numbered(torch.where(settled, region, region.gather(-1, target)))
 
 
 def representatives(region: Tensor, score: Tensor, count: int) -> Tensor:
@@ -77,6 +98,8 @@ def representatives(region: Tensor, score: Tensor, count: int) -> Tensor:
     return order[rank < count]
 
 
-def _numbered(root: Tensor) -> Tensor:
-    numbered: Tensor = torch.unique(root, return_inverse=True)[1]
-    return numbered
+def _numbered(names: Tensor) -> Tensor:
+    """(..., N) integers from 0 to N - 1 that name regions -> the same regions, named 0 to Q - 1 in the same order."""
+    # Without `unique`, which would make a GPU wait for each image.
+    used = torch.zeros_like(names).scatter(-1, names, 1)
+    return (used.cumsum(-1) - 1).gather(-1, names)

@@ -49,8 +49,15 @@ def label_boundaries(target: Tensor, radius: float = 2.0, ignore_index: int = 25
     return boundary
 
 
+RESOLUTIONS = ("labels", "map")
+
+
 class BoundaryLoss(nn.Module):
-    """Binary cross entropy of a boundary score map, which is enlarged bilinearly to the labels' size first.
+    """Binary cross entropy of a boundary score map.
+
+    Either the map is enlarged bilinearly to the labels' size, or the mask is brought to the size of the map, where a
+    cell is a boundary if one passes through it. A map of stride 8 cannot tell which of a cell's pixels a thin boundary
+    lies on, and enlarged it learns the share of them: a fifth or so, where the boundary is certain.
 
     Takes the labels of the segmentation and makes the mask itself. Pixels without a label take no part; a batch
     without any gives zero with a graph. Computed in fp32, inside autocast too.
@@ -63,6 +70,7 @@ class BoundaryLoss(nn.Module):
         *,
         radius: float = 2.0,
         balanced: bool = False,
+        resolution: str = "labels",
         ignore_index: int = 255,
         align_corners: bool = False,
     ) -> None:
@@ -71,17 +79,21 @@ class BoundaryLoss(nn.Module):
             radius: see `label_boundaries`.
             balanced: weigh boundary pixels by the share of the others in the batch and the other way round, so that
                 both count the same; RANet does not.
+            resolution: "labels" or "map": the size that map and mask are compared at.
             ignore_index: label of the pixels left out.
             align_corners: of the enlargement.
 
         Raises:
-            ValueError: the radius is below 1, so no pixel would be near another.
+            ValueError: the radius is below 1, so no pixel would be near another; the resolution is unknown.
         """
         super().__init__()
         if radius < 1:
             raise ValueError(f"radius must be at least 1 pixel, got {radius}.")
+        if resolution not in RESOLUTIONS:
+            raise ValueError(f"resolution={resolution!r} is not one of {', '.join(map(repr, RESOLUTIONS))}.")
         self.radius = radius
         self.balanced = balanced
+        self.resolution = resolution
         self.ignore_index = ignore_index
         self.align_corners = align_corners
 
@@ -103,17 +115,28 @@ class BoundaryLoss(nn.Module):
         boundary = label_boundaries(target, self.radius, self.ignore_index)
         labelled = target != self.ignore_index
         with autocast_disabled(logits.device):
-            size = (target.shape[-2], target.shape[-1])
-            full = upsample(at_least_float32(logits), size, self.align_corners)[:, 0]
-            weight = labelled.to(full.dtype)
+            scores = at_least_float32(logits)
+            if self.resolution == "map":
+                boundary, labelled = (_pooled(mask, scores.shape[-2:]) for mask in (boundary, labelled))
+            else:
+                scores = upsample(scores, (target.shape[-2], target.shape[-1]), self.align_corners)
+            scores = scores[:, 0]
+            weight = labelled.to(scores.dtype)
             if self.balanced:
                 share = boundary.sum() / labelled.sum().clamp(min=1)
                 weight = weight * torch.where(boundary, 1 - share, share)
-            total = F.binary_cross_entropy_with_logits(full, boundary.to(full.dtype), weight, reduction="sum")
+            total = F.binary_cross_entropy_with_logits(
+                scores, boundary.to(scores.dtype), weight, reduction="sum"
+            )
             return mean_over_processes(total, weight.sum())
 
     def extra_repr(self) -> str:
         return (
-            f"radius={self.radius}, balanced={self.balanced}, ignore_index={self.ignore_index}, "
-            f"align_corners={self.align_corners}"
+            f"radius={self.radius}, balanced={self.balanced}, resolution={self.resolution!r}, "
+            f"ignore_index={self.ignore_index}, align_corners={self.align_corners}"
         )
+
+
+def _pooled(mask: Tensor, size: torch.Size) -> Tensor:
+    """(B, H, W) bool -> (B, h, w) bool: whether any of a cell's pixels is set."""
+    return F.adaptive_max_pool2d(mask.float(), (size[0], size[1])) > 0

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ccnet_d2.layers.precision import at_least_float32, autocast_disabled
 
+from .log_softmax import log_softmax
 from .reduction import mean_over_processes
 from .resize import upsample
 from .segmentation_loss import check_label_range, check_map_and_labels
@@ -64,7 +65,9 @@ class CrossEntropy(nn.Module):
             logits = at_least_float32(logits)
             weight = None if self.class_weight is None else self.class_weight.to(logits)
             full = upsample(logits, (target.shape[-2], target.shape[-1]), self.align_corners)
-            total = F.cross_entropy(full, target, weight, ignore_index=self.ignore_index, reduction="sum")
+            total = F.nll_loss(
+                log_softmax(full), target, weight, ignore_index=self.ignore_index, reduction="sum"
+            )
             valid = target != self.ignore_index
             count = valid if weight is None else weight[target.masked_fill(~valid, 0)] * valid
             return mean_over_processes(total, count.sum())

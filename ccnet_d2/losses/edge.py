@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ccnet_d2.layers.precision import at_least_float32, autocast_disabled
 
+from .log_softmax import log_softmax
 from .reduction import mean_over_processes
 from .resize import upsample
 from .segmentation_loss import check_label_range, check_map_and_labels
@@ -98,7 +99,9 @@ class EdgeCrossEntropy(nn.Module):
             full = upsample(
                 at_least_float32(logits), (target.shape[-2], target.shape[-1]), self.align_corners
             )
-            per_pixel = F.cross_entropy(full, target, ignore_index=self.ignore_index, reduction="none")
+            per_pixel = F.nll_loss(
+                log_softmax(full), target, ignore_index=self.ignore_index, reduction="none"
+            )
             halves = []
             for kind in (0, 1):
                 pixels = target == kind

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ccnet_d2.layers.precision import at_least_float32, autocast_disabled
 
+from .log_softmax import log_softmax
 from .reduction import mean_over_processes
 from .resize import sample_labels, upsample
 from .segmentation_loss import check_label_range, check_map_and_labels
@@ -81,7 +82,7 @@ class OHEMCrossEntropy(nn.Module):
             full = upsample(
                 at_least_float32(logits), (target.shape[-2], target.shape[-1]), self.align_corners
             )
-            log_probability = F.log_softmax(full, dim=1)
+            log_probability = log_softmax(full)
             with torch.no_grad():
                 hard = self._hard(log_probability, target)
             loss = F.nll_loss(
@@ -114,8 +115,9 @@ class OHEMCrossEntropy(nn.Module):
         """Scalar threshold out of true-class probabilities and their validity, without waiting for the
         GPU."""
         kept = self.min_kept // self.factor**2
-        thresh = probability.new_tensor(self.thresh)
-        one = probability.new_tensor(1.0)
+        # Not new_tensor, which copies a number from the CPU.
+        thresh = probability.new_full((), self.thresh)
+        one = probability.new_ones(())
         if kept >= probability.numel():
             return one
         if kept == 0:

@@ -5,7 +5,7 @@ from detectron2.config import instantiate
 from torch import nn
 
 from ccnet_d2.checkpoint import load_checkpoint
-from ccnet_d2.errors import UserError
+from ccnet_d2.devices import available_device
 
 from .configs_dir import config_names, get_config
 from .published import PUBLISHED
@@ -25,13 +25,11 @@ def get(name: str, trained: bool = False, device: str | torch.device | None = No
         A model with Detectron2's inputs and outputs, see `ccnet_d2.modeling.CCNet`.
 
     Raises:
-        UserError: there is no such run, or `trained` is asked for and there are no weights, they cannot be had, or
+        UserError: there is no such run or device, or `trained` is asked for and there are no weights, they cannot be had, or
             they are not what was published.
     """
     cfg = get_config(name, trained=trained)
-    device = torch.device(device or cfg.train.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device '{device}' was asked for, but torch sees no GPU: take 'cpu'.")
+    device = available_device(device or cfg.train.device)
     model = instantiate(cfg.model)
     if trained:
         load_checkpoint(model, cfg.train.init_checkpoint)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ccnet_d2.losses import CategoryConsistentLoss, CrossEntropy, OHEMCrossEntropy, SegmentationLoss
 from ccnet_d2.losses.resize import upsample
 
+from .config import head_arguments
 from .context_block import ContextBlock, category_consistent_branch, conv_norm_act
 
 LOSSES: dict[str, Callable[..., SegmentationLoss]] = {"cross_entropy": CrossEntropy, "ohem": OHEMCrossEntropy}
@@ -128,23 +129,16 @@ class CCNetHead(ContextBlock):
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        head, ccnet = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.CCNET
+        ccnet = cfg.MODEL.CCNET
         return {
-            "input_shape": input_shape,
-            "num_classes": head.NUM_CLASSES,
-            "in_feature": head.IN_FEATURES[-1],
-            "channels": head.CONVS_DIM,
-            "norm": head.NORM,
-            "ignore_value": head.IGNORE_VALUE,
+            **head_arguments(cfg, input_shape),
+            "in_feature": cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES[-1],
             "context": ccnet.CONTEXT,
-            "dropout": ccnet.DROPOUT,
-            "activation": ccnet.ACTIVATION,
             "aux_feature": ccnet.AUX_FEATURE or None,
             "aux_channels": ccnet.AUX_CHANNELS,
             "aux_loss_weight": ccnet.AUX_LOSS_WEIGHT,
             "loss": ccnet.LOSS,
             "category_consistent": ccnet.CATEGORY_CONSISTENT or None,
-            "align_corners": ccnet.ALIGN_CORNERS,
         }
 
     def forward(

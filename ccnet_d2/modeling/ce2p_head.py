@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ccnet_d2.losses import CategoryConsistentLoss, CrossEntropy, EdgeCrossEntropy, edge_labels
 from ccnet_d2.losses.resize import upsample
 
+from .config import head_arguments
 from .context_block import ContextBlock, category_consistent_branch, conv_norm_act
 
 _EDGE_CLASSES = 2
@@ -165,19 +166,12 @@ class CE2PHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        head, ccnet = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.CCNET
+        ccnet = cfg.MODEL.CCNET
         return {
-            "input_shape": input_shape,
-            "num_classes": head.NUM_CLASSES,
-            "in_features": head.IN_FEATURES,
-            "channels": head.CONVS_DIM,
-            "norm": head.NORM,
-            "ignore_value": head.IGNORE_VALUE,
+            **head_arguments(cfg, input_shape),
+            "in_features": cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES,
             "context": ccnet.CONTEXT,
-            "dropout": ccnet.DROPOUT,
-            "activation": ccnet.ACTIVATION,
             "category_consistent": ccnet.CATEGORY_CONSISTENT or None,
-            "align_corners": ccnet.ALIGN_CORNERS,
         }
 
     def forward(

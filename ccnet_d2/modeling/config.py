@@ -1,6 +1,10 @@
-"""Keys that this package adds to a yacs config."""
+"""Keys that this package adds to a yacs config, and what its heads read from it alike."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 
 
 def add_ccnet_config(cfg: CfgNode) -> None:
@@ -20,6 +24,21 @@ def add_ccnet_config(cfg: CfgNode) -> None:
     # For SOLVER.LR_SCHEDULER_NAME "PolyLR"; the minimum is a learning rate
     cfg.SOLVER.POLY_LR_POWER = 0.9
     cfg.SOLVER.POLY_LR_MINIMUM = 0.0
+
+
+def head_arguments(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
+    """The constructor arguments that all segmentation heads here take from the same keys."""
+    head, ccnet = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.CCNET
+    return {
+        "input_shape": input_shape,
+        "num_classes": head.NUM_CLASSES,
+        "channels": head.CONVS_DIM,
+        "norm": head.NORM,
+        "ignore_value": head.IGNORE_VALUE,
+        "dropout": ccnet.DROPOUT,
+        "activation": ccnet.ACTIVATION,
+        "align_corners": ccnet.ALIGN_CORNERS,
+    }
 
 
 def _ccnet_keys() -> CfgNode:

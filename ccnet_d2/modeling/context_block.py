@@ -30,6 +30,28 @@ def conv_norm_act(in_channels: int, channels: int, kernel_size: int, norm: str, 
     )
 
 
+def named_context(
+    name: str, in_channels: int, channels: int, *, norm: str, activation: str, align_corners: bool
+) -> nn.Module:
+    """A module of `ccnet_d2.layers.CONTEXT_MODULES` by its name, where a suffix _r<R> sets the number of loops.
+
+    Args as of `ContextBlock`.
+
+    Raises:
+        ValueError: the name is unknown, or its module has no loops.
+    """
+    match = _RECURRENCE.fullmatch(name)
+    return build_context(
+        match["name"] if match else name,
+        in_channels,
+        channels,
+        norm=lambda c: get_norm(norm, c),
+        activation=activation,
+        align_corners=align_corners,
+        **({"recurrence": int(match["recurrence"])} if match else {}),
+    )
+
+
 class ContextBlock(nn.Module):
     """The CCNet head without its classifier: `conva`, context module, `convb`, fused with the input.
 
@@ -64,16 +86,8 @@ class ContextBlock(nn.Module):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r} is not one of {sorted(ACTIVATIONS)}.")
         if isinstance(context, str):
-            match = _RECURRENCE.fullmatch(context)
-            options = {"recurrence": int(match["recurrence"])} if match else {}
-            context = build_context(
-                match["name"] if match else context,
-                in_channels,
-                channels,
-                norm=lambda c: get_norm(norm, c),
-                activation=activation,
-                align_corners=align_corners,
-                **options,
+            context = named_context(
+                context, in_channels, channels, norm=norm, activation=activation, align_corners=align_corners
             )
         self.context = context
         self.standalone = getattr(context, "standalone", False)

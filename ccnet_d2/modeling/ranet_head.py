@@ -13,10 +13,12 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
 from ccnet_d2.layers import RegionAttention
-from ccnet_d2.layers.build import build_context
 from ccnet_d2.layers.norm_act import ACTIVATIONS, ConvNormAct
 from ccnet_d2.losses import BoundaryLoss, CrossEntropy
 from ccnet_d2.losses.resize import upsample
+
+from .config import head_arguments
+from .context_block import named_context
 
 OUTPUTS = ("fine", "coarse")
 REGION = "region"
@@ -35,6 +37,7 @@ class RANetHead(nn.Module):
     | --- | --- | --- |
     | B and C come from | one 1x1 convolution each on A ("A is passed to two separate convolutional layers") | a 3x3 convolution on res4, then likewise |
     | O to logits | A and O concatenated, 3x3, dropout, 1x1 | the same |
+    | boundary loss | at the size of B (B is H x W as A is): whether a boundary passes through a cell | B enlarged to the labels' size |
     | a boundary map of the fine features | none | trained as well |
     | weight of the coarse and the boundary loss | 0.4 and 0.2 | 0.4, and 0.2 (fine) and 0.08 (coarse) |
 
@@ -54,11 +57,14 @@ class RANetHead(nn.Module):
         context: str = REGION,
         variant: str = "paper",
         representatives: int = 8,
-        threshold: float = 0.8,
+        threshold: float | None = None,
         samples: int | None = None,
         pair_cells: int = 49 * 49,
         use_boundary: bool = True,
         use_semantic: bool = True,
+        kernel: str | None = None,
+        small_regions: str | None = None,
+        map_gradients: bool | None = None,
         intra: bool = True,
         inter: bool = True,
         normalization: str = "region",
@@ -68,6 +74,7 @@ class RANetHead(nn.Module):
         coarse_loss_weight: float = 0.4,
         boundary_loss_weight: float = 0.2,
         boundary_radius: float = 2.0,
+        boundary_resolution: str | None = None,
         balanced_boundaries: bool = False,
         ignore_value: int = 255,
         align_corners: bool = False,
@@ -84,15 +91,17 @@ class RANetHead(nn.Module):
                 place, without B (Tab. 1: "none" 77.5, "psp" 79.6, "nl" 80.5); C is trained all the same.
             variant: "paper" or "code".
             representatives: K of Tab. 2, representative pixels of a region.
-            threshold, samples, pair_cells, use_boundary, use_semantic, intra, inter, normalization: see
-                `ccnet_d2.layers.RegionAttention`; use_semantic=False and use_boundary=False are "boundary map" and
+            threshold, samples, use_boundary, use_semantic, kernel, small_regions, map_gradients: see
+                `ccnet_d2.layers.RegionConstruction`; use_semantic=False and use_boundary=False are "boundary map" and
                 "semantic map" of Tab. 1.
+            pair_cells, intra, inter, normalization: see `ccnet_d2.layers.RegionAttention`.
             dropout: of whole channels before the classifier.
             norm: see `detectron2.layers.get_norm`.
             activation: "relu" or "leaky_relu".
             coarse_loss_weight: factor of the cross entropy of C.
             boundary_loss_weight: factor of the boundary loss.
-            boundary_radius, balanced_boundaries: see `ccnet_d2.losses.BoundaryLoss`.
+            boundary_radius, boundary_resolution, balanced_boundaries: see `ccnet_d2.losses.BoundaryLoss`; a resolution
+                of None is the variant's.
             ignore_value: label that carries no loss.
             align_corners: of every upsampling of logits.
             output: what is predicted: "fine", or "coarse" for the logits of C (Tab. 4).
@@ -143,6 +152,9 @@ class RANetHead(nn.Module):
                 pair_cells=pair_cells,
                 use_boundary=use_boundary,
                 use_semantic=use_semantic,
+                kernel=kernel,
+                small_regions=small_regions,
+                map_gradients=map_gradients,
                 intra=intra,
                 inter=inter,
                 normalization=normalization,
@@ -151,18 +163,14 @@ class RANetHead(nn.Module):
             )
             self.boundary_loss = BoundaryLoss(
                 radius=boundary_radius,
+                resolution=boundary_resolution or ("map" if variant == "paper" else "labels"),
                 balanced=balanced_boundaries,
                 ignore_index=ignore_value,
                 align_corners=align_corners,
             )
         else:
-            self.context = build_context(
-                context,
-                channels,
-                channels,
-                norm=lambda c: get_norm(norm, c),
-                activation=activation,
-                align_corners=align_corners,
+            self.context = named_context(
+                context, channels, channels, norm=norm, activation=activation, align_corners=align_corners
             )
         self.fuse = convolution(2 * channels)
         self.dropout = nn.Dropout2d(dropout)
@@ -171,25 +179,18 @@ class RANetHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        head, ccnet, ranet = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.CCNET, cfg.MODEL.RANET
+        ranet = cfg.MODEL.RANET
         return {
-            "input_shape": input_shape,
-            "num_classes": head.NUM_CLASSES,
-            "in_feature": head.IN_FEATURES[-1],
+            **head_arguments(cfg, input_shape),
+            "in_feature": cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES[-1],
             "coarse_feature": ranet.COARSE_FEATURE or None,
-            "channels": head.CONVS_DIM,
             "context": ranet.CONTEXT,
             "variant": ranet.VARIANT,
             "representatives": ranet.REPRESENTATIVES,
             "pair_cells": ranet.PAIR_CELLS,
-            "dropout": ccnet.DROPOUT,
-            "norm": head.NORM,
-            "activation": ccnet.ACTIVATION,
             "coarse_loss_weight": ranet.COARSE_LOSS_WEIGHT,
             "boundary_loss_weight": ranet.BOUNDARY_LOSS_WEIGHT,
             "boundary_radius": ranet.BOUNDARY_RADIUS,
-            "ignore_value": head.IGNORE_VALUE,
-            "align_corners": ccnet.ALIGN_CORNERS,
             "output": ranet.OUTPUT,
         }
 

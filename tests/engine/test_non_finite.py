@@ -210,6 +210,51 @@ def test_norms_that_would_overflow_are_finite():
     assert not gradients_are_finite(net)
 
 
+def test_gradients_whose_squares_overflow_are_stepped_with():
+    net = nn.Linear(1, 1, bias=False)
+    weight = net.weight.detach().clone()
+    model = _Scaled(net)
+    Trainer(model, iter([1e25]), torch.optim.SGD(net.parameters(), 1e-25)).train(0, 1)
+    torch.testing.assert_close(net.weight, weight - 1)
+
+
+class _Scaled(nn.Module):
+    """A loss whose gradient is the batch."""
+
+    def __init__(self, net: nn.Linear):
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch):
+        return {"loss": (self.net.weight * batch).sum()}
+
+
+def test_losses_are_logged_as_they_are():
+    class Two(_Scaled):
+        def forward(self, batch):
+            return {"first": super().forward(batch)["loss"], "second": self.net.weight.sum().double() / 3}
+
+    net = nn.Linear(1, 1, bias=False)
+    weight = net.weight.item()
+    run = Trainer(Two(net), iter([2.0]), torch.optim.SGD(net.parameters(), 0.1))
+    run.train(0, 1)
+    logged = {name: value for name, (value, _) in run.storage.latest().items()}
+    assert logged["first"] == 2 * weight and logged["second"] == weight / 3
+    assert logged["total_loss"] == logged["first"] + logged["second"]
+
+
+def test_buffers_of_several_dtypes_are_put_back():
+    net = Net()
+    guard = NonFiniteGuard()
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    assert {value.dtype for value in before.values()} == {torch.float32, torch.int64}
+    for _ in range(2):
+        guard.remember_buffers(net)
+    net(batch())
+    guard._put_buffers_back(net)
+    assert all(torch.equal(value, before[name]) for name, value in net.named_buffers())
+
+
 def test_batches_of_detectors_as_plain_data(tmp_path):
     instances = Instances((4, 6), gt_classes=torch.tensor([1, 2]), gt_boxes=Boxes(torch.rand(2, 4)))
     instances.gt_masks = BitMasks(torch.rand(2, 4, 6) > 0.5)

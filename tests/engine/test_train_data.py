@@ -10,6 +10,7 @@ from detectron2.data import build_detection_train_loader
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from omegaconf import OmegaConf
 
+from ccnet_d2.data import train_loader
 from ccnet_d2.data.train_loader import TrainLoader
 from ccnet_d2.engine.saving import SaveCheckpoints
 from ccnet_d2.engine.train_data import build_train_loader
@@ -26,7 +27,7 @@ def own_loader():
 
 def config(seed=5, **loader):
     cfg = OmegaConf.create(flags={"allow_objects": True})
-    cfg.train = dict(seed=seed, on_bad_sample="stop", bad_sample_budget=1)
+    cfg.train = dict(seed=seed, device="cpu", on_bad_sample="stop", bad_sample_budget=1)
     cfg.names = "set"
     cfg.dataloader = dict()
     cfg.dataloader.train = L(build_detection_train_loader)(
@@ -53,6 +54,19 @@ def test_detectron2s_loader_becomes_one_that_can_be_resumed():
     assert names(loader)[0].startswith("set_")
     assert OmegaConf.to_container(cfg, resolve=False) == before
     assert names(build_train_loader(cfg)) == names(build_train_loader(cfg))
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "pinned"),
+    [("cpu", {}, False), ("cuda", {}, True), ("cuda:1", {}, True), ("cuda", {"pin_memory": False}, False)],
+)
+def test_batches_for_a_gpu_are_in_page_locked_memory(monkeypatch, device, options, pinned):
+    made = {}
+    monkeypatch.setattr(train_loader, "DataLoader", lambda *args, **kwargs: made.update(kwargs) or [])
+    cfg = config(**options)
+    cfg.train.device = device
+    list(build_train_loader(cfg))
+    assert made["pin_memory"] is pinned
 
 
 def test_without_a_seed_one_is_drawn():

@@ -14,7 +14,6 @@ from ccnet_d2.errors import UserError
 from ccnet_d2.inference import Predictor
 from ccnet_d2.inference.batch import plan_pictures, write_pictures
 from ccnet_d2.inference.build import build_mode
-from ccnet_d2.inference.devices import available_device, parse_devices
 from ccnet_d2.inference.parallel import write_pictures_on
 from ccnet_d2.model_zoo import get_config
 
@@ -96,22 +95,3 @@ def test_a_killed_process_is_reported(weights, photos, tmp_path):
         write_pictures_on(TWO_CPUS, get_config(TOY), weights, jobs, progress=False)
     killer.join()
     assert not multiprocessing.active_children()
-
-
-def test_devices_that_are_not_there(monkeypatch):
-    assert parse_devices("cpu, cpu") == TWO_CPUS
-    with pytest.raises(UserError, match="'tpu' is no device"):
-        parse_devices("cpu,tpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(UserError, match="device 'cuda:0' was asked for, but torch sees no GPU"):
-        parse_devices("cuda:0,cuda:1")
-    with pytest.raises(UserError, match="'all' means every GPU, but torch sees none"):
-        parse_devices("all")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert parse_devices("all") == parse_devices("cuda:0,cuda:1") == [torch.device("cuda", i) for i in (0, 1)]
-    with pytest.raises(UserError, match="device 'cuda:2' was asked for, but torch sees 2 GPUs"):
-        available_device("cuda:2")
-    with pytest.raises(UserError, match="device 'cuda:1' is named twice"):
-        parse_devices("cuda:1,cuda:0,cuda:1")

@@ -1,4 +1,4 @@
-"""RANet's runs from files on disk to mIoU: training, both outputs, the six scales."""
+"""RANet's runs from files on disk to mIoU: training, both outputs, the six scales; from the command line too."""
 
 import json
 import math
@@ -7,11 +7,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.env import seed_all_rng
 
-from ccnet_d2.data import register_all
+from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
 from ccnet_d2.engine import apply_overrides, train
+from ccnet_d2.engine.command_line import main
 from ccnet_d2.engine.training import evaluate_only
 from ccnet_d2.model_zoo import get_config
 
@@ -97,9 +100,36 @@ def test_from_files_to_miou_of_both_outputs(tmp_path, layout, config, options):
             scores[name] = evaluate_only(cfg)["sem_seg"]
         assert trained is not None
         assert scores["fine"]["mIoU"] == pytest.approx(trained["sem_seg"]["mIoU"])
-        # After two steps either may guess one class; that the outputs differ is tested on the head.
+        # After two steps either may guess one class; that the outputs differ is tested below.
         assert all(0 <= score["mIoU"] <= 100 for score in scores.values())
     finally:
         for catalog, before in ((DatasetCatalog, datasets), (MetadataCatalog, metadata)):
             catalog.data.clear()
             catalog.data.update(before)
+
+
+def test_eval_only_scores_the_output_asked_for(tmp_path, monkeypatch):
+    """Weights whose fine output is class 0 everywhere and whose coarse output is class 1: no figure can be mistaken."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    generate_synthetic_dataset(tmp_path / "ccnet_synthetic", SyntheticConfig(train_images=1, val_images=2))
+    register_all(tmp_path)
+    try:
+        weights = instantiate(get_config("toy/ranet_synthetic.py").model).state_dict()
+        weights["sem_seg_head.classifier.bias"][0] = weights["sem_seg_head.semantic.bias"][1] = 1e4
+        torch.save({"model": weights}, tmp_path / "model.pth")
+        names = MetadataCatalog.get("ccnet_synthetic_val").stuff_classes
+        for output, said in (("fine", 0), ("coarse", 1)):
+            arguments = ["--config-file", "toy/ranet_synthetic.py", "--eval-only", "train.device=cpu"]
+            arguments += [f"train.init_checkpoint={tmp_path / 'model.pth'}", "train.num_pictures=0"]
+            arguments += [f"train.output_dir={tmp_path / output}", f"model.sem_seg_head.output={output}"]
+            assert main(arguments) == 0
+            scores = json.loads((tmp_path / output / "evaluation.json").read_text())["sem_seg"]
+            found = {name: scores[f"ACC-{name}"] for name in names}
+            present = [name for name in names if not math.isnan(found[name])]
+            assert len(present) > 2
+            assert {name: found[name] for name in present} == {
+                name: 100.0 * (name == names[said]) for name in present
+            }
+    finally:
+        monkeypatch.undo()
+        register_all()

@@ -11,7 +11,12 @@ from torch import Tensor
 
 from ccnet_d2.layers import RegionConstruction
 from ccnet_d2.layers.region_lines import line_maximum
-from ccnet_d2.layers.region_partition import connected_regions, pointer_regions, representatives
+from ccnet_d2.layers.region_partition import (
+    connected_regions,
+    join_small_regions,
+    pointer_regions,
+    representatives,
+)
 from ccnet_d2.layers.region_similarity import binary_jensen_shannon
 from ccnet_d2.layers.region_smoothing import smooth_maps
 
@@ -70,7 +75,7 @@ def test_regions_are_connected_components_of_drawn_maps(name):
     classes, boundary = drawn(name)
     if name == "two objects of one class":  # the classes alone would join them along a straight line
         boundary |= ndimage.binary_dilation(classes == 1, np.ones((3, 3))) & (classes == 0)
-    (regions,) = RegionConstruction()(*maps(classes, boundary))
+    (regions,) = RegionConstruction(small_regions="keep")(*maps(classes, boundary))
     found = regions.region.numpy().reshape(classes.shape)
     assert same_partition(found, scipy_regions(classes, boundary))
     assert found.max() + 1 > 1 and found[0, 0] == 0
@@ -82,7 +87,7 @@ def test_without_boundaries_a_class_is_one_region_and_without_classes_a_wall_div
     assert same_partition(regions.region.numpy(), classes.ravel())
     classes, boundary = drawn("blocks")
     boundary[:, 6] = True
-    (regions,) = RegionConstruction(use_semantic=False)(*maps(classes, boundary))
+    (regions,) = RegionConstruction(use_semantic=False, small_regions="keep")(*maps(classes, boundary))
     assert same_partition(regions.region.numpy(), scipy_regions(np.zeros_like(classes), boundary).ravel())
 
 
@@ -136,14 +141,19 @@ def table_by_hand(boundary: Tensor, semantic: Tensor, kernel: Tensor) -> Tensor:
     return out
 
 
-def test_attention_decisions_scores_and_representatives_by_hand():
+@pytest.mark.parametrize("kernel", ["mean", "free"])
+def test_attention_decisions_scores_and_representatives_by_hand(kernel):
     torch.manual_seed(0)
     boundary = 0.6 * torch.rand(1, 3, 4, dtype=torch.float64)
     semantic = (2 * torch.randn(1, 3, 3, 4, dtype=torch.float64)).softmax(1)
-    construction = RegionConstruction(representatives=2, threshold=0.5).double()
+    construction = RegionConstruction(
+        representatives=2, threshold=0.5, kernel=kernel, small_regions="keep"
+    ).double()
     with torch.no_grad():
-        construction.kernel.add_(0.05 * torch.randn(3, 3))
-    table = table_by_hand(boundary[0], semantic[0], construction.kernel.detach())
+        construction.kernel_weights.add_(0.05 * torch.randn(3, 3))
+    own = construction.kernel_weights.detach()
+    weights = own if kernel == "free" else own.exp() / own.exp().sum()
+    table = table_by_hand(boundary[0], semantic[0], weights)
     torch.testing.assert_close(construction.attention(boundary, semantic)[0], table)
 
     with torch.no_grad():
@@ -161,18 +171,60 @@ def test_attention_decisions_scores_and_representatives_by_hand():
     assert regions.size == (3, 4)
 
 
-def test_scores_carry_gradients_to_both_maps_and_the_kernel():
+@pytest.mark.parametrize(("variant", "options"), [("paper", {"map_gradients": True}), ("code", {})])
+def test_scores_carry_gradients_to_both_maps_and_the_kernel(variant, options):
     torch.manual_seed(0)
-    construction = RegionConstruction(representatives=2).double()
+    construction = RegionConstruction(variant=variant, representatives=2, **options).double()
     boundary = (0.2 + 0.3 * torch.rand(1, 2, 3, dtype=torch.float64)).requires_grad_()
     semantic = torch.randn(1, 3, 2, 3, dtype=torch.float64).softmax(1).requires_grad_()
+    own = dict(construction.named_parameters())
+    assert len(own) == (variant == "paper")
 
-    def scores(boundary: Tensor, semantic: Tensor, kernel: Tensor) -> Tensor:
+    def scores(boundary: Tensor, semantic: Tensor, *weights: Tensor) -> Tensor:
         # The regions stay as they are under steps of gradcheck.
-        (regions,) = torch.func.functional_call(construction, {"kernel": kernel}, (boundary, semantic))
+        parameters = dict(zip(own, weights, strict=True))
+        (regions,) = torch.func.functional_call(construction, parameters, (boundary, semantic))
         return regions.score
 
-    assert torch.autograd.gradcheck(scores, (boundary, semantic, construction.kernel))
+    assert torch.autograd.gradcheck(scores, (boundary, semantic, *own.values()))
+
+
+def test_the_maps_are_left_to_their_own_supervision_but_the_kernel_learns():
+    torch.manual_seed(0)
+    construction = RegionConstruction(representatives=2)
+    boundary = (0.2 + 0.3 * torch.rand(1, 4, 5)).requires_grad_()
+    semantic = torch.randn(1, 3, 4, 5).softmax(1).requires_grad_()
+    (regions,) = construction(boundary, semantic)
+    regions.score.square().sum().backward()
+    assert boundary.grad is None and semantic.grad is None
+    assert construction.kernel_weights.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_however_the_kernel_learns_the_scale_of_attention_stays(sign):
+    """What pulls all scores up or down makes regions of a free kernel vanish or run together, those of a mean not."""
+    classes, boundary = drawn("blocks")
+    boundary[:, 6] = True
+    inputs = [x.float() for x in maps(classes, 0.95 * boundary)]
+    found = {}
+    for kernel in ("mean", "free"):
+        construction = RegionConstruction(kernel=kernel, use_semantic=False)
+        optimizer = torch.optim.Adam(construction.parameters(), lr=0.02)
+        for step in range(21):
+            (regions,) = construction(*inputs)
+            if step == 0:
+                first = regions.region
+            optimizer.zero_grad()
+            (sign * regions.score.sum()).backward()
+            optimizer.step()
+        assert len(first.unique()) == 2, kernel
+        found[kernel] = len(regions.region.unique())
+        if kernel == "mean":
+            wall = torch.from_numpy(boundary).flatten()  # may go to either side
+            assert torch.equal(regions.region[~wall], first[~wall])
+            table = construction.attention(*inputs)
+            assert table.min() >= 0 and table.max() <= 1 + 1e-6
+    assert found["free"] == (classes.size if sign > 0 else 1)
 
 
 def test_code_variant_by_hand():
@@ -209,7 +261,8 @@ def test_extremes(variant, boundary, classes, count):
     boundary_map = torch.full((1, 4, 5), boundary, requires_grad=True)
     index = torch.zeros(4, 5, dtype=torch.long) if classes == "one" else torch.arange(20).reshape(4, 5)
     semantic = F.one_hot(index, 20).float().permute(2, 0, 1)[None].requires_grad_()
-    (regions,) = RegionConstruction(variant=variant, representatives=8)(boundary_map, semantic)
+    construction = RegionConstruction(variant=variant, representatives=8, map_gradients=True)
+    (regions,) = construction(boundary_map, semantic)
     if variant == "code" and classes == "one":
         count = 1  # its lines exclude their ends, so neighbours always belong together
     if variant == "code" and classes == "each":
@@ -219,6 +272,62 @@ def test_extremes(variant, boundary, classes, count):
     assert regions.score.isfinite().all() and 0 <= regions.score.min() and regions.score.max() <= 1
     regions.score.sum().backward()
     assert boundary_map.grad.isfinite().all() and semantic.grad.isfinite().all()
+
+
+def joined_by_hand(region: np.ndarray, table: np.ndarray, count: int) -> list[int]:
+    sizes = np.bincount(region)
+    out = []
+    for i, own in enumerate(region):
+        larger = [j for j in range(len(region)) if sizes[region[j]] >= count]
+        if sizes[own] < count and larger:
+            own = region[max(larger, key=lambda j: (table[i, j], -j))]
+        out.append(int(own))
+    return out
+
+
+def test_cells_of_small_regions_join_the_region_they_belong_with_most():
+    rng = np.random.default_rng(0)
+    regions = np.stack(
+        [np.unique(rng.integers(0, 9, 30) ** 2 // 8, return_inverse=True)[1] for _ in range(3)]
+    )
+    tables = rng.random((3, 30, 30)).round(1)  # with ties
+    tables = np.maximum(tables, tables.transpose(0, 2, 1))
+    for count in (1, 3, 6, 31):
+        found = join_small_regions(torch.from_numpy(regions), torch.from_numpy(tables), count)
+        for got, region, table in zip(found.numpy(), regions, tables, strict=True):
+            assert same_partition(got, np.array(joined_by_hand(region, table, count)))
+            assert got.max() + 1 == len(np.unique(got))
+            if count == 31:  # none is large enough: all stay
+                assert same_partition(got, region)
+            else:
+                assert np.bincount(got).min() >= count
+
+
+def test_boundary_cells_join_the_side_of_their_class():
+    classes, boundary = drawn("blocks")
+    classes[:] = 0
+    classes[:, 7:] = 1
+    boundary[:, 6] = boundary[:, 7] = True
+    (regions,) = RegionConstruction()(*maps(classes, 0.6 * boundary))
+    assert same_partition(regions.region.numpy(), classes.ravel())
+    # They represent nothing: what lies between them and the others keeps their score low.
+    chosen = regions.representatives.numpy()
+    assert len(chosen) == 16 and not boundary.ravel()[chosen].any()
+
+
+def test_regions_of_a_batch_are_those_of_its_images():
+    torch.manual_seed(0)
+    boundary = (0.5 * torch.rand(3, 6, 7)).pow(2)
+    semantic = F.interpolate(3 * torch.randn(3, 4, 2, 2), (6, 7)).softmax(1)
+    for variant in ("paper", "code"):
+        construction = RegionConstruction(variant=variant, representatives=2)
+        together = construction(boundary, semantic)
+        assert len({len(regions.region.unique()) for regions in together}) > 1
+        for image, regions in enumerate(together):
+            (alone,) = construction(boundary[image : image + 1], semantic[image : image + 1])
+            assert torch.equal(regions.region, alone.region)
+            assert torch.equal(regions.representatives, alone.representatives)
+            torch.testing.assert_close(regions.score, alone.score)
 
 
 def test_more_representatives_than_pixels():
@@ -245,6 +354,8 @@ def test_smoothing_is_a_convolution(chunk, monkeypatch):
     ("options", "message"),
     [
         ({"variant": "papers"}, "variant='papers' is not one of 'paper', 'code'"),
+        ({"kernel": "maen"}, "kernel='maen' is not one of 'mean', 'free', 'none'"),
+        ({"small_regions": "drop"}, "small_regions='drop' is not one of 'join', 'keep'"),
         ({"representatives": 0}, "representatives must be at least 1"),
         ({"use_boundary": False, "use_semantic": False}, "use_boundary or use_semantic"),
     ],

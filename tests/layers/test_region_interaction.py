@@ -187,7 +187,7 @@ def maps(size: tuple[int, int], batch: int = 2) -> tuple[Tensor, Tensor, Tensor]
 
 def test_attention_is_construction_then_interaction():
     features, boundary, semantic = maps((4, 6))
-    attention = RegionAttention(8, representatives=2)
+    attention = RegionAttention(8, representatives=2, map_gradients=True)
     out = attention(features, boundary, semantic)
     regions = attention.construction(boundary, semantic)
     for image, own in enumerate(regions):
@@ -195,7 +195,7 @@ def test_attention_is_construction_then_interaction():
         expected = region_interaction(features[image].flatten(1).t(), where)
         torch.testing.assert_close(out[image].flatten(1).t(), expected)
     out.sin().sum().backward()
-    for x in (features, boundary, semantic, attention.construction.kernel):
+    for x in (features, boundary, semantic, attention.construction.kernel_weights):
         assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
 
 

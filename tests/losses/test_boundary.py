@@ -56,12 +56,59 @@ def test_loss_by_its_definition(balanced):
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("balanced", [False, True])
+def test_at_the_map_s_size_a_cell_is_a_boundary_if_one_passes_through(balanced):
+    torch.manual_seed(0)
+    target = labels()[:, :20, :24]
+    target[0, :5, :6] = 255  # a cell without any label
+    logits = torch.randn(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+    mask, valid = label_boundaries(target, 1), target != 255
+    total, weights = torch.zeros((), dtype=torch.float64), 0.0
+    cells = []
+    for image in range(2):
+        for row in range(4):
+            for column in range(4):
+                inside = (image, slice(5 * row, 5 * row + 5), slice(6 * column, 6 * column + 6))
+                if valid[inside].any():
+                    cells.append((logits[image, 0, row, column].sigmoid(), bool(mask[inside].any())))
+    share = sum(edge for _, edge in cells) / len(cells)
+    assert 0 < share < 1 and len(cells) == 31
+    for p, edge in cells:
+        weight = (1 - share if edge else share) if balanced else 1.0
+        total = total - weight * (p if edge else 1 - p).log()
+        weights += weight
+    found = BoundaryLoss(radius=1, balanced=balanced, resolution="map")(logits, target)
+    torch.testing.assert_close(found, total / weights)
+    grads = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (found, total / weights)]
+    torch.testing.assert_close(*grads)
+
+
+def test_a_thin_boundary_is_certain_at_the_map_s_size_alone():
+    """What a map of stride 8 learns of a wall two pixels wide, of which it knows no more than the cell it is in."""
+    target = torch.zeros(7, 32, 64, dtype=torch.long)
+    for image in range(7):
+        target[image, :, 33 + image :] = 1
+    found = {}
+    for resolution in ("labels", "map"):
+        loss = BoundaryLoss(radius=1, resolution=resolution)
+        logits = torch.zeros(1, 1, 4, 8, requires_grad=True)
+        optimizer = torch.optim.Adam([logits], lr=0.5)
+        for _ in range(100):
+            optimizer.zero_grad()
+            loss(logits.expand(7, -1, -1, -1), target).backward()
+            optimizer.step()
+        found[resolution] = logits.detach().sigmoid()[0, 0]
+    assert found["map"][:, 4].min() > 0.95 and found["map"][:, [0, 1, 2, 3, 5, 6, 7]].max() < 0.05
+    assert 0.2 < found["labels"].max() < 0.5
+
+
 def test_no_labels_give_zero_with_a_graph_and_half_precision_counts_as_full():
     logits = torch.randn(1, 1, 4, 4, requires_grad=True)
     for balanced in (False, True):
-        loss = BoundaryLoss(balanced=balanced)(logits, torch.full((1, 8, 8), 255))
-        loss.backward()
-        assert loss == 0 and (logits.grad == 0).all()
+        for resolution in ("labels", "map"):
+            loss = BoundaryLoss(balanced=balanced, resolution=resolution)(logits, torch.full((1, 8, 8), 255))
+            loss.backward()
+            assert loss == 0 and (logits.grad == 0).all()
     target = labels()[:1, :8, :8]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = BoundaryLoss()(logits.bfloat16(), target)
@@ -72,5 +119,7 @@ def test_no_labels_give_zero_with_a_graph_and_half_precision_counts_as_full():
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="radius must be at least 1"):
         BoundaryLoss(radius=0.5)
+    with pytest.raises(ValueError, match="resolution='cells' is not one of 'labels', 'map'"):
+        BoundaryLoss(resolution="cells")
     with pytest.raises(ValueError, match="one channel, got 2"):
         BoundaryLoss()(torch.zeros(1, 2, 4, 4), torch.zeros(1, 8, 8, dtype=torch.long))

@@ -87,6 +87,21 @@ def test_padding_is_the_mean_and_carries_no_loss():
     assert (targets[0, 16:] == 255).all() and torch.equal(targets[0, :16, :20], small["sem_seg"])
 
 
+def test_images_of_one_size_and_of_several_are_normalised_alike():
+    """Those of one size go together."""
+    model = small_model()
+    one, two, other = sample(16, 20), sample(16, 20, seed=1), sample(24, 32)
+    together = model._batch_images([one, two])[0]
+    apart = model._batch_images([one, two, other])[0]
+    assert torch.equal(together, apart[:2, :, :16, :20])
+    wanted = (one["image"] - model.pixel_mean) / model.pixel_std
+    assert torch.equal(together[0], wanted)
+    model.size_divisibility = 32
+    padded = model._batch_images([one, two])[0]
+    assert padded.shape == (2, 3, 32, 32) and torch.equal(padded[:, :, :16, :20], together)
+    assert (padded[:, :, 16:] == 0).all() and (padded[..., 20:] == 0).all()
+
+
 def test_batch_of_ignored_labels_trains():
     model = small_model()
     batch = [{**sample(), "sem_seg": torch.full((24, 32), 255)}]

@@ -2,12 +2,14 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
+from scipy import ndimage
 
 from ccnet_d2.losses import BoundaryLoss, CrossEntropy
 from ccnet_d2.modeling import CCNet, PlainConvNet, RANetHead, add_ccnet_config
@@ -53,7 +55,8 @@ def test_losses_are_those_of_the_variant(variant):
         if module is not None:
             module.register_forward_hook(lambda m, i, out, part=part: found.__setitem__(part, out))
     again(x, labels)
-    ce, be = CrossEntropy(align_corners=True), BoundaryLoss(align_corners=True)
+    ce = CrossEntropy(align_corners=True)
+    be = BoundaryLoss(align_corners=True, resolution="map" if variant == "paper" else "labels")
     torch.testing.assert_close(losses["loss_sem_seg_coarse"], 0.4 * ce(found["semantic"], labels))
     scale = 0.2 if variant == "paper" else 0.08
     torch.testing.assert_close(losses["loss_boundary"], scale * be(found["boundary"], labels))
@@ -114,10 +117,13 @@ def test_other_context_in_its_place(context):
         {"normalization": "others"},
         {"samples": 2},
         {"pair_cells": 6},
+        {"threshold": 0.2},
+        {"small_regions": "join"},
     ],
 )
-def test_rows_of_the_tables_change_the_output(options):
-    plain, changed = head().eval(), head(**options).eval()
+def test_rows_of_the_tables_and_other_choices_change_the_output(options):
+    common = {"small_regions": "keep", "threshold": 0.8}
+    plain, changed = head(**common).eval(), head(**common | options).eval()
     changed.load_state_dict(plain.state_dict())
     with torch.no_grad():  # sharper scores, so that there are several regions
         for net in (plain, changed):
@@ -172,6 +178,43 @@ def test_learns_and_its_coarse_output_as_well():
         with torch.no_grad():
             found = torch.stack([x["sem_seg"].argmax(0) for x in model(batch)])
         assert (found == labels).float().mean() > 0.95
+
+
+def test_its_regions_become_the_objects():
+    """Two squares of one class, one of another and the background; the regions after 60 steps, beside SciPy's."""
+    torch.manual_seed(0)
+    backbone = PlainConvNet(channels=(16, 16), strides=(1, 2))
+    net = RANetHead(
+        backbone.output_shape(),
+        **{"in_feature": "conv", "num_classes": 3, "channels": 16, "norm": "BN", "boundary_radius": 1.0},
+        **{"representatives": 4, "dropout": 0.0},
+    )
+    model = CCNet(backbone=backbone, sem_seg_head=net, pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3)
+    labels = torch.zeros(2, 40, 40, dtype=torch.long)
+    labels[0, 4:16, 4:16] = labels[0, 4:16, 22:36] = 1
+    labels[0, 22:36, 10:30] = labels[1, 20:36, 4:36] = 2
+    images = F.one_hot(labels, 3).permute(0, 3, 1, 2).float() + 0.3 * torch.randn(2, 3, 40, 40)
+    batch = [{"image": i, "sem_seg": s} for i, s in zip(images, labels, strict=True)]
+    seen = []
+    net.context.construction.register_forward_hook(lambda module, args, out: seen.append(out))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        losses = model(batch)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    assert [int(regions.region.max()) + 1 for regions in seen[0]] == [1, 1]  # no training, one region
+    for label, regions, objects in zip(labels, seen[-1], (4, 2), strict=True):
+        classes = label[::2, ::2].numpy()
+        components = sum(
+            ((classes == c) * 100 * (c + 1) + ndimage.label(classes == c)[0]) * (classes == c)
+            for c in range(3)
+        ).ravel()
+        found = regions.region.numpy()
+        assert len(np.unique(components)) == objects == found.max() + 1
+        largest = [np.unique(components[found == q], return_counts=True)[1].max() for q in range(objects)]
+        assert sum(largest) > 0.95 * len(found)
+        assert len(regions.representatives) == 4 * objects
 
 
 def test_yacs_builds_the_same_head():

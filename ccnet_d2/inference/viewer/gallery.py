@@ -133,10 +133,27 @@ class Gallery:
             UserError: there is no such image or model.
         """
         with self._lock:
-            view = self._view(number, model)
-            if isinstance(view, AttentionView):
-                view = self.models[model][1].prediction_of(view.image, view.logits)
-            return _png(overlay(view.image, view.labels, view.classes, with_legend=False))
+            found = self._prediction(number, model)
+            return _png(overlay(found.image, found.labels, found.classes, with_legend=False))
+
+    def classes(self, number: int, model: int) -> list[dict[str, Any]]:
+        """The classes that a model finds in an image, most frequent first: "name", "color" as in the picture of the
+        prediction ([r, g, b]), and "share" of the pixels.
+
+        Raises:
+            UserError: there is no such image or model.
+        """
+        with self._lock:
+            found = self._prediction(number, model)
+        indices, counts = np.unique(found.labels, return_counts=True)
+        return [
+            {
+                "name": found.classes.names[indices[k]],
+                "color": found.classes.colors[indices[k]].tolist(),
+                "share": float(counts[k] / found.labels.size),
+            }
+            for k in np.argsort(-counts, kind="stable")
+        ]
 
     def attention(
         self, number: int, model: int, x: int, y: int, recurrence: int | None = None
@@ -191,6 +208,12 @@ class Gallery:
         if number not in self._images:
             raise UserError(f"there is no image {number} (any more): choose one again.")
         return self._images[number][1]
+
+    def _prediction(self, number: int, model: int) -> Prediction:
+        view = self._view(number, model)
+        if isinstance(view, AttentionView):
+            return self.models[model][1].prediction_of(view.image, view.logits)
+        return view
 
     def _view(self, number: int, model: int) -> AttentionView | Prediction:
         """The image within the model; what it predicts, where the model has no RCCA."""

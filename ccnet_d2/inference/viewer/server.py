@@ -133,6 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
             return gallery.picture(_number(query, "image")), "image/png"
         if path == "/api/prediction":
             return gallery.prediction(_number(query, "image"), _number(query, "model")), "image/png"
+        if path == "/api/classes":
+            return _json(gallery.classes(_number(query, "image"), _number(query, "model")))
         if path == "/api/attention":
             image, model, x, y = (_number(query, name) for name in ("image", "model", "x", "y"))
             loops = _number(query, "recurrence") if "recurrence" in query else None

@@ -84,6 +84,26 @@ function showMarks() {
   }
 }
 
+/* The classes of a prediction, below it: colour, name and share of the pixels. */
+async function showClasses(figure, number) {
+  const image = state.image.id;
+  const legend = make("ul", "legend");
+  figure.append(legend);
+  try {
+    const classes = await ask("classes", { image, model: number });
+    legend.replaceChildren(...classes.map((one) => {
+      const entry = make("li", "", one.name);
+      const swatch = make("i");
+      swatch.style.background = `rgb(${one.color.join(" ")})`;
+      entry.prepend(swatch);
+      entry.append(make("span", "", percent(one.share)));
+      return entry;
+    }));
+  } catch (error) {
+    if (image === state.image.id) say(error.message, true);
+  }
+}
+
 /* The rows as they are before a pixel is chosen: image and prediction of each model. */
 function row(number) {
   const model = state.gallery.models[number];
@@ -91,10 +111,9 @@ function row(number) {
   section.dataset.model = number;
   section.append(make("h2", "", model.name + (model.recurrence ? `, trained with R = ${model.recurrence}` : "")));
   const panels = make("div", "panels");
-  panels.append(
-    panel("image", `/api/image?image=${state.image.id}`),
-    panel("prediction", `/api/prediction?image=${state.image.id}&model=${number}`),
-  );
+  const prediction = panel("prediction", `/api/prediction?image=${state.image.id}&model=${number}`);
+  panels.append(panel("image", `/api/image?image=${state.image.id}`), prediction);
+  showClasses(prediction, number);
   section.append(panels);
   return section;
 }

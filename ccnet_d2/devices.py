@@ -1,4 +1,4 @@
-"""The devices that there are to predict on."""
+"""The devices that there are to run on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from ccnet_d2.errors import UserError
 __all__ = ["available_device", "parse_devices"]
 
 
-def available_device(device: str | torch.device) -> torch.device:
+def available_device(device: str | torch.device, asked: str = "device '{}' was asked for") -> torch.device:
     """A device, once it is known to be there.
+
+    Args:
+        device: a name, such as "cuda:0".
+        asked: begins the error; `{}` stands for the device.
 
     Raises:
         UserError: it is not, or it is none.
@@ -21,10 +25,10 @@ def available_device(device: str | torch.device) -> torch.device:
         raise UserError(f"'{device}' is no device: take 'cpu', 'cuda' or 'cuda:N'.") from error
     if found.type == "cuda":
         if not torch.cuda.is_available():
-            raise UserError(f"device '{device}' was asked for, but torch sees no GPU: take 'cpu'.")
+            raise UserError(f"{asked.format(device)}, but torch sees no GPU: take 'cpu'.")
         count = torch.cuda.device_count()
         if found.index is not None and found.index >= count:
-            raise UserError(f"device '{device}' was asked for, but torch sees {count} GPUs, counted from 0.")
+            raise UserError(f"{asked.format(device)}, but torch sees {count} GPUs, counted from 0.")
     return found
 
 
