@@ -61,9 +61,10 @@ def _gpus() -> list[tuple[str, str]]:
 
 
 def _backends() -> list[str]:
-    lines = [f'backend="auto" on cpu: {_automatic(torch.device("cpu"))}']
+    lines = [f'backend="auto" on cpu: {_automatic("cpu", torch.float32)}']
     if torch.cuda.is_available():
-        lines.append(f'backend="auto" on cuda: {_automatic(torch.device("cuda"))}')
+        half, single = (_automatic("cuda", dtype) for dtype in (torch.bfloat16, torch.float32))
+        lines.append(f'backend="auto" on cuda: {half} in half precision, {single} in float32')
     for name, reason in available_backends().items():
         if name != "compiled":
             lines.append(f"{name}: available" if reason is None else f"{name}: not available: {reason}")
@@ -82,8 +83,8 @@ def _backends() -> list[str]:
     return lines
 
 
-def _automatic(device: torch.device) -> str:
-    x = torch.zeros(1, 1, 1, 1, device=device)
+def _automatic(device: str, dtype: torch.dtype) -> str:
+    x = torch.zeros(1, 1, 1, 1, device=device, dtype=dtype)
     return automatic_backend(x, x, x)
 
 

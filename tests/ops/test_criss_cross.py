@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ccnet_d2.ops import available_backends, criss_cross_attention, criss_cross_weights
+from ccnet_d2.ops import available_backends, compiled, criss_cross_attention, criss_cross_weights
+from ccnet_d2.ops.backends import automatic_backend
 
 SIZES = [(5,), (1,), (4, 6), (1, 6), (6, 1), (7, 7), (3, 4, 5), (1, 4, 5), (3, 1, 1), (1, 1, 1)]
 BACKENDS = [name for name, reason in available_backends().items() if reason is None]
@@ -157,3 +159,25 @@ def test_mixed_dtypes_and_unknown_backends_are_refused():
         criss_cross_attention(x.long(), x.long(), x.long())
     with pytest.raises(ValueError, match="Unknown backend 'fast'"):
         criss_cross_attention(x, x, x, backend="fast")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "backend"),
+    [
+        ("cpu", torch.float32, "compiled"),
+        ("cuda", torch.bfloat16, "compiled"),
+        ("cuda", torch.float16, "compiled"),
+        ("cuda", torch.float32, "matmul"),
+        ("cuda", torch.float64, "matmul"),
+    ],
+)
+def test_auto_chooses_by_device_and_dtype(monkeypatch, device, dtype, backend):
+    # As where both libraries are built; fake tensors need no GPU.
+    monkeypatch.setattr(compiled, "_CPU_REASON", None)
+    monkeypatch.setattr(compiled, "_CUDA_REASON", None)
+    with FakeTensorMode():
+        x = torch.empty(1, 8, 4, 4, device=device, dtype=dtype)
+        assert automatic_backend(x, x, x) == backend
+    monkeypatch.setattr(compiled, "_CUDA_REASON", "it is not built.")
+    monkeypatch.setattr(compiled, "_CPU_REASON", "it is not built.")
+    assert automatic_backend(x, x, x) == "matmul"

@@ -6,8 +6,7 @@
     compute-sanitizer --tool memcheck  python projects/CCNet/tools/check_cuda_op.py --cases 60 --no-timing
     compute-sanitizer --tool racecheck python projects/CCNet/tools/check_cuda_op.py --cases 30 --no-timing
 
-Builds nothing: the CUDA library must be there (`python -m ccnet_d2.collect_env` says whether it is). The kernels were
-compiled and emulated on the CPU, not yet executed on a GPU; this script is what to run first where there is one.
+Builds nothing: the CUDA library must be there (`python -m ccnet_d2.collect_env` says whether it is).
 
 Checked, for drawn shapes, strides and dtypes: outputs and gradients against a float64 oracle built from an explicit
 neighbour mask, and against the error of the textbook form in the same precision; bitwise equality between
@@ -187,7 +186,7 @@ def least_norms(case: Case) -> dict[str, float]:
     """
     elements = case.batch * torch.Size(case.sizes).numel() * case.key_channels
     logits = (case.logit_scale / case.key_channels**0.5) ** 0.5
-    least = 0.01 * logits * (case.channels * elements) ** 0.5
+    least = 0.02 * logits * (case.channels * elements) ** 0.5
     return {"grad_query": least, "grad_key": least}
 
 
