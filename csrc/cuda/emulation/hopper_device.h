@@ -33,11 +33,49 @@ inline void load_box(char* panel, const TensorMap* map, int channel, int positio
 inline void prefetch_map(const TensorMap*) {}
 
 inline void fence_shared_for_async() { machine().fence_shared_for_async(); }
+// Row r of 8x8 matrix i goes to the address that lane 8 i + r passed; its elements 2 c and 2 c + 1 come from word i of
+// lane 4 r + c.
+struct MatrixStore {
+  char* row;
+  const uint32_t* words;
+  int thread;
+};
+inline void run_matrix_stores(emulation::Machine& m, void* const* operands) {
+  void* rows[32];
+  for (int lane = 0; lane < 32; ++lane) {
+    const MatrixStore& store = *static_cast<MatrixStore*>(operands[lane]);
+    rows[lane] = store.row;
+    m.shared_access(store.row, 16, true, store.thread);
+  }
+  m.count_matrix_rows(rows);
+  for (int i = 0; i < 4; ++i) {
+    for (int r = 0; r < 8; ++r) {
+      for (int c = 0; c < 4; ++c) {
+        const uint32_t word = static_cast<MatrixStore*>(operands[4 * r + c])->words[i];
+        memcpy(static_cast<char*>(rows[8 * i + r]) + 4 * c, &word, 4);
+      }
+    }
+  }
+}
+inline void store_matrices(char* row, const uint32_t (&r)[4]) {
+  MatrixStore store{row, r, thread_index()};
+  machine().collective(4, &store, run_matrix_stores);
+}
+
 inline void converge_warp() { machine().converge_warp(); }
 inline void named_barrier(int number, int threads) { machine().named_barrier(number, threads); }
 
 inline void allow_next_launch() { machine().allow_next_launch(); }
 inline void wait_for_previous_launch() { machine().wait_for_previous_launch(); }
+
+template <int Count>
+void claim_registers() {
+  static_assert(Count % 8 == 0 && Count >= 24 && Count <= 256, "what setmaxnreg takes");
+}
+template <int Count>
+void release_registers() {
+  static_assert(Count % 8 == 0 && Count >= 24 && Count <= 256, "what setmaxnreg takes");
+}
 
 // The bits that the GPU's version puts together; the machine takes them apart again by the manual.
 inline uint64_t panel_descriptor(const char* p) {
