@@ -38,6 +38,9 @@ TORCH_TARGET_VERSION = "0x020a000000000000"
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
+# Kernels whose instructions only one architecture has, by the beginning of their files' names: what TORCH_CUDA_ARCH_LIST
+# calls it, and what nvcc does.
+ARCHITECTURE_KERNELS = {"hopper_": ("9.0", "90a")}
 # Kernels for instructions that not every compiler knows; the operator works without them.
 KERNELS_FOR_NEW_COMPILERS = ("kernel_amx.cpp", "kernel_avx512bf16.cpp")
 
@@ -113,10 +116,15 @@ def find_cuda_toolkit() -> Path:
     raise NotBuilt("no CUDA toolkit (nvcc) was found: set CUDA_HOME to its directory.")
 
 
+def architecture_list(architectures: str) -> list[str]:
+    """The entries of TORCH_CUDA_ARCH_LIST, "8.0;9.0+PTX" for example."""
+    return re.split(r"[;,\s]+", architectures.strip())
+
+
 def architecture_flags(architectures: str) -> list[str]:
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST, "8.0;9.0+PTX" for example."""
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST."""
     flags = []
-    for item in re.split(r"[;,\s]+", architectures.strip()):
+    for item in architecture_list(architectures):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", item)
         if match is None:
             raise NotBuilt(
@@ -153,12 +161,16 @@ class Build:
             *self.compiler, *self.common, *self.cxx_flags, *self.includes, "-c", str(source), "-o", str(target)
         ]  # fmt: skip
 
+    def is_wanted(self, source: Path) -> bool:
+        """Whether a source belongs to this build."""
+        return True
+
     def run(self, sources: list[Path], headers: list[Path], library: Path) -> None:
         """Build `library`; a source is compiled again only if it, a header or the command has changed."""
         self.temporary.mkdir(parents=True, exist_ok=True)
         newest_header = max(path.stat().st_mtime for path in [*headers, Path(__file__)])
         objects, commands = [], []
-        for source in sources:
+        for source in filter(self.is_wanted, sources):
             target = self.temporary / (source.name + ".o")
             command = self.compile_command(source, target)
             note = target.with_suffix(".command")
@@ -220,7 +232,12 @@ class CudaBuild(Build):
         self.common += ["-DUSE_CUDA"]
         self.includes += ["-isystem", str(toolkit / "include")]
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES
-        self.nvcc_flags = ["-Xcompiler", "-fPIC", *architecture_flags(architectures)]
+        self.architecture_flags = architecture_flags(architectures)
+        named = {re.sub(r"[af]?(\+PTX)?$", "", item) for item in architecture_list(architectures)}
+        self.special = {
+            prefix: nvcc_name for prefix, (name, nvcc_name) in ARCHITECTURE_KERNELS.items() if name in named
+        }
+        self.common += [f"-DCCNET_{prefix.strip('_').upper()}" for prefix in self.special]
         for folder in ("lib64", "lib", "targets/x86_64-linux/lib"):
             if (toolkit / folder).is_dir():
                 self.libraries.append(f"-L{toolkit / folder}")
@@ -238,11 +255,21 @@ class CudaBuild(Build):
                 "set CUDA_HOME to a toolkit of the same major version."
             )
 
+    def is_wanted(self, source: Path) -> bool:
+        return not source.name.startswith(tuple(ARCHITECTURE_KERNELS)) or source.name.startswith(
+            tuple(self.special)
+        )
+
     def compile_command(self, source: Path, target: Path) -> list[str]:
         if source.suffix != ".cu":
             return super().compile_command(source, target)
+        flags = self.architecture_flags
+        for prefix, name in self.special.items():
+            if source.name.startswith(prefix):
+                flags = [f"-gencode=arch=compute_{name},code=sm_{name}"]
         return [
-            str(self.nvcc), *self.common, *self.nvcc_flags, *self.includes, "-c", str(source), "-o", str(target)
+            str(self.nvcc), *self.common, "-Xcompiler", "-fPIC", *flags, *self.includes, "-c", str(source), "-o",
+            str(target),
         ]  # fmt: skip
 
 

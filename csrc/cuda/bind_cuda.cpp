@@ -20,13 +20,42 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-const Kernels& kernels_for(const Tensor& t) {
+struct KernelChoice {
+  const Kernels* special;  // for this GPU, null where there are none
+  const Kernels& general;
+};
+
+KernelChoice kernels_for(const Tensor& t) {
+#if defined(CCNET_HOPPER)
+  const Kernels* const half = &hopper_half_kernels();
+  const Kernels* const bfloat16 = &hopper_bfloat16_kernels();
+#else
+  const Kernels* const half = nullptr;
+  const Kernels* const bfloat16 = nullptr;
+#endif
   switch (t.scalar_type()) {
-    case ScalarType::Float: return float_kernels();
-    case ScalarType::Half: return half_kernels();
-    case ScalarType::BFloat16: return bfloat16_kernels();
+    case ScalarType::Float: return {nullptr, float_kernels()};
+    case ScalarType::Half: return {half, half_kernels()};
+    case ScalarType::BFloat16: return {bfloat16, bfloat16_kernels()};
     default: STD_TORCH_CHECK(false, "criss-cross attention on CUDA takes float16, bfloat16 or float32.");
   }
+}
+
+void check_takes(bool takes, const DeviceInfo& device) {
+  STD_TORCH_CHECK(takes, "criss-cross attention needs more shared memory than the ", device.shared_bytes,
+                  " bytes that this GPU offers to one block.");
+}
+const Kernels& kernels_for(const Tensor& t, const ForwardRequest& request) {
+  const KernelChoice choice = kernels_for(t);
+  if (choice.special != nullptr && choice.special->takes_forward(request)) return *choice.special;
+  check_takes(choice.general.takes_forward(request), request.device);
+  return choice.general;
+}
+const Kernels& kernels_for(const Tensor& t, const BackwardRequest& request) {
+  const KernelChoice choice = kernels_for(t);
+  if (choice.special != nullptr && choice.special->takes_backward(request)) return *choice.special;
+  check_takes(choice.general.takes_backward(request), request.device);
+  return choice.general;
 }
 
 void check(int error) { STD_CUDA_CHECK(static_cast<cudaError_t>(error)); }
@@ -42,12 +71,9 @@ DeviceInfo device_info(const Tensor& t) {
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
   STD_TORCH_CHECK(major >= 8, "criss-cross attention needs a GPU of compute capability 8.0 or later, this one has ",
                   major, ".", attribute(cudaDevAttrComputeCapabilityMinor, device), ".");
-  const DeviceInfo info{attribute(cudaDevAttrMultiProcessorCount, device),
-                        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-                        attribute(cudaDevAttrMaxGridDimX, device)};
-  STD_TORCH_CHECK(kernels_for(t).fits(info), "criss-cross attention needs more shared memory than the ",
-                  info.shared_bytes, " bytes that this GPU offers to one block.");
-  return info;
+  return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          attribute(cudaDevAttrMaxGridDimX, device),
+          10 * major + attribute(cudaDevAttrComputeCapabilityMinor, device)};
 }
 
 void* current_stream(const Tensor& t) {
@@ -133,13 +159,11 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value) {
   Tensor out = empty_channels_last(value, value.size(1));
   Tensor lse = empty_statistic(query);
   if (lse.numel() > 0) {
-    const Kernels& kernels = kernels_for(query);
     query = with_dense_channels(query);
     key = with_dense_channels(key);
     value = with_dense_channels(value);
     ForwardRequest request{};
     request.device = device_info(query);
-    Tensor stats = empty_floats(query, kernels.forward_scratch(grid, request.device) / int64_t{sizeof(float)});
     request.grid = grid;
     request.qk_channels = static_cast<int>(query.size(1));
     request.channels = static_cast<int>(value.size(1));
@@ -147,9 +171,11 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value) {
     request.key = reference(key, grid);
     request.value = reference(value, grid);
     request.out = reference(out, grid);
-    request.stats = stats.data_ptr();
     request.lse = static_cast<float*>(lse.data_ptr());
     request.stream = current_stream(query);
+    const Kernels& kernels = kernels_for(query, request);
+    Tensor stats = empty_floats(query, kernels.forward_scratch(grid, request.device) / int64_t{sizeof(float)});
+    request.stats = stats.data_ptr();
     check(kernels.forward(request));
   }
   return {out, lse};
@@ -193,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor query, Tenso
     request.lse = static_cast<const float*>(lse.data_ptr());
     request.delta = static_cast<float*>(delta.data_ptr());
     request.stream = current_stream(query);
-    check(kernels_for(query).backward(request));
+    check(kernels_for(query, request).backward(request));
   }
   return {grad_query, grad_key, grad_value};
 }

@@ -86,8 +86,17 @@ CCNET_DEVICE void prefetch_map(const TensorMap* map) {
 // Makes this thread's ordinary writes to shared memory visible to wgmma and the TMA; a barrier must follow.
 CCNET_DEVICE void fence_shared_for_async() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
-// Brings the lanes of a warp together again: the instructions of a warpgroup want whole warps.
+// Brings the lanes of a warp together again (the instructions of a warpgroup want whole warps), and orders their
+// accesses to shared memory.
 CCNET_DEVICE void converge_warp() { __syncwarp(); }
+
+// The inverse of load_matrices(): lane l passes in word i the elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of
+// matrix i; lane 8 i + r passes the address of row r of matrix i.
+CCNET_DEVICE void store_matrices(char* row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared_address(row)), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
 
 // A barrier of `threads` threads, numbered 1 to 15.
 CCNET_DEVICE void named_barrier(int number, int threads) {
@@ -98,6 +107,17 @@ CCNET_DEVICE void named_barrier(int number, int threads) {
 // of this one's results it reads after wait_for_previous_launch().
 CCNET_DEVICE void allow_next_launch() { asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory"); }
 CCNET_DEVICE void wait_for_previous_launch() { asm volatile("griddepcontrol.wait;\n" ::: "memory"); }
+
+// Moves registers between warpgroups: a kernel's threads begin with equal shares of them. By all warps of a warpgroup;
+// `Count` is a multiple of 8. claim_registers() waits until there are so many.
+template <int Count>
+CCNET_DEVICE void claim_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(Count));
+}
+template <int Count>
+CCNET_DEVICE void release_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(Count));
+}
 
 // A matrix in a panel, for wgmma: 128-byte swizzle, groups of eight rows 1024 bytes apart. One panel's width (64
 // elements) is all that a product takes of it, so that the distance between panels does not matter.

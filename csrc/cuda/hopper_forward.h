@@ -6,6 +6,7 @@
 #pragma once
 
 #include "hopper_ring.h"
+#include "quad.h"
 
 namespace ccnet {
 namespace cuda {
@@ -14,9 +15,11 @@ template <int Blocks>
 struct HopperForwardShape {
   static constexpr int kThreads = 2 * kWarpgroup;
   static constexpr int kBlocksPerSm = 2;
-  static constexpr int kSlots = 7;
-  using PanelRing = Ring<kSlots, kThreads / kWarp>;
-  static constexpr int kSharedBytes = PanelRing::kBytes;
+  static constexpr int kSlots = 6;
+  // One panel more, in which each warp has 16 rows to rearrange its output.
+  using PanelRing = Ring<kSlots, kThreads / kWarp, 1>;
+  static constexpr int kRowsOffset = PanelRing::kBytes;  // where the tile's rows lie in the output, see below
+  static constexpr int kSharedBytes = kRowsOffset + kTileRows * static_cast<int>(sizeof(uint32_t));
 };
 
 template <typename T>
@@ -25,33 +28,17 @@ struct HopperForwardArgs {
   Tiling tiling;
   LineStrides position;  // of (B, N) statistics
   bool drop_self;
+  Divisor within;             // of the CTAs of one group of lines: query tiles x splits
+  Divisor by_split;           // of splits
   int first_key;              // position at which the keys of this launch begin
   int qk_channels, channels;  // C', C
   Output<T> out;
   const Stats<float>* stats_in;  // (B, N); null on the first launch: nothing attended yet
   Stats<float>* stats_out;       // (B, N); null on the last
   float* lse;                    // (B, N); null except on the last
-  int splits, steps_per_split;   // ranges of channels, in panels
-  int64_t first_block, blocks;
+  int steps_per_split;           // a range of channels, in panels
+  int blocks;
 };
-
-// Exchanges 4x4 words within each four lanes: lane t's word j becomes lane j's word t.
-CCNET_DEVICE void transpose_words(uint32_t (&w)[4]) {
-  const int lane = thread_index();
-  CCNET_UNROLL
-  for (int bit = 1; bit < 4; bit *= 2) {
-    const bool high = (lane & bit) != 0;
-    CCNET_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      if ((i & bit) != 0) continue;
-      const uint32_t kept = high ? w[i + bit] : w[i];
-      const uint32_t sent = high ? w[i] : w[i + bit];
-      const uint32_t got = float_to_bits(shuffle_xor(bits_to_float(sent), bit));
-      w[i] = high ? got : kept;
-      w[i + bit] = high ? kept : got;
-    }
-  }
-}
 
 template <typename T, int Blocks>
 CCNET_KERNEL(HopperForwardShape<Blocks>::kThreads, HopperForwardShape<Blocks>::kBlocksPerSm)
@@ -70,17 +57,31 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
   constexpr int kEvaluations = 2 * kUnits - 1;
 
   const Tiling& tiling = a.tiling;
-  const int64_t block = a.first_block + block_index();
-  const int within = static_cast<int>(block % (tiling.line_tiles * a.splits));
-  const int split = within % a.splits;
-  const int query0 = within / a.splits * kTileRows;
+  const int group_number = static_cast<int>(a.within.quotient(static_cast<uint32_t>(block_index())));
+  const int within = static_cast<int>(block_index()) - group_number * static_cast<int>(a.within.divisor);
+  const int query_tile = static_cast<int>(a.by_split.quotient(static_cast<uint32_t>(within)));
+  const int split = within - query_tile * static_cast<int>(a.by_split.divisor);
+  const int query0 = query_tile * kTileRows;
 
   PanelRing ring(dynamic_shared());
   allow_next_launch();
   ring.start();
-  ring.keep_place(find_group(tiling, block / (tiling.line_tiles * a.splits)));
-  const int box_rows = tiling.group > 1 ? tiling.group * tiling.span : kTileRows;
-  ring.clear_tails(box_rows);
+  ring.clear_tails(tile_rows(tiling));
+  // In segments, which keeps it in 32 bits (the plan sees to that).
+  constexpr uint32_t kNoRow = 0xffffffffu;
+  char* const out_rows = dynamic_shared() + Shape::kRowsOffset;
+  {
+    const Line group = find_group(tiling, group_number);
+    ring.keep_place(group);
+    if (thread_index() < kTileRows) {
+      const TileRow row = tile_row(tiling, thread_index());
+      store_shared<uint32_t>(
+          out_rows + thread_index() * sizeof(uint32_t),
+          row_exists(tiling, group, query0, row)
+              ? static_cast<uint32_t>(row_offset(a.out.strides, group, query0, row) / kSegmentLength<T>)
+              : kNoRow);
+    }
+  }
   barrier();
 
   // The items in order: panels of Q and K, then of V.
@@ -101,32 +102,27 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
       map = item == 0 ? &a.query : &a.key;
       row = item == 0 ? query0 : a.first_key + (item - 1) * kTileRows;
     } else {
-      const int evaluation = item / (2 * qk_panels);
+      const int evaluation = qk_panels == 1 ? item / 2 : item / (2 * qk_panels);
       const bool of_query = item % 2 == 0;
       map = of_query ? &a.query : &a.key;
       row = of_query ? query0 : a.first_key + evaluation % kUnits * kUnit / kTileRows * kTileRows;
-      channel = item / 2 % qk_panels * kWidth;
+      channel = (item / 2 - evaluation * qk_panels) * kWidth;
     }
     load_box(panel, map, channel, row, ring.place(0), ring.place(1), ring.place(2), full);
   };
-  const auto refill = [&](int end) {
-    if (thread_index() == 0) ring.fill(min_of(end, items), box_rows * kRowBytes, load);
+  // Fills the slots of the first `released` items.
+  const auto refill = [&](int released) {
+    if (thread_index() == 0) {
+      ring.fill(min_of(released + Shape::kSlots, items), tile_rows(tiling) * kRowBytes, load);
+    }
     converge_warp();
   };
-  const auto done_with = [&](int count) {
-    ring.release(count);
-    refill(ring.released - count + Shape::kSlots);  // not yet the slots released just now
-  };
-  refill(Shape::kSlots);
+  refill(0);
 
-  const int thread = thread_index();
-  const int lane = thread % kWarp;
-  const int own_row = thread / kWarp * 16 + lane / 4;  // and the one eight further
-  const int column = lane % 4 * 2;
+  const auto own_row = [](int thread) { return thread / kWarp * 16 + thread % kWarp / 4; };  // and the one 8 further
 
   uint32_t weights[Blocks][kKeySteps][4];  // P, as left operands
   float new_scale[2], old_scale[2];
-  int64_t out_offset[2];  // of the row; -1: there is none
   {
     float scores[kUnit / 2];
     float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.f, 0.f};
@@ -148,7 +144,7 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
           q = ring.take();
           k[key_block] = ring.take();
         }
-        const uint64_t q_matrix = panel_descriptor(q + thread / kWarpgroup * 64 * kRowBytes);
+        const uint64_t q_matrix = panel_descriptor(q + thread_index() / kWarpgroup * 64 * kRowBytes);
         const uint64_t k_matrix = panel_descriptor(k[key_block] + unit_row * kRowBytes);
         hold(scores);
         begin_products();
@@ -160,73 +156,119 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
         commit_products();
         wait_products<0>();
         hold(scores);
-        if (!resident) done_with(2);
+        if (!resident) {
+          ring.template release<2>();
+          refill(2 * (evaluation * qk_panels + p));  // not the two just released: other warps may still read them
+        }
+      }
+
+      const int thread = recompute(thread_index());
+      const int key0 = a.first_key + key_block * kTileRows;
+      const Partners partners[2] = {
+          partners_of(tiling, tile_row(tiling, own_row(thread)), query0, key0, a.drop_self),
+          partners_of(tiling, tile_row(tiling, own_row(thread) + 8), query0, key0, a.drop_self)};
+      CCNET_UNROLL
+      for (int j = 0; j < kUnit / 8; ++j) {
+        // Of a line on its own most eights of keys need no mask: only those beyond its end, and on the diagonal.
+        const int first = unit_row + 8 * j;
+        const bool at_end = key0 + first + 8 > tiling.length;
+        const bool on_diagonal = a.drop_self && (key0 + first) / 16 == query0 / 16 + thread / kWarp;
+        if (tiling.group == 1 && !at_end && !on_diagonal) continue;
+        CCNET_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          if (!partners[e / 2].has(first + thread % 4 * 2 + e % 2)) scores[4 * j + e] = -INFINITY;
+        }
       }
       CCNET_UNROLL
       for (int r = 0; r < 2; ++r) {
-        const Partners partners = partners_of(tiling, tile_row(tiling, own_row + 8 * r), query0,
-                                              a.first_key + key_block * kTileRows, a.drop_self);
-        if (partners.begin > 0 || partners.count < kTileRows || partners.self >= 0) {
-          CCNET_UNROLL
-          for (int i = 0; i < kUnit / 4; ++i) {
-            float& s = scores[4 * (i / 2) + 2 * r + i % 2];
-            if (!partners.has(unit_row + 8 * (i / 2) + column + i % 2)) s = -INFINITY;
-          }
-        }
         if (evaluation < kUnits) {
-          float m = row_max[r];
+          float m[4] = {row_max[r], -INFINITY, -INFINITY, -INFINITY};
           CCNET_UNROLL
-          for (int i = 0; i < kUnit / 4; ++i) m = fmaxf(m, scores[4 * (i / 2) + 2 * r + i % 2]);
-          m = fmaxf(m, shuffle_xor(m, 1));
-          row_max[r] = fmaxf(m, shuffle_xor(m, 2));
+          for (int i = 0; i < kUnit / 4; ++i) m[i % 4] = fmaxf(m[i % 4], scores[4 * (i / 2) + 2 * r + i % 2]);
+          m[0] = fmaxf(fmaxf(m[0], m[1]), fmaxf(m[2], m[3]));
+          m[0] = fmaxf(m[0], shuffle_xor(m[0], 1));
+          row_max[r] = fmaxf(m[0], shuffle_xor(m[0], 2));
         }
         if (evaluation >= kUnits - 1) {
-          const float reference = row_max[r] == -INFINITY ? 0.f : row_max[r];  // nothing but masked keys
+          const float reference = row_max[r] == -INFINITY ? 0.f : row_max[r] * -kLog2E;  // 0: nothing but masked keys
+          float sum[2] = {0.f, 0.f};
           CCNET_UNROLL
           for (int j = 0; j < kUnit / 8; ++j) {
-            const float low = exp2_rounded((scores[4 * j + 2 * r] - reference) * kLog2E);
-            const float high = exp2_rounded((scores[4 * j + 2 * r + 1] - reference) * kLog2E);
-            row_sum[r] += low + high;
+            const float low = exp2_rounded(fmaf(scores[4 * j + 2 * r], kLog2E, reference));
+            const float high = exp2_rounded(fmaf(scores[4 * j + 2 * r + 1], kLog2E, reference));
+            sum[0] += low;
+            sum[1] += high;
             weights[key_block][unit_row / 16 + j / 2][j % 2 * 2 + r] = pack<T>(low, high);
           }
+          row_sum[r] += sum[0] + sum[1];
         }
       }
     }
-    if (resident) done_with(1 + Blocks);
+    if (resident) {
+      ring.template release<1 + Blocks>();
+    }
 
+    // Merged with the keys of earlier launches.
     if (a.stats_in != nullptr) wait_for_previous_launch();
     const Line group = ring.group();
+    const int thread = recompute(thread_index());
     CCNET_UNROLL
     for (int r = 0; r < 2; ++r) {
       row_sum[r] += shuffle_xor(row_sum[r], 1);
       row_sum[r] += shuffle_xor(row_sum[r], 2);
-      const TileRow row = tile_row(tiling, own_row + 8 * r);
-      out_offset[r] = -1;
       new_scale[r] = old_scale[r] = 0.f;
+      const TileRow row = tile_row(tiling, own_row(thread) + 8 * r);
       if (!row_exists(tiling, group, query0, row)) continue;
-      out_offset[r] = row_offset(a.out.strides, group, query0, row);
       const int64_t position = row_offset(a.position, group, query0, row);
       Stats<float> before = empty_stats<float>();
       if (a.stats_in != nullptr) before = load_global(a.stats_in + position);
-      const Merge<float> merged = merge(before, Stats<float>{row_max[r], row_sum[r]});
-      if (merged.stats.sum > 0.f) {
-        new_scale[r] = merged.scale_b / merged.stats.sum;
-        old_scale[r] = before.sum * merged.scale_a / merged.stats.sum;
+      const float max = fmaxf(before.max, row_max[r]);
+      // exp(-inf - -inf) is NaN: an empty set counts for nothing.
+      const float old_part = before.sum > 0.f ? before.sum * exp2_rounded((before.max - max) * kLog2E) : 0.f;
+      const float new_part = row_sum[r] > 0.f ? exp2_rounded((row_max[r] - max) * kLog2E) : 0.f;
+      const Stats<float> merged{max, fmaf(new_part, row_sum[r], old_part)};
+      if (merged.sum > 0.f) {
+        const float inverse = 1.f / merged.sum;
+        new_scale[r] = new_part * inverse;
+        old_scale[r] = old_part * inverse;
       }
-      if (split == 0 && lane % 4 == 0) {
-        if (a.stats_out != nullptr) store_global(a.stats_out + position, merged.stats);
-        if (a.lse != nullptr) store_global(a.lse + position, log_sum_exp(merged.stats));
+      if (split == 0 && thread % 4 == 0) {
+        if (a.stats_out != nullptr) store_global(a.stats_out + position, merged);
+        if (a.lse != nullptr) store_global(a.lse + position, log_sum_exp(merged));
       }
     }
   }
 
-  // out = P V * new_scale + out * old_scale. A lane's 16 channels of a panel are those of its turn among the four lanes
-  // that hold a row: two segments.
+  // out = P V * new_scale + out * old_scale. A warp's 16 rows of a panel go through shared memory, since the fragments
+  // of wgmma hold two channels where memory wants eight: a lane reads and writes segment lane % 8 of the rows
+  // lane / 8 + 4 i, whole 128-byte lines together.
   const bool kept = a.stats_in != nullptr;
-  const int segment = lane % 4 * kSegmentLength<T>;
+  refill(score_items);
+  Segment* const out = reinterpret_cast<Segment*>(a.out.data);
   CCNET_UNROLL_BY(1)
   for (int step = 0; step < steps; ++step) {
-    const int channel = (step0 + step) * kWidth + segment;
+    const int thread = Blocks == 1 ? thread_index() : recompute(thread_index());  // where registers are short
+    char* const rows = ring.panel(Shape::kSlots) + thread / kWarp * 16 * kRowBytes;
+    char* const segments = rows + thread % kWarp / 8 * kRowBytes;
+    const int segment_place = (thread % 8 ^ thread % kWarp / 8) * kSegmentBytes;
+    const auto segment_at = [&](int i) { return segments + i * 4 * kRowBytes + (segment_place ^ i % 2 * 64); };
+    // Of a fragment of 16 rows x 16 channels, as load_matrices() and store_matrices() take them.
+    char* const fragments = rows + thread % 16 * kRowBytes;
+    const int fragment_place = (thread % kWarp / 16 ^ thread % 8) * kSegmentBytes;
+    const auto fragment_at = [&](int i) { return fragments + (fragment_place ^ i * 32); };
+    const char* const own_rows = out_rows + (thread / kWarp * 16 + thread % kWarp / 8) * sizeof(uint32_t);
+    const auto out_row = [&](int i) { return load_shared<uint32_t>(own_rows + 4 * i * sizeof(uint32_t)); };
+    const int segment = (step0 + step) * kRowSegments + thread % 8;
+    const bool exists = segment * kSegmentLength<T> < a.channels;
+
+    if (kept) {
+      CCNET_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t row = out_row(i);
+        const bool there = exists && row != kNoRow;
+        copy_async(segment_at(i), out + (there ? row + segment : 0), there ? kSegmentBytes : 0);
+      }
+    }
     float sums[kWidth / 2];
     hold(sums);
     const char* v[Blocks];
@@ -243,55 +285,36 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
       }
     }
     commit_products();
-    Segment old[2][2];
-    const auto read_old = [&](int r) {
-      CCNET_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const int c = channel + h * 4 * kSegmentLength<T>;
-        old[r][h] = Segment{{0, 0, 0, 0}};
-        if (kept && out_offset[r] >= 0 && c < a.channels) {
-          old[r][h] = load_global(reinterpret_cast<const Segment*>(a.out.data + out_offset[r] + c));
-        }
-      }
-    };
-    if (Blocks == 1) {  // with two there are no registers to spare, and more of other warps' work to hide behind
-      read_old(0);
-      read_old(1);
-    }
+    if (kept) wait_copies();
     wait_products<0>();
     hold(sums);
-    done_with(Blocks);
+    ring.template release<Blocks>();
+    refill(score_items + step * Blocks);  // brings the lanes together, too: the old rows are there
     CCNET_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      if (Blocks > 1) read_old(r);
+    for (int i = 0; i < 4; ++i) {  // 16 channels
+      uint32_t words[4];
+      if (kept) load_matrices(words, fragment_at(i));
       CCNET_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        uint32_t words[4];
+      for (int w = 0; w < 4; ++w) {
+        const int r = w % 2;
+        float* const sum = sums + 8 * i + w / 2 * 4 + 2 * r;
         if (kept) {
-          transpose_words(old[r][h].word);
-          CCNET_UNROLL
-          for (int j = 0; j < 4; ++j) {
-            const uint32_t before = old[r][h].word[j];
-            float* const sum = sums + 16 * h + 4 * j + 2 * r;
-            words[j] = pack<T>(
-                fmaf(to_float<T>(T{static_cast<uint16_t>(before)}), old_scale[r], sum[0] * new_scale[r]),
-                fmaf(to_float<T>(T{static_cast<uint16_t>(before >> 16)}), old_scale[r], sum[1] * new_scale[r]));
-          }
+          words[w] = pack<T>(fmaf(to_float<T>(T{static_cast<uint16_t>(words[w])}), old_scale[r], sum[0] * new_scale[r]),
+                             fmaf(to_float<T>(T{static_cast<uint16_t>(words[w] >> 16)}), old_scale[r],
+                                  sum[1] * new_scale[r]));
         } else {
-          CCNET_UNROLL
-          for (int j = 0; j < 4; ++j) {
-            float* const sum = sums + 16 * h + 4 * j + 2 * r;
-            words[j] = pack<T>(sum[0] * new_scale[r], sum[1] * new_scale[r]);
-          }
-        }
-        transpose_words(words);
-        const int c = channel + h * 4 * kSegmentLength<T>;
-        if (out_offset[r] >= 0 && c < a.channels) {
-          store_global(reinterpret_cast<Segment*>(a.out.data + out_offset[r] + c),
-                       Segment{{words[0], words[1], words[2], words[3]}});
+          words[w] = pack<T>(sum[0] * new_scale[r], sum[1] * new_scale[r]);
         }
       }
+      store_matrices(fragment_at(i), words);
     }
+    converge_warp();
+    CCNET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t row = out_row(i);
+      if (exists && row != kNoRow) store_global(out + row + segment, load_shared<Segment>(segment_at(i)));
+    }
+    converge_warp();
   }
 }
 

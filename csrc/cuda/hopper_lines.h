@@ -11,38 +11,60 @@ namespace cuda {
 
 constexpr int kTileRows = 128;
 
-// How the lines of an axis are cut into tiles.
+// Division of numbers below 2^31 by one that is known before the launch: a product and a shift.
+struct Divisor {
+  uint32_t divisor, factor;
+  int shift;
+
+  CCNET_HD uint32_t quotient(uint32_t n) const {
+    return static_cast<uint32_t>(static_cast<uint64_t>(n) * factor >> shift);
+  }
+};
+inline Divisor divisor_of(int64_t d) {
+  int bits = 0;
+  while (int64_t{1} << bits < d) ++bits;
+  return {static_cast<uint32_t>(d), static_cast<uint32_t>(((int64_t{1} << (31 + bits)) + d - 1) / d), 31 + bits};
+}
+
+// How the lines of an axis are cut into tiles. Lines are counted in 32 bits: the plan sees to that.
 struct Tiling {
-  LineGrid lines;
-  int length;        // L, positions of a line
-  int span;          // positions of a line in a tile: 128, or L where several lines share a tile
-  int group;         // lines in a tile: neighbours along the last other axis
-  int line_tiles;    // tiles along a line: ceil(L / span)
-  int64_t groups;    // groups along the last other axis
+  int length;         // L, positions of a line
+  int span;           // positions of a line in a tile: 128, or L where several lines share a tile
+  int group;          // lines in a tile: neighbours along the last other axis
+  int line_tiles;     // tiles along a line: ceil(L / span)
+  int neighbours;     // lines along the last other axis
+  Divisor spans;      // of span
+  Divisor groups;     // of the groups along the last other axis
+  Divisor others;     // of the size of the other axis
 };
 
-CCNET_HD Tiling tiling_along(const Grid& g, int axis) {
+CCNET_HD int tile_rows(const Tiling& t) { return t.group > 1 ? t.group * t.span : kTileRows; }
+
+inline Tiling tiling_along(const Grid& g, int axis) {
+  const LineGrid lines = lines_along(g, axis);
   Tiling t{};
-  t.lines = lines_along(g, axis);
   t.length = static_cast<int>(g.size[axis]);
-  const int64_t neighbours = t.lines.other[kMaxAxes - 2];
-  const int fitting = t.length <= kTileRows / 2 && neighbours > 1 ? kTileRows / t.length : 1;
-  t.group = static_cast<int>(fitting < neighbours ? fitting : neighbours);
+  t.neighbours = static_cast<int>(lines.other[kMaxAxes - 2]);
+  const int fitting = t.length <= kTileRows / 2 && t.neighbours > 1 ? kTileRows / t.length : 1;
+  t.group = min_of(fitting, t.neighbours);
   t.span = t.group > 1 ? t.length : kTileRows;
   t.line_tiles = t.group > 1 ? 1 : static_cast<int>(ceil_div(t.length, kTileRows));
-  t.groups = ceil_div(neighbours, t.group);
+  t.spans = divisor_of(t.span);
+  t.groups = divisor_of(ceil_div(t.neighbours, t.group));
+  t.others = divisor_of(lines.other[0]);
   return t;
 }
 // Groups of lines over the whole batch.
-CCNET_HD int64_t line_groups(const Tiling& t, int64_t batch) { return batch * t.lines.other[0] * t.groups; }
+inline int64_t line_groups(const Tiling& t, int64_t batch) {
+  return batch * t.others.divisor * int64_t{t.groups.divisor};
+}
 
 // Where the rows of a group of lines lie; `line` is the first of them.
-CCNET_HD Line find_group(const Tiling& t, int64_t number) {
-  LineGrid grid = t.lines;
-  grid.other[kMaxAxes - 2] = t.groups;
-  Line line = find_line(grid, number);
-  line.at[kMaxAxes - 2] *= t.group;
-  return line;
+CCNET_HD Line find_group(const Tiling& t, int number) {
+  const uint32_t n = static_cast<uint32_t>(number);
+  const uint32_t beyond = t.groups.quotient(n);
+  const uint32_t batch = t.others.quotient(beyond);
+  return {batch, {beyond - batch * t.others.divisor, (n - beyond * t.groups.divisor) * t.group}};
 }
 
 // A row of a tile: which line of the group and which position of it.
@@ -52,12 +74,12 @@ struct TileRow {
 };
 CCNET_HD TileRow tile_row(const Tiling& t, int row) {
   if (t.group == 1) return {0, row};
-  const int line = row / t.span;
+  const int line = static_cast<int>(t.spans.quotient(static_cast<uint32_t>(row)));
   return {line, row - line * t.span};
 }
 // Whether a row is a position of the tensor, for a tile whose rows begin at `first` of its lines.
 CCNET_HD bool row_exists(const Tiling& t, const Line& group, int first, const TileRow& row) {
-  return row.line < t.group && group.at[kMaxAxes - 2] + row.line < t.lines.other[kMaxAxes - 2] &&
+  return row.line < t.group && group.at[kMaxAxes - 2] + row.line < t.neighbours &&
          first + row.position < t.length;
 }
 // Element offset of that position, channel 0.
@@ -98,7 +120,8 @@ BoxSource box_source(const TensorRef& t, const Grid& g, int axis, int channels, 
   BoxSource b{};
   b.data = t.data;
   b.element_bytes = static_cast<int>(sizeof(T));
-  const int64_t size[5] = {channels, tiling.length, tiling.lines.other[1], tiling.lines.other[0], g.batch};
+  const LineGrid lines = lines_along(g, axis);
+  const int64_t size[5] = {channels, tiling.length, lines.other[1], lines.other[0], g.batch};
   const int64_t stride[5] = {1, s.step, s.other[1], s.other[0], s.batch};
   const int box[5] = {kPanelWidth<T>, tiling.span, tiling.group, 1, 1};
   int64_t dense = round_up(channels, kSegmentLength<T>);  // for dimensions of size 1, whose stride is never used
@@ -119,7 +142,7 @@ bool boxes_fit(const TensorRef& t, const Grid& g, int channels) {
     return bytes > 0 && bytes % kSegmentBytes == 0 && bytes < int64_t{1} << 40;
   };
   constexpr int64_t kMostPositions = int64_t{1} << 31;
-  fit = fit && g.batch < kMostPositions && (g.batch == 1 || stride_fits(t.strides.batch));
+  fit = fit && g.batch * g.positions() < kMostPositions && (g.batch == 1 || stride_fits(t.strides.batch));
   for (int a = 0; a < g.axes; ++a) fit = fit && (g.size[a] == 1 || stride_fits(t.strides.axis[a]));
   return fit;
 }

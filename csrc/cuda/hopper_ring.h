@@ -11,21 +11,22 @@ namespace cuda {
 
 constexpr int kRingSlotBytes = panel_bytes(kTileRows);
 
-template <int Slots, int Warps>
+// `Extra` panels that are no slots follow them: panel(Slots), ...
+template <int Slots, int Warps, int Extra = 0>
 struct Ring {
   static constexpr int kBarrierBytes = 2 * Slots * static_cast<int>(sizeof(SharedBarrier));
   static constexpr int kPlaceBytes = 4 * static_cast<int>(sizeof(int));
-  static constexpr int kBytes = Slots * kRingSlotBytes + kBarrierBytes + kPlaceBytes;
+  static constexpr int kPanelBytes = (Slots + Extra) * kRingSlotBytes;
+  static constexpr int kBytes = kPanelBytes + kBarrierBytes + kPlaceBytes;
 
   char* base;
-  int taken = 0, released = 0;  // items
-  int filled = 0;               // thread 0
+  int slot = 0, phase = 0;  // of the next item to take
 
   CCNET_DEVICE explicit Ring(char* shared) : base(shared) {}
 
   CCNET_DEVICE char* panel(int slot) const { return base + slot * kRingSlotBytes; }
   CCNET_DEVICE SharedBarrier* full(int slot) const {
-    return reinterpret_cast<SharedBarrier*>(base + Slots * kRingSlotBytes) + slot;
+    return reinterpret_cast<SharedBarrier*>(base + kPanelBytes) + slot;
   }
   CCNET_DEVICE SharedBarrier* empty(int slot) const { return full(Slots + slot); }
 
@@ -54,45 +55,55 @@ struct Ring {
 
   // The next item's panel, once it is there.
   CCNET_DEVICE char* take() {
-    const int slot = taken % Slots;
-    wait_phase(full(slot), taken / Slots & 1);
-    ++taken;
-    return panel(slot);
+    char* const p = panel(slot);
+    wait_phase(full(slot), phase);
+    if (++slot == Slots) {
+      slot = 0;
+      phase ^= 1;
+    }
+    return p;
   }
-  // This warp reads the oldest `count` taken items no more.
-  CCNET_DEVICE void release(int count) {
-    CCNET_UNROLL_BY(1)
-    for (int i = 0; i < count; ++i, ++released) {
-      if (thread_index() % kWarp == 0) arrive(empty(released % Slots));
+  // This warp reads the last `Count` taken items no more.
+  template <int Count>
+  CCNET_DEVICE void release() {
+    CCNET_UNROLL
+    for (int i = Count; i > 0; --i) {
+      if (thread_index() % kWarp == 0) arrive(empty(slot >= i ? slot - i : slot - i + Slots));
     }
   }
 
-  // By thread 0: fills slots up to item `end`, exclusive. `load(item, panel, full)` brings an item of `bytes` bytes.
+  // By thread 0: fills slots with the items before `end` that are not there yet; an item has `bytes` bytes, and
+  // `load(item, panel, full)` brings it.
   template <typename Load>
   CCNET_DEVICE void fill(int end, int bytes, Load load) {
+    int item = load_shared<int>(place_address(kFilled));
+    if (item >= end) return;
     CCNET_UNROLL_BY(1)
-    for (; filled < end; ++filled) {
-      const int slot = filled % Slots;
+    for (; item < end; ++item) {
+      const int to = item % Slots;
       // The wait for the phase before a barrier's first ends at once.
-      wait_phase(empty(slot), filled / Slots & 1 ^ 1);
-      arrive_and_expect(full(slot), bytes);
-      load(filled, panel(slot), full(slot));
+      wait_phase(empty(to), (item / Slots & 1) ^ 1);
+      arrive_and_expect(full(to), bytes);
+      load(item, panel(to), full(to));
     }
+    store_shared<int>(place_address(kFilled), item);
   }
 
-  // Where the CTA's lines lie, kept out of registers: its coordinates as load_box() takes them.
+  // Where the CTA's lines lie, and how many items were loaded, kept out of registers: its coordinates as load_box() takes them.
   CCNET_DEVICE void keep_place(const Line& group) {
     if (thread_index() != 0) return;
     store_shared<int>(place_address(0), static_cast<int>(group.at[1]));
     store_shared<int>(place_address(1), static_cast<int>(group.at[0]));
     store_shared<int>(place_address(2), static_cast<int>(group.batch));
+    store_shared<int>(place_address(kFilled), 0);
   }
   CCNET_DEVICE int place(int i) const { return load_shared<int>(place_address(i)); }
   CCNET_DEVICE Line group() const { return {place(2), {place(1), place(0)}}; }
 
  private:
+  static constexpr int kFilled = 3;
   CCNET_DEVICE char* place_address(int i) const {
-    return base + Slots * kRingSlotBytes + kBarrierBytes + i * static_cast<int>(sizeof(int));
+    return base + kPanelBytes + kBarrierBytes + i * static_cast<int>(sizeof(int));
   }
 };
 

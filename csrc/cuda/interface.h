@@ -12,6 +12,7 @@ struct DeviceInfo {
   int multiprocessors;
   int shared_bytes;  // most that one block may have, opt-in
   int64_t blocks_per_grid;
+  int capability;  // 90 for compute capability 9.0
 };
 
 // A (B, C, *S) tensor; strides in elements.
@@ -44,7 +45,8 @@ struct BackwardRequest {
 
 // The current CUDA device must be the tensors'. The results are cudaError_t values, 0 for success.
 struct Kernels {
-  bool (*fits)(const DeviceInfo&);                              // whether the device has shared memory enough
+  bool (*takes_forward)(const ForwardRequest&);  // whether this device and these tensors are for these kernels
+  bool (*takes_backward)(const BackwardRequest&);
   int64_t (*forward_scratch)(const Grid&, const DeviceInfo&);   // bytes
   int (*forward)(const ForwardRequest&);
   int (*backward)(const BackwardRequest&);
@@ -53,6 +55,12 @@ struct Kernels {
 const Kernels& float_kernels();
 const Kernels& half_kernels();
 const Kernels& bfloat16_kernels();
+
+// For compute capability 9.0; there where the library is built for it.
+#if defined(CCNET_HOPPER)
+const Kernels& hopper_half_kernels();
+const Kernels& hopper_bfloat16_kernels();
+#endif
 
 }  // namespace cuda
 }  // namespace ccnet

@@ -44,7 +44,8 @@ class Launcher {
 template <typename T>
 Kernels kernels_of() {
   Kernels k{};
-  k.fits = [](const DeviceInfo& device) { return fits<T>(device); };
+  k.takes_forward = [](const ForwardRequest& request) { return fits<T>(request.device); };
+  k.takes_backward = [](const BackwardRequest& request) { return fits<T>(request.device); };
   k.forward_scratch = [](const Grid& grid, const DeviceInfo& device) { return forward_scratch<T>(grid, device); };
   k.forward = [](const ForwardRequest& request) { return forward<T>(request, Launcher(request.stream)); };
   k.backward = [](const BackwardRequest& request) { return backward<T>(request, Launcher(request.stream)); };

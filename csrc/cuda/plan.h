@@ -58,12 +58,14 @@ int64_t forward_launches(const Grid& g, const DeviceInfo& device) {
   return launches;
 }
 
-// Bytes of the statistics kept between launches, in turn in two buffers: a CTA of a launch may still read what another
-// has replaced.
+// The statistics are kept between launches in turn in two buffers: a CTA of a launch may still read what another has
+// replaced.
+inline int64_t stats_buffers(int64_t launches) { return launches < 2 ? 0 : launches == 2 ? 1 : 2; }
+
+// Bytes of these.
 template <typename T>
 int64_t forward_scratch(const Grid& g, const DeviceInfo& device) {
-  const int64_t launches = forward_launches<T>(g, device);
-  return (launches < 2 ? 0 : launches == 2 ? 1 : 2) * g.batch * g.positions() * int64_t{sizeof(Stats<float>)};
+  return stats_buffers(forward_launches<T>(g, device)) * g.batch * g.positions() * int64_t{sizeof(Stats<float>)};
 }
 
 // Runs `args` over `blocks` CTAs, in several grids where one cannot hold them.

@@ -68,6 +68,7 @@ inline void named_barrier(int number, int threads) { machine().named_barrier(num
 inline void allow_next_launch() { machine().allow_next_launch(); }
 inline void wait_for_previous_launch() { machine().wait_for_previous_launch(); }
 
+// Registers are not counted here; the compiler refuses a kernel that has too few.
 template <int Count>
 void claim_registers() {
   static_assert(Count % 8 == 0 && Count >= 24 && Count <= 256, "what setmaxnreg takes");

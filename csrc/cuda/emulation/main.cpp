@@ -12,6 +12,9 @@
 #include <map>
 
 #include "../plan.h"
+#include "hopper_map.h"
+// after make_map()
+#include "../hopper_plan.h"
 
 namespace ccnet {
 namespace cuda {
@@ -39,6 +42,22 @@ class Launcher {
   template <typename T>
   int operator()(const DeltaArgs<T>& args, int shared_bytes) {
     machine_.run_grid(args.blocks, kDeltaThreads, shared_bytes, [&] { delta_kernel<T>(args); });
+    return 0;
+  }
+
+ private:
+  Machine& machine_;
+};
+
+class HopperLauncher {
+ public:
+  explicit HopperLauncher(Machine& machine) : machine_(machine) {}
+
+  template <typename T, int Blocks>
+  int forward(const HopperForwardArgs<T>& args, bool overlaps_previous) {
+    using Shape = HopperForwardShape<Blocks>;
+    machine_.run_grid(args.blocks, Shape::kThreads, Shape::kSharedBytes, [&] { hopper_forward_kernel<T, Blocks>(args); },
+                      overlaps_previous);
     return 0;
   }
 
@@ -258,6 +277,12 @@ struct Counts {
 };
 
 template <typename T>
+bool takes_hopper_forward(const ForwardRequest& request) {
+  if constexpr (sizeof(T) == 2) return hopper_takes_forward<T>(request);
+  return false;
+}
+
+template <typename T>
 Run<T> run_kernels(const Case& c, Tensor<T>& query, Tensor<T>& key, Tensor<T>& value, Tensor<T>& grad_out,
                    const Options& options, Counts& counts) {
   const Grid& g = c.grid;
@@ -268,7 +293,12 @@ Run<T> run_kernels(const Case& c, Tensor<T>& query, Tensor<T>& key, Tensor<T>& v
   run.grad_key = make_tensor<T>(g, c.qk_channels, Layout::kChannelsLast);
   run.grad_value = make_tensor<T>(g, c.channels, Layout::kChannelsLast);
   run.lse.assign(static_cast<size_t>(positions), NAN);
-  std::vector<double> stats(static_cast<size_t>(forward_scratch<T>(g, c.device) / 8), NAN);
+  ForwardRequest request{g,           c.qk_channels, c.channels, query.ref(),     key.ref(), value.ref(),
+                         run.out.ref(), nullptr,       run.lse.data(), c.device, nullptr};
+  const bool special_forward = takes_hopper_forward<T>(request);
+  std::vector<double> stats(
+      static_cast<size_t>((special_forward ? hopper_forward_scratch(g) : forward_scratch<T>(g, c.device)) / 8), NAN);
+  request.stats = stats.data();
   std::vector<float> delta(static_cast<size_t>(positions), NAN);
   const auto add = [](Machine& machine, Tensor<T>& t, bool writable, const char* name) {
     machine.add_region(t.data, t.count * sizeof(T), writable, name);
@@ -281,9 +311,10 @@ Run<T> run_kernels(const Case& c, Tensor<T>& query, Tensor<T>& key, Tensor<T>& v
     add(machine, run.out, true, "out");
     machine.add_region(run.lse.data(), run.lse.size() * 4, true, "lse");
     if (!stats.empty()) machine.add_region(stats.data(), stats.size() * 8, true, "statistics");
-    ForwardRequest request{g,         c.qk_channels, c.channels,   query.ref(), key.ref(), value.ref(),
-                           run.out.ref(), stats.data(),  run.lse.data(), c.device,    nullptr};
-    forward<T>(request, Launcher(machine));
+    if constexpr (sizeof(T) == 2) {
+      if (special_forward) hopper_forward<T>(request, HopperLauncher(machine));
+    }
+    if (!special_forward) forward<T>(request, Launcher(machine));
     machine.check_outputs_written();
     counts.add(machine, counts.forward_bytes);
   }
@@ -365,7 +396,8 @@ std::string describe(const Case& c) {
   static const char* const layouts[] = {"channels-last", "padded", "misaligned", "channels-first", "expanded"};
   return text + " C'=" + std::to_string(c.qk_channels) + " C=" + std::to_string(c.channels) + " " +
          layouts[static_cast<int>(c.layout)] + " logits x" + std::to_string(c.logit_scale) + " shared " +
-         std::to_string(c.device.shared_bytes) + " SMs " + std::to_string(c.device.multiprocessors);
+         std::to_string(c.device.shared_bytes) + " capability " +
+         std::to_string(c.device.capability) + " SMs " + std::to_string(c.device.multiprocessors);
 }
 
 template <typename T>
@@ -421,8 +453,9 @@ template <typename T>
 DeviceInfo device_with(int key_blocks, int multiprocessors, int64_t blocks_per_grid) {
   const int shared =
       std::max(ForwardShape<T>::shared_bytes(key_blocks), static_cast<int>(BackwardShape<T>::kSharedBytes));
-  return {multiprocessors, shared, blocks_per_grid};
+  return {multiprocessors, shared, blocks_per_grid, 80};
 }
+DeviceInfo hopper(int multiprocessors) { return {multiprocessors, 227 * 1024, 1 << 30, kHopperCapability}; }
 
 // What a drawn case might miss: every path of the kernels and of the plan.
 template <typename T>
@@ -458,6 +491,15 @@ std::vector<Case> fixed_cases() {
       {grid(2, {7, 9}), 12, 20, Layout::kMisaligned, 1.f, device_with<T>(4, 10, all)},
       {grid(2, {5, 6}), 8, 16, Layout::kExpanded, 1.f, device_with<T>(4, 10, all)},
       {grid(2, {8, 5}), 9, 21, Layout::kPadded, 1.f, device_with<T>(4, 10, all)},
+      // compute capability 9.0: lines alone, several in a tile, of several blocks, of several launches
+      {grid(1, {2, 97}), 64, 136, Layout::kChannelsLast, 1.f, hopper(1)},
+      {grid(2, {5, 33}), 72, 264, Layout::kChannelsLast, 1.f, hopper(100)},
+      {grid(1, {3, 130}), 64, 72, Layout::kPadded, 2.f, hopper(1)},
+      {grid(1, {2, 300}), 72, 72, Layout::kChannelsLast, 2.f, hopper(4)},
+      {grid(2, {3, 4, 5}), 16, 32, Layout::kChannelsLast, 30.f, hopper(10)},
+      {grid(2, {7, 1}), 8, 8, Layout::kChannelsLast, 1.f, hopper(10)},
+      // items enough to go around the ring of panels several times
+      {grid(1, {2, 97}), 136, 520, Layout::kChannelsLast, 1.f, hopper(1)},
   };
 }
 
@@ -481,7 +523,8 @@ Case draw_case(std::mt19937& random) {
   c.layout = static_cast<Layout>(draw(0, 4));
   const float scales[] = {0.1f, 1.f, 1.f, 3.f, 30.f};
   c.logit_scale = scales[draw(0, 4)];
-  c.device = device_with<T>(draw(1, 4), draw(0, 1) ? 1 : 200, draw(0, 3) == 0 ? 3 : 1 << 30);
+  c.device = draw(0, 1) ? hopper(draw(0, 1) ? 1 : 200)
+                        : device_with<T>(draw(1, 4), draw(0, 1) ? 1 : 200, draw(0, 3) == 0 ? 3 : 1 << 30);
   return c;
 }
 
@@ -567,7 +610,7 @@ void print_traffic(const char* name, int64_t height, int64_t width) {
   c.grid.size[1] = width;
   c.qk_channels = 64;
   c.channels = 512;
-  c.device = {132, 227 * 1024, 1 << 30};
+  c.device = hopper(132);
   std::mt19937 random(1);
   Tensor<T> query = make_tensor<T>(c.grid, c.qk_channels, Layout::kChannelsLast);
   Tensor<T> key = make_tensor<T>(c.grid, c.qk_channels, Layout::kChannelsLast);
@@ -587,7 +630,7 @@ void print_traffic(const char* name, int64_t height, int64_t width) {
 }
 
 int run(int argc, char** argv) {
-  int cases = 15;
+  int cases = 22;
   uint32_t seed = 1;
   std::string dtype;
   Fault fault = Fault::kNone;
@@ -595,6 +638,11 @@ int run(int argc, char** argv) {
       {"skip-barrier", Fault::kSkipBarrier},     {"copy-late", Fault::kCopyLate},
       {"swap-fragments", Fault::kSwapFragments}, {"transpose-mma", Fault::kTransposeMma},
       {"shuffle", Fault::kShuffleNeighbour},     {"drop-tail", Fault::kDropTail},
+      {"skip-phase", Fault::kSkipPhase},         {"wrong-parity", Fault::kWrongParity},
+      {"refill-early", Fault::kRefillEarly},     {"lose-arrival", Fault::kLoseArrival},
+      {"skip-fence", Fault::kSkipFence},         {"plain-box", Fault::kPlainBox},
+      {"keep-outside", Fault::kKeepOutside},     {"transpose-descriptor", Fault::kTransposeDescriptor},
+      {"wait-too-little", Fault::kWaitTooLittle}, {"skip-launch-wait", Fault::kSkipLaunchWait},
   };
   for (int i = 1; i + 1 < argc; i += 2) {
     const std::string option = argv[i], value = argv[i + 1];

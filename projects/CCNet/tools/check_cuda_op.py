@@ -10,7 +10,7 @@ Builds nothing: the CUDA library must be there (`python -m ccnet_d2.collect_env`
 compiled and emulated on the CPU, not yet executed on a GPU; this script is what to run first where there is one.
 
 Checked, for drawn shapes, strides and dtypes: outputs and gradients against a float64 oracle built from an explicit
-neighbour mask; half precision against the error of the textbook form in the same precision; bitwise equality between
+neighbour mask, and against the error of the textbook form in the same precision; bitwise equality between
 runs; memory that the kernels should write filled with NaN before. Timed, as replays of CUDA graphs over several sets of
 inputs: the kernels, the matmul backend and the textbook form, beside the floor that follows from the bandwidth and
 the matrix rate measured in the same run.
@@ -40,9 +40,10 @@ from ccnet_d2.ops import compiled, matmul, reference
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
 NAMES = ("out", "grad_query", "grad_key", "grad_value")
-# fp32: relative error in the Frobenius norm. Half precision: times the textbook form's error in that precision.
-FLOAT_TOLERANCE = {"out": 1e-5, "grad_query": 3e-5, "grad_key": 3e-5, "grad_value": 3e-5}
-HALF_FACTOR = {"out": 2.0, "grad_query": 3.0, "grad_key": 3.0, "grad_value": 3.0}
+# Relative errors in the Frobenius norm that are allowed: times the textbook form's error in the same precision, and in
+# fp32 at least this much.
+FACTOR = {"out": 2.0, "grad_query": 3.0, "grad_key": 3.0, "grad_value": 3.0}
+TOLERANCE = {"out": 1e-5, "grad_query": 3e-5, "grad_key": 3e-5, "grad_value": 3e-5}
 # Where the textbook form happens to be exact, a few roundings are still allowed.
 HALF_LEAST = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 MASK_POSITIONS = 2500  # above, the oracle goes line by line: an N x N mask would not fit
@@ -193,15 +194,13 @@ def check_case(case: Case, device: torch.device) -> dict[str, float]:
     oracle = masked_attention if positions <= MASK_POSITIONS else reference.criss_cross_attention
     expected = differentiate(oracle, tuple(x.double() for x in inputs))
     errors = {name: relative_error(got[name], expected[name]) for name in NAMES}
-    if case.dtype == "float32":
-        limits = {name: FLOAT_TOLERANCE[name] * max(1.0, case.logit_scale / 3) for name in NAMES}
-    else:
-        plain = differentiate(textbook_attention, inputs)
-        least = HALF_LEAST[DTYPES[case.dtype]]
-        limits = {
-            name: max(HALF_FACTOR[name] * relative_error(plain[name], expected[name]), least)
-            for name in NAMES
-        }
+    # Where nearly all weight lies on one key, gradients are differences of nearly equal numbers in every formulation.
+    plain = differentiate(textbook_attention, inputs)
+    limits = {}
+    for name in NAMES:
+        allowed = FACTOR[name] * relative_error(plain[name], expected[name])
+        least = TOLERANCE[name] if case.dtype == "float32" else HALF_LEAST[DTYPES[case.dtype]]
+        limits[name] = max(allowed, least)
     for name in NAMES:
         # A single position has constant weights: the gradients of query and key are zero but for rounding.
         if torch.linalg.vector_norm(expected[name]) < 1e-9:

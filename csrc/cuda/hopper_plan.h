@@ -1,0 +1,93 @@
+// The launches of a call on a GPU of compute capability 9.0: plan.h for the kernels with wgmma and TMA. `launch` runs
+// one kernel and returns 0, or an error code that ends the call.
+#pragma once
+
+#include "hopper_forward.h"
+#include "plan.h"
+
+namespace ccnet {
+namespace cuda {
+
+constexpr int kHopperCapability = 90;
+
+template <typename T>
+bool hopper_output_fits(const TensorRef& t, const Grid& g, int channels) {
+  // The forward kernel counts segments of the output in 32 bits.
+  constexpr int64_t kMostSegments = int64_t{0xffffffff};
+  int64_t last = (g.batch - 1) * t.strides.batch + channels;
+  for (int a = 0; a < g.axes; ++a) last += (g.size[a] - 1) * t.strides.axis[a];
+  return boxes_fit<T>(t, g, channels) && channels % kSegmentLength<T> == 0 && last / kSegmentLength<T> < kMostSegments;
+}
+
+template <typename T>
+bool hopper_takes_forward(const ForwardRequest& call) {
+  const Grid& g = call.grid;
+  return call.device.capability == kHopperCapability &&
+         call.device.shared_bytes >= HopperForwardShape<2>::kSharedBytes &&
+         boxes_fit<T>(call.query, g, call.qk_channels) && boxes_fit<T>(call.key, g, call.qk_channels) &&
+         boxes_fit<T>(call.value, g, call.channels) && hopper_output_fits<T>(call.out, g, call.channels);
+}
+
+constexpr int kHopperKeysPerLaunch = 2 * kTileRows;
+
+inline int64_t hopper_forward_launches(const Grid& g) {
+  int64_t launches = 0;
+  for (int axis = 0; axis < g.axes; ++axis) {
+    if (has_keys(g, axis)) launches += ceil_div(g.size[axis], kHopperKeysPerLaunch);
+  }
+  return launches;
+}
+
+inline int64_t hopper_forward_scratch(const Grid& g) {
+  return stats_buffers(hopper_forward_launches(g)) * g.batch * g.positions() * int64_t{sizeof(Stats<float>)};
+}
+
+// launch.template forward<T, Blocks>(args, overlaps_previous)
+template <typename T, typename Launch>
+int hopper_forward(const ForwardRequest& call, Launch&& launch) {
+  const Grid& g = call.grid;
+  Stats<float>* const stats = static_cast<Stats<float>*>(call.stats);
+  const int64_t positions = g.batch * g.positions();
+  const int64_t launches = hopper_forward_launches(g);
+  int64_t done = 0;
+  for (int axis = 0; axis < g.axes; ++axis) {
+    if (!has_keys(g, axis)) continue;
+    HopperForwardArgs<T> args{};
+    args.tiling = tiling_along(g, axis);
+    const Tiling& tiling = args.tiling;
+    int error = make_map(&args.query, box_source<T>(call.query, g, axis, call.qk_channels, tiling));
+    if (error == 0) error = make_map(&args.key, box_source<T>(call.key, g, axis, call.qk_channels, tiling));
+    if (error == 0) error = make_map(&args.value, box_source<T>(call.value, g, axis, call.channels, tiling));
+    if (error != 0) return error;
+    args.position = strides_along(g, scalar_strides(g), axis);
+    args.drop_self = !keeps_self(g.axes, axis);
+    args.qk_channels = call.qk_channels;
+    args.channels = call.channels;
+    args.out = output_of<T>(call.out, g, axis, call.channels);
+    // Two CTAs for each multiprocessor, where there are channels enough to share out.
+    const int64_t tiles = line_groups(tiling, g.batch) * tiling.line_tiles;
+    const int64_t steps = ceil_div(call.channels, kPanelWidth<T>);
+    int64_t splits = HopperForwardShape<1>::kBlocksPerSm * call.device.multiprocessors / tiles;
+    splits = splits < 1 ? 1 : splits > steps ? steps : splits;
+    args.steps_per_split = static_cast<int>(ceil_div(steps, splits));
+    splits = ceil_div(steps, args.steps_per_split);
+    args.by_split = divisor_of(splits);
+    args.within = divisor_of(tiling.line_tiles * splits);
+    args.blocks = static_cast<int>(tiles * splits);
+    for (int64_t first_key = 0; first_key < tiling.length; first_key += kHopperKeysPerLaunch, ++done) {
+      args.first_key = static_cast<int>(first_key);
+      const bool last = done + 1 == launches;
+      args.stats_in = done == 0 ? nullptr : stats + (done - 1) % 2 * positions;
+      args.stats_out = last ? nullptr : stats + done % 2 * positions;
+      args.lse = last ? call.lse : nullptr;
+      const bool two_blocks = tiling.length - first_key > kTileRows;
+      const bool overlaps = done > 0;
+      error = two_blocks ? launch.template forward<T, 2>(args, overlaps) : launch.template forward<T, 1>(args, overlaps);
+      if (error != 0) return error;
+    }
+  }
+  return 0;
+}
+
+}  // namespace cuda
+}  // namespace ccnet
