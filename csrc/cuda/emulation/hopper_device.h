@@ -33,6 +33,9 @@ inline void load_box(char* panel, const TensorMap* map, int channel, int positio
 inline void prefetch_map(const TensorMap*) {}
 
 inline void fence_shared_for_async() { machine().fence_shared_for_async(); }
+inline void converge_warp() { machine().converge_warp(); }
+inline void named_barrier(int number, int threads) { machine().named_barrier(number, threads); }
+
 // Row r of 8x8 matrix i goes to the address that lane 8 i + r passed; its elements 2 c and 2 c + 1 come from word i of
 // lane 4 r + c.
 struct MatrixStore {
@@ -62,20 +65,18 @@ inline void store_matrices(char* row, const uint32_t (&r)[4]) {
   machine().collective(4, &store, run_matrix_stores);
 }
 
-inline void converge_warp() { machine().converge_warp(); }
-inline void named_barrier(int number, int threads) { machine().named_barrier(number, threads); }
-
 inline void allow_next_launch() { machine().allow_next_launch(); }
 inline void wait_for_previous_launch() { machine().wait_for_previous_launch(); }
 
-// Registers are not counted here; the compiler refuses a kernel that has too few.
 template <int Count>
 void claim_registers() {
   static_assert(Count % 8 == 0 && Count >= 24 && Count <= 256, "what setmaxnreg takes");
+  machine().share_registers(Count);
 }
 template <int Count>
 void release_registers() {
   static_assert(Count % 8 == 0 && Count >= 24 && Count <= 256, "what setmaxnreg takes");
+  machine().share_registers(Count);
 }
 
 // The bits that the GPU's version puts together; the machine takes them apart again by the manual.

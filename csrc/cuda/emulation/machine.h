@@ -367,6 +367,9 @@ class Machine {
     }
   }
 
+  // The registers that the running thread has from now on.
+  void share_registers(int count) { running().register_count = count; }
+
   // Launches that overlap.
   void allow_next_launch() {
     if (block_allowed_) return;
@@ -389,6 +392,7 @@ class Machine {
   static constexpr int kConverge = 50;
   static constexpr size_t kStackBytes = 64 * 1024;
   static constexpr int kMostSharedBytes = 227 * 1024;
+  static constexpr int kRegisters = 64 * 1024;
   static constexpr uint32_t kPoison = 0x7fc0dead;  // not a number
 
   enum class Wait { kNothing, kBarrier, kOthers, kPhase };
@@ -405,6 +409,7 @@ class Machine {
     size_t phase = 0;  // the barrier in shared memory that it waits for
     int barriers = 0;
     bool waited_for_launch = false;
+    int register_count = 0;  // 0: the share it began with
     std::vector<Copy> copies;
     std::vector<char> registers;  // its stack from registers_at on, when it called begin_products()
     const char* registers_at = nullptr;
@@ -817,7 +822,7 @@ class Machine {
       Fiber& fiber = fibers_[static_cast<size_t>(t)];
       fiber.started = fiber.done = fiber.waited_for_launch = false;
       fiber.waits_for = Wait::kNothing;
-      fiber.barriers = 0;
+      fiber.barriers = fiber.register_count = 0;
       fiber.copies.clear();
       order[static_cast<size_t>(t)] = t;
     }
@@ -861,8 +866,21 @@ class Machine {
     for (const Warpgroup& w : warpgroups_) {
       if (!w.products.empty()) throw Error("a CTA ended with products under way");
     }
+    check_registers();
     if (launch_waits_.empty()) launch().waited = launch().waited_before_allowing = false;
     if (!block_allowed_ && launch_waits_.empty()) launch().waited_before_allowing = false;
+  }
+  // Registers move between whole warpgroups, and no more than there are.
+  void check_registers() const {
+    int64_t all = 0;
+    for (size_t t = 0; t < fibers_.size(); ++t) {
+      const int count = fibers_[t].register_count;
+      if (count != fibers_[t / kProductThreads * kProductThreads].register_count) {
+        throw Error("threads of one warpgroup claim or release different numbers of registers");
+      }
+      all += count > 0 ? count : kRegisters / threads_ / 8 * 8;
+    }
+    if (all > kRegisters) throw Error("a CTA claims more registers than there are");
   }
   std::string deadlock() const {
     std::string text = "deadlock: threads wait for each other";

@@ -2,7 +2,7 @@
 // devices and thread orders.
 //
 //   emulate --traffic HEIGHTxWIDTH
-//   emulate [--cases N] [--seed S] [--dtype float|half|bfloat16] [--fault NAME]
+//   emulate [--cases N] [--seed S] [--dtype float|half|bfloat16] [--capability 80|90] [--fault NAME]
 //
 // Prints one line for each dtype and exits with 0, or says what is wrong and exits with 1.
 #include <stdio.h>
@@ -499,7 +499,7 @@ std::vector<Case> fixed_cases() {
       {grid(2, {3, 4, 5}), 16, 32, Layout::kChannelsLast, 30.f, hopper(10)},
       {grid(2, {7, 1}), 8, 8, Layout::kChannelsLast, 1.f, hopper(10)},
       // items enough to go around the ring of panels several times
-      {grid(1, {2, 97}), 136, 520, Layout::kChannelsLast, 1.f, hopper(1)},
+      {grid(1, {1, 97}), 136, 520, Layout::kChannelsLast, 1.f, hopper(1)},
   };
 }
 
@@ -577,12 +577,17 @@ void check_pairs() {
   }
 }
 
+// `capability`: of all cases; 0 for any.
 template <typename T>
-void check_dtype(const char* name, int cases, uint32_t seed, Fault fault) {
+void check_dtype(const char* name, int cases, int capability, uint32_t seed, Fault fault) {
   Worst worst;
-  std::vector<Case> list = fixed_cases<T>();
+  std::vector<Case> list;
+  const auto add = [&](const Case& c) {
+    if (capability == 0 || c.device.capability == capability) list.push_back(c);
+  };
+  for (const Case& c : fixed_cases<T>()) add(c);
   std::mt19937 random(seed);
-  while (list.size() < static_cast<size_t>(cases)) list.push_back(draw_case<T>(random));
+  while (list.size() < static_cast<size_t>(cases)) add(draw_case<T>(random));
   list.resize(static_cast<size_t>(cases));
   for (size_t i = 0; i < list.size(); ++i) {
     try {
@@ -630,7 +635,7 @@ void print_traffic(const char* name, int64_t height, int64_t width) {
 }
 
 int run(int argc, char** argv) {
-  int cases = 22;
+  int cases = 22, capability = 0;
   uint32_t seed = 1;
   std::string dtype;
   Fault fault = Fault::kNone;
@@ -652,6 +657,8 @@ int run(int argc, char** argv) {
       seed = static_cast<uint32_t>(atoi(value.c_str()));
     } else if (option == "--dtype") {
       dtype = value;
+    } else if (option == "--capability" && (value == "80" || value == "90")) {
+      capability = atoi(value.c_str());
     } else if (option == "--traffic") {
       long height = 0, width = 0;
       if (sscanf(value.c_str(), "%ldx%ld", &height, &width) != 2 || height < 1 || width < 1) {
@@ -671,9 +678,9 @@ int run(int argc, char** argv) {
     std::mt19937 random(seed);
     check_lines(random);
     check_pairs();
-    if (dtype.empty() || dtype == "float") check_dtype<float>("float", cases, seed, fault);
-    if (dtype.empty() || dtype == "half") check_dtype<Half>("half", cases, seed, fault);
-    if (dtype.empty() || dtype == "bfloat16") check_dtype<BFloat16>("bfloat16", cases, seed, fault);
+    if (dtype.empty() || dtype == "float") check_dtype<float>("float", cases, capability, seed, fault);
+    if (dtype.empty() || dtype == "half") check_dtype<Half>("half", cases, capability, seed, fault);
+    if (dtype.empty() || dtype == "bfloat16") check_dtype<BFloat16>("bfloat16", cases, capability, seed, fault);
   } catch (const std::exception& e) {
     printf("FAILED: %s\n", e.what());
     return 1;
