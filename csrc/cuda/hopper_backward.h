@@ -23,14 +23,14 @@ struct HopperBackwardShape {
   // Of each thread's equal share, 168, the warpgroup that loads gives up most.
   static constexpr int kConsumerRegisters = 240;
   static constexpr int kLoaderRegisters = 24;
-  // P^T, then dS^T, of one tile of keys is an operand. With one tile of queries it stays in registers, and shared memory
-  // has dS^T for dQ only; with two there are not registers enough.
+  // P^T, then dS^T, of one tile of keys is an operand. With one tile of queries it stays in registers, and only dS^T
+  // goes to shared memory, for dQ; with two there are not registers enough.
   static constexpr bool kWeightsInRegisters = Blocks == 1;
   // S^T and dP^T at the same time: the first products for dP run while P is formed.
   static constexpr bool kSeparateScores = Blocks == 1;
 
-  // Shared memory: stages of panels (one of K or V, and for each tile of queries one of Q or dO), panels of P^T or dS^T
-  // [key][64 queries], then for each position of the tiles lse, delta and where its rows of dQ, dK and dV are; barriers.
+  // Shared memory: stages of panels (one of K or V, and for each tile of queries one of Q or dO); panels of P^T or dS^T
+  // [key][64 queries]; for each position of the tiles lse, delta and where its rows of dQ, dK and dV are; barriers.
   static constexpr int kPanelBytes = panel_bytes(kTileRows);
   static constexpr int kStages = Blocks == 1 ? 6 : 3;
   static constexpr int kStageBytes = (1 + Blocks) * kPanelBytes;
@@ -46,6 +46,8 @@ struct HopperBackwardShape {
   static constexpr int kSharedBytes = kBarriersOffset + 2 * kStages * static_cast<int>(sizeof(SharedBarrier));
 };
 
+// The plan sees to it that lines have at most Blocks tiles, and that 32 bits hold the numbers of groups, of positions
+// and of each output's segments.
 template <typename T>
 struct HopperBackwardArgs {
   TensorMap query, key, value, grad_out;  // boxes of 64 channels x span x group
@@ -57,7 +59,8 @@ struct HopperBackwardArgs {
   const float* lse;                            // (B, N)
   const float* delta;                          // (B, N), of an earlier launch
   bool accumulate;                             // an earlier launch has written the gradients
-  int64_t first_block, blocks;                 // one block for each group of lines
+  int groups;                                  // of lines: CTA i takes groups i, i + blocks, ...
+  int64_t first_block, blocks;                 // all blocks are one grid
 };
 
 // Stages in shared memory, filled by the loading warp and consumed by the others in turn.
@@ -107,8 +110,9 @@ struct StageRing {
   }
 };
 
-// Where a position's row of an output is: segments from the beginning, which 32 bits hold (the plan sees to that).
+// Where a position's row of an output is, in segments from the beginning.
 constexpr uint32_t kNoRow = 0xffffffffu;
+
 template <typename T>
 CCNET_DEVICE uint32_t output_row(const Output<T>& out, const Line& group, int first, const TileRow& row) {
   return static_cast<uint32_t>(row_offset(out.strides, group, first, row) / kSegmentLength<T>);
@@ -286,7 +290,6 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   barrier();
   allow_next_launch();
 
-  const Line group = find_group(a.tiling, a.first_block + block_index());
   const int qk_steps = static_cast<int>(ceil_div(a.qk_channels, kWidth));
   const int value_steps = static_cast<int>(ceil_div(a.channels, kWidth));
   const int box_rows = a.tiling.span * a.tiling.group;
@@ -294,23 +297,26 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   if (thread >= Shape::kConsumers) {
     release_registers<Shape::kLoaderRegisters>();
     if (thread > Shape::kConsumers) return;
-    const int other0 = static_cast<int>(group.at[1]), other1 = static_cast<int>(group.at[0]);
-    const int batch = static_cast<int>(group.batch);
-    const auto load = [&](const TensorMap* key_side, const TensorMap* query_side, int key_block, int panel) {
-      const int slot = ring.acquire((1 + Blocks) * panel_bytes(box_rows));
-      char* const stage = ring.stage(slot);
-      SharedBarrier* const full = ring.full + slot;
-      load_box(stage, key_side, panel * kWidth, key_block * kTileRows, other0, other1, batch, full);
-      CCNET_UNROLL
-      for (int b = 0; b < Blocks; ++b) {
-        load_box(stage + (1 + b) * Shape::kPanelBytes, query_side, panel * kWidth, b * kTileRows, other0, other1, batch,
-                 full);
+    for (int number = static_cast<int>(block_index()); number < a.groups; number += static_cast<int>(a.blocks)) {
+      const Line group = find_group(a.tiling, number);
+      const int other0 = static_cast<int>(group.at[1]), other1 = static_cast<int>(group.at[0]);
+      const int batch = static_cast<int>(group.batch);
+      const auto load = [&](const TensorMap* key_side, const TensorMap* query_side, int key_block, int panel) {
+        const int slot = ring.acquire((1 + Blocks) * panel_bytes(box_rows));
+        char* const stage = ring.stage(slot);
+        SharedBarrier* const full = ring.full + slot;
+        load_box(stage, key_side, panel * kWidth, key_block * kTileRows, other0, other1, batch, full);
+        CCNET_UNROLL
+        for (int b = 0; b < Blocks; ++b) {
+          load_box(stage + (1 + b) * Shape::kPanelBytes, query_side, panel * kWidth, b * kTileRows, other0, other1,
+                   batch, full);
+        }
+      };
+      for (int key_block = 0; key_block < Blocks; ++key_block) {
+        for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
+        for (int p = 0; p < value_steps; ++p) load(&a.value, &a.grad_out, key_block, p);
+        for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
       }
-    };
-    for (int key_block = 0; key_block < Blocks; ++key_block) {
-      for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
-      for (int p = 0; p < value_steps; ++p) load(&a.value, &a.grad_out, key_block, p);
-      for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
     }
     return;
   }
@@ -320,28 +326,11 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   for (int row = box_rows + thread / kRowSegments; row < kTileRows; row += Shape::kConsumers / kRowSegments) {
     CCNET_UNROLL_BY(1)
     for (int panel = 0; panel < Shape::kStages * (1 + Blocks); ++panel) {
-      store_shared<Segment>(shared + panel * Shape::kPanelBytes + row * kRowBytes + thread % kRowSegments * kSegmentBytes,
-                            {{0, 0, 0, 0}});
+      char* const panel_row = shared + panel * Shape::kPanelBytes + row * kRowBytes;
+      store_shared<Segment>(panel_row + thread % kRowSegments * kSegmentBytes, {{0, 0, 0, 0}});
     }
   }
   fence_shared_for_async();
-  // The statistics of query number `thread`.
-  const int own_first = thread / kTileRows * kTileRows;
-  const TileRow own = tile_row(a.tiling, thread % kTileRows);
-  const bool own_exists = thread < Blocks * kTileRows && row_exists(a.tiling, group, own_first, own);
-  const int64_t own_offset = row_offset(a.position, group, own_first, own);
-  if (thread < Blocks * kTileRows) {
-    char* const entry = shared + thread * 4;
-    store_shared<float>(entry + Shape::kLseOffset, own_exists ? load_global(a.lse + own_offset) : INFINITY);
-    store_shared<uint32_t>(entry + Shape::kQueryRowsOffset,
-                           own_exists ? output_row(a.grad_query, group, own_first, own) : kNoRow);
-    store_shared<uint32_t>(entry + Shape::kKeyRowsOffset,
-                           own_exists ? output_row(a.grad_key, group, own_first, own) : kNoRow);
-    store_shared<uint32_t>(entry + Shape::kValueRowsOffset,
-                           own_exists ? output_row(a.grad_value, group, own_first, own) : kNoRow);
-  }
-  named_barrier(kConsumerBarrier, Shape::kConsumers);
-
   const int warpgroup = thread / kWarpgroup;
   const bool leads_warp = thread % kWarp == 0;
   const int lane_row = thread / kWarp * 16 + thread % kWarp / 4;
@@ -364,156 +353,184 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   };
 
   CCNET_UNROLL_BY(1)
-  for (int key_block = 0; key_block < Blocks; ++key_block) {
-    const int key0 = key_block * kTileRows;
-    float pair[Blocks][64];            // dP^T
-    float separate_scores[Blocks][64];  // S^T, where there are registers for it
-    float(&scores)[Blocks][64] = Shape::kSeparateScores ? separate_scores : pair;
-    CCNET_UNROLL
-    for (int b = 0; b < Blocks; ++b) {
-      clear(pair[b]);
-      clear(scores[b]);
+  for (int number = static_cast<int>(block_index()); number < a.groups; number += static_cast<int>(a.blocks)) {
+    const Line group = find_group(a.tiling, number);
+    if (number >= a.blocks) named_barrier(kConsumerBarrier, Shape::kConsumers);  // nobody needs the last group's tables
+    // The statistics of query number `thread`.
+    const int own_first = thread / kTileRows * kTileRows;
+    const TileRow own = tile_row(a.tiling, thread % kTileRows);
+    const bool own_exists = thread < Blocks * kTileRows && row_exists(a.tiling, group, own_first, own);
+    const uint32_t own_position =
+        own_exists ? static_cast<uint32_t>(row_offset(a.position, group, own_first, own)) : kNoRow;
+    if (thread < Blocks * kTileRows) {
+      char* const entry = shared + thread * 4;
+      store_shared<float>(entry + Shape::kLseOffset, own_exists ? load_global(a.lse + own_position) : INFINITY);
+      store_shared<uint32_t>(entry + Shape::kQueryRowsOffset,
+                             own_exists ? output_row(a.grad_query, group, own_first, own) : kNoRow);
+      store_shared<uint32_t>(entry + Shape::kKeyRowsOffset,
+                             own_exists ? output_row(a.grad_key, group, own_first, own) : kNoRow);
+      store_shared<uint32_t>(entry + Shape::kValueRowsOffset,
+                             own_exists ? output_row(a.grad_value, group, own_first, own) : kNoRow);
     }
-    CCNET_UNROLL_BY(1)
-    for (int p = 0; p < qk_steps; ++p) {
-      const int slot = ring.take();
-      begin_products();
-      multiply_pairs(scores, slot, p > 0);
-      commit_products();
-      wait_products<0>();
-      CCNET_UNROLL
-      for (int b = 0; b < Blocks; ++b) hold(scores[b]);
-      if (leads_warp) ring.release(slot);
-    }
-    // From here on the products for dP are one stage ahead of those for dV.
-    int slot = 0;
-    const auto begin_pairs = [&]() {
-      slot = ring.take();
-      begin_products();
-      multiply_pairs(pair, slot, false);
-      commit_products();
-    };
-    if constexpr (Shape::kSeparateScores) begin_pairs();
-    if (key_block > 0) named_barrier(kConsumerBarrier, Shape::kConsumers);  // dS^T is read no more
-    CCNET_UNROLL
-    for (int b = 0; b < Blocks; ++b) {
-      Partners partners[2];
-      CCNET_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        const int row = recompute(lane_row) + 8 * r;
-        partners[r] = partners_of(a.tiling, tile_row(a.tiling, row), key0, b * kTileRows, a.drop_self);
-        if (load_shared<uint32_t>(shared + Shape::kKeyRowsOffset + (key0 + row) * 4) == kNoRow) partners[r].count = 0;
-      }
-      CCNET_UNROLL
-      for (int j = 0; j < kTileRows / 8; ++j) {
-        float lse0, lse1;
-        load_pair(lse + (b * kTileRows + 8 * j + lane_column) * 4, lse0, lse1);
-        CCNET_UNROLL
-        for (int r = 0; r < 2; ++r) {
-          const float p0 = exp2_rounded((scores[b][4 * j + 2 * r] - lse0) * kLog2E);
-          const float p1 = exp2_rounded((scores[b][4 * j + 2 * r + 1] - lse1) * kLog2E);
-          const int column = 8 * j + lane_column;
-          weights.template put<false>(b, r, j, pack<T>(partners[r].has(column) ? p0 : 0.f,
-                                                       partners[r].has(column + 1) ? p1 : 0.f));
-        }
-      }
-    }
-    if constexpr (!Shape::kWeightsInRegisters) {
-      fence_shared_for_async();
-      named_barrier(kWarpgroupBarrier + warpgroup, kWarpgroup);
-    }
-    if constexpr (!Shape::kSeparateScores) begin_pairs();
-
-    float own_delta = 0.f;
-    LaneRows<T> value_rows(lane_tables + Shape::kValueRowsOffset + key0 * 4);
-    float grad[32];
-    clear(grad);
-    CCNET_UNROLL_BY(1)
-    for (int p = 0; p < value_steps; ++p) {
-      const bool last = p + 1 == value_steps;
-      begin_products();
-      CCNET_UNROLL
-      for (int b = 0; b < Blocks; ++b) weights.multiply(grad, b, query_side(slot, b), b > 0);
-      commit_products();
-      const int released = slot;
-      if (!last) {
-        slot = ring.take();
-        begin_products();
-        multiply_pairs(pair, slot, true);
-      }
-      begin_products();
-      commit_products();
-      // What earlier launches have left is needed here at last.
-      if (key_block == 0 && (a.accumulate ? p == 0 : last)) wait_for_previous_launch();
-      if (key_block == 0 && last && own_exists) own_delta = load_global(a.delta + own_offset);
-      if (a.accumulate && p == 0) value_rows.read(a.grad_value.data, a.channels, 0);
-      wait_products<1>();
-      hold(grad);
-      if (leads_warp) ring.release(released);
-      value_rows.write(grad, a.accumulate, a.grad_value.data, a.channels, p * kWidth);
-      if (a.accumulate && !last) value_rows.read(a.grad_value.data, a.channels, (p + 1) * kWidth);
-    }
-    wait_products<0>();
-    CCNET_UNROLL
-    for (int b = 0; b < Blocks; ++b) hold(pair[b]);
-    if (key_block == 0 && thread < Blocks * kTileRows) store_shared<float>(delta + thread * 4, own_delta);
-    named_barrier(kConsumerBarrier, Shape::kConsumers);  // delta is there, and P^T is read no more
-
-    LaneRows<T> key_rows(lane_tables + Shape::kKeyRowsOffset + key0 * 4);
-    if (a.accumulate) key_rows.read(a.grad_key.data, a.qk_channels, 0);
-    CCNET_UNROLL
-    for (int b = 0; b < Blocks; ++b) {
-      CCNET_UNROLL
-      for (int j = 0; j < kTileRows / 8; ++j) {
-        float delta0, delta1;
-        load_pair(delta + (b * kTileRows + 8 * j + lane_column) * 4, delta0, delta1);
-        CCNET_UNROLL
-        for (int r = 0; r < 2; ++r) {
-          float p0, p1;
-          unpack_pair<T>(weights.get(b, r, j), p0, p1);
-          weights.template put<true>(b, r, j, pack<T>(p0 * (pair[b][4 * j + 2 * r] - delta0),
-                                                      p1 * (pair[b][4 * j + 2 * r + 1] - delta1)));
-        }
-      }
-    }
-    fence_shared_for_async();
     named_barrier(kConsumerBarrier, Shape::kConsumers);
 
-    const bool add_query = a.accumulate || key_block > 0;
-    const uint64_t queries = panel_descriptor(shared + Shape::kWeightsOffset + warpgroup * Shape::kPanelBytes);
-    float key_grad[32], query_grad[Blocks][32];
-    clear(key_grad);
-    CCNET_UNROLL
-    for (int b = 0; b < Blocks; ++b) clear(query_grad[b]);
     CCNET_UNROLL_BY(1)
-    for (int p = 0; p < qk_steps; ++p) {
-      const int slot = ring.take();
-      begin_products();
+    for (int key_block = 0; key_block < Blocks; ++key_block) {
+      const int key0 = key_block * kTileRows;
+      float pair[Blocks][64];            // dP^T
+      float separate_scores[Blocks][64];  // S^T, where there are registers for it
+      float(&scores)[Blocks][64] = Shape::kSeparateScores ? separate_scores : pair;
       CCNET_UNROLL
-      for (int b = 0; b < Blocks; ++b) weights.multiply(key_grad, b, query_side(slot, b), b > 0);
-      commit_products();
+      for (int b = 0; b < Blocks; ++b) {
+        clear(pair[b]);
+        clear(scores[b]);
+      }
+      CCNET_UNROLL_BY(1)
+      for (int p = 0; p < qk_steps; ++p) {
+        const int slot = ring.take();
+        converge_warp();
+        begin_products();
+        multiply_pairs(scores, slot, p > 0);
+        commit_products();
+        wait_products<0>();
+        CCNET_UNROLL
+        for (int b = 0; b < Blocks; ++b) hold(scores[b]);
+        if (leads_warp) ring.release(slot);
+      }
+      // From here on the products for dP are one stage ahead of those for dV.
+      int slot = 0;
+      const auto begin_pairs = [&]() {
+        slot = ring.take();
+        converge_warp();
+        begin_products();
+        multiply_pairs(pair, slot, false);
+        commit_products();
+      };
+      if constexpr (Shape::kSeparateScores) begin_pairs();
+      if (key_block > 0) named_barrier(kConsumerBarrier, Shape::kConsumers);  // dS^T is read no more
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) {
+        Partners partners[2];
+        CCNET_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          const int row = recompute(lane_row) + 8 * r;
+          partners[r] = partners_of(a.tiling, tile_row(a.tiling, row), key0, b * kTileRows, a.drop_self);
+          if (load_shared<uint32_t>(shared + Shape::kKeyRowsOffset + (key0 + row) * 4) == kNoRow) partners[r].count = 0;
+        }
+        CCNET_UNROLL
+        for (int j = 0; j < kTileRows / 8; ++j) {
+          float lse0, lse1;
+          load_pair(lse + (b * kTileRows + 8 * j + lane_column) * 4, lse0, lse1);
+          CCNET_UNROLL
+          for (int r = 0; r < 2; ++r) {
+            const float p0 = exp2_rounded((scores[b][4 * j + 2 * r] - lse0) * kLog2E);
+            const float p1 = exp2_rounded((scores[b][4 * j + 2 * r + 1] - lse1) * kLog2E);
+            const int column = 8 * j + lane_column;
+            weights.template put<false>(b, r, j, pack<T>(partners[r].has(column) ? p0 : 0.f,
+                                                         partners[r].has(column + 1) ? p1 : 0.f));
+          }
+        }
+      }
+      if constexpr (!Shape::kWeightsInRegisters) {
+        fence_shared_for_async();
+        named_barrier(kWarpgroupBarrier + warpgroup, kWarpgroup);
+      }
+      if constexpr (!Shape::kSeparateScores) begin_pairs();
+
+      float own_delta = 0.f;
+      LaneRows<T> value_rows(lane_tables + Shape::kValueRowsOffset + key0 * 4);
+      float grad[32];
+      clear(grad);
+      CCNET_UNROLL_BY(1)
+      for (int p = 0; p < value_steps; ++p) {
+        const bool last = p + 1 == value_steps;
+        converge_warp();
+        begin_products();
+        CCNET_UNROLL
+        for (int b = 0; b < Blocks; ++b) weights.multiply(grad, b, query_side(slot, b), b > 0);
+        commit_products();
+        const int released = slot;
+        if (!last) {
+          slot = ring.take();
+          converge_warp();
+          begin_products();
+          multiply_pairs(pair, slot, true);
+        }
+        begin_products();
+        commit_products();
+        // What earlier launches have left is needed here at last.
+        if (key_block == 0 && (a.accumulate ? p == 0 : last)) wait_for_previous_launch();
+        if (key_block == 0 && last && own_position != kNoRow) own_delta = load_global(a.delta + own_position);
+        if (a.accumulate && p == 0) value_rows.read(a.grad_value.data, a.channels, 0);
+        wait_products<1>();
+        hold(grad);
+        if (leads_warp) ring.release(released);
+        value_rows.write(grad, a.accumulate, a.grad_value.data, a.channels, p * kWidth);
+        if (a.accumulate && !last) value_rows.read(a.grad_value.data, a.channels, (p + 1) * kWidth);
+      }
+      wait_products<0>();
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) hold(pair[b]);
+      if (key_block == 0 && thread < Blocks * kTileRows) store_shared<float>(delta + thread * 4, own_delta);
+      named_barrier(kConsumerBarrier, Shape::kConsumers);  // delta is there, and P^T is read no more
+
+      LaneRows<T> key_rows(lane_tables + Shape::kKeyRowsOffset + key0 * 4);
+      if (a.accumulate) key_rows.read(a.grad_key.data, a.qk_channels, 0);
       CCNET_UNROLL
       for (int b = 0; b < Blocks; ++b) {
         CCNET_UNROLL
-        for (int k = 0; k < kTileRows / 16; ++k) {
-          WarpgroupProduct<T, 64>::template multiply<Major::kOuter, Major::kOuter>(
-              query_grad[b], queries + static_cast<uint64_t>(2 * b * kPanelAdvance + k * kOuterAdvance),
-              key_side(slot) + static_cast<uint64_t>(k * kOuterAdvance), k > 0);
+        for (int j = 0; j < kTileRows / 8; ++j) {
+          float delta0, delta1;
+          load_pair(delta + (b * kTileRows + 8 * j + lane_column) * 4, delta0, delta1);
+          CCNET_UNROLL
+          for (int r = 0; r < 2; ++r) {
+            float p0, p1;
+            unpack_pair<T>(weights.get(b, r, j), p0, p1);
+            weights.template put<true>(b, r, j, pack<T>(p0 * (pair[b][4 * j + 2 * r] - delta0),
+                                                        p1 * (pair[b][4 * j + 2 * r + 1] - delta1)));
+          }
         }
       }
-      commit_products();
-      wait_products<1>();
-      hold(key_grad);
-      key_rows.write(key_grad, a.accumulate, a.grad_key.data, a.qk_channels, p * kWidth);
-      if (a.accumulate && p + 1 < qk_steps) key_rows.read(a.grad_key.data, a.qk_channels, (p + 1) * kWidth);
-      wait_products<0>();
-      if (leads_warp) ring.release(slot);
+      fence_shared_for_async();
+      named_barrier(kConsumerBarrier, Shape::kConsumers);
+
+      const bool add_query = a.accumulate || key_block > 0;
+      const uint64_t queries = panel_descriptor(shared + Shape::kWeightsOffset + warpgroup * Shape::kPanelBytes);
+      float key_grad[32], query_grad[Blocks][32];
+      clear(key_grad);
       CCNET_UNROLL
-      for (int b = 0; b < Blocks; ++b) {
-        hold(query_grad[b]);
-        LaneRows<T> query_rows(lane_tables + Shape::kQueryRowsOffset + b * kTileRows * 4);
-        if (add_query) query_rows.read(a.grad_query.data, a.qk_channels, p * kWidth);
-        query_rows.write(query_grad[b], add_query, a.grad_query.data, a.qk_channels, p * kWidth);
+      for (int b = 0; b < Blocks; ++b) clear(query_grad[b]);
+      CCNET_UNROLL_BY(1)
+      for (int p = 0; p < qk_steps; ++p) {
+        const int slot = ring.take();
+        converge_warp();
+        begin_products();
+        CCNET_UNROLL
+        for (int b = 0; b < Blocks; ++b) weights.multiply(key_grad, b, query_side(slot, b), b > 0);
+        commit_products();
+        CCNET_UNROLL
+        for (int b = 0; b < Blocks; ++b) {
+          CCNET_UNROLL
+          for (int k = 0; k < kTileRows / 16; ++k) {
+            WarpgroupProduct<T, 64>::template multiply<Major::kOuter, Major::kOuter>(
+                query_grad[b], queries + static_cast<uint64_t>(2 * b * kPanelAdvance + k * kOuterAdvance),
+                key_side(slot) + static_cast<uint64_t>(k * kOuterAdvance), k > 0);
+          }
+        }
+        commit_products();
+        wait_products<1>();
+        hold(key_grad);
+        key_rows.write(key_grad, a.accumulate, a.grad_key.data, a.qk_channels, p * kWidth);
+        if (a.accumulate && p + 1 < qk_steps) key_rows.read(a.grad_key.data, a.qk_channels, (p + 1) * kWidth);
+        wait_products<0>();
+        if (leads_warp) ring.release(slot);
+        CCNET_UNROLL
+        for (int b = 0; b < Blocks; ++b) {
+          hold(query_grad[b]);
+          LaneRows<T> query_rows(lane_tables + Shape::kQueryRowsOffset + b * kTileRows * 4);
+          if (add_query) query_rows.read(a.grad_query.data, a.qk_channels, p * kWidth);
+          query_rows.write(query_grad[b], add_query, a.grad_query.data, a.qk_channels, p * kWidth);
+        }
       }
     }
   }

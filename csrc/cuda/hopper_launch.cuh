@@ -57,6 +57,15 @@ class HopperLauncher {
     using Shape = HopperForwardShape<Blocks>;
     return run(hopper_forward_kernel<T, Blocks>, args, Shape::kThreads, Shape::kSharedBytes, overlaps_previous);
   }
+  template <typename T, int Blocks>
+  int backward(const HopperBackwardArgs<T>& args, bool overlaps_previous) const {
+    using Shape = HopperBackwardShape<T, Blocks>;
+    return run(hopper_backward_kernel<T, Blocks>, args, Shape::kThreads, Shape::kSharedBytes, overlaps_previous);
+  }
+  template <typename T>
+  int dense_delta(const DenseDeltaArgs<T>& args) const {
+    return run(dense_delta_kernel<T>, args, kDenseDeltaThreads, 0, false);
+  }
 
  private:
   template <typename Args>
@@ -86,8 +95,9 @@ Kernels hopper_kernels_of() {
   Kernels k{};
   k.takes_forward = hopper_takes_forward<T>;
   k.forward_scratch = [](const Grid& grid, const DeviceInfo&) { return hopper_forward_scratch(grid); };
-  k.takes_backward = [](const BackwardRequest&) { return false; };
+  k.takes_backward = hopper_takes_backward<T>;
   k.forward = [](const ForwardRequest& request) { return hopper_forward<T>(request, HopperLauncher(request.stream)); };
+  k.backward = [](const BackwardRequest& request) { return hopper_backward<T>(request, HopperLauncher(request.stream)); };
   return k;
 }
 

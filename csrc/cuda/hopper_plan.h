@@ -2,6 +2,7 @@
 // one kernel and returns 0, or an error code that ends the call.
 #pragma once
 
+#include "hopper_backward.h"
 #include "hopper_forward.h"
 #include "plan.h"
 
@@ -10,9 +11,10 @@ namespace cuda {
 
 constexpr int kHopperCapability = 90;
 
+// Whether an output can be written in whole segments.
 template <typename T>
 bool hopper_output_fits(const TensorRef& t, const Grid& g, int channels) {
-  // The forward kernel counts segments of the output in 32 bits.
+  // The kernels count segments of an output in 32 bits.
   constexpr int64_t kMostSegments = int64_t{0xffffffff};
   int64_t last = (g.batch - 1) * t.strides.batch + channels;
   for (int a = 0; a < g.axes; ++a) last += (g.size[a] - 1) * t.strides.axis[a];
@@ -85,6 +87,89 @@ int hopper_forward(const ForwardRequest& call, Launch&& launch) {
       error = two_blocks ? launch.template forward<T, 2>(args, overlaps) : launch.template forward<T, 1>(args, overlaps);
       if (error != 0) return error;
     }
+  }
+  return 0;
+}
+
+// The step from a position (B, *S) to the next, where it is the same all over; otherwise 0.
+inline int64_t position_step(const TensorRef& t, const Grid& g) {
+  int64_t step = 0, positions = 1;
+  const auto joins = [&](int64_t size, int64_t stride) {
+    if (size > 1 && step == 0 && positions == 1) step = stride;
+    const bool even = size == 1 || stride == step * positions;
+    positions *= size;
+    return even;
+  };
+  for (int a = g.axes - 1; a >= 0; --a) {
+    if (!joins(g.size[a], t.strides.axis[a])) return 0;
+  }
+  if (!joins(g.batch, t.strides.batch)) return 0;
+  return positions == 1 ? 1 << 16 : step;  // of a single position any
+}
+
+template <typename T>
+bool hopper_takes_backward(const BackwardRequest& call) {
+  const Grid& g = call.grid;
+  bool takes = call.device.capability == kHopperCapability &&
+               call.device.shared_bytes >= HopperBackwardShape<T, 1>::kSharedBytes &&
+               call.device.shared_bytes >= HopperBackwardShape<T, 2>::kSharedBytes &&
+               boxes_fit<T>(call.query, g, call.qk_channels) && boxes_fit<T>(call.key, g, call.qk_channels) &&
+               boxes_fit<T>(call.value, g, call.channels) && boxes_fit<T>(call.grad_out, g, call.channels) &&
+               boxes_fit<T>(call.out, g, call.channels) &&
+               hopper_output_fits<T>(call.grad_query, g, call.qk_channels) &&
+               hopper_output_fits<T>(call.grad_key, g, call.qk_channels) &&
+               hopper_output_fits<T>(call.grad_value, g, call.channels) && position_step(call.out, g) > 0 &&
+               position_step(call.grad_out, g) > 0;
+  for (int axis = 0; axis < g.axes; ++axis) takes = takes && g.size[axis] <= 2 * kTileRows;
+  return takes;
+}
+
+// launch.template backward<T, Blocks>(args, overlaps_previous), launch.template dense_delta<T>(args)
+template <typename T, typename Launch>
+int hopper_backward(const BackwardRequest& call, Launch&& launch) {
+  const Grid& g = call.grid;
+  {
+    DenseDeltaArgs<T> args{};
+    args.grad_out = static_cast<const T*>(call.grad_out.data);
+    args.out = static_cast<const T*>(call.out.data);
+    args.grad_out_step = position_step(call.grad_out, g);
+    args.out_step = position_step(call.out, g);
+    args.positions = g.batch * g.positions();
+    args.channels = call.channels;
+    args.delta = call.delta;
+    const int64_t blocks = ceil_div(args.positions, 2 * (kDenseDeltaThreads / kWarp));
+    args.blocks = blocks < call.device.multiprocessors ? blocks : call.device.multiprocessors;
+    const int error = launch.template dense_delta<T>(args);
+    if (error != 0) return error;
+  }
+  bool accumulate = false;
+  for (int axis = 0; axis < g.axes; ++axis) {
+    if (!has_keys(g, axis)) continue;
+    HopperBackwardArgs<T> args{};
+    args.tiling = tiling_along(g, axis);
+    const auto map = [&](TensorMap* to, const TensorRef& t, int channels) {
+      return make_map(to, box_source<T>(t, g, axis, channels, args.tiling));
+    };
+    int error = map(&args.query, call.query, call.qk_channels);
+    if (error == 0) error = map(&args.key, call.key, call.qk_channels);
+    if (error == 0) error = map(&args.value, call.value, call.channels);
+    if (error == 0) error = map(&args.grad_out, call.grad_out, call.channels);
+    if (error != 0) return error;
+    args.position = strides_along(g, scalar_strides(g), axis);
+    args.drop_self = !keeps_self(g.axes, axis);
+    args.qk_channels = call.qk_channels;
+    args.channels = call.channels;
+    args.grad_query = output_of<T>(call.grad_query, g, axis, call.qk_channels);
+    args.grad_key = output_of<T>(call.grad_key, g, axis, call.qk_channels);
+    args.grad_value = output_of<T>(call.grad_value, g, axis, call.channels);
+    args.lse = call.lse;
+    args.delta = call.delta;
+    args.accumulate = accumulate;
+    args.blocks = line_groups(args.tiling, g.batch);
+    error = args.tiling.line_tiles > 1 ? launch.template backward<T, 2>(args, true)
+                                       : launch.template backward<T, 1>(args, true);
+    if (error != 0) return error;
+    accumulate = true;
   }
   return 0;
 }

@@ -60,6 +60,18 @@ class HopperLauncher {
                       overlaps_previous);
     return 0;
   }
+  template <typename T, int Blocks>
+  int backward(const HopperBackwardArgs<T>& args, bool overlaps_previous) {
+    using Shape = HopperBackwardShape<T, Blocks>;
+    machine_.run_grid(args.blocks, Shape::kThreads, Shape::kSharedBytes,
+                      [&] { hopper_backward_kernel<T, Blocks>(args); }, overlaps_previous);
+    return 0;
+  }
+  template <typename T>
+  int dense_delta(const DenseDeltaArgs<T>& args) {
+    machine_.run_grid(args.blocks, kDenseDeltaThreads, 0, [&] { dense_delta_kernel<T>(args); });
+    return 0;
+  }
 
  private:
   Machine& machine_;
@@ -345,7 +357,12 @@ Run<T> run_kernels(const Case& c, Tensor<T>& query, Tensor<T>& key, Tensor<T>& v
                             delta.data(),
                             c.device,
                             nullptr};
-    backward<T>(request, Launcher(machine));
+    bool special = false;
+    if constexpr (sizeof(T) == 2) {
+      special = hopper_takes_backward<T>(request);
+      if (special) hopper_backward<T>(request, HopperLauncher(machine));
+    }
+    if (!special) backward<T>(request, Launcher(machine));
     machine.check_outputs_written();
     counts.add(machine, counts.backward_bytes);
   }

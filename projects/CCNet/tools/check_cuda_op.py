@@ -173,9 +173,22 @@ def differentiate(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -
     return dict(zip(NAMES, (out.detach(), *grads), strict=True))
 
 
-def relative_error(got: Tensor, expected: Tensor) -> float:
+def relative_error(got: Tensor, expected: Tensor, least: float = 1e-30) -> float:
+    """The error's norm over that of `expected`, or over `least` where that is larger."""
     difference = torch.linalg.vector_norm(got.double() - expected)
-    return float(difference / torch.linalg.vector_norm(expected).clamp_min(1e-30))
+    return float(difference / torch.linalg.vector_norm(expected).clamp_min(least))
+
+
+def least_norms(case: Case) -> dict[str, float]:
+    """Norms below which gradients are what is left after cancellation.
+
+    Where nearly all weight lies on one key, the gradients of query and key are differences of nearly equal numbers,
+    each as large as sqrt(C).
+    """
+    elements = case.batch * torch.Size(case.sizes).numel() * case.key_channels
+    logits = (case.logit_scale / case.key_channels**0.5) ** 0.5
+    least = 0.01 * logits * (case.channels * elements) ** 0.5
+    return {"grad_query": least, "grad_key": least}
 
 
 def check_case(case: Case, device: torch.device) -> dict[str, float]:
@@ -193,22 +206,18 @@ def check_case(case: Case, device: torch.device) -> dict[str, float]:
         return {}  # finite and reproducible is what can be asked: one rounding decides which key is the largest
     oracle = masked_attention if positions <= MASK_POSITIONS else reference.criss_cross_attention
     expected = differentiate(oracle, tuple(x.double() for x in inputs))
-    errors = {name: relative_error(got[name], expected[name]) for name in NAMES}
-    # Where nearly all weight lies on one key, gradients are differences of nearly equal numbers in every formulation.
-    plain = differentiate(textbook_attention, inputs)
-    limits = {}
+    least = least_norms(case)
+
+    def errors_of(results: dict[str, Tensor]) -> dict[str, float]:
+        return {name: relative_error(results[name], expected[name], least.get(name, 1e-30)) for name in NAMES}
+
+    errors = errors_of(got)
+    plain = errors_of(differentiate(textbook_attention, inputs))
     for name in NAMES:
-        allowed = FACTOR[name] * relative_error(plain[name], expected[name])
-        least = TOLERANCE[name] if case.dtype == "float32" else HALF_LEAST[DTYPES[case.dtype]]
-        limits[name] = max(allowed, least)
-    for name in NAMES:
-        # A single position has constant weights: the gradients of query and key are zero but for rounding.
-        if torch.linalg.vector_norm(expected[name]) < 1e-9:
-            continue
-        if not errors[name] <= limits[name]:
-            raise CheckFailed(
-                f"{name} has a relative error of {errors[name]:.2e}, {limits[name]:.2e} is allowed"
-            )
+        floor = TOLERANCE[name] if case.dtype == "float32" else HALF_LEAST[DTYPES[case.dtype]]
+        limit = max(FACTOR[name] * plain[name], floor)
+        if not errors[name] <= limit:
+            raise CheckFailed(f"{name} has a relative error of {errors[name]:.2e}, {limit:.2e} is allowed")
     return errors
 
 
