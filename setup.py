@@ -38,8 +38,8 @@ TORCH_TARGET_VERSION = "0x020a000000000000"
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 
 
-# Kernels whose instructions only one architecture has, by the beginning of their files' names: what TORCH_CUDA_ARCH_LIST
-# calls it, and what nvcc does.
+# Kernels whose instructions only one architecture has, by the beginning of their files' names: what
+# TORCH_CUDA_ARCH_LIST calls it, and what nvcc does.
 ARCHITECTURE_KERNELS = {"hopper_": ("9.0", "90a")}
 # Kernels for instructions that not every compiler knows; the operator works without them.
 KERNELS_FOR_NEW_COMPILERS = ("kernel_amx.cpp", "kernel_avx512bf16.cpp")

@@ -46,8 +46,8 @@ struct HopperBackwardShape {
   static constexpr int kSharedBytes = kBarriersOffset + 2 * kStages * static_cast<int>(sizeof(SharedBarrier));
 };
 
-// The plan sees to it that lines have at most Blocks tiles, and that 32 bits hold the numbers of groups, of positions
-// and of each output's segments.
+// The plan sees to it that lines have at most Blocks tiles, that 31 bits hold the number of positions, and 32 bits that
+// of each output's segments.
 template <typename T>
 struct HopperBackwardArgs {
   TensorMap query, key, value, grad_out;  // boxes of 64 channels x span x group
@@ -60,7 +60,7 @@ struct HopperBackwardArgs {
   const float* delta;                          // (B, N), of an earlier launch
   bool accumulate;                             // an earlier launch has written the gradients
   int groups;                                  // of lines: CTA i takes groups i, i + blocks, ...
-  int64_t first_block, blocks;                 // all blocks are one grid
+  int blocks;
 };
 
 // Stages in shared memory, filled by the loading warp and consumed by the others in turn.
@@ -292,12 +292,12 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
 
   const int qk_steps = static_cast<int>(ceil_div(a.qk_channels, kWidth));
   const int value_steps = static_cast<int>(ceil_div(a.channels, kWidth));
-  const int box_rows = a.tiling.span * a.tiling.group;
+  const int box_rows = tile_rows(a.tiling);
 
   if (thread >= Shape::kConsumers) {
     release_registers<Shape::kLoaderRegisters>();
     if (thread > Shape::kConsumers) return;
-    for (int number = static_cast<int>(block_index()); number < a.groups; number += static_cast<int>(a.blocks)) {
+    for (int number = static_cast<int>(block_index()); number < a.groups; number += a.blocks) {
       const Line group = find_group(a.tiling, number);
       const int other0 = static_cast<int>(group.at[1]), other1 = static_cast<int>(group.at[0]);
       const int batch = static_cast<int>(group.batch);
@@ -353,7 +353,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   };
 
   CCNET_UNROLL_BY(1)
-  for (int number = static_cast<int>(block_index()); number < a.groups; number += static_cast<int>(a.blocks)) {
+  for (int number = static_cast<int>(block_index()); number < a.groups; number += a.blocks) {
     const Line group = find_group(a.tiling, number);
     if (number >= a.blocks) named_barrier(kConsumerBarrier, Shape::kConsumers);  // nobody needs the last group's tables
     // The statistics of query number `thread`.
@@ -549,7 +549,7 @@ struct DenseDeltaArgs {
   int64_t positions;                // B * N
   int channels;                     // a multiple of a segment
   float* delta;                     // (B, N)
-  int64_t first_block, blocks;      // all blocks are one grid
+  int blocks;
 };
 
 template <typename T>
@@ -560,7 +560,7 @@ void dense_delta_kernel(DenseDeltaArgs<T> a) {
   allow_next_launch();
   const int lane = thread_index() % kWarp;
   const int64_t warp = block_index() * (kDenseDeltaThreads / kWarp) + thread_index() / kWarp;
-  const int64_t warps = a.blocks * (kDenseDeltaThreads / kWarp);
+  const int64_t warps = int64_t{a.blocks} * (kDenseDeltaThreads / kWarp);
   CCNET_UNROLL_BY(1)
   for (int64_t first = warp * kPositions; first < a.positions; first += warps * kPositions) {
     const T* const grad_out = a.grad_out + first * a.grad_out_step + lane * kLength;

@@ -124,6 +124,11 @@ bool hopper_takes_backward(const BackwardRequest& call) {
   return takes;
 }
 
+// One CTA for each multiprocessor, or fewer where there are fewer groups of lines.
+inline int hopper_backward_blocks(int64_t groups, const DeviceInfo& device) {
+  return static_cast<int>(groups < device.multiprocessors ? groups : device.multiprocessors);
+}
+
 // launch.template backward<T, Blocks>(args, overlaps_previous), launch.template dense_delta<T>(args)
 template <typename T, typename Launch>
 int hopper_backward(const BackwardRequest& call, Launch&& launch) {
@@ -137,8 +142,15 @@ int hopper_backward(const BackwardRequest& call, Launch&& launch) {
     args.positions = g.batch * g.positions();
     args.channels = call.channels;
     args.delta = call.delta;
+    // The first axis needs delta late: where its CTAs leave many multiprocessors free, those compute delta meanwhile.
+    int first_axis = 0;
+    while (first_axis + 1 < g.axes && !has_keys(g, first_axis)) ++first_axis;
+    const int processors = call.device.multiprocessors;
+    const int64_t first_groups = line_groups(tiling_along(g, first_axis), g.batch);
+    const int free = processors - hopper_backward_blocks(first_groups, call.device);
     const int64_t blocks = ceil_div(args.positions, 2 * (kDenseDeltaThreads / kWarp));
-    args.blocks = blocks < call.device.multiprocessors ? blocks : call.device.multiprocessors;
+    const int most = 4 * free >= processors ? free : processors;
+    args.blocks = blocks < most ? static_cast<int>(blocks) : most;
     const int error = launch.template dense_delta<T>(args);
     if (error != 0) return error;
   }
@@ -165,7 +177,8 @@ int hopper_backward(const BackwardRequest& call, Launch&& launch) {
     args.lse = call.lse;
     args.delta = call.delta;
     args.accumulate = accumulate;
-    args.blocks = line_groups(args.tiling, g.batch);
+    args.groups = static_cast<int>(line_groups(args.tiling, g.batch));
+    args.blocks = hopper_backward_blocks(args.groups, call.device);
     error = args.tiling.line_tiles > 1 ? launch.template backward<T, 2>(args, true)
                                        : launch.template backward<T, 1>(args, true);
     if (error != 0) return error;
