@@ -294,6 +294,10 @@ bool takes_hopper_forward(const ForwardRequest& request) {
   return false;
 }
 
+void check(int error) {
+  if (error != 0) throw Error("a launch failed with code " + std::to_string(error));
+}
+
 template <typename T>
 Run<T> run_kernels(const Case& c, Tensor<T>& query, Tensor<T>& key, Tensor<T>& value, Tensor<T>& grad_out,
                    const Options& options, Counts& counts) {
@@ -324,9 +328,9 @@ Run<T> run_kernels(const Case& c, Tensor<T>& query, Tensor<T>& key, Tensor<T>& v
     machine.add_region(run.lse.data(), run.lse.size() * 4, true, "lse");
     if (!stats.empty()) machine.add_region(stats.data(), stats.size() * 8, true, "statistics");
     if constexpr (sizeof(T) == 2) {
-      if (special_forward) hopper_forward<T>(request, HopperLauncher(machine));
+      if (special_forward) check(hopper_forward<T>(request, HopperLauncher(machine)));
     }
-    if (!special_forward) forward<T>(request, Launcher(machine));
+    if (!special_forward) check(forward<T>(request, Launcher(machine)));
     machine.check_outputs_written();
     counts.add(machine, counts.forward_bytes);
   }
@@ -360,9 +364,9 @@ Run<T> run_kernels(const Case& c, Tensor<T>& query, Tensor<T>& key, Tensor<T>& v
     bool special = false;
     if constexpr (sizeof(T) == 2) {
       special = hopper_takes_backward<T>(request);
-      if (special) hopper_backward<T>(request, HopperLauncher(machine));
+      if (special) check(hopper_backward<T>(request, HopperLauncher(machine)));
     }
-    if (!special) backward<T>(request, Launcher(machine));
+    if (!special) check(backward<T>(request, Launcher(machine)));
     machine.check_outputs_written();
     counts.add(machine, counts.backward_bytes);
   }
