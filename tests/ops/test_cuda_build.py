@@ -21,29 +21,19 @@ pytestmark = pytest.mark.skipif(not CUDA_SOURCES.is_dir(), reason="the CUDA sour
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    program = tmp_path_factory.mktemp("emulation") / "emulate"
-    # Fibers change stacks with longjmp, which fortified builds refuse.
-    command = [
-        compiler,
-        "-std=c++17",
-        "-O2",
-        "-U_FORTIFY_SOURCE",
-        "-DCCNET_EMULATION",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-    ]
-    _run([*command, "-Wno-unknown-pragmas", str(CUDA_SOURCES / "emulation" / "main.cpp"), "-o", str(program)])
-    return program
+    return _build_for_emulation("main.cpp", tmp_path_factory.mktemp("emulation"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_agree_with_brute_force(emulator: Path, dtype: str) -> None:
-    output = _run([str(emulator), "--dtype", dtype, "--cases", "17"])
+    output = _run([str(emulator), "--dtype", dtype, "--capability", "80", "--cases", "17"])
     assert re.match(rf"{dtype}: 17 cases; largest errors: out ", output)
+
+
+@pytest.mark.parametrize("dtype", ["half", "bfloat16"])
+def test_kernels_for_capability_90_agree_with_brute_force(emulator: Path, dtype: str) -> None:
+    output = _run([str(emulator), "--dtype", dtype, "--capability", "90", "--cases", "12"])
+    assert re.match(rf"{dtype}: 12 cases; largest errors: out ", output)
 
 
 @pytest.mark.slow
@@ -53,23 +43,40 @@ def test_kernels_agree_with_brute_force_on_many_shapes(emulator: Path, dtype: st
 
 
 @pytest.mark.parametrize(
-    ("fault", "dtype", "symptom"),
+    ("fault", "dtype", "capability", "symptom"),
     [
-        ("skip-barrier", "float", "without a barrier"),
-        ("skip-barrier", "bfloat16", "without a barrier"),
-        ("copy-late", "half", "while a copy into it is under way"),
-        ("swap-fragments", "bfloat16", "errors: "),
-        ("transpose-mma", "half", "errors: "),
-        ("shuffle", "float", "errors: "),
-        ("drop-tail", "bfloat16", "errors: "),
+        ("skip-barrier", "float", 80, "without a barrier"),
+        ("skip-barrier", "bfloat16", 80, "without a barrier"),
+        ("copy-late", "half", 80, "while a copy into it is under way"),
+        ("swap-fragments", "bfloat16", 80, "errors: "),
+        ("transpose-mma", "half", 80, "errors: "),
+        ("shuffle", "float", 80, "errors: "),
+        ("drop-tail", "bfloat16", 80, "errors: "),
+        ("swap-fragments", "half", 90, "errors: "),
+        ("skip-phase", "half", 90, "not all threads of the warpgroup have waited for"),
+        ("wrong-parity", "bfloat16", 90, "deadlock"),
+        ("refill-early", "half", 90, "while a product that reads it may be under way"),
+        ("lose-arrival", "bfloat16", 90, "deadlock"),
+        ("skip-fence", "half", 90, "ordinary writes without a fence between"),
+        ("plain-box", "bfloat16", 90, "errors: "),
+        ("keep-outside", "half", 90, "is not finite"),
+        ("transpose-descriptor", "bfloat16", 90, "matrix descriptor"),
+        ("wait-too-little", "half", 90, "product"),
+        ("skip-launch-wait", "bfloat16", 90, "while an earlier launch that writes it may be under way"),
     ],
 )
-def test_emulation_notices_faults(emulator: Path, fault: str, dtype: str, symptom: str) -> None:
-    result = subprocess.run(
-        [str(emulator), "--dtype", dtype, "--fault", fault], capture_output=True, text=True, timeout=900
-    )
+def test_emulation_notices_faults(
+    emulator: Path, fault: str, dtype: str, capability: int, symptom: str
+) -> None:
+    command = [str(emulator), "--dtype", dtype, "--capability", str(capability), "--fault", fault]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert result.returncode == 1, result.stdout + result.stderr
     assert symptom in result.stdout
+
+
+def test_emulated_machine_itself(tmp_path: Path) -> None:
+    program = _build_for_emulation("hopper_check.cpp", tmp_path)
+    assert re.match(r"\d{3} checks passed", _run([str(program)]))
 
 
 @pytest.mark.parametrize("architecture", ["80", "90"])
@@ -106,6 +113,19 @@ def test_binding_compiles(tmp_path: Path) -> None:
     warnings = ["-Wall", "-Wextra", "-Werror"]
     source = str(CUDA_SOURCES / "bind_cuda.cpp")
     _run([compiler, "-std=c++17", "-fsyntax-only", *warnings, *defines, *includes, source])
+
+
+def _build_for_emulation(source: str, folder: Path) -> Path:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = folder / "emulate"
+    # Fibers change stacks with longjmp, which fortified builds refuse.
+    options = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-DCCNET_EMULATION"]
+    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    path = CUDA_SOURCES / "emulation" / source
+    _run([compiler, *options, *warnings, str(path), "-o", str(program)])
+    return program
 
 
 def _nvcc() -> Path:

@@ -184,7 +184,7 @@ void run_mma(emulation::Machine& m, void* const* operands) {
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + (i < 2 ? 0 : 8), column = lane % 4 * 2 + (i & 1);
       float sum = op.c[i];
-      for (int k = 0; k < 16; ++k) sum = fmaf(a[row][k], b[k][column], sum);
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];  // a product of 16-bit numbers is exact
       op.c[i] = sum;
     }
   }

@@ -36,14 +36,48 @@ inline void fence_shared_for_async() { machine().fence_shared_for_async(); }
 inline void converge_warp() { machine().converge_warp(); }
 inline void named_barrier(int number, int threads) { machine().named_barrier(number, threads); }
 
+// Row r of 8x8 matrix i goes to the address that lane 8 i + r passed; its elements 2 c and 2 c + 1 come from word i of
+// lane 4 r + c.
+struct MatrixStore {
+  char* row;
+  const uint32_t* words;
+  int thread;
+};
+inline void run_matrix_stores(emulation::Machine& m, void* const* operands) {
+  void* rows[32];
+  for (int lane = 0; lane < 32; ++lane) {
+    const MatrixStore& store = *static_cast<MatrixStore*>(operands[lane]);
+    rows[lane] = store.row;
+    m.shared_access(store.row, 16, true, store.thread);
+  }
+  m.count_matrix_rows(rows);
+  for (int i = 0; i < 4; ++i) {
+    for (int r = 0; r < 8; ++r) {
+      for (int c = 0; c < 4; ++c) {
+        const uint32_t word = static_cast<MatrixStore*>(operands[4 * r + c])->words[i];
+        memcpy(static_cast<char*>(rows[8 * i + r]) + 4 * c, &word, 4);
+      }
+    }
+  }
+}
+inline void store_matrices(char* row, const uint32_t (&r)[4]) {
+  MatrixStore store{row, r, thread_index()};
+  machine().collective(4, &store, run_matrix_stores);
+}
+
 inline void allow_next_launch() { machine().allow_next_launch(); }
 inline void wait_for_previous_launch() { machine().wait_for_previous_launch(); }
 
-// Registers are not counted here; the compiler refuses a kernel that has too few.
 template <int Count>
-void claim_registers() {}
+void claim_registers() {
+  static_assert(Count % 8 == 0 && Count >= 24 && Count <= 256, "what setmaxnreg takes");
+  machine().share_registers(Count);
+}
 template <int Count>
-void release_registers() {}
+void release_registers() {
+  static_assert(Count % 8 == 0 && Count >= 24 && Count <= 256, "what setmaxnreg takes");
+  machine().share_registers(Count);
+}
 
 // The bits that the GPU's version puts together; the machine takes them apart again by the manual.
 inline uint64_t panel_descriptor(const char* p) {
@@ -51,32 +85,6 @@ inline uint64_t panel_descriptor(const char* p) {
   constexpr uint64_t kLeading = uint64_t{1} << 16;
   constexpr uint64_t kStride = uint64_t{8 * kRowBytes >> 4} << 32;
   return kSwizzle128 | kStride | kLeading | (shared_address(p) >> 4 & 0x3fff);
-}
-
-struct MatrixStore {
-  char* row;
-  const uint32_t* words;
-  int thread;
-};
-// Element (r, c) of 8x8 matrix i goes to the address that lane 8 i + r passed, plus 2 c bytes.
-inline void store_matrices(char* row, const uint32_t (&r)[4]) {
-  MatrixStore store{row, r, thread_index()};
-  machine().collective(4, &store, [](emulation::Machine& m, void* const* operands) {
-    for (int lane = 0; lane < 32; ++lane) {
-      const MatrixStore& to = *static_cast<MatrixStore*>(operands[lane]);
-      m.shared_access(to.row, 16, true, to.thread);
-    }
-    for (int lane = 0; lane < 32; ++lane) {
-      const MatrixStore& from = *static_cast<MatrixStore*>(operands[lane]);
-      for (int i = 0; i < 4; ++i) {
-        for (int e = 0; e < 2; ++e) {
-          const uint16_t element = static_cast<uint16_t>(from.words[i] >> 16 * e);
-          char* const to = static_cast<MatrixStore*>(operands[8 * i + lane / 4])->row;
-          memcpy(to + 2 * (2 * (lane % 4) + e), &element, 2);
-        }
-      }
-    }
-  });
 }
 
 inline float exp2_rounded(float x) {

@@ -29,6 +29,8 @@
 #include <string>
 #include <vector>
 
+#include "global_shadow.h"
+#include "launch_order.h"
 #include "phase_barrier.h"
 #include "products.h"
 #include "shared_shadow.h"
@@ -73,7 +75,7 @@ class Machine {
     return machine;
   }
 
-  explicit Machine(const Options& options) : options_(options), random_(options.seed), shadow_(clocks_) {
+  explicit Machine(const Options& options) : options_(options), random_(options.seed), shadow_(clocks_), global_(clocks_) {
     current() = this;
   }
   ~Machine() { current() = nullptr; }
@@ -81,25 +83,10 @@ class Machine {
 
   // Global memory that kernels may touch. Outputs start unwritten.
   void add_region(const void* data, size_t bytes, bool writable, const char* name) {
-    Region region;
-    region.begin = reinterpret_cast<uintptr_t>(data);
-    region.end = region.begin + bytes;
-    region.writable = writable;
-    region.name = name;
-    region.cells.resize((bytes + kUnit - 1) / kUnit);
-    for (Cell& cell : region.cells) cell.written = !writable;
-    regions_.push_back(std::move(region));
+    global_.add_region(data, bytes, writable, name);
   }
   // Throws unless every byte of the outputs has been written.
-  void check_outputs_written() const {
-    for (const Region& region : regions_) {
-      for (size_t i = 0; i < region.cells.size(); ++i) {
-        if (!region.cells[i].written) {
-          throw Error(std::string(region.name) + ": byte " + std::to_string(i * kUnit) + " was never written");
-        }
-      }
-    }
-  }
+  void check_outputs_written() const { global_.check_outputs_written(); }
   // Bytes of global memory asked for, caches left out.
   int64_t bytes_read() const { return bytes_read_; }
   int64_t bytes_written() const { return bytes_written_; }
@@ -111,7 +98,7 @@ class Machine {
                 bool overlaps_previous = false) {
     if (shared_bytes > kMostSharedBytes) throw Error("more shared memory than a CTA can have");
     if (threads % 32 != 0 || threads > 1024) throw Error("a CTA of " + std::to_string(threads) + " threads");
-    begin_launch(overlaps_previous);
+    launches_.begin(overlaps_previous);
     std::vector<int64_t> order(static_cast<size_t>(blocks));
     for (int64_t b = 0; b < blocks; ++b) order[static_cast<size_t>(b)] = b;
     if (options_.order == Order::kDescending) std::reverse(order.begin(), order.end());
@@ -176,27 +163,18 @@ class Machine {
   }
 
   void global_access(const void* p, int bytes, bool write) {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(p);
-    if (address % static_cast<uintptr_t>(bytes) != 0) throw Error("global memory: misaligned access");
-    (write ? bytes_written_ : bytes_read_) += bytes;
-    Region& region = find(address, static_cast<uintptr_t>(bytes));
-    if (write && !region.writable) throw Error(std::string(region.name) + ": is not an output");
-    for (uintptr_t i = (address - region.begin) / kUnit; i < (address - region.begin + bytes) / kUnit; ++i) {
-      touch(region, region.cells[i], write);
+    if (reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) != 0) {
+      throw Error("global memory: misaligned access");
     }
+    (write ? bytes_written_ : bytes_read_) += bytes;
+    touch_global(p, bytes, write ? GlobalShadow::Access::kWrite : GlobalShadow::Access::kRead);
   }
 
   void copy_async(char* to, const void* from, int bytes) {
     if (reinterpret_cast<uintptr_t>(from) % 16 != 0) throw Error("global memory: misaligned copy");
     shared_access(to, 16, true, running_);
     bytes_read_ += bytes;
-    if (bytes > 0) {
-      const uintptr_t address = reinterpret_cast<uintptr_t>(from);
-      Region& region = find(address, static_cast<uintptr_t>(bytes));
-      for (uintptr_t i = (address - region.begin) / kUnit; i < (address - region.begin + bytes) / kUnit; ++i) {
-        touch(region, region.cells[i], false);
-      }
-    }
+    touch_global(from, bytes, GlobalShadow::Access::kRead);
     if (options_.fault == Fault::kDropTail && bytes < 16) bytes = 0;
     Copy copy{to, {}};
     memcpy(copy.data, from, static_cast<size_t>(bytes));
@@ -293,14 +271,8 @@ class Machine {
       shadow_.write_box(i, running_, box.barrier, b.ended + 1);
     }
     box.for_each_row([&](int64_t, const char* source, int, int bytes) {
-      if (bytes == 0) return;
       bytes_read_ += bytes;
-      const uintptr_t address = reinterpret_cast<uintptr_t>(source);
-      Region& region = find(address, static_cast<uintptr_t>(bytes));
-      for (uintptr_t i = (address - region.begin) / kUnit; i < (address - region.begin + bytes) / kUnit; ++i) {
-        touch(region, region.cells[i], false);
-        region.cells[i].reader = kSeveral;  // read after this thread has gone on
-      }
+      touch_global(source, bytes, GlobalShadow::Access::kAsynchronousRead);
     });
     ++b.under_way;
     boxes_.push_back(box);
@@ -350,7 +322,7 @@ class Machine {
     clocks_.learn(running_, clocks_.products(running_ / kProductThreads), group);
     for (Product& p : w.products) {
       if (p.group > group) break;
-      if (!p.done) compute(p);
+      if (!p.done) compute_product(p, shared_, options_.fault == Fault::kSwapFragments);
       if (p.call[lane].a_registers != nullptr &&
           memcmp(p.call[lane].a_registers, p.a_registers[lane], sizeof p.a_registers[lane]) != 0) {
         throw Error("a register of A changed, or went out of scope, while a product used it");
@@ -367,28 +339,27 @@ class Machine {
     }
   }
 
+  // The registers that the running thread has from now on.
+  void share_registers(int count) { running().register_count = count; }
+
   // Launches that overlap.
-  void allow_next_launch() {
-    if (block_allowed_) return;
-    block_allowed_ = true;
-    if (!running().waited_for_launch) launch().waited_before_allowing = false;
-  }
+  void allow_next_launch() { launches_.allow(running().waited_for_launch); }
   void wait_for_previous_launch() {
     if (options_.fault == Fault::kSkipLaunchWait) return;
     Fiber& fiber = running();
     if (fiber.waited_for_launch) return;
     fiber.waited_for_launch = true;
+    launches_.wait();
     launch_waits_.push_back({running_, clocks_.now(running_)});
   }
 
   const Options& options() const { return options_; }
 
  private:
-  static constexpr int kUnit = 2;  // bytes for each shadow cell of global memory
-  static constexpr int kSeveral = -2;
   static constexpr int kConverge = 50;
   static constexpr size_t kStackBytes = 64 * 1024;
   static constexpr int kMostSharedBytes = 227 * 1024;
+  static constexpr int kRegisters = 64 * 1024;
   static constexpr uint32_t kPoison = 0x7fc0dead;  // not a number
 
   enum class Wait { kNothing, kBarrier, kOthers, kPhase };
@@ -405,6 +376,7 @@ class Machine {
     size_t phase = 0;  // the barrier in shared memory that it waits for
     int barriers = 0;
     bool waited_for_launch = false;
+    int register_count = 0;  // 0: the share it began with
     std::vector<Copy> copies;
     std::vector<char> registers;  // its stack from registers_at on, when it called begin_products()
     const char* registers_at = nullptr;
@@ -423,28 +395,7 @@ class Machine {
     int thread;
     uint32_t time;
   };
-  struct Launch {
-    // Which of the launches before it have ended when it begins, and when it has waited.
-    std::vector<bool> ended_at_start, ended_after_wait;
-    bool waited = true, waited_before_allowing = true;  // in every CTA
-  };
-  struct Cell {
-    bool written = false;
-    int64_t write_launch = 0, read_launch = 0;
-    int64_t write_block = -1, read_block = -1;
-    uint32_t write_time = 0;
-    int64_t read_at = 0;  // epoch or, of a single reader, time
-    int writer = -1, reader = -1;
-  };
-  struct Region {
-    uintptr_t begin, end;
-    bool writable;
-    const char* name;
-    std::vector<Cell> cells;
-  };
-
   Fiber& running() { return fibers_[static_cast<size_t>(running_)]; }
-  Launch& launch() { return launches_[static_cast<size_t>(launch_)]; }
   Warpgroup& warpgroup() {
     const size_t w = static_cast<size_t>(running_ / kProductThreads);
     if (w >= warpgroups_.size()) throw Error("a product by threads that are no whole warpgroup");
@@ -520,15 +471,6 @@ class Machine {
     char* const kept = kept_register(fibers_[static_cast<size_t>(thread)], d, bytes);
     if (kept != nullptr) memcpy(kept, value, bytes);
   }
-  // One thread's part of an accumulator.
-  static void pick(const Accumulator& a, int lane, std::vector<float>& part) {
-    part.resize(static_cast<size_t>(a.columns / 2));
-    for (int i = 0; i < a.columns / 2; ++i) {
-      part[static_cast<size_t>(i)] =
-          a.value[static_cast<size_t>(product_row(lane, i) * a.columns + product_column(lane, i))];
-    }
-  }
-
   void issue_product(Product&& p) {
     const int number = running_ / kProductThreads, first = number * kProductThreads;
     Warpgroup& w = warpgroups_[static_cast<size_t>(number)];
@@ -566,10 +508,7 @@ class Machine {
       accumulator->value.resize(static_cast<size_t>(kProductRows * p.columns));
       for (int t = 0; t < kProductThreads; ++t) {
         accumulator->d[t] = p.call[t].d;
-        for (int i = 0; i < p.columns / 2; ++i) {
-          accumulator->value[static_cast<size_t>(product_row(t, i) * p.columns + product_column(t, i))] =
-              p.call[t].d[i];
-        }
+        for (int i = 0; i < p.columns / 2; ++i) accumulator->at(t, i) = p.call[t].d[i];
       }
       if (options_.copies_land_late) {
         std::vector<float> poison(static_cast<size_t>(p.columns / 2));
@@ -596,67 +535,10 @@ class Machine {
     });
     w.products.push_back(p);
     if (!options_.copies_land_late) {
-      compute(w.products.back());
-      std::vector<float> part;
+      compute_product(w.products.back(), shared_, options_.fault == Fault::kSwapFragments);
       for (int t = 0; t < kProductThreads; ++t) {
-        pick(*accumulator, t, part);
+        const std::vector<float> part = accumulator->part(t);
         set_registers(first + t, p.call[t].d, part.data(), p.columns / 2);
-      }
-    }
-  }
-
-  // The 16-byte segments of shared memory that a product reads.
-  template <typename F>
-  void for_each_segment(const Product& p, const F& f) const {
-    const auto operand = [&](uint64_t bits, bool outer_contiguous, int outers) {
-      const MatrixDescriptor matrix(bits);
-      const int outer_step = outer_contiguous ? 8 : 1, depth_step = outer_contiguous ? 1 : 8;
-      for (int o = 0; o < outers; o += outer_step) {
-        for (int k = 0; k < kProductDepth; k += depth_step) {
-          f(matrix.address(outer_contiguous, o, k) / SharedShadow::kGranule * SharedShadow::kGranule);
-        }
-      }
-    };
-    if (p.call[0].a_registers == nullptr) operand(p.call[0].a, p.a_outer, kProductRows);
-    operand(p.call[0].b, p.b_outer, p.columns);
-  }
-
-  void compute(Product& p) {
-    p.done = true;
-    float a[kProductRows][kProductDepth];
-    std::vector<float> b(static_cast<size_t>(kProductDepth * p.columns));
-    const auto load = [&](const MatrixDescriptor& matrix, bool outer_contiguous, int outer, int depth) {
-      uint16_t bits;
-      memcpy(&bits, shared_ + matrix.address(outer_contiguous, outer, depth), 2);
-      return p.value_of(bits);
-    };
-    if (p.call[0].a_registers == nullptr) {
-      const MatrixDescriptor matrix(p.call[0].a);
-      for (int row = 0; row < kProductRows; ++row) {
-        for (int k = 0; k < kProductDepth; ++k) a[row][k] = load(matrix, p.a_outer, row, k);
-      }
-    } else {
-      const bool swapped = options_.fault == Fault::kSwapFragments;
-      for (int t = 0; t < kProductThreads; ++t) {
-        for (int i = 0; i < 8; ++i) {
-          const int word = swapped && (i / 2 == 1 || i / 2 == 2) ? 3 - i / 2 : i / 2;
-          const uint32_t pair = p.a_registers[t][word];
-          a[operand_row(t, i)][operand_depth(t, i)] = p.value_of(static_cast<uint16_t>(i % 2 == 0 ? pair : pair >> 16));
-        }
-      }
-    }
-    const MatrixDescriptor matrix(p.call[0].b);
-    for (int k = 0; k < kProductDepth; ++k) {
-      for (int c = 0; c < p.columns; ++c) b[static_cast<size_t>(k * p.columns + c)] = load(matrix, p.b_outer, c, k);
-    }
-    // Products of two 16-bit numbers are exact in fp32.
-    for (int row = 0; row < kProductRows; ++row) {
-      float* const d = p.d->value.data() + row * p.columns;
-      if (!p.call[0].add) std::fill(d, d + p.columns, 0.f);
-      for (int k = 0; k < kProductDepth; ++k) {
-        const float factor = a[row][k];
-        const float* const other = b.data() + k * p.columns;
-        for (int c = 0; c < p.columns; ++c) d[c] += factor * other[c];
       }
     }
   }
@@ -668,91 +550,25 @@ class Machine {
           throw Error("an accumulator's register was written while a product used it");
         }
       }
-      std::vector<float> part;
-      pick(a, lane, part);
+      const std::vector<float> part = a.part(lane);
       memcpy(a.d[lane], part.data(), part.size() * sizeof(float));
     }
     a.returned_to[lane] = true;
     ++a.returned;
   }
 
-  void begin_launch(bool overlaps_previous) {
-    Launch next;
-    const size_t before = launches_.size();  // launches_[0] stands for what was before the first
-    next.ended_at_start.assign(before, true);
-    next.ended_after_wait.assign(before, true);
-    if (overlaps_previous && before > 1) {
-      const Launch& previous = launches_.back();
-      for (size_t i = 0; i < before; ++i) {
-        const bool last = i + 1 == before;
-        const bool at_start = !last && previous.ended_at_start[i];
-        const bool after_wait = !last && previous.ended_after_wait[i];
-        next.ended_at_start[i] = at_start || (previous.waited_before_allowing && after_wait);
-        next.ended_after_wait[i] = last || at_start || (previous.waited && after_wait);
-      }
-    }
-    launches_.push_back(std::move(next));
-    launch_ = static_cast<int64_t>(before);
-  }
   // Whether the running thread may rely on the end of an earlier launch.
   bool has_ended(int64_t earlier) {
-    const Launch& now = launch();
-    const size_t i = static_cast<size_t>(earlier);
-    if (now.ended_at_start[i]) return true;
-    if (!now.ended_after_wait[i]) return false;
-    if (running().waited_for_launch) return true;
-    return std::any_of(launch_waits_.begin(), launch_waits_.end(),
+    const LaunchOrder::Ended ended = launches_.has_ended(earlier);
+    if (ended != LaunchOrder::Ended::kAfterWait) return ended == LaunchOrder::Ended::kYes;
+    return running().waited_for_launch ||
+           std::any_of(launch_waits_.begin(), launch_waits_.end(),
                        [&](const LaunchWait& w) { return clocks_.knows(running_, w.thread, w.time); });
   }
 
-  Region& find(uintptr_t address, uintptr_t bytes) {
-    for (Region& region : regions_) {
-      if (address >= region.begin && address + bytes <= region.end) return region;
-    }
-    throw Error("global memory: access outside every tensor");
-  }
-
-  void touch(Region& region, Cell& cell, bool write) {
-    if (!region.writable) return;
-    const auto fail = [&](const char* what) { throw Error(std::string(region.name) + ": " + what); };
-    if (cell.write_launch == launch_) {
-      if (cell.write_block != block_ || !clocks_.knows(running_, cell.writer, cell.write_time)) {
-        fail(write ? "written twice in one launch by threads that are not ordered"
-                   : "read after a write in one launch by threads that are not ordered");
-      }
-    } else if (!has_ended(cell.write_launch)) {
-      fail("touched while an earlier launch that writes it may be under way");
-    }
-    if (write) {
-      if (cell.read_launch == launch_) {
-        const bool ordered = cell.read_block == block_ &&
-                             (cell.reader == kSeveral
-                                  ? cell.read_at < clocks_.epoch()
-                                  : clocks_.knows(running_, cell.reader, static_cast<uint32_t>(cell.read_at)));
-        if (!ordered) fail("written after a read in one launch by threads that are not ordered");
-      } else if (!has_ended(cell.read_launch)) {
-        fail("written while an earlier launch that reads it may be under way");
-      }
-      cell.written = true;
-      cell.write_launch = launch_;
-      cell.write_block = block_;
-      cell.write_time = clocks_.now(running_);
-      cell.writer = running_;
-    } else {
-      if (!cell.written) fail("read before it was written");
-      const bool again = cell.read_launch == launch_;
-      if (again && cell.read_block != block_) {
-        cell.read_block = kSeveral;
-      } else {
-        const bool others = again && (cell.reader == kSeveral
-                                          ? cell.read_at == clocks_.epoch()
-                                          : !clocks_.knows(running_, cell.reader, static_cast<uint32_t>(cell.read_at)));
-        cell.read_block = block_;
-        cell.reader = others ? kSeveral : running_;
-        cell.read_at = others ? clocks_.epoch() : clocks_.now(running_);
-      }
-      cell.read_launch = launch_;
-    }
+  void touch_global(const void* p, int bytes, GlobalShadow::Access access) {
+    global_.touch(p, bytes, access, launches_.current(), block_, running_,
+                  [&](int64_t launch) { return has_ended(launch); });
   }
 
   void wait(Wait what) {
@@ -800,7 +616,7 @@ class Machine {
     barriers_.clear();
     boxes_.clear();
     launch_waits_.clear();
-    block_allowed_ = false;
+    launches_.begin_block();
     at_barrier_ = 0;
     for (NamedBarrier& b : named_) b.arrived.clear();
     warpgroups_.assign(static_cast<size_t>(threads / kProductThreads), Warpgroup());
@@ -817,7 +633,7 @@ class Machine {
       Fiber& fiber = fibers_[static_cast<size_t>(t)];
       fiber.started = fiber.done = fiber.waited_for_launch = false;
       fiber.waits_for = Wait::kNothing;
-      fiber.barriers = 0;
+      fiber.barriers = fiber.register_count = 0;
       fiber.copies.clear();
       order[static_cast<size_t>(t)] = t;
     }
@@ -861,8 +677,20 @@ class Machine {
     for (const Warpgroup& w : warpgroups_) {
       if (!w.products.empty()) throw Error("a CTA ended with products under way");
     }
-    if (launch_waits_.empty()) launch().waited = launch().waited_before_allowing = false;
-    if (!block_allowed_ && launch_waits_.empty()) launch().waited_before_allowing = false;
+    check_registers();
+    launches_.end_block();
+  }
+  // Registers move between whole warpgroups, and no more than there are.
+  void check_registers() const {
+    int64_t all = 0;
+    for (size_t t = 0; t < fibers_.size(); ++t) {
+      const int count = fibers_[t].register_count;
+      if (count != fibers_[t / kProductThreads * kProductThreads].register_count) {
+        throw Error("threads of one warpgroup claim or release different numbers of registers");
+      }
+      all += count > 0 ? count : kRegisters / threads_ / 8 * 8;
+    }
+    if (all > kRegisters) throw Error("a CTA claims more registers than there are");
   }
   std::string deadlock() const {
     std::string text = "deadlock: threads wait for each other";
@@ -875,18 +703,17 @@ class Machine {
 
   Options options_;
   std::mt19937 random_;
-  std::vector<Region> regions_;
   std::vector<Fiber> fibers_;
   std::vector<Meeting> warps_, meetings_;
   std::vector<Warpgroup> warpgroups_;
   NamedBarrier named_[16];
   Clocks clocks_;
   SharedShadow shadow_;
+  GlobalShadow global_;
   std::vector<PhaseBarrier> barriers_;
   std::vector<Box> boxes_;  // under way
-  std::vector<Launch> launches_{1};
+  LaunchOrder launches_;
   std::vector<LaunchWait> launch_waits_;  // of this CTA
-  bool block_allowed_ = false;            // the next launch to begin
   std::vector<char> shared_memory_;
   char* shared_ = nullptr;
   int64_t shared_bytes_ = 0;
@@ -894,7 +721,7 @@ class Machine {
   jmp_buf scheduler_;
   std::string error_;
   int running_ = 0, threads_ = 0, at_barrier_ = 0;
-  int64_t block_ = 0, launch_ = 0;
+  int64_t block_ = 0;
   int64_t bytes_read_ = 0, bytes_written_ = 0;
   long bank_conflicts_ = 0, matrix_loads_ = 0, late_ = 0, faults_ = 0;
 };

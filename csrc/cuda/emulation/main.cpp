@@ -2,7 +2,7 @@
 // devices and thread orders.
 //
 //   emulate --traffic HEIGHTxWIDTH
-//   emulate [--cases N] [--seed S] [--dtype float|half|bfloat16] [--fault NAME]
+//   emulate [--cases N] [--seed S] [--dtype float|half|bfloat16] [--capability 80|90] [--fault NAME]
 //
 // Prints one line for each dtype and exits with 0, or says what is wrong and exits with 1.
 #include <stdio.h>
@@ -294,6 +294,10 @@ bool takes_hopper_forward(const ForwardRequest& request) {
   return false;
 }
 
+void check(int error) {
+  if (error != 0) throw Error("a launch failed with code " + std::to_string(error));
+}
+
 template <typename T>
 Run<T> run_kernels(const Case& c, Tensor<T>& query, Tensor<T>& key, Tensor<T>& value, Tensor<T>& grad_out,
                    const Options& options, Counts& counts) {
@@ -324,9 +328,9 @@ Run<T> run_kernels(const Case& c, Tensor<T>& query, Tensor<T>& key, Tensor<T>& v
     machine.add_region(run.lse.data(), run.lse.size() * 4, true, "lse");
     if (!stats.empty()) machine.add_region(stats.data(), stats.size() * 8, true, "statistics");
     if constexpr (sizeof(T) == 2) {
-      if (special_forward) hopper_forward<T>(request, HopperLauncher(machine));
+      if (special_forward) check(hopper_forward<T>(request, HopperLauncher(machine)));
     }
-    if (!special_forward) forward<T>(request, Launcher(machine));
+    if (!special_forward) check(forward<T>(request, Launcher(machine)));
     machine.check_outputs_written();
     counts.add(machine, counts.forward_bytes);
   }
@@ -360,9 +364,9 @@ Run<T> run_kernels(const Case& c, Tensor<T>& query, Tensor<T>& key, Tensor<T>& v
     bool special = false;
     if constexpr (sizeof(T) == 2) {
       special = hopper_takes_backward<T>(request);
-      if (special) hopper_backward<T>(request, HopperLauncher(machine));
+      if (special) check(hopper_backward<T>(request, HopperLauncher(machine)));
     }
-    if (!special) backward<T>(request, Launcher(machine));
+    if (!special) check(backward<T>(request, Launcher(machine)));
     machine.check_outputs_written();
     counts.add(machine, counts.backward_bytes);
   }
@@ -515,6 +519,8 @@ std::vector<Case> fixed_cases() {
       {grid(1, {2, 300}), 72, 72, Layout::kChannelsLast, 2.f, hopper(4)},
       {grid(2, {3, 4, 5}), 16, 32, Layout::kChannelsLast, 30.f, hopper(10)},
       {grid(2, {7, 1}), 8, 8, Layout::kChannelsLast, 1.f, hopper(10)},
+      // items enough to go around the ring of panels several times
+      {grid(1, {1, 97}), 136, 520, Layout::kChannelsLast, 1.f, hopper(1)},
   };
 }
 
@@ -592,12 +598,17 @@ void check_pairs() {
   }
 }
 
+// `capability`: of all cases; 0 for any.
 template <typename T>
-void check_dtype(const char* name, int cases, uint32_t seed, Fault fault) {
+void check_dtype(const char* name, int cases, int capability, uint32_t seed, Fault fault) {
   Worst worst;
-  std::vector<Case> list = fixed_cases<T>();
+  std::vector<Case> list;
+  const auto add = [&](const Case& c) {
+    if (capability == 0 || c.device.capability == capability) list.push_back(c);
+  };
+  for (const Case& c : fixed_cases<T>()) add(c);
   std::mt19937 random(seed);
-  while (list.size() < static_cast<size_t>(cases)) list.push_back(draw_case<T>(random));
+  while (list.size() < static_cast<size_t>(cases)) add(draw_case<T>(random));
   list.resize(static_cast<size_t>(cases));
   for (size_t i = 0; i < list.size(); ++i) {
     try {
@@ -645,7 +656,7 @@ void print_traffic(const char* name, int64_t height, int64_t width) {
 }
 
 int run(int argc, char** argv) {
-  int cases = 21;
+  int cases = 22, capability = 0;
   uint32_t seed = 1;
   std::string dtype;
   Fault fault = Fault::kNone;
@@ -653,6 +664,11 @@ int run(int argc, char** argv) {
       {"skip-barrier", Fault::kSkipBarrier},     {"copy-late", Fault::kCopyLate},
       {"swap-fragments", Fault::kSwapFragments}, {"transpose-mma", Fault::kTransposeMma},
       {"shuffle", Fault::kShuffleNeighbour},     {"drop-tail", Fault::kDropTail},
+      {"skip-phase", Fault::kSkipPhase},         {"wrong-parity", Fault::kWrongParity},
+      {"refill-early", Fault::kRefillEarly},     {"lose-arrival", Fault::kLoseArrival},
+      {"skip-fence", Fault::kSkipFence},         {"plain-box", Fault::kPlainBox},
+      {"keep-outside", Fault::kKeepOutside},     {"transpose-descriptor", Fault::kTransposeDescriptor},
+      {"wait-too-little", Fault::kWaitTooLittle}, {"skip-launch-wait", Fault::kSkipLaunchWait},
   };
   for (int i = 1; i + 1 < argc; i += 2) {
     const std::string option = argv[i], value = argv[i + 1];
@@ -662,6 +678,8 @@ int run(int argc, char** argv) {
       seed = static_cast<uint32_t>(atoi(value.c_str()));
     } else if (option == "--dtype") {
       dtype = value;
+    } else if (option == "--capability" && (value == "80" || value == "90")) {
+      capability = atoi(value.c_str());
     } else if (option == "--traffic") {
       long height = 0, width = 0;
       if (sscanf(value.c_str(), "%ldx%ld", &height, &width) != 2 || height < 1 || width < 1) {
@@ -681,9 +699,9 @@ int run(int argc, char** argv) {
     std::mt19937 random(seed);
     check_lines(random);
     check_pairs();
-    if (dtype.empty() || dtype == "float") check_dtype<float>("float", cases, seed, fault);
-    if (dtype.empty() || dtype == "half") check_dtype<Half>("half", cases, seed, fault);
-    if (dtype.empty() || dtype == "bfloat16") check_dtype<BFloat16>("bfloat16", cases, seed, fault);
+    if (dtype.empty() || dtype == "float") check_dtype<float>("float", cases, capability, seed, fault);
+    if (dtype.empty() || dtype == "half") check_dtype<Half>("half", cases, capability, seed, fault);
+    if (dtype.empty() || dtype == "bfloat16") check_dtype<BFloat16>("bfloat16", cases, capability, seed, fault);
   } catch (const std::exception& e) {
     printf("FAILED: %s\n", e.what());
     return 1;

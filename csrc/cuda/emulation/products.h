@@ -71,6 +71,16 @@ struct Accumulator {
   uint32_t last_group = 0;   // of those that use it
   int returned = 0;
   bool returned_to[kProductThreads] = {};
+
+  float& at(int thread, int i) {
+    return value[static_cast<size_t>(product_row(thread, i) * columns + product_column(thread, i))];
+  }
+  // What a thread holds.
+  std::vector<float> part(int thread) {
+    std::vector<float> d(static_cast<size_t>(columns / 2));
+    for (int i = 0; i < columns / 2; ++i) d[static_cast<size_t>(i)] = at(thread, i);
+    return d;
+  }
 };
 
 struct Product {
@@ -83,6 +93,62 @@ struct Product {
   Accumulator* d;
   bool done = false;
 };
+
+// The 16-byte segments of shared memory that a product reads.
+template <typename F>
+void for_each_segment(const Product& p, const F& f) {
+  const auto operand = [&](uint64_t bits, bool outer_contiguous, int outers) {
+    const MatrixDescriptor matrix(bits);
+    const int outer_step = outer_contiguous ? 8 : 1, depth_step = outer_contiguous ? 1 : 8;
+    for (int o = 0; o < outers; o += outer_step) {
+      for (int k = 0; k < kProductDepth; k += depth_step) {
+        f(matrix.address(outer_contiguous, o, k) / 16 * 16);
+      }
+    }
+  };
+  if (p.call[0].a_registers == nullptr) operand(p.call[0].a, p.a_outer, kProductRows);
+  operand(p.call[0].b, p.b_outer, p.columns);
+}
+
+// Computes the product. `swapped`: with words 1 and 2 of A in registers exchanged.
+inline void compute_product(Product& p, const char* shared, bool swapped) {
+  p.done = true;
+  float a[kProductRows][kProductDepth];
+  std::vector<float> b(static_cast<size_t>(kProductDepth * p.columns));
+  const auto load = [&](const MatrixDescriptor& matrix, bool outer_contiguous, int outer, int depth) {
+    uint16_t bits;
+    memcpy(&bits, shared + matrix.address(outer_contiguous, outer, depth), 2);
+    return p.value_of(bits);
+  };
+  if (p.call[0].a_registers == nullptr) {
+    const MatrixDescriptor matrix(p.call[0].a);
+    for (int row = 0; row < kProductRows; ++row) {
+      for (int k = 0; k < kProductDepth; ++k) a[row][k] = load(matrix, p.a_outer, row, k);
+    }
+  } else {
+    for (int t = 0; t < kProductThreads; ++t) {
+      for (int i = 0; i < 8; ++i) {
+        const int word = swapped && (i / 2 == 1 || i / 2 == 2) ? 3 - i / 2 : i / 2;
+        const uint32_t pair = p.a_registers[t][word];
+        a[operand_row(t, i)][operand_depth(t, i)] = p.value_of(static_cast<uint16_t>(i % 2 == 0 ? pair : pair >> 16));
+      }
+    }
+  }
+  const MatrixDescriptor matrix(p.call[0].b);
+  for (int k = 0; k < kProductDepth; ++k) {
+    for (int c = 0; c < p.columns; ++c) b[static_cast<size_t>(k * p.columns + c)] = load(matrix, p.b_outer, c, k);
+  }
+  // Products of two 16-bit numbers are exact in fp32.
+  for (int row = 0; row < kProductRows; ++row) {
+    float* const d = p.d->value.data() + row * p.columns;
+    if (!p.call[0].add) std::fill(d, d + p.columns, 0.f);
+    for (int k = 0; k < kProductDepth; ++k) {
+      const float factor = a[row][k];
+      const float* const other = b.data() + k * p.columns;
+      for (int c = 0; c < p.columns; ++c) d[c] += factor * other[c];
+    }
+  }
+}
 
 struct Warpgroup {
   std::list<Product> products;
