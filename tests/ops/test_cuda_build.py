@@ -1,7 +1,8 @@
 """The CUDA kernels without a GPU: run on the emulated machine, and compiled for each architecture.
 
 The emulation (csrc/cuda/emulation) compiles the kernel sources with the host compiler, runs every thread of a CTA,
-checks memory accesses and barriers, and compares with float64 brute force. Nothing here has executed on a GPU.
+checks memory accesses and barriers, and compares with float64 brute force. On a GPU the same is done by
+projects/CCNet/tools/check_cuda_op.py.
 """
 
 import os
@@ -15,6 +16,8 @@ import pytest
 CUDA_SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 DTYPES = ("float", "half", "bfloat16")
 KERNELS = ("forward_kernel", "backward_kernel", "delta_kernel")
+# Two of each: lines of one block and of two.
+HOPPER_KERNELS = (*("hopper_forward_kernel", "hopper_backward_kernel") * 2, "dense_delta_kernel")
 
 pytestmark = pytest.mark.skipif(not CUDA_SOURCES.is_dir(), reason="the CUDA sources are not here")
 
@@ -82,23 +85,36 @@ def test_emulated_machine_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ["80", "90"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_compile_without_spills(dtype: str, architecture: str, tmp_path: Path) -> None:
+    _compile_without_spills(f"kernels_{dtype}.cu", architecture, KERNELS, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["half", "bfloat16"])
+def test_kernels_for_capability_90_compile_without_spills(dtype: str, tmp_path: Path) -> None:
+    report = _compile_without_spills(f"hopper_{dtype}.cu", "90a", HOPPER_KERNELS, tmp_path)
+    # ptxas says so where it makes asynchronous products wait for each other.
+    assert "serialized" not in report, report
+
+
+def _compile_without_spills(source: str, architecture: str, kernels: tuple[str, ...], folder: Path) -> str:
     command = [
         *(str(_nvcc()), "-std=c++17", "-O3", "-Xptxas", "-v"),
         *("-gencode", f"arch=compute_{architecture},code=sm_{architecture}"),
-        *("-c", str(CUDA_SOURCES / f"kernels_{dtype}.cu"), "-o", str(tmp_path / "kernels.o")),
+        *("-c", str(CUDA_SOURCES / source), "-o", str(folder / "kernels.o")),
     ]
     report = _run(command)
     assert "warning" not in report, report
     entries = re.split(r"Compiling entry function '", report)[1:]
-    assert sorted(name for name in KERNELS for entry in entries if name in entry.split("'")[0]) == sorted(
-        KERNELS
-    )
+    names = [entry.split("'")[0] for entry in entries]
+    assert [sum(kernel in name for name in names) for kernel in kernels] == [
+        kernels.count(kernel) for kernel in kernels
+    ], names
     for entry in entries:
         figures = re.search(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry
         )
         assert figures is not None, entry
         assert figures.groups() == ("0", "0", "0"), entry
+    return report
 
 
 def test_binding_compiles(tmp_path: Path) -> None:
