@@ -118,15 +118,19 @@ Grid checked_grid(const Tensor& query, const Tensor& key, const Tensor& value) {
   return grid;
 }
 
-// A hint, nothing depends on it: lines along the slow axes touch a page for every position, and first touching a large
-// result in 4 KiB pages costs as much as a good part of the arithmetic.
+// Nothing depends on it: lines along the slow axes touch a page for every position, and first touching a large result
+// in 4 KiB pages costs as much as a good part of the arithmetic. The huge pages are touched here, each by one thread:
+// along those lines all threads would come to the same page at once, and the system would clear it for each of them.
 void use_huge_pages(const Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t huge = uintptr_t(2) << 20;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
   const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
   const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (last <= first || madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) != 0) return;
+  torch::stable::parallel_for(0, static_cast<int64_t>((last - first) / huge), 1, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) *reinterpret_cast<volatile char*>(first + static_cast<uintptr_t>(i) * huge) = 0;
+  });
 #else
   (void)t;
 #endif
