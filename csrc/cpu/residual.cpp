@@ -13,6 +13,10 @@
 
 #include "common.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace ccnet {
 namespace cpu {
 namespace {
@@ -46,6 +50,66 @@ bool flat_layout(const Tensor& t, Layout* layout) {
   return layout->channel == 1 || layout->position == 1;
 }
 
+// Squares of 4 x 4 numbers are transposed in registers where every processor of the build has them: one by one, the
+// numbers would cost more than the memory they come from.
+template <class S, class T>
+constexpr bool kInSquares = false;
+
+#if defined(__SSE2__)
+template <>
+constexpr bool kInSquares<float, float> = true;
+template <>
+constexpr bool kInSquares<BFloat16, float> = true;
+
+inline __m128 load4(const float* p) { return _mm_loadu_ps(p); }
+inline void store4(float* p, __m128 x) { _mm_storeu_ps(p, x); }
+
+inline __m128 load4(const BFloat16* p) {
+  const __m128i words = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), words));
+}
+
+// As from_float: to nearest, ties to even, NaN stays NaN.
+inline void store4(BFloat16* p, __m128 x) {
+  const __m128i bits = _mm_castps_si128(x), odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
+  __m128i high = _mm_srai_epi32(_mm_add_epi32(bits, _mm_add_epi32(odd, _mm_set1_epi32(0x7fff))), 16);
+  const __m128i nan = _mm_castps_si128(_mm_cmpunord_ps(x, x));
+  high = _mm_or_si128(_mm_andnot_si128(nan, high), _mm_and_si128(nan, _mm_set1_epi32(0x7fc0)));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(high, high));
+}
+
+// to[j * to_row + i] = from[i * from_row + j] for i, j < 4
+template <class From, class To>
+inline void transpose_square(const From* from, int64_t from_row, To* to, int64_t to_row) {
+  __m128 r0 = load4(from), r1 = load4(from + from_row), r2 = load4(from + 2 * from_row), r3 = load4(from + 3 * from_row);
+  _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
+  store4(to, r0);
+  store4(to + to_row, r1);
+  store4(to + 2 * to_row, r2);
+  store4(to + 3 * to_row, r3);
+}
+#endif
+
+// to[c * to_row + n] = from[n * from_row + c] for n < rows, c < cols
+template <class From, class To>
+void transpose(const From* from, int64_t from_row, int64_t rows, int64_t cols, To* to, int64_t to_row) {
+  int64_t n = 0;
+#if defined(__SSE2__)
+  if constexpr (kInSquares<From, To> || kInSquares<To, From>) {
+    for (; n + 4 <= rows; n += 4) {
+      int64_t c = 0;
+      for (; c + 4 <= cols; c += 4) transpose_square(from + n * from_row + c, from_row, to + c * to_row + n, to_row);
+      for (; c < cols; ++c) {
+        for (int64_t i = n; i < n + 4; ++i) from_float(to_float(from[i * from_row + c]), to + c * to_row + i);
+      }
+    }
+  }
+#endif
+  for (; n < rows; ++n) {
+    for (int64_t c = 0; c < cols; ++c) from_float(to_float(from[n * from_row + c]), to + c * to_row + n);
+  }
+}
+
 // buffer[c][n] = src[c0 + c, n0 + n]
 template <class S, class T>
 void read_tile(const S* src, const Layout& l, int64_t channels, int64_t positions, T (*buffer)[kPositions]) {
@@ -56,10 +120,7 @@ void read_tile(const S* src, const Layout& l, int64_t channels, int64_t position
     }
     return;
   }
-  for (int64_t n = 0; n < positions; ++n) {
-    const S* p = src + n * l.position;
-    for (int64_t c = 0; c < channels; ++c) buffer[c][n] = to_float(p[c * l.channel]);
-  }
+  transpose(src, l.position, positions, channels, &buffer[0][0], kPositions);
 }
 
 template <class S, class T>
@@ -71,10 +132,7 @@ void write_tile(S* dst, const Layout& l, int64_t channels, int64_t positions, co
     }
     return;
   }
-  for (int64_t n = 0; n < positions; ++n) {
-    S* p = dst + n * l.position;
-    for (int64_t c = 0; c < channels; ++c) from_float(buffer[c][n], p + c * l.channel);
-  }
+  transpose(&buffer[0][0], kPositions, channels, positions, dst, l.position);
 }
 
 // Runs body(tile, batch, first channel, channels, first position, positions) over all tiles.

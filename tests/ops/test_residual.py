@@ -1,0 +1,69 @@
+"""x + gamma * attended between memory layouts, against PyTorch's own operators."""
+
+import pytest
+import torch
+
+from ccnet_d2.ops import compiled
+from ccnet_d2.ops.residual import gated_residual
+
+if not compiled.is_available():
+    pytest.skip(str(compiled.unavailable_reason()), allow_module_level=True)
+
+# Channels and positions that fill tiles of 64, leave remainders of squares of 4, and are fewer than 4.
+SHAPES = [(2, 64, 8, 8), (1, 67, 9, 15), (2, 130, 3, 43), (1, 3, 1, 2), (3, 5, 70), (1, 9, 2, 3, 7)]
+# The computation is in fp32 (fp64 for fp64), so that only the result's own rounding remains.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def draw(shape, dtype, *, channels_last):
+    x = torch.randn(shape, dtype=torch.float64).to(dtype)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("attended_last", [True, False])
+@pytest.mark.parametrize("x_last", [True, False])
+def test_values_and_gradients(shape, dtype, attended_last, x_last):
+    torch.manual_seed(0)
+    attended = draw(shape, dtype, channels_last=attended_last).requires_grad_()
+    x = draw(shape, dtype, channels_last=x_last).requires_grad_()
+    gamma = torch.tensor([0.75], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    gamma.requires_grad_()
+    grad = draw(shape, dtype, channels_last=x_last)
+
+    out = gated_residual(attended, gamma, x)
+    grads = torch.autograd.grad(out, (attended, gamma, x), grad)
+
+    wanted = x.double() + 0.75 * attended.double()
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grads[0].double(), 0.75 * grad.double(), rtol=tolerance, atol=tolerance)
+    total = (grad.double() * attended.double()).sum().reshape(1)
+    torch.testing.assert_close(grads[1].double(), total, rtol=1e-5, atol=1e-4)
+    assert torch.equal(grads[2], grad)
+    assert out.dtype == dtype and out.stride() == x.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_attention_beside_fp32(dtype):
+    attended, x = (
+        draw((2, 70, 9, 11), dtype, channels_last=True),
+        draw((2, 70, 9, 11), torch.float32, channels_last=False),
+    )
+    out = gated_residual(attended, torch.tensor([0.5]), x)
+    torch.testing.assert_close(out, x + 0.5 * attended.float(), rtol=1e-6, atol=1e-6)
+
+
+def test_bf16_is_rounded_as_pytorch_rounds():
+    """Ties, the largest numbers, infinities and NaN, in places of a square and of a remainder."""
+    special = torch.tensor([float("inf"), float("-inf"), float("nan"), 3.38e38, -3.38e38, 0.0, -0.0])
+    ties = torch.arange(1.0, 258.0) / 256  # with a half added: the last bit decides between two neighbours
+    values = torch.cat([special, ties]).to(torch.bfloat16)
+    x = values.repeat(18)[: 18 * 261].reshape(1, 18, 9, 29).contiguous()
+    attended = x.flip(1).movedim(1, -1).contiguous().movedim(-1, 1)
+    gamma = torch.tensor([2.0**-8])
+    wanted = (x.float() + gamma * attended.float()).to(torch.bfloat16)
+    for layout in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
+        out = gated_residual(attended, gamma, layout)
+        torch.testing.assert_close(out, wanted, rtol=0, atol=0, equal_nan=True)
