@@ -171,10 +171,8 @@ class RegionConstruction(nn.Module):
             score = representative_scores(table, region)
             if self.variant == "paper":
                 score = score.clamp(0, 1)
-        return [
-            Regions(size, *parts, representatives(*parts, self.representatives))
-            for parts in zip(region, score, strict=True)
-        ]
+        chosen = representatives(region, score, self.representatives)
+        return [Regions(size, *parts) for parts in zip(region, score, chosen, strict=True)]
 
     def attention(self, boundary: Tensor, semantic: Tensor) -> Tensor:
         """F^g, (B, N, N), of Eq. 1 to 4; arguments as for `forward`, in fp32."""

@@ -23,16 +23,14 @@ def connected_regions(together: Tensor) -> Tensor:
     beyond = torch.tensor(pixels, dtype=torch.int32, device=together.device)
     while True:
         # Every pixel looks for the smallest root next to it, roots are hung under what their pixels found, and paths
-        # are shortened. Roots only get smaller, so this ends, after some log N rounds.
+        # are shortened: by half with each jump, of which a fixed number keeps a GPU from being waited for. Roots only
+        # get smaller, so this ends, after some log N rounds.
         nearest = torch.where(together, parent.int()[..., None, :], beyond).amin(-1)
         found = torch.minimum(parent, nearest.long())
         hung = parent.scatter_reduce(-1, parent, found, "amin")
         hung = torch.minimum(hung, found)
-        while True:
-            shorter = hung.gather(-1, hung)
-            if torch.equal(shorter, hung):
-                break
-            hung = shorter
+        for _ in range((pixels - 1).bit_length()):
+            hung = hung.gather(-1, hung)
         if torch.equal(hung, parent):
             return _numbered(parent)
         parent = hung
@@ -77,25 +75,29 @@ def join_small_regions(region: Tensor, attention: Tensor, count: int) -> Tensor:
     return _numbered(torch.where(settled, region, region.gather(-1, target)))
 
 
-def representatives(region: Tensor, score: Tensor, count: int) -> Tensor:
+def representatives(region: Tensor, score: Tensor, count: int) -> tuple[Tensor, ...]:
     """The pixels of the highest scores in each region.
 
     A region of fewer than `count` pixels is represented by all of them; of equal scores the first pixel counts more.
 
     Args:
-        region: (N,) regions, 0 to Q - 1.
-        score: (N,), J of Eq. 5.
+        region: (B, N) regions of B images, 0 to Q - 1.
+        score: (B, N), J of Eq. 5.
         count: K.
 
     Returns:
-        (S,) pixels, by region and there from the highest score on.
+        (S,) pixels of each image, by region and there from the highest score on.
     """
-    order = score.detach().argsort(descending=True, stable=True)
-    order = order[region[order].argsort(stable=True)]
-    sizes = torch.bincount(region)
-    start = (sizes.cumsum(0) - sizes)[region[order]]
-    rank = torch.arange(len(order), device=order.device) - start
-    return order[rank < count]
+    images, pixels = region.shape
+    # All images as one, whose regions are told apart by where they begin: a GPU is waited for twice, not at each image.
+    start = pixels * torch.arange(images, device=region.device)
+    name = (region + start[:, None]).flatten()
+    order = score.detach().flatten().argsort(descending=True, stable=True)
+    order = order[name[order].argsort(stable=True)]
+    sizes = torch.zeros_like(name).scatter_add(0, name, torch.ones_like(name))
+    rank = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[name[order]]
+    counts = sizes.clamp(max=count).reshape(images, pixels).sum(1).tolist()
+    return tuple(cells % pixels for cells in order[rank < count].split(counts))
 
 
 def _numbered(names: Tensor) -> Tensor:

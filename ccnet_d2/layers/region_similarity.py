@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Values of all classes worked on in one go.
+# Values of all classes worked on in one go; a GPU gets more, for fewer launches.
 _CHUNK = 1 << 22
+_TIMES_ON_GPU = 8
 _LOWEST, _HIGHEST = 0.001, 0.99  # the released code's bounds of a probability
 
 
@@ -95,7 +96,8 @@ class _JensenShannon(torch.autograd.Function):
 
 def _rows(probability: Tensor) -> list[slice]:
     batch, pixels, classes = probability.shape
-    size = max(1, _CHUNK // max(1, batch * pixels * classes))
+    values = _CHUNK * (1 if probability.device.type == "cpu" else _TIMES_ON_GPU)
+    size = max(1, values // max(1, batch * pixels * classes))
     return [slice(start, min(start + size, pixels)) for start in range(0, pixels, size)]
 
 

@@ -74,7 +74,9 @@ RULES = (
     Rule(r"overfit", reason="trains for minutes; tests/integration/test_detection.py trains it"),
     Rule(r"compare_runs", reason="trains for minutes; tests/engine/test_compare_runs.py has it in small"),
     Rule(
-        r"train_net.*ranet_", reason="trains for minutes; tests/integration/test_ranet_run.py has it in small"
+        r"(train_net|demo)\.py.*ranet_",
+        reason="trains for minutes, or takes what was trained; tests/integration/test_ranet_run.py and "
+        "tests/inference/test_region_pictures.py have both in small",
     ),
     Rule(r"attention_viewer", reason="serves until it is stopped; tests/tools/test_attention_viewer.py"),
     Rule(r"benchmark_", reason="measures for minutes; run by tests/tools"),

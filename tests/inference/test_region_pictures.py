@@ -22,7 +22,7 @@ def predictor(size_divisibility: int = 0, **options) -> Predictor:
     head = RANetHead(
         backbone.output_shape(),
         **{"in_feature": "conv", "num_classes": 3, "channels": 8, "norm": "BN", "representatives": 3}
-        | {"small_regions": "keep"}  # noise makes few others
+        | {"small_regions": "keep", "threshold": 0.8}  # noise makes few others
         | options,
     )
     if options.get("context") is None:

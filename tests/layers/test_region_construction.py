@@ -331,11 +331,14 @@ def test_regions_of_a_batch_are_those_of_its_images():
 
 
 def test_more_representatives_than_pixels():
-    region = torch.tensor([0, 1, 0, 0, 2, 1])
-    score = torch.tensor([0.1, 0.5, 0.9, 0.9, 0.3, 0.6])
-    assert representatives(region, score, 8).tolist() == [2, 3, 0, 5, 1, 4]
-    assert representatives(region, score, 1).tolist() == [2, 5, 4]
-    assert representatives(region, score, 2).tolist() == [2, 3, 5, 1, 4]
+    region = torch.tensor([[0, 1, 0, 0, 2, 1], [0, 0, 0, 0, 0, 0]])
+    score = torch.tensor([[0.1, 0.5, 0.9, 0.9, 0.3, 0.6], [0.2, 0.1, 0.4, 0.3, 0.6, 0.5]])
+    for count, first, second in (
+        (8, [2, 3, 0, 5, 1, 4], [4, 5, 2, 3, 0, 1]),
+        (1, [2, 5, 4], [4]),
+        (2, [2, 3, 5, 1, 4], [4, 5]),
+    ):
+        assert [found.tolist() for found in representatives(region, score, count)] == [first, second]
 
 
 @pytest.mark.parametrize("chunk", [1 << 18, 25])
