@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -64,8 +64,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = default_argument_parser(epilog=_EPILOG)
-    parser.set_defaults(dist_url="auto")
+    """Detectron2's options, by its names, and one more."""
+    parser = argparse.ArgumentParser(
+        description="Train a run, or evaluate it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config-file",
+        default="",
+        metavar="FILE",
+        help="run: a path or a model zoo name (LazyConfig, .py), or a yacs config (.yaml)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in the output folder, from the start where there is none",
+    )
+    parser.add_argument("--eval-only", action="store_true", help="evaluate train.init_checkpoint")
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="GPUs of each machine (default: 1)"
+    )
+    parser.add_argument("--num-machines", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument(
+        "--machine-rank", type=int, default=0, metavar="N", help="of this machine, counted from 0"
+    )
+    parser.add_argument(
+        "--dist-url",
+        default="auto",
+        metavar="URL",
+        help="tcp://HOST:PORT of machine 0, for several machines",
+    )
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        metavar="KEY=VALUE",
+        help="change values of the config, such as train.max_iter=1000; for yacs configs KEY VALUE",
+    )
     parser.add_argument(
         "--num-processes",
         type=int,

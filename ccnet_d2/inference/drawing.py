@@ -130,12 +130,13 @@ def scale_bar(
         width: of the picture in pixels.
         size: of the text in pixels.
     """
-    bar = np.broadcast_to(colors, (size, *colors.shape))
-    side = max(int(_font(size).getlength(text)) for text in (low, high)) + 3 * _MARGIN
-    space = np.full((1, 0, 3), PAPER, np.uint8)
-    ends = [text_line(text, side, size) for text in (low, high)]
-    line = _beside([ends[0], _centred(bar, size + 8, bar.shape[1]), ends[1]], space)
-    return stack([line, text_line(caption, width, size)])
+    left, middle = (width - len(colors)) // 2, (size + 8) / 2
+    canvas = Image.new("RGB", (width, size + 8), PAPER)
+    canvas.paste(Image.fromarray(np.repeat(colors[None], size, axis=0)), (left, 4))
+    draw = ImageDraw.Draw(canvas)
+    draw.text((left - _MARGIN, middle), low, font=_font(size), fill=INK, anchor="rm")
+    draw.text((left + len(colors) + _MARGIN, middle), high, font=_font(size), fill=INK, anchor="lm")
+    return stack([np.asarray(canvas), text_line(caption, width, size)])
 
 
 def stack(parts: Sequence[np.ndarray]) -> np.ndarray:

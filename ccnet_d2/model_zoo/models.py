@@ -25,8 +25,8 @@ def get(name: str, trained: bool = False, device: str | torch.device | None = No
         A model with Detectron2's inputs and outputs, see `ccnet_d2.modeling.CCNet`.
 
     Raises:
-        UserError: there is no such run or device, or `trained` is asked for and there are no weights, they cannot be had, or
-            they are not what was published.
+        UserError: there is no such run or device, or `trained` is asked for and there are no weights, they cannot be
+            had, or they are not what was published.
     """
     cfg = get_config(name, trained=trained)
     device = available_device(device or cfg.train.device)

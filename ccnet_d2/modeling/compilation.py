@@ -24,7 +24,9 @@ def compile_model(
     Args:
         model: on its device.
         dynamic: compile for any height and width; None: for those of the first batch, and for any when others come
-            (training, whose crops have one size: torch 2.14 fails on the gradients of ResNets of any size).
+            (faster in training, whose crops have one size). Gradients for any size need the compiled operator
+            (`backend="compiled"`, which "auto" is on CPUs where it is built): with "matmul" torch 2.14's compiler
+            fails on four-axis views that it keeps for the backward pass.
         fullgraph: raise an error, rather than run a part uncompiled, where the model is not one graph; `CCNet` is.
         backend: see `torch.compile`.
 
@@ -39,8 +41,8 @@ def compile_model(
         first = next(model.parameters(), None)
         if first is not None and first.device.type == "cpu":
             _check_compiler()
-        # Left alone, torch lays out the gradients of convolutions as in the first batch, and compiles again for
-        # every other size of the images.
+        # Left alone, torch 2.14 binds the gradients of convolutions to the strides of the first batch (Inductor's
+        # lowering of convolution_backward), and compiles again for every other size of the images.
         options = {"force_layout_optimization": True}
     model.compile(dynamic=dynamic, fullgraph=fullgraph, backend=backend, options=options)
     return model

@@ -5,12 +5,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ccnet_d2.devices import parse_devices
 from ccnet_d2.engine import apply_overrides
 from ccnet_d2.engine.user_errors import one_sentence_errors
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference.batch import plan_pictures, write_pictures
 from ccnet_d2.inference.build import MODE_NAMES, build_mode
-from ccnet_d2.devices import parse_devices
 from ccnet_d2.inference.images import find_images
 from ccnet_d2.inference.mode import InferenceMode
 from ccnet_d2.inference.multi_scale import DEFAULT_SCALES

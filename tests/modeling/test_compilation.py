@@ -55,11 +55,11 @@ def check_inference(model, reference, tolerance):
                 torch.testing.assert_close(got["sem_seg"], wanted["sem_seg"], atol=tolerance, rtol=tolerance)
 
 
-def check_training(model, reference, classes, tolerance):
+def check_training(model, reference, classes, tolerance, sizes=SIZES):
     """A step of SGD on each size: losses, every parameter's gradient, and the running statistics at the end."""
     both = (model.train(), reference.train())
     optimizers = [torch.optim.SGD(one.parameters(), 1e-3) for one in both]
-    for size in SIZES:
+    for size in sizes:
         losses = []
         for one, optimizer in zip(both, optimizers, strict=True):
             optimizer.zero_grad()
@@ -148,25 +148,28 @@ def test_compiled_inference(config, overrides, classes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "overrides", "classes", "backend", "dtype"),
+    ("config", "overrides", "classes", "backend", "dynamic", "dtype"),
     [
-        (TOY, [], 4, "auto", torch.float32),
-        (TOY, ["model.sem_seg_head.loss=ohem"], 4, "auto", torch.float32),
+        (TOY, [], 4, "compiled", True, torch.float32),
+        (TOY, ["model.sem_seg_head.loss=ohem"], 4, "compiled", True, torch.float32),
+        (TOY, [], 4, "matmul", None, torch.float32),
         # In float64, where two orders of a sum are no excuse for anything.
-        (R_18, [], 11, "compiled", torch.float64),
-        (R_18, ["model.sem_seg_head.loss=ohem"], 11, "matmul", torch.float64),
-        (*CEIL_MODE, 11, "compiled", torch.float64),
+        (R_18, [], 11, "compiled", True, torch.float64),
+        (R_18, ["model.sem_seg_head.loss=ohem"], 11, "compiled", True, torch.float64),
+        (*CEIL_MODE, 11, "compiled", True, torch.float64),
     ],
 )
-def test_compiled_training(config, overrides, classes, backend, dtype):
+def test_compiled_training(config, overrides, classes, backend, dynamic, dtype):
+    """Any sizes with the compiled op; one size with matmul, see `compile_model`."""
     if backend == "compiled" and available_backends()["compiled"]:
         pytest.skip(available_backends()["compiled"])
     both = make_model(config, *overrides), make_model(config, *overrides)
     for module in (module for model in both for module in model.to(dtype).modules()):
         if isinstance(module, CrissCrossAttention):
             module.backend = backend
-    model = compile_model(both[0], fullgraph=True)
-    check_training(model, both[1], classes, 1e-4 if dtype == torch.float32 else 1e-9)
+    model = compile_model(both[0], dynamic=dynamic, fullgraph=True)
+    sizes = SIZES if dynamic else [SIZES[0]] * 3
+    check_training(model, both[1], classes, 1e-4 if dtype == torch.float32 else 1e-9, sizes)
     assert counters["stats"]["unique_graphs"] == 1
 
 

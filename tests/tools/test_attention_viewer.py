@@ -133,12 +133,19 @@ def test_in_a_browser_a_click_shows_the_maps(tmp_path, page):
         )  # image and prediction, twice
         page.wait("return [...document.images].every((image) => image.naturalWidth > 0)")
 
+        # Below each prediction its classes, which together are all of it.
+        page.wait("return document.querySelectorAll('.legend li').length >= 2")
+        percents = page.run(
+            "return [...document.querySelectorAll('.row:first-child .legend span')].map((one) => parseFloat(one.textContent))"
+        )
+        assert sum(percents) == pytest.approx(100, abs=0.5) and percents == sorted(percents, reverse=True)
+
         # Model 0 has R=2 and model 1 R=1, and both are shown for the R that is chosen.
         page.click(".row figure:first-child .frame", 3, 3)
         page.wait("return document.querySelectorAll('figure').length === 8")
         page.wait("return [...document.images].every((image) => image.complete && image.naturalWidth > 0)")
         status = page.run("return document.getElementById('status').textContent")
-        assert status == "pixel 32, 24 · cell 12, 16 of 24×32"
+        assert status == "pixel 32, 24 · cell 16, 12 of 32×24"
         page.screenshot(shots / "viewer_compare.png")
         after_one, after_two = shares(page, 0, 2), shares(page, 0, 3)
         assert after_one["title"].startswith("R = 1 (largest ") and after_two["title"].startswith("R = 2 ")

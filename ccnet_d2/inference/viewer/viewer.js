@@ -150,7 +150,7 @@ async function look() {
     const found = (await Promise.all([...document.querySelectorAll(".row")].map(showMaps))).filter(Boolean);
     if (request !== state.request) return;
     showMarks();
-    const cells = found.map((one) => `cell ${one.cell.join(", ")} of ${one.grid.join("×")}`);
+    const cells = found.map((one) => `cell ${[...one.cell].reverse().join(", ")} of ${[...one.grid].reverse().join("×")}`);
     say(`pixel ${state.pixel.join(", ")} · ${[...new Set(cells)].join("; ")}`);
   } catch (error) {
     if (request === state.request) say(error.message, true);

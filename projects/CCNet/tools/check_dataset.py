@@ -21,19 +21,35 @@ from tqdm import tqdm
 
 from ccnet_d2.data import DatasetError
 from ccnet_d2.data.check import DatasetReport, check_coverage, check_dataset, format_report
+from ccnet_d2.errors import UserError
+from ccnet_d2.model_zoo import config_path
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "datasets", nargs="*", metavar="TRAIN [VAL ...]", help="registered names, training first"
     )
-    parser.add_argument("--config-file", help="take the names from the dataloader of a LazyConfig file")
+    parser.add_argument(
+        "--config-file", metavar="FILE", help="run whose data to check: a path or a model zoo name"
+    )
     parser.add_argument("--labels-only", action="store_true", help="do not decode images (faster)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="files read at once")
-    parser.add_argument("--max-problems", type=int, default=20, help="problems printed for each data set")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="files read at once (default: as many as there are CPU cores, %(default)s)",
+    )
+    parser.add_argument(
+        "--max-problems",
+        type=int,
+        default=20,
+        metavar="N",
+        help="problems printed for each data set (default: 20)",
+    )
     args = parser.parse_args(argv)
     if bool(args.datasets) == bool(args.config_file):
         parser.error("give the names of registered data sets, or --config-file")
@@ -42,9 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def names_in_config(path: str) -> list[str]:
     """Data sets of ``dataloader.train`` and ``dataloader.test``, the training one first."""
-    if not os.path.isfile(path):
-        raise DatasetError(f"The config file '{path}' does not exist.")
-    cfg = LazyConfig.load(path)
+    cfg = LazyConfig.load(str(config_path(path)))
     names: list[str] = []
     for split in ("train", "test"):
         found = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")
@@ -83,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     reports: list[DatasetReport] = []
     try:
         names = args.datasets or names_in_config(args.config_file)
-    except DatasetError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for name in names:
