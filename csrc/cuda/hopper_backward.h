@@ -126,6 +126,12 @@ CCNET_DEVICE void unpack_pair(uint32_t word, float& a, float& b) {
   a = to_float<T>(T{static_cast<uint16_t>(word)});
   b = to_float<T>(T{static_cast<uint16_t>(word >> 16)});
 }
+// The same, but the compiler would shift the upper half down and up again.
+template <>
+CCNET_DEVICE void unpack_pair<BFloat16>(uint32_t word, float& a, float& b) {
+  a = bits_to_float(word << 16);
+  b = bits_to_float(word & 0xffff0000u);
+}
 
 // A warp's 16 rows of an output, written from products of which a lane holds two channels where memory wants eight
 // (WarpgroupProduct): they go through the warp's own 16 rows of a panel in shared memory. Between that and global memory
@@ -148,10 +154,11 @@ struct WarpOutput {
   // Asks for what an earlier launch or an earlier tile of keys has left in 64 channels of the rows. No registers wait for
   // it: it is there for write() after wait_copies() and converge_warp().
   CCNET_DEVICE void fetch(int thread, char* panel, const SegmentOutput<T>& out, int step) const {
-    const int segment = step * kRowSegments + thread % kRowSegments;
+    const uint32_t segment = static_cast<uint32_t>(step * kRowSegments + thread % kRowSegments);
+    const bool exists = segment < static_cast<uint32_t>(out.segments);
     CCNET_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const bool there = segment < out.segments && row[i] != kNoRow;
+      const bool there = exists && row[i] != kNoRow;
       copy_async(lane_place(thread, panel, i), reinterpret_cast<const Segment*>(out.data) + (there ? row[i] + segment : 0),
                  there ? kSegmentBytes : 0);
     }
@@ -182,14 +189,17 @@ struct WarpOutput {
       store_matrices(fragment_place(thread, panel, i), words);
     }
     converge_warp();
-    const int segment = step * kRowSegments + thread % kRowSegments;
-    Segment* const data = reinterpret_cast<Segment*>(out.data);
+    const uint32_t segment = static_cast<uint32_t>(step * kRowSegments + thread % kRowSegments);
+    const bool exists = segment < static_cast<uint32_t>(out.segments);
+    Segment segments[kRows];
+    CCNET_UNROLL
+    for (int i = 0; i < kRows; ++i) segments[i] = load_shared<Segment>(lane_place(thread, panel, i));
+    converge_warp();
     CCNET_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const Segment s = load_shared<Segment>(lane_place(thread, panel, i));
-      if (segment < out.segments && row[i] != kNoRow) store_global(data + row[i] + segment, s);
+      Segment* const to = reinterpret_cast<Segment*>(out.data) + (row[i] + segment);
+      if (exists && row[i] != kNoRow) store_global(to, segments[i]);
     }
-    converge_warp();
   }
 
  private:
@@ -228,6 +238,12 @@ constexpr int kOuterAdvance = 16 * kRowBytes / kSegmentBytes;   // 16 deep in an
 constexpr int kHalfAdvance = 64 * kRowBytes / kSegmentBytes;    // from a tile's rows 0-63 to its rows 64-127
 constexpr int kPanelAdvance = kTileRows * kRowBytes / kSegmentBytes;  // to the next panel
 
+// In 32 bits: the upper half of a descriptor says how the panel is laid out.
+CCNET_DEVICE uint64_t advance(uint64_t descriptor, int distance) {
+  const uint32_t lower = static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(distance);
+  return (descriptor & 0xffffffff00000000u) | lower;
+}
+
 // P^T, later dS^T, of a warpgroup's 64 keys and of all queries of the line. A lane holds of each 16 queries, a step, four
 // words: word 2 h + r is row r of its two (8 apart), columns 8 h + lane % 4 * 2 and the next.
 template <typename T, int Blocks>
@@ -243,7 +259,7 @@ struct KeyWeights {
   CCNET_DEVICE KeyWeights(char* panels, int thread)
       : rows(panels + (thread / kWarp * 16 + thread % 16) * kRowBytes),
         swizzled((thread % kWarp / 16 ^ thread % 8) * kSegmentBytes),
-        descriptor(panel_descriptor(panels) + static_cast<uint64_t>(thread / kWarpgroup * kHalfAdvance)) {}
+        descriptor(advance(panel_descriptor(panels), thread / kWarpgroup * kHalfAdvance)) {}
 
   CCNET_DEVICE char* place(int block, int step) const {
     return rows + (2 * block + step / 4) * Shape::kPanelBytes + (swizzled ^ step % 4 * 2 * kSegmentBytes);
@@ -272,13 +288,13 @@ struct KeyWeights {
   CCNET_DEVICE void multiply(float (&d)[32], int block, uint64_t panel, bool add_to) const {
     CCNET_UNROLL
     for (int k = 0; k < kSteps; ++k) {
-      const uint64_t b = panel + static_cast<uint64_t>(k * kOuterAdvance);
+      const uint64_t b = advance(panel, k * kOuterAdvance);
       if constexpr (Shape::kWeightsInRegisters) {
         WarpgroupProduct<T, 64>::template multiply<Major::kOuter>(d, registers[block][k], b, add_to || k > 0);
       } else {
-        const int advance = (2 * block + k / 4) * kPanelAdvance + k % 4 * kDepthAdvance;
+        const int distance = (2 * block + k / 4) * kPanelAdvance + k % 4 * kDepthAdvance;
         WarpgroupProduct<T, 64>::template multiply<Major::kDepth, Major::kOuter>(
-            d, descriptor + static_cast<uint64_t>(advance), b, add_to || k > 0);
+            d, advance(descriptor, distance), b, add_to || k > 0);
       }
     }
   }
@@ -290,8 +306,7 @@ CCNET_DEVICE void multiply_rows(float (&d)[64], uint64_t a, uint64_t b, bool add
   CCNET_UNROLL
   for (int k = 0; k < kPanelWidth<T> / 16; ++k) {
     WarpgroupProduct<T, 128>::template multiply<Major::kDepth, Major::kDepth>(
-        d, a + static_cast<uint64_t>(k * kDepthAdvance), b + static_cast<uint64_t>(k * kDepthAdvance),
-        add_to || k > 0);
+        d, advance(a, k * kDepthAdvance), advance(b, k * kDepthAdvance), add_to || k > 0);
   }
 }
 
@@ -307,6 +322,12 @@ CCNET_DEVICE uint32_t lane_columns(const Partners& p, int lane_column) {
   const bool holds_self = static_cast<unsigned>(p.self) < kTileRows && (p.self & 6) == lane_column;
   if (holds_self) columns &= ~(1u << (p.self / 8 * 2 + p.self % 2));
   return columns;
+}
+
+// The panel of channels that a step takes: every other tile of keys goes backwards through them, so that it meets first
+// what of dO the L2 cache has seen last.
+CCNET_DEVICE int value_panel(int step, int key_block, int steps) {
+  return key_block % 2 == 0 ? step : steps - 1 - step;
 }
 
 template <typename T, int Blocks>
@@ -357,7 +378,9 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       };
       for (int key_block = 0; key_block < Blocks; ++key_block) {
         for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
-        for (int p = 0; p < value_steps; ++p) load(&a.value, &a.grad_out, key_block, p);
+        for (int p = 0; p < value_steps; ++p) {
+          load(&a.value, &a.grad_out, key_block, value_panel(p, key_block, value_steps));
+        }
         for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
       }
     }
@@ -382,19 +405,19 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   const auto own_thread = [] { return Blocks == 1 ? thread_index() : recompute(thread_index()); };
   char* const staging = shared + Shape::kStagingOffset;
   char* const other_staging = staging + (Shape::kStagingPanels - 1) * Shape::kPanelBytes;
-  const uint64_t own_half = static_cast<uint64_t>(warpgroup * kHalfAdvance);
+  const int own_half = warpgroup * kHalfAdvance;
   KeyWeights<T, Blocks> weights(shared + Shape::kWeightsOffset, thread);
 
   // The panel of K or V in a stage, and that of Q or dO for a tile of queries.
   const auto key_side = [&](int slot) { return panel_descriptor(ring.stage(slot)); };
   const auto query_side = [&](int slot, int b) {
-    return key_side(slot) + static_cast<uint64_t>((1 + b) * kPanelAdvance);
+    return advance(key_side(slot), (1 + b) * kPanelAdvance);
   };
   // d (+)= this warpgroup's keys times the queries, one panel deep.
   const auto multiply_pairs = [&](float (&d)[Blocks][64], int slot, bool add_to) {
     CCNET_UNROLL
     for (int b = 0; b < Blocks; ++b) {
-      multiply_rows<T>(d[b], key_side(slot) + own_half, query_side(slot, b), add_to);
+      multiply_rows<T>(d[b], advance(key_side(slot), own_half), query_side(slot, b), add_to);
     }
   };
 
@@ -507,19 +530,21 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
         // What earlier launches have left is needed here at last.
         if (key_block == 0 && (a.accumulate ? p == 0 : last)) wait_for_previous_launch();
         if (key_block == 0 && last && own_position != kNoRow) own_delta = load_global(a.delta + own_position);
+        const int channels = value_panel(p, key_block, value_steps);
+        const int next_channels = value_panel(p + 1, key_block, value_steps);
         char* const panel = p % 2 == 0 ? staging : other_staging;
         char* const next_panel = p % 2 == 0 ? other_staging : staging;
-        if (a.accumulate && p == 0) value_rows.fetch(own_thread(), panel, a.grad_value, 0);
+        if (a.accumulate && p == 0) value_rows.fetch(own_thread(), panel, a.grad_value, channels);
         wait_products<1>();
         hold(grad);
         if (leads_warp) ring.release(released);
         if (a.accumulate) {
           wait_copies();
           converge_warp();
-          if (Shape::kStagingPanels > 1 && !last) value_rows.fetch(own_thread(), next_panel, a.grad_value, p + 1);
+          if (Shape::kStagingPanels > 1 && !last) value_rows.fetch(own_thread(), next_panel, a.grad_value, next_channels);
         }
-        value_rows.write(own_thread(), grad, a.accumulate, panel, a.grad_value, p);
-        if (Shape::kStagingPanels == 1 && a.accumulate && !last) value_rows.fetch(own_thread(), panel, a.grad_value, p + 1);
+        value_rows.write(own_thread(), grad, a.accumulate, panel, a.grad_value, channels);
+        if (Shape::kStagingPanels == 1 && a.accumulate && !last) value_rows.fetch(own_thread(), panel, a.grad_value, next_channels);
       }
       wait_products<0>();
       CCNET_UNROLL
@@ -582,8 +607,8 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
           CCNET_UNROLL
           for (int k = 0; k < kTileRows / 16; ++k) {
             WarpgroupProduct<T, 64>::template multiply<Major::kOuter, Major::kOuter>(
-                query_grad[b], queries + static_cast<uint64_t>(2 * b * kPanelAdvance + k * kOuterAdvance),
-                key_side(slot) + static_cast<uint64_t>(k * kOuterAdvance), k > 0);
+                query_grad[b], advance(queries, 2 * b * kPanelAdvance + k * kOuterAdvance),
+                advance(key_side(slot), k * kOuterAdvance), k > 0);
           }
         }
         commit_products();
