@@ -121,18 +121,6 @@ struct StageRing {
   }
 };
 
-template <typename T>
-CCNET_DEVICE void unpack_pair(uint32_t word, float& a, float& b) {
-  a = to_float<T>(T{static_cast<uint16_t>(word)});
-  b = to_float<T>(T{static_cast<uint16_t>(word >> 16)});
-}
-// The same, but the compiler would shift the upper half down and up again.
-template <>
-CCNET_DEVICE void unpack_pair<BFloat16>(uint32_t word, float& a, float& b) {
-  a = bits_to_float(word << 16);
-  b = bits_to_float(word & 0xffff0000u);
-}
-
 // A warp's 16 rows of an output, written from products of which a lane holds two channels where memory wants eight
 // (WarpgroupProduct): they go through the warp's own 16 rows of a panel in shared memory. Between that and global memory
 // a lane moves segment lane % 8 of the rows lane / 8 + 4 i: whole 128-byte lines together.
@@ -648,7 +636,7 @@ struct DenseDeltaArgs {
   const T* grad_out;
   const T* out;
   int64_t grad_out_step, out_step;  // from a position to the next; multiples of a segment, as are the addresses
-  int64_t positions;                // B * N
+  int64_t positions;                // B * N, below 2^31
   int channels;                     // a multiple of a segment
   float* delta;                     // (B, N)
   int blocks;
@@ -661,12 +649,16 @@ void dense_delta_kernel(DenseDeltaArgs<T> a) {
   constexpr int kPositions = 2, kChunks = 2;
   allow_next_launch();
   const int lane = thread_index() % kWarp;
-  const int64_t warp = block_index() * (kDenseDeltaThreads / kWarp) + thread_index() / kWarp;
-  const int64_t warps = int64_t{a.blocks} * (kDenseDeltaThreads / kWarp);
+  const uint32_t warps = static_cast<uint32_t>(a.blocks) * (kDenseDeltaThreads / kWarp);
+  const uint32_t positions = static_cast<uint32_t>(a.positions);
+  uint32_t first = (static_cast<uint32_t>(block_index()) * (kDenseDeltaThreads / kWarp) +
+                    static_cast<uint32_t>(thread_index() / kWarp)) * kPositions;
+  const T* grad_out = a.grad_out + first * a.grad_out_step + lane * kLength;
+  const T* out = a.out + first * a.out_step + lane * kLength;
+  const int64_t grad_out_stride = warps * kPositions * a.grad_out_step;
+  const int64_t out_stride = warps * kPositions * a.out_step;
   CCNET_UNROLL_BY(1)
-  for (int64_t first = warp * kPositions; first < a.positions; first += warps * kPositions) {
-    const T* const grad_out = a.grad_out + first * a.grad_out_step + lane * kLength;
-    const T* const out = a.out + first * a.out_step + lane * kLength;
+  for (; first < positions; first += warps * kPositions, grad_out += grad_out_stride, out += out_stride) {
     float sum[kPositions] = {0.f, 0.f};
     CCNET_UNROLL_BY(1)
     for (int c = 0; c < a.channels; c += kChunks * kWarp * kLength) {
@@ -677,7 +669,7 @@ void dense_delta_kernel(DenseDeltaArgs<T> a) {
         for (int k = 0; k < kChunks; ++k) {
           const int channel = c + k * kWarp * kLength;
           g[i][k] = o[i][k] = {{0, 0, 0, 0}};
-          if (first + i < a.positions && channel + lane * kLength < a.channels) {
+          if (first + i < positions && channel + lane * kLength < a.channels) {
             g[i][k] = load_global(reinterpret_cast<const Segment*>(grad_out + i * a.grad_out_step + channel));
             o[i][k] = load_global(reinterpret_cast<const Segment*>(out + i * a.out_step + channel));
           }
@@ -695,13 +687,13 @@ void dense_delta_kernel(DenseDeltaArgs<T> a) {
         }
       }
     }
+    // Even lanes go on with the first position's sum, odd lanes with the second's.
+    const bool odd = lane % 2 != 0;
+    float own = odd ? sum[1] : sum[0];
+    own += shuffle_xor(odd ? sum[0] : sum[1], 1);
     CCNET_UNROLL
-    for (int bit = 1; bit < kWarp; bit *= 2) {
-      CCNET_UNROLL
-      for (int i = 0; i < kPositions; ++i) sum[i] += shuffle_xor(sum[i], bit);
-    }
-    const float own = lane == 0 ? sum[0] : sum[1];
-    if (lane < kPositions && first + lane < a.positions) store_global(a.delta + first + lane, own);
+    for (int bit = 2; bit < kWarp; bit *= 2) own += shuffle_xor(own, bit);
+    if (lane < kPositions && first + lane < positions) store_global(a.delta + first + lane, own);
   }
 }
 
