@@ -134,6 +134,10 @@ def test_pictures(ask, gallery, photo):
         status, _, body = ask(f"api/prediction?image=0&model={model}")
         assert status == 200
         assert opened(body).shape[0] % 24 == 0
+        labels = gallery.models[model][1](photo, labels_only=True).labels
+        _, _, body = ask(f"api/classes?image=0&model={model}")
+        found = {one["name"]: one["share"] for one in json.loads(body)}
+        assert found == {name: (labels == k).mean() for k, name in enumerate("abcd") if (labels == k).any()}
 
 
 def test_uploads_are_turned_upright_and_reduced(ask):

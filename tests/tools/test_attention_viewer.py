@@ -136,7 +136,8 @@ def test_in_a_browser_a_click_shows_the_maps(tmp_path, page):
         # Below each prediction its classes, which together are all of it.
         page.wait("return document.querySelectorAll('.legend li').length >= 2")
         percents = page.run(
-            "return [...document.querySelectorAll('.row:first-child .legend span')].map((one) => parseFloat(one.textContent))"
+            "return [...document.querySelectorAll('.row:first-child .legend span')]"
+            ".map((one) => parseFloat(one.textContent))"
         )
         assert sum(percents) == pytest.approx(100, abs=0.5) and percents == sorted(percents, reverse=True)
 
