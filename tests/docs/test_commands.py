@@ -80,6 +80,7 @@ RULES = (
     ),
     Rule(r"attention_viewer", reason="serves until it is stopped; tests/tools/test_attention_viewer.py"),
     Rule(r"benchmark_", reason="measures for minutes; run by tests/tools"),
+    Rule(r"check_cuda_op", reason="needs a GPU"),
     Rule(r"clips|ccnet3d|--video-input", reason="needs a video; tests/tools/test_demo_video.py draws one"),
     Rule(
         r"tools/prepare_",
@@ -149,6 +150,7 @@ def main_of(words: list[str]):
     assert path.is_file(), f"there is no {script}"
     spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their annotations up
     spec.loader.exec_module(module)
     return module.main, words[2:] if words[0] == "python" else words[1:]
 
