@@ -44,6 +44,8 @@ REPORTED = {
     "camvid/ccnet3d_T5_R_101_D8_504x504.py": ("79.1",),
     "camvid/ccnet3d_T1_R_101_D8_504x504.py": ("77.9",),
 }
+# What was trained here, as the tables of README.md have it: s/iter, memory, mIoU. All other runs are blank.
+MEASURED = {"camvid/ccnet_R_18_D8_half.py": ["0.029", "0.47 GiB", "58.0"]}
 # Those of RANet have tests of their own: test_ranet_runs.py.
 RUNS = [
     name
@@ -88,12 +90,10 @@ def test_every_run_is_there_with_its_numbers(name):
     assert iterations == f"{cfg.train.max_iter // 1000}k"
     assert int(batch) == cfg.dataloader.train.total_batch_size
 
-    reported = tuple(figure for figure in figures if figure)
     expected = REPORTED.get(name, ("–",) if name != "camvid/ccnet_R_101_D8_504x504.py" else ("77.9",))
-    assert reported == expected
-    # Nothing was trained here: seconds, memory and mIoU are blank.
     ours = 4 if len(expected) == 2 else 3
-    assert figures[:ours] == [""] * ours
+    assert tuple(figures[ours:]) == expected
+    assert figures[:ours] == MEASURED.get(name, [""] * ours)
 
     entry = PUBLISHED.get(name.removesuffix(".py"))
     if entry is None:

@@ -81,6 +81,10 @@ RULES = (
     Rule(r"attention_viewer", reason="serves until it is stopped; tests/tools/test_attention_viewer.py"),
     Rule(r"benchmark_", reason="measures for minutes; run by tests/tools"),
     Rule(r"check_cuda_op", reason="needs a GPU"),
+    Rule(
+        r"demo\.py.*large\.png",
+        reason="takes a trained model and minutes; tests/inference/test_sliding_window.py bounds the memory in small",
+    ),
     Rule(r"clips|ccnet3d|--video-input", reason="needs a video; tests/tools/test_demo_video.py draws one"),
     Rule(
         r"tools/prepare_",
