@@ -243,7 +243,7 @@ def test_wrong_arguments_are_one_sentence(toy, tmp_path, name, sizes, message):
         *[
             (TOY, [f"model.sem_seg_head.context={name}"], [".onnx"])
             for name in CONTEXT_MODULES
-            if name != "rcca"
+            if name not in ("rcca", "rcca3d")  # the first is the toy's own, the second for clips
         ],
     ],
 )
@@ -255,7 +255,7 @@ def test_networks(tmp_path, config, overrides, suffixes):
         report = export_model(model, tmp_path / f"model{suffix}", sizes=SIZES)
         assert len(report.differences) == 3
         for difference in report.differences:
-            # Random weights of fifty layers amplify what the two sides round differently.
-            assert difference.largest <= max(1e-4, 3e-5 * difference.reach) and difference.reach > 1e-2, (
-                difference
-            )
+            # The model's channels-last convolutions, up to 18432 products an output, round more than the file's: with
+            # random weights up to 4e-4 from float64 at logits of 12, the file 3e-5.
+            assert difference.largest <= max(1e-4, 5e-5 * difference.reach)
+            assert difference.reach > 1e-2
