@@ -94,8 +94,10 @@ class CCNet(nn.Module):
         images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         padded = self._padded_size(sizes)
-        # Crops of one size go together, in few calls of the device.
-        groups = [torch.stack(images)] if len(set(sizes)) == 1 else [image[None] for image in images]
+        # Crops of one size go together, in few calls of the device. (Compared one by one: a set would bind a compiled
+        # model to these sizes.)
+        alike = all(size == sizes[0] for size in sizes[1:])
+        groups = [torch.stack(images)] if alike else [image[None] for image in images]
         batch = torch.cat([_pad((group - self.pixel_mean) / self.pixel_std, padded, 0.0) for group in groups])
         # CPUs, and the matrix units of GPUs, run convolutions faster on channels-last memory, and so does attention.
         if batch.device.type == "cpu" or torch.is_autocast_enabled(batch.device.type):
