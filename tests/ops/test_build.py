@@ -184,3 +184,31 @@ def test_toolkit_that_is_none(setup_module, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(setup_module.NotBuilt, match="has no bin/nvcc"):
         setup_module.find_cuda_toolkit()
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+@pytest.mark.parametrize(
+    ("architectures", "wanted"), [("8.0", False), ("8.0;9.0+PTX", True), ("9.0a", True), ("8.0 10.0", False)]
+)
+def test_kernels_of_one_architecture(setup_module, monkeypatch, tmp_path, architectures, wanted):
+    (tmp_path / "bin").mkdir()
+    release = torch.version.cuda
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+    build = setup_module.CudaBuild("library", tmp_path / "temp")
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    hopper = [source for source in sources if source.name.startswith("hopper_")]
+    assert len(hopper) == 2 and [s for s in sources if not build.is_wanted(s)] == ([] if wanted else hopper)
+    # The binding asks for these kernels only where they are built.
+    assert ("-DCCNET_HOPPER" in build.common) == wanted
+    if wanted:
+        command = build.compile_command(hopper[0], tmp_path / "object.o")
+        assert [word for word in command if "gencode" in word] == ["-gencode=arch=compute_90a,code=sm_90a"]
+    general = build.compile_command(next(s for s in sources if s not in hopper), tmp_path / "object.o")
+    assert "-gencode=arch=compute_90a,code=sm_90a" not in general or architectures == "9.0a"
