@@ -119,15 +119,6 @@ CCNET_DEVICE void release_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(Count));
 }
 
-// A matrix in a panel, for wgmma: 128-byte swizzle, groups of eight rows 1024 bytes apart. One panel's width (64
-// elements) is all that a product takes of it, so that the distance between panels does not matter.
-CCNET_DEVICE uint64_t panel_descriptor(const char* p) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kLeading = uint64_t{1} << 16;
-  constexpr uint64_t kStride = uint64_t{8 * kRowBytes >> 4} << 32;
-  return kSwizzle128 | kStride | kLeading | (shared_address(p) >> 4 & 0x3fff);
-}
-
 // 2^x to within two units in the last place; 0 where that is below the smallest normal number.
 CCNET_DEVICE float exp2_rounded(float x) {
   float y;
@@ -214,3 +205,18 @@ CCNET_DEFINE_PRODUCT(BFloat16, "bf16", 128, CCNET_D128N, CCNET_R64, "64", "65", 
 }  // namespace ccnet
 
 #endif  // CCNET_EMULATION
+
+namespace ccnet {
+namespace cuda {
+
+// A matrix in a panel, for wgmma: 128-byte swizzle, groups of eight rows 1024 bytes apart. One panel's width (64
+// elements) is all that a product takes of it, so that the distance between panels does not matter.
+CCNET_DEVICE uint64_t panel_descriptor(const char* p) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kLeading = uint64_t{1} << 16;
+  constexpr uint64_t kStride = uint64_t{8 * kRowBytes >> 4} << 32;
+  return kSwizzle128 | kStride | kLeading | (shared_address(p) >> 4 & 0x3fff);
+}
+
+}  // namespace cuda
+}  // namespace ccnet

@@ -79,14 +79,6 @@ void release_registers() {
   machine().share_registers(Count);
 }
 
-// The bits that the GPU's version puts together; the machine takes them apart again by the manual.
-inline uint64_t panel_descriptor(const char* p) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kLeading = uint64_t{1} << 16;
-  constexpr uint64_t kStride = uint64_t{8 * kRowBytes >> 4} << 32;
-  return kSwizzle128 | kStride | kLeading | (shared_address(p) >> 4 & 0x3fff);
-}
-
 inline float exp2_rounded(float x) {
   const float y = exp2f(x);
   return y < 1.17549435e-38f ? 0.f : y;
