@@ -186,7 +186,7 @@ def least_norms(case: Case) -> dict[str, float]:
     """
     elements = case.batch * torch.Size(case.sizes).numel() * case.key_channels
     logits = (case.logit_scale / case.key_channels**0.5) ** 0.5
-    least = 0.1 * logits * (case.channels * elements) ** 0.5
+    least = 0.03 * logits * (case.channels * elements) ** 0.5
     return {"grad_query": least, "grad_key": least}
 
 
