@@ -135,6 +135,7 @@ struct Engine {
         const int64_t real = rows - m < height ? rows - m : height;
         product(height, width, depth, a + m * lda, lda, b + c, ldb, tile, kPanel, ahead);
         for (int64_t r = 0; r < real; ++r) {
+          if (r % 4 == 0) ahead->ask();
           const float* t = tile + r * kPanel;
           for (int64_t x = 0; x < width; x += 32) finish(m + r, c + x, V::load(t + x), V::load(t + x + 16));
         }

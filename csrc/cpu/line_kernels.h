@@ -20,41 +20,7 @@
 
 enum AOrder { kRowMajor, kColMajor };  // A[m, k] at a[m * lda + k] or a[k * lda + m]
 
-// Rows of memory to ask for while a micro-kernel multiplies: the lines of the slow axes are far apart, which no
-// hardware prefetcher follows, and a burst of prefetches would stall on the few misses a core can have under way.
-struct Ahead {
-  const char* at = nullptr;
-  int64_t step = 0;   // bytes between rows
-  int64_t rows = 0;   // still to be asked for
-  int64_t bytes = 0;  // of one row
-  const char* then_at = nullptr;  // a second set of rows of the same width
-  int64_t then_step = 0, then_rows = 0;
-
-  template <class S>
-  void set(const S* first, int64_t row, int64_t count, int64_t cols) {
-    at = reinterpret_cast<const char*>(first);
-    step = row * static_cast<int64_t>(sizeof(S));
-    rows = cols > 0 ? count : 0;
-    bytes = cols * static_cast<int64_t>(sizeof(S));
-    then_rows = 0;
-  }
-  template <class S>
-  void then(const S* first, int64_t row, int64_t count, int64_t cols) {
-    then_at = reinterpret_cast<const char*>(first);
-    then_step = row * static_cast<int64_t>(sizeof(S));
-    then_rows = cols > 0 ? count : 0;
-  }
-  void ask() {
-    for (int64_t b = 0; b < bytes; b += 64) CCNET_PREFETCH(at + b);
-    at += step;
-    if (--rows == 0) {
-      at = then_at;
-      step = then_step;
-      rows = then_rows;
-      then_rows = 0;
-    }
-  }
-};
+#include "ahead.h"
 
 // C = keep * C + fresh * (A B), one factor of each kind for every row; without accumulation C = fresh * (A B).
 template <class T>
@@ -80,23 +46,28 @@ struct MicroKernel {
     const T* base[(MR + 2) / 3];
     CCNET_UNROLL
     for (int r = 0; r < MR; r += 3) base[r / 3] = a + r * lda;
-    for (int64_t start = 0; start < K; start += 4) {
-      if (ahead->rows > 0) ahead->ask();
-      const int64_t stop = start + 4 < K ? start + 4 : K;
-      for (int64_t k = start; k < stop; ++k) {
-        typename V::reg bv[NR];
+    const auto step = [&](int64_t k) __attribute__((always_inline)) {
+      typename V::reg bv[NR];
+      CCNET_UNROLL
+      for (int n = 0; n < NR; ++n) bv[n] = V::load(b + n * V::W);
+      b += ldb;
+      CCNET_UNROLL
+      for (int r = 0; r < MR; ++r) {
+        const typename V::reg av = V::set1(ORDER == kColMajor ? a[r] : base[r / 3][(r % 3) * lda + k]);
         CCNET_UNROLL
-        for (int n = 0; n < NR; ++n) bv[n] = V::load(b + n * V::W);
-        b += ldb;
-        CCNET_UNROLL
-        for (int r = 0; r < MR; ++r) {
-          const typename V::reg av = V::set1(ORDER == kColMajor ? a[r] : base[r / 3][(r % 3) * lda + k]);
-          CCNET_UNROLL
-          for (int n = 0; n < NR; ++n) acc[r][n] = V::fma(av, bv[n], acc[r][n]);
-        }
-        if (ORDER == kColMajor) a += lda;
+        for (int n = 0; n < NR; ++n) acc[r][n] = V::fma(av, bv[n], acc[r][n]);
       }
+      if (ORDER == kColMajor) a += lda;
+    };
+    int64_t k = 0;
+    for (; k + 4 <= K; k += 4) {
+      ahead->ask();
+      step(k);
+      step(k + 1);
+      step(k + 2);
+      step(k + 3);
     }
+    for (; k < K; ++k) step(k);
     if (scales != nullptr) {
       CCNET_UNROLL
       for (int r = 0; r < MR; ++r) {
@@ -190,6 +161,16 @@ void gemm(int64_t M, int64_t n, int64_t K, const typename V::T* a, int64_t lda, 
   }
 }
 
+// How often such a product of n / W = `vectors` vectors a row asks for memory ahead.
+template <class V>
+int64_t steps(int64_t M, int64_t vectors, int64_t K) {
+  constexpr int most = max_rows<V>(V::kPanelVectors);
+  const int64_t rest = vectors % V::kPanelVectors;
+  int64_t blocks = vectors / V::kPanelVectors * ((M + most - 1) / most);
+  if (rest > 0) blocks += (M + max_rows<V>(static_cast<int>(rest)) - 1) / max_rows<V>(static_cast<int>(rest));
+  return blocks * ((K + 3) / 4);
+}
+
 // -------------------------------------------------------------------------------------------------- packing
 
 // One line of a tensor: a matrix [L, channels] whose rows are `row` elements apart.
@@ -276,9 +257,10 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
     T* before_sum = scratch.take(bpad);
     T* tile = scratch.take(panel * max_rows<V>(1));
     int64_t packed_line = -1;
-    Ahead ahead;
 
-    for (int64_t item; next(&item);) {
+    int64_t item, upcoming;
+    for (bool more = next(&item); more; item = upcoming) {
+      more = next(&upcoming);
       const int64_t line = item / blocks, i0 = item % blocks * block;
       const int64_t rows = L - i0 < block ? L - i0 : block;
       const int64_t rpad = round_up(rows, V::W);
@@ -298,8 +280,12 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
         packed_line = line;
       }
       pack_columns<V>(q, rows, 0, QK, qt, bpad);
-      ahead.set(v.data, v.row, L, panel < C ? panel : C);
-      gemm<V, kRowMajor>(L, rpad, QK, kr, qk_ld, qt, bpad, st, bpad, false, &ahead);
+      // Each product asks for what the next one reads and writes.
+      Ahead first_panel;
+      first_panel.add(v.data, v.row, L, panel < C ? panel : C);
+      first_panel.add(o.data, o.row, rows, panel < C ? panel : C);
+      first_panel.spread(steps<V>(L, rpad / V::W, QK));
+      gemm<V, kRowMajor>(L, rpad, QK, kr, qk_ld, qt, bpad, st, bpad, false, &first_panel);
       if (masked) {
         for (int64_t i = 0; i < rows; ++i) st[(i0 + i) * bpad + i] = static_cast<T>(-INFINITY);
       }
@@ -339,11 +325,18 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
         const int64_t width = round_up(cols, V::W);
         const int64_t next_cols = C - c - cols < panel ? C - c - cols : panel;
         pack_rows<V>(v, L, c, cols, vp, width);
+        Ahead ahead;
+        if (next_cols > 0) {
+          ahead.add(v.data + c + cols, v.row, L, next_cols);
+          ahead.add(o.data + c + cols, o.row, rows, next_cols);
+        } else if (more) {
+          const int64_t next_line = upcoming / blocks, next_i0 = upcoming % blocks * block;
+          const auto next_q = line_view<const S>(args.query, grid, axis, next_line);
+          ahead.add(next_q.data + next_i0 * next_q.row, next_q.row, L - next_i0 < block ? L - next_i0 : block, QK);
+          if (next_line != line) ahead.add(line_data<const S>(args.key, grid, axis, next_line), k.row, L, QK);
+        }
+        ahead.spread(steps<V>(rows, width / V::W, L));
         for_row_blocks<V, kColMajor>(rows, static_cast<int>(width / V::W), [&](int64_t row, int count, MicroFn<V> fn) {
-          // The rows of out that this block stores to, and a share of the next panel of V.
-          const int64_t from = row * L / rows, to = (row + count) * L / rows;
-          ahead.set(o.data + row * o.row + c, o.row, count, cols);
-          ahead.then(v.data + from * v.row + c + cols, v.row, to - from, next_cols);
           if constexpr (std::is_same<S, T>::value) {
             if (width == cols) {
               const Scales<T> scales{keep + row, fresh + row};
@@ -411,7 +404,7 @@ void add_rows(const typename V::T* tile, int64_t ld, int64_t rows, int64_t cols,
 template <class V, AOrder ORDER, class S>
 void gemm_to_line(int64_t M, int64_t cols, int64_t K, const typename V::T* a, int64_t lda, const typename V::T* b,
                   int64_t ldb, typename V::T* tile, const LineView<S>& dst, int64_t first_col, bool accumulate,
-                  Ahead more = Ahead()) {
+                  Ahead* ahead) {
   const int64_t padded = round_up(cols, V::W);
   for (int64_t col = 0; col < padded;) {
     const int64_t left = (padded - col) / V::W;
@@ -419,34 +412,19 @@ void gemm_to_line(int64_t M, int64_t cols, int64_t K, const typename V::T* a, in
     const int64_t width = vectors * V::W;
     const int64_t valid = cols - col < width ? cols - col : width;
     for_row_blocks<V, ORDER>(M, vectors, [&](int64_t row, int count, MicroFn<V> fn) {
-      Ahead ahead;
-      ahead.set(dst.data + row * dst.row + first_col + col, dst.row, count, valid);
-      const int64_t share = more.rows < count ? more.rows : count;
-      ahead.then_at = more.at;
-      ahead.then_step = more.step;
-      ahead.then_rows = share;
-      more.at += share * more.step;
-      more.rows -= share;
       const typename V::T* a_rows = a + (ORDER == kColMajor ? row : row * lda);
       if constexpr (std::is_same<S, typename V::T>::value) {
         if (valid == width) {
           S* to = dst.data + row * dst.row + first_col + col;
-          fn(K, a_rows, lda, b + col, ldb, to, dst.row, accumulate, nullptr, &ahead);
+          fn(K, a_rows, lda, b + col, ldb, to, dst.row, accumulate, nullptr, ahead);
           return;
         }
       }
-      fn(K, a_rows, lda, b + col, ldb, tile, width, false, nullptr, &ahead);
+      fn(K, a_rows, lda, b + col, ldb, tile, width, false, nullptr, ahead);
       add_rows<V>(tile, width, count, valid, dst, row, first_col + col, accumulate);
     });
     col += width;
   }
-}
-
-template <class S>
-Ahead rows_of(const LineView<const S>& line, int64_t first_col, int64_t count, int64_t cols) {
-  Ahead ahead;
-  ahead.set(line.data + first_col, line.row, count, cols);
-  return ahead;
 }
 
 // Keys beyond the last whole vector where they are few: for them dP is a dot product per row rather than a vector of
@@ -486,9 +464,10 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
     T* dots = scratch.take(bpad * V::W);
     T* edges = scratch.take(edge * bpad * V::W);
     T* tile = scratch.take(panel * max_rows<V>(1));
-    Ahead ahead;
 
-    for (int64_t line; next(&line);) {
+    int64_t line, upcoming;
+    for (bool more = next(&line); more; line = upcoming) {
+      more = next(&upcoming);
       const auto q_line = line_view<const S>(args.query, grid, axis, line);
       const auto k = line_view<const S>(args.key, grid, axis, line);
       const auto v = line_view<const S>(args.value, grid, axis, line);
@@ -515,9 +494,16 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         const T* lse_in = static_cast<const T*>(args.lse) + stat0;
         T* delta_io = static_cast<T*>(args.delta) + stat0;
         pack_rows<V>(q, rows, 0, QK, qr, qkpad);
-        ahead.set(g.data, g.row, rows, panel < C ? panel : C);
-        ahead.then(v.data, v.row, L, panel < C ? panel : C);
-        gemm<V, kRowMajor>(rows, row_pad, QK, qr, qkpad, kt, lpad, p, lpad, false, &ahead);
+        // The block of queries after this one, perhaps of the next line. Each product asks for what the next ones need.
+        const bool same_line = i0 + rows < L, any = same_line || more;
+        const int64_t next_line = same_line ? line : (more ? upcoming : line), next_i0 = same_line ? i0 + rows : 0;
+        const int64_t next_rows = !any ? 0 : (L - next_i0 < block ? L - next_i0 : block);
+        const int64_t first_cols = panel < C ? panel : C;
+        Ahead first_panel;
+        first_panel.add(dv.data, dv.row, L, first_cols);
+        if (first) first_panel.add(o.data, o.row, rows, first_cols);
+        first_panel.spread(steps<V>(rows, row_pad / V::W, QK));
+        gemm<V, kRowMajor>(rows, row_pad, QK, qr, qkpad, kt, lpad, p, lpad, false, &first_panel);
         for (int64_t i = 0; i < rows; ++i) {
           const reg l = V::set1(lse_in[i * stat_row]);
           T* row = p + i * lpad;
@@ -559,11 +545,21 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
               V::store(sum_at, sum);
             }
           }
-          ahead.set(g.data + c + cols, g.row, rows, next_cols);
-          ahead.then(v.data + c + cols, v.row, L, next_cols);
+          Ahead ahead;
+          if (next_cols > 0) {
+            ahead.add(g.data + c + cols, g.row, rows, next_cols);
+            ahead.add(v.data + c + cols, v.row, L, next_cols);
+            ahead.add(dv.data + c + cols, dv.row, L, next_cols);
+            if (first) ahead.add(o.data + c + cols, o.row, rows, next_cols);
+          } else {
+            ahead.add(dq.data, dq.row, rows, QK);
+            ahead.add(dk.data, dk.row, L, QK);
+            ahead.add(line_data<const S>(args.query, grid, axis, next_line) + next_i0 * q.row, q.row, next_rows, QK);
+            if (!same_line) ahead.add(line_data<const S>(args.key, grid, axis, next_line), k.row, next_rows ? L : 0, QK);
+          }
+          ahead.spread(steps<V>(rows, jpad / V::W, cols) + steps<V>(L, width / V::W, rows));
           gemm<V, kRowMajor>(rows, jpad, cols, gp, g_ld, vt, lpad, ds, lpad, c > 0, &ahead);
-          gemm_to_line<V, kColMajor>(L, cols, rows, p, lpad, gp, g_ld, tile, dv, c, !first || i0 > 0,
-                                     first ? rows_of(o, c + cols, rows, next_cols) : Ahead());
+          gemm_to_line<V, kColMajor>(L, cols, rows, p, lpad, gp, g_ld, tile, dv, c, !first || i0 > 0, &ahead);
         }
 
         for (int64_t i = 0; i < rows; ++i) {
@@ -588,8 +584,13 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
             V::store(row + j, V::mul(V::load(prob + j), V::sub(dp, d)));
           }
         }
-        gemm_to_line<V, kRowMajor>(rows, QK, L, ds, lpad, kr, qkpad, tile, dq, 0, !first);
-        gemm_to_line<V, kColMajor>(L, QK, rows, ds, lpad, qr, qkpad, tile, dk, 0, !first || i0 > 0);
+        Ahead next_block;
+        const auto next_g = line_view<const S>(args.grad_out, grid, axis, next_line);
+        next_block.add(next_g.data + next_i0 * next_g.row, next_g.row, next_rows, first_cols);
+        next_block.add(line_data<const S>(args.value, grid, axis, next_line), v.row, next_rows ? L : 0, first_cols);
+        next_block.spread(steps<V>(rows, qkpad / V::W, L) + steps<V>(L, qkpad / V::W, rows));
+        gemm_to_line<V, kRowMajor>(rows, QK, L, ds, lpad, kr, qkpad, tile, dq, 0, !first, &next_block);
+        gemm_to_line<V, kColMajor>(L, QK, rows, ds, lpad, qr, qkpad, tile, dk, 0, !first || i0 > 0, &next_block);
       }
     }
     return true;

@@ -28,41 +28,7 @@ using reg = __m512;
 
 constexpr int64_t kPanel = 64;  // output columns per pass
 
-// Memory to ask for while the processor multiplies: the next line, whose rows may be far apart. A core has few misses
-// under way at once, so the requests are spread evenly.
-class Ahead {
- public:
-  // cols numbers of each of `rows` rows, `row` numbers apart.
-  void add(const BFloat16* first, int64_t row, int64_t rows, int64_t cols) {
-    if (rows <= 0 || cols <= 0) return;
-    streams_[count_++] = {reinterpret_cast<const char*>(first), row * 2, rows, cols * 2};
-    left_ += rows * ((cols * 2 + kStep - 1) / kStep);
-  }
-  // Spread what was added over so many calls of ask.
-  void spread(int64_t calls) { quota_ = calls > 0 ? (left_ + calls - 1) / calls : left_; }
-  void ask() {
-    for (int64_t n = quota_; n > 0 && current_ < count_; --n) {
-      Stream& s = streams_[current_];
-      CCNET_PREFETCH(s.at + offset_);
-      offset_ += kStep;
-      if (offset_ >= s.bytes) {
-        offset_ = 0;
-        s.at += s.step;
-        if (--s.rows == 0) ++current_;
-      }
-    }
-  }
-
- private:
-  static constexpr int64_t kStep = 64;
-  struct Stream {
-    const char* at;
-    int64_t step, rows, bytes;
-  };
-  Stream streams_[5];
-  int count_ = 0, current_ = 0;
-  int64_t offset_ = 0, left_ = 0, quota_ = 0;
-};
+#include "ahead.h"
 
 // Row strides of an odd number of cache lines (see `leading`): of bf16 rows, in numbers.
 int64_t words_leading(int64_t n) { return 2 * leading<V>(n / 2); }
@@ -75,8 +41,9 @@ inline __m512i load_words(const BFloat16* p, int64_t n) {
 
 // dst[i, c] = src[i, c], i < rows, c < cols, zeros up to padded_rows and to a multiple of 32 columns.
 void pack_plain(const BFloat16* src, int64_t row, int64_t rows, int64_t cols, int64_t padded_rows, BFloat16* dst,
-                int64_t ld) {
+                int64_t ld, Ahead* ahead) {
   for (int64_t i = 0; i < padded_rows; ++i) {
+    if (i % 4 == 0) ahead->ask();
     for (int64_t c = 0; c < cols; c += 32) {
       const __m512i x = i < rows ? load_words(src + i * row + c, cols - c) : _mm512_setzero_si512();
       _mm512_storeu_si512(dst + i * ld + c, x);
@@ -86,8 +53,9 @@ void pack_plain(const BFloat16* src, int64_t row, int64_t rows, int64_t cols, in
 
 // dst[r, c] = (src[2r, c], src[2r+1, c]) for c < cols padded to 32, 2r < padded_rows; columns permuted (see above).
 void pack_pairs(const BFloat16* src, int64_t row, int64_t rows, int64_t cols, int64_t padded_rows, uint32_t* dst,
-                int64_t ld) {
+                int64_t ld, Ahead* ahead) {
   for (int64_t i = 0; i < padded_rows; i += 2) {
+    if (i % 8 == 0) ahead->ask();
     const BFloat16* p = src + i * row;
     uint32_t* d = dst + i / 2 * ld;
     for (int64_t c = 0; c < cols; c += 32) {
@@ -101,9 +69,10 @@ void pack_pairs(const BFloat16* src, int64_t row, int64_t rows, int64_t cols, in
 
 // dst[k, i] = (src[i, 2k], src[i, 2k+1]) for i < padded_rows (a multiple of 16), 2k < cols padded to 32.
 void pack_transposed(const BFloat16* src, int64_t row, int64_t rows, int64_t cols, int64_t padded_rows,
-                     uint32_t* dst, int64_t ld) {
+                     uint32_t* dst, int64_t ld, Ahead* ahead) {
   for (int64_t i = 0; i < padded_rows; i += 16) {
     for (int64_t c = 0; c < cols; c += 32) {
+      ahead->ask();
       reg t[16];
       CCNET_UNROLL
       for (int r = 0; r < 16; ++r) {
@@ -192,7 +161,8 @@ int64_t block_rows(int64_t length) {
 
 // Weights of 16 queries: p[i, j] = exp(s[j, i] - max_i) in bf16, zero for L <= j < the next multiple of 32, with the
 // maxima and the (fp32) sums. Down the columns nothing is horizontal; the weights are then transposed in registers.
-void softmax_columns(const float* s, int64_t ld, int64_t L, BFloat16* p, int64_t p_ld, float* max, float* sum) {
+void softmax_columns(const float* s, int64_t ld, int64_t L, BFloat16* p, int64_t p_ld, float* max, float* sum,
+                     Ahead* ahead) {
   reg m0 = V::load(s), m1 = m0;
   for (int64_t j = 1; j < L; j += 2) {
     m0 = V::max(m0, V::load(s + j * ld));
@@ -205,6 +175,7 @@ void softmax_columns(const float* s, int64_t ld, int64_t L, BFloat16* p, int64_t
   for (int64_t j0 = 0; j0 < L; j0 += 32) {
     alignas(64) float pairs[16][16];
     for (int r = 0; r < 16; ++r) {
+      if (r % 2 == 0) ahead->ask();
       const int64_t j = j0 + 2 * r;
       const reg e0 = j < L ? V::exp(V::sub(V::load(s + j * ld), m)) : V::zero();
       const reg e1 = j + 1 < L ? V::exp(V::sub(V::load(s + (j + 1) * ld), m)) : V::zero();
@@ -274,26 +245,29 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
         ahead.add(line_data<BFloat16>(args.query, grid, axis, next_line), q_row, L, QK);
         ahead.add(line_data<BFloat16>(args.value, grid, axis, next_line), v_row, L, C);
         ahead.add(line_data<BFloat16>(args.out, grid, axis, next_line), o_row, L, C);
-        ahead.spread(Engine::steps(key_rows, r16, qk32) + Engine::steps(query_rows, c32, key_depth));
+        ahead.spread(Engine::steps(key_rows, r16, qk32) + Engine::steps(query_rows, c32, key_depth) +
+                     r16 / 16 * (l32 / 4) + c32 / kPanel * (key_depth / 8 + rows / 4));
       }
 
       if (packed_line != line) {
-        pack_plain(line_data<BFloat16>(args.key, grid, axis, line), k_row, L, QK, key_rows, k_plain, k_ld);
+        pack_plain(line_data<BFloat16>(args.key, grid, axis, line), k_row, L, QK, key_rows, k_plain, k_ld, &ahead);
         packed_line = line;
       }
       pack_transposed(line_data<BFloat16>(args.query, grid, axis, line) + i0 * q_row, q_row, rows, QK, r16,
-                      q_transposed, ld);
+                      q_transposed, ld, &ahead);
       Engine::product(key_rows, r16, qk32, k_plain, k_ld, q_transposed, ld, s, ld, &ahead);
       if (masked) {
         for (int64_t i = 0; i < rows; ++i) s[(i0 + i) * ld + i] = -INFINITY;
       }
-      for (int64_t i = 0; i < r16; i += 16) softmax_columns(s + i, ld, L, p + i * p_ld, p_ld, keep + i, fresh + i);
+      for (int64_t i = 0; i < r16; i += 16) {
+        softmax_columns(s + i, ld, L, p + i * p_ld, p_ld, keep + i, fresh + i, &ahead);
+      }
       merge_rows<V>(rows, first, last, max_out, sum_out, stat_row, keep, fresh, before_max, before_sum);
 
       for (int64_t c = 0; c < c32; c += kPanel) {
         const int64_t width = c32 - c < kPanel ? c32 - c : kPanel;
         const int64_t valid = C - c < width ? C - c : width;
-        pack_pairs(v + c, v_row, L, valid, key_depth, v_pairs, kPanel);
+        pack_pairs(v + c, v_row, L, valid, key_depth, v_pairs, kPanel, &ahead);
         Engine::product_to(query_rows, rows, width, key_depth, p, p_ld, v_pairs, kPanel,
                            [&](int64_t r, int64_t x, reg lo, reg hi) {
                              const reg scale = V::set1(fresh[r]);
@@ -381,11 +355,13 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         ahead.add(line_data<BFloat16>(args.value, grid, axis, next_line), v_row, L, C);
         ahead.add(line_data<BFloat16>(args.grad_value, grid, axis, next_line), dv_row, L, C);
         ahead.spread(blocks * (Engine::steps(key_rows, n, qk32) + Engine::steps(key_rows, n, c32) +
-                               Engine::steps(n, qk32, key_depth) + Engine::steps(key_rows, qk32 + c32, n)));
+                               Engine::steps(n, qk32, key_depth) + Engine::steps(key_rows, qk32 + c32, n) +
+                               n / 16 * (qk32 + c32) / 32 + n / 4 + (qk32 + c32) / kPanel * (key_rows / 4)) +
+                     3 * key_rows / 4);
       }
-      pack_plain(k, k_row, L, QK, key_rows, k_plain, qk_words);
-      pack_pairs(k, k_row, L, QK, key_depth, k_pairs, qk_ld);
-      pack_plain(v, v_row, L, C, key_rows, v_plain, c_words);
+      pack_plain(k, k_row, L, QK, key_rows, k_plain, qk_words, &ahead);
+      pack_pairs(k, k_row, L, QK, key_depth, k_pairs, qk_ld, &ahead);
+      pack_plain(v, v_row, L, C, key_rows, v_plain, c_words, &ahead);
 
       for (int64_t i0 = 0; i0 < L; i0 += block) {
         const int64_t rows = L - i0 < block ? L - i0 : block;
@@ -400,10 +376,10 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         const float* lse_in = static_cast<const float*>(args.lse) + stat0;
         float* delta_io = static_cast<float*>(args.delta) + stat0;
 
-        pack_transposed(q, q_row, rows, QK, r16, q_transposed, i_ld);
-        pack_pairs(q, q_row, rows, QK, query_depth, q_pairs, qk_ld);
-        pack_transposed(g, g_row, rows, C, r16, g_transposed, i_ld);
-        pack_pairs(g, g_row, rows, C, query_depth, g_pairs, c_ld);
+        pack_transposed(q, q_row, rows, QK, r16, q_transposed, i_ld, &ahead);
+        pack_pairs(q, q_row, rows, QK, query_depth, q_pairs, qk_ld, &ahead);
+        pack_transposed(g, g_row, rows, C, r16, g_transposed, i_ld, &ahead);
+        pack_pairs(g, g_row, rows, C, query_depth, g_pairs, c_ld, &ahead);
         for (int64_t i = 0; i < rows; ++i) {
           lse[i] = lse_in[i * stat_row];
           if (first) {
