@@ -46,7 +46,7 @@ class Ahead {
     if (--s.rows == 0) ++current_;
   }
 
-  Stream streams_[6];
+  Stream streams_[8];
   const char *at_ = nullptr, *end_ = nullptr;
   int count_ = 0, current_ = 0;
   int64_t lines_ = 0, quota_ = 0;

@@ -42,6 +42,8 @@ struct Avx2 {
   static reg load_n(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
   static void store(float* p, reg x) { _mm256_storeu_ps(p, x); }
   static void store_n(float* p, reg x, int n) { _mm256_maskstore_ps(p, first(n), x); }
+  static void stream(float* p, reg x) { _mm256_stream_ps(p, x); }
+  static void fence() { _mm_sfence(); }
 
   static reg load(const Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static void store(Half* p, reg x) {

@@ -40,6 +40,8 @@ struct ArrayVector {
     return r;
   }
   static void store(Scalar* p, reg x) { memcpy(p, &x, sizeof x); }
+  static void stream(Scalar* p, reg x) { store(p, x); }
+  static void fence() {}
 #if defined(__GNUC__) || defined(__clang__)
   static reg add(reg a, reg b) { return a + b; }
   static reg sub(reg a, reg b) { return a - b; }

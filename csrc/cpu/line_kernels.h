@@ -32,9 +32,9 @@ struct Scales {
 template <class V, int MR, int NR, AOrder ORDER>
 struct MicroKernel {
   using T = typename V::T;
-  // C[MR, NR * W] = A[MR, K] B[K, NR * W], added to C or, with `scales`, joined with it row by row (see Scales); rows
-  // of B are ldb apart.
-  static void run(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool accumulate,
+  // C[MR, NR * W] = A[MR, K] B[K, NR * W], in place of C or added to it or, with `scales`, joined with it row by row
+  // (see Scales); rows of B are ldb apart.
+  static void run(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, Store store,
                   const Scales<T>* scales, Ahead* ahead) {
     typename V::reg acc[MR][NR];
     CCNET_UNROLL
@@ -68,25 +68,24 @@ struct MicroKernel {
       step(k + 3);
     }
     for (; k < K; ++k) step(k);
-    if (scales != nullptr) {
-      CCNET_UNROLL
-      for (int r = 0; r < MR; ++r) {
-        const typename V::reg fresh = V::set1(scales->fresh[r]), keep = V::set1(scales->keep[r]);
-        CCNET_UNROLL
-        for (int n = 0; n < NR; ++n) {
-          T* p = c + r * ldc + n * V::W;
-          const typename V::reg x = V::mul(acc[r][n], fresh);
-          V::store(p, accumulate ? V::fma(V::load(p), keep, x) : x);
-        }
-      }
-      return;
-    }
     CCNET_UNROLL
     for (int r = 0; r < MR; ++r) {
+      if (scales != nullptr) {
+        const typename V::reg fresh = V::set1(scales->fresh[r]);
+        CCNET_UNROLL
+        for (int n = 0; n < NR; ++n) acc[r][n] = V::mul(acc[r][n], fresh);
+      }
+      const typename V::reg keep = V::set1(scales != nullptr ? scales->keep[r] : T(1));
       CCNET_UNROLL
       for (int n = 0; n < NR; ++n) {
         T* p = c + r * ldc + n * V::W;
-        V::store(p, accumulate ? V::add(V::load(p), acc[r][n]) : acc[r][n]);
+        if (store == Store::kJoin) {
+          V::store(p, V::fma(V::load(p), keep, acc[r][n]));
+        } else if (store == Store::kPastCaches) {
+          V::stream(p, acc[r][n]);
+        } else {
+          V::store(p, acc[r][n]);
+        }
       }
     }
   }
@@ -100,7 +99,7 @@ constexpr int max_rows(int nr) {
 
 template <class V>
 using MicroFn = void (*)(int64_t, const typename V::T*, int64_t, const typename V::T*, int64_t, typename V::T*,
-                         int64_t, bool, const Scales<typename V::T>*, Ahead*);
+                         int64_t, Store, const Scales<typename V::T>*, Ahead*);
 
 template <class V, int NR, AOrder ORDER, int MR = max_rows<V>(NR)>
 struct MicroTable {
@@ -150,12 +149,13 @@ void for_row_blocks(int64_t M, int vectors, const F& body) {
 template <class V, AOrder ORDER>
 void gemm(int64_t M, int64_t n, int64_t K, const typename V::T* a, int64_t lda, const typename V::T* b, int64_t ldb,
           typename V::T* c, int64_t ldc, bool accumulate, Ahead* ahead) {
+  const Store store = accumulate ? Store::kJoin : Store::kReplace;
   for (int64_t col = 0; col < n;) {
     const int64_t left = (n - col) / V::W;
     const int vectors = static_cast<int>(left < V::kPanelVectors ? left : V::kPanelVectors);
     for_row_blocks<V, ORDER>(M, vectors, [&](int64_t row, int, MicroFn<V> fn) {
-      fn(K, a + (ORDER == kColMajor ? row : row * lda), lda, b + col, ldb, c + row * ldc + col, ldc, accumulate,
-         nullptr, ahead);
+      fn(K, a + (ORDER == kColMajor ? row : row * lda), lda, b + col, ldb, c + row * ldc + col, ldc, store, nullptr,
+         ahead);
     });
     col += vectors * V::W;
   }
@@ -227,6 +227,15 @@ int64_t rows_per_block(int64_t length, int64_t limit_bytes) {
   return rows < length ? rows : length;
 }
 
+// How an axis writes a tensor that the axes add up. Numbers that are converted on the way are never written past the
+// caches: that is done straight from the products' registers.
+template <class V, class S>
+Store axis_store(const Grid& grid, const TensorRef& t, int64_t channels, bool first) {
+  if (!first) return Store::kJoin;
+  const bool past = std::is_same<S, typename V::T>::value && outgrows_caches(grid, t, channels, sizeof(S));
+  return past ? Store::kPastCaches : Store::kReplace;
+}
+
 // -------------------------------------------------------------------------------------------------- forward
 
 #include "merge_rows.h"
@@ -243,6 +252,7 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
   const int64_t panel = V::kPanelVectors * V::W;
   const bool masked = !keeps_self(grid.axes, axis);
   const Strides stat = scalar_strides(grid);
+  const Store store = axis_store<V, S>(grid, args.out, C, first);
 
   run_items(args, grid.lines(axis) * blocks, [&](auto next) {
     Scratch<T> scratch(L * qk_ld + QK * bpad + L * bpad + L * panel + 4 * bpad + panel * max_rows<V>(1) * 2);
@@ -283,7 +293,7 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
       // Each product asks for what the next one reads and writes.
       Ahead first_panel;
       first_panel.add(v.data, v.row, L, panel < C ? panel : C);
-      first_panel.add(o.data, o.row, rows, panel < C ? panel : C);
+      if (store != Store::kPastCaches) first_panel.add(o.data, o.row, rows, panel < C ? panel : C);
       first_panel.spread(steps<V>(L, rpad / V::W, QK));
       gemm<V, kRowMajor>(L, rpad, QK, kr, qk_ld, qt, bpad, st, bpad, false, &first_panel);
       if (masked) {
@@ -328,7 +338,7 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
         Ahead ahead;
         if (next_cols > 0) {
           ahead.add(v.data + c + cols, v.row, L, next_cols);
-          ahead.add(o.data + c + cols, o.row, rows, next_cols);
+          if (store != Store::kPastCaches) ahead.add(o.data + c + cols, o.row, rows, next_cols);
         } else if (more) {
           const int64_t next_line = upcoming / blocks, next_i0 = upcoming % blocks * block;
           const auto next_q = line_view<const S>(args.query, grid, axis, next_line);
@@ -340,11 +350,11 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
           if constexpr (std::is_same<S, T>::value) {
             if (width == cols) {
               const Scales<T> scales{keep + row, fresh + row};
-              fn(L, st + row, bpad, vp, width, o.data + row * o.row + c, o.row, !first, &scales, &ahead);
+              fn(L, st + row, bpad, vp, width, o.data + row * o.row + c, o.row, store, &scales, &ahead);
               return;
             }
           }
-          fn(L, st + row, bpad, vp, width, tile, width, false, nullptr, &ahead);
+          fn(L, st + row, bpad, vp, width, tile, width, Store::kReplace, nullptr, &ahead);
           for (int r = 0; r < count; ++r) {
             S* d = o.data + (row + r) * o.row + c;
             const T* t = tile + r * width;
@@ -364,6 +374,7 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
         });
       }
     }
+    V::fence();
     return true;
   });
 }
@@ -403,7 +414,7 @@ void add_rows(const typename V::T* tile, int64_t ld, int64_t rows, int64_t cols,
 // dst[M, 0..cols) (+)= A[M, K] B[K, cols]: B packed with row stride ldb, dst in storage type.
 template <class V, AOrder ORDER, class S>
 void gemm_to_line(int64_t M, int64_t cols, int64_t K, const typename V::T* a, int64_t lda, const typename V::T* b,
-                  int64_t ldb, typename V::T* tile, const LineView<S>& dst, int64_t first_col, bool accumulate,
+                  int64_t ldb, typename V::T* tile, const LineView<S>& dst, int64_t first_col, Store store,
                   Ahead* ahead) {
   const int64_t padded = round_up(cols, V::W);
   for (int64_t col = 0; col < padded;) {
@@ -416,12 +427,12 @@ void gemm_to_line(int64_t M, int64_t cols, int64_t K, const typename V::T* a, in
       if constexpr (std::is_same<S, typename V::T>::value) {
         if (valid == width) {
           S* to = dst.data + row * dst.row + first_col + col;
-          fn(K, a_rows, lda, b + col, ldb, to, dst.row, accumulate, nullptr, ahead);
+          fn(K, a_rows, lda, b + col, ldb, to, dst.row, store, nullptr, ahead);
           return;
         }
       }
-      fn(K, a_rows, lda, b + col, ldb, tile, width, false, nullptr, ahead);
-      add_rows<V>(tile, width, count, valid, dst, row, first_col + col, accumulate);
+      fn(K, a_rows, lda, b + col, ldb, tile, width, Store::kReplace, nullptr, ahead);
+      add_rows<V>(tile, width, count, valid, dst, row, first_col + col, store == Store::kJoin);
     });
     col += width;
   }
@@ -447,6 +458,9 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
   const int64_t panel = 2 * V::kPanelVectors * V::W, g_ld = leading<V>(panel), qkpad = leading<V>(QK);
   const bool masked = !keeps_self(grid.axes, axis);
   const Strides stat = scalar_strides(grid);
+  // Blocks of queries after the first add to a line that should still be at hand.
+  const Store query_store = first ? Store::kReplace : Store::kJoin;
+  const Store value_store = block < L ? query_store : axis_store<V, S>(grid, args.grad_value, C, first);
 
   run_items(args, grid.lines(axis), [&](auto next) {
     Scratch<T> scratch(QK * lpad + qkpad * (L + block) + 2 * block * lpad + block * g_ld + panel * lpad +
@@ -500,7 +514,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         const int64_t next_rows = !any ? 0 : (L - next_i0 < block ? L - next_i0 : block);
         const int64_t first_cols = panel < C ? panel : C;
         Ahead first_panel;
-        first_panel.add(dv.data, dv.row, L, first_cols);
+        if (value_store != Store::kPastCaches) first_panel.add(dv.data, dv.row, L, first_cols);
         if (first) first_panel.add(o.data, o.row, rows, first_cols);
         first_panel.spread(steps<V>(rows, row_pad / V::W, QK));
         gemm<V, kRowMajor>(rows, row_pad, QK, qr, qkpad, kt, lpad, p, lpad, false, &first_panel);
@@ -549,7 +563,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
           if (next_cols > 0) {
             ahead.add(g.data + c + cols, g.row, rows, next_cols);
             ahead.add(v.data + c + cols, v.row, L, next_cols);
-            ahead.add(dv.data + c + cols, dv.row, L, next_cols);
+            if (value_store != Store::kPastCaches) ahead.add(dv.data + c + cols, dv.row, L, next_cols);
             if (first) ahead.add(o.data + c + cols, o.row, rows, next_cols);
           } else {
             ahead.add(dq.data, dq.row, rows, QK);
@@ -559,7 +573,8 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
           }
           ahead.spread(steps<V>(rows, jpad / V::W, cols) + steps<V>(L, width / V::W, rows));
           gemm<V, kRowMajor>(rows, jpad, cols, gp, g_ld, vt, lpad, ds, lpad, c > 0, &ahead);
-          gemm_to_line<V, kColMajor>(L, cols, rows, p, lpad, gp, g_ld, tile, dv, c, !first || i0 > 0, &ahead);
+          gemm_to_line<V, kColMajor>(L, cols, rows, p, lpad, gp, g_ld, tile, dv, c,
+                                     i0 > 0 ? Store::kJoin : value_store, &ahead);
         }
 
         for (int64_t i = 0; i < rows; ++i) {
@@ -589,10 +604,12 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         next_block.add(next_g.data + next_i0 * next_g.row, next_g.row, next_rows, first_cols);
         next_block.add(line_data<const S>(args.value, grid, axis, next_line), v.row, next_rows ? L : 0, first_cols);
         next_block.spread(steps<V>(rows, qkpad / V::W, L) + steps<V>(L, qkpad / V::W, rows));
-        gemm_to_line<V, kRowMajor>(rows, QK, L, ds, lpad, kr, qkpad, tile, dq, 0, !first, &next_block);
-        gemm_to_line<V, kColMajor>(L, QK, rows, ds, lpad, qr, qkpad, tile, dk, 0, !first || i0 > 0, &next_block);
+        gemm_to_line<V, kRowMajor>(rows, QK, L, ds, lpad, kr, qkpad, tile, dq, 0, query_store, &next_block);
+        gemm_to_line<V, kColMajor>(L, QK, rows, ds, lpad, qr, qkpad, tile, dk, 0,
+                                   i0 > 0 ? Store::kJoin : query_store, &next_block);
       }
     }
+    V::fence();
     return true;
   });
 }

@@ -102,16 +102,17 @@ inline __m512i words_in_order(reg lo, reg hi) {
   return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(hi, lo));
 }
 
-// dst[0 .. cols) = fresh * (lo, hi) + old * dst, at most 32 numbers in the order of pack_pairs. dst is not read where
-// it holds nothing yet (first).
-inline void store_words(reg lo, reg hi, int64_t cols, bool first, reg old, BFloat16* dst) {
-  if (!first) {
+// dst[0 .. cols) = (lo, hi), or (lo, hi) + old * dst, at most 32 numbers in the order of pack_pairs.
+inline void store_words(reg lo, reg hi, int64_t cols, Store store, reg old, BFloat16* dst) {
+  if (store == Store::kJoin) {
     const __m512i before = load_words(dst, cols), zero = _mm512_setzero_si512();
     lo = V::fma(_mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, before)), old, lo);
     hi = V::fma(_mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, before)), old, hi);
   }
   const __m512i words = words_in_order(lo, hi);
-  if (cols >= 32) {
+  if (store == Store::kPastCaches) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(dst), words);
+  } else if (cols >= 32) {
     _mm512_storeu_si512(dst, words);
   } else {
     _mm512_mask_storeu_epi16(dst, V::first_words(cols), words);
@@ -128,7 +129,7 @@ struct BlockPosition {
 struct GradientStore {
   BFloat16* dst;
   int64_t row_step, cols;
-  bool accumulate;
+  Store store;
   float* sums;
   int64_t padded;
   BlockPosition at;
@@ -146,9 +147,15 @@ struct GradientStore {
         return;
       }
     }
-    store_words(lo, hi, cols - c, !accumulate, V::set1(1.0f), dst + row * row_step + c);
+    store_words(lo, hi, cols - c, store, V::set1(1.0f), dst + row * row_step + c);
   }
 };
+
+// How an axis writes a tensor that the axes add up.
+Store axis_store(const Grid& grid, const TensorRef& t, int64_t channels, bool first) {
+  if (!first) return Store::kJoin;
+  return outgrows_caches(grid, t, channels, sizeof(BFloat16)) ? Store::kPastCaches : Store::kReplace;
+}
 
 // ---------------------------------------------------------------------------------------------------- forward
 
@@ -209,6 +216,8 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
   const int64_t v_row = args.value.strides.axis[axis], o_row = args.out.strides.axis[axis];
   const int64_t q_row = args.query.strides.axis[axis], k_row = args.key.strides.axis[axis];
 
+  const Store store = axis_store(grid, args.out, C, first);
+
   const int64_t ld = leading<V>(b16), k_ld = words_leading(qk32), p_ld = words_leading(l32);
 
   run_items(args, grid.lines(axis) * blocks, [&](auto next) {
@@ -244,7 +253,7 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
         ahead.add(line_data<BFloat16>(args.key, grid, axis, next_line), k_row, L, QK);
         ahead.add(line_data<BFloat16>(args.query, grid, axis, next_line), q_row, L, QK);
         ahead.add(line_data<BFloat16>(args.value, grid, axis, next_line), v_row, L, C);
-        ahead.add(line_data<BFloat16>(args.out, grid, axis, next_line), o_row, L, C);
+        if (store != Store::kPastCaches) ahead.add(line_data<BFloat16>(args.out, grid, axis, next_line), o_row, L, C);
         ahead.spread(Engine::steps(key_rows, r16, qk32) + Engine::steps(query_rows, c32, key_depth) +
                      r16 / 16 * (l32 / 4) + c32 / kPanel * (key_depth / 8 + rows / 4));
       }
@@ -271,12 +280,13 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
         Engine::product_to(query_rows, rows, width, key_depth, p, p_ld, v_pairs, kPanel,
                            [&](int64_t r, int64_t x, reg lo, reg hi) {
                              const reg scale = V::set1(fresh[r]);
-                             store_words(V::mul(lo, scale), V::mul(hi, scale), valid - x, first, V::set1(keep[r]),
+                             store_words(V::mul(lo, scale), V::mul(hi, scale), valid - x, store, V::set1(keep[r]),
                                          o + r * o_row + c + x);
                            },
                            &ahead);
       }
     }
+    V::fence();
     return true;
   });
 }
@@ -314,6 +324,9 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
   const int64_t dq_row = args.grad_query.strides.axis[axis], dk_row = args.grad_key.strides.axis[axis];
   const int64_t dv_row = args.grad_value.strides.axis[axis];
 
+  const Store query_store = first ? Store::kReplace : Store::kJoin;
+  const Store value_store = axis_store(grid, args.grad_value, C, first);
+
   run_items(args, grid.lines(axis), [&](auto next) {
     const int64_t kept = blocks > 1 ? l32 * (qk32 + c32) : 0;
     Scratch<float> scratch((l16 * qk_words + b32 * j_words + l16 * c_words) / 2 + l32 * i_words + l32 / 2 * qk_ld +
@@ -350,13 +363,19 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
       Ahead ahead;
       if (more) {
         const int64_t n = L < block ? L : block;
+        ahead.add(line_data<BFloat16>(args.key, grid, axis, next_line), k_row, L, QK);
+        ahead.add(line_data<BFloat16>(args.query, grid, axis, next_line), q_row, n, QK);
         ahead.add(line_data<BFloat16>(args.grad_out, grid, axis, next_line), g_row, n, C);
         if (first) ahead.add(line_data<BFloat16>(args.out, grid, axis, next_line), o_row, n, C);
         ahead.add(line_data<BFloat16>(args.value, grid, axis, next_line), v_row, L, C);
-        ahead.add(line_data<BFloat16>(args.grad_value, grid, axis, next_line), dv_row, L, C);
+        if (value_store != Store::kPastCaches) {
+          ahead.add(line_data<BFloat16>(args.grad_value, grid, axis, next_line), dv_row, L, C);
+        }
+        ahead.add(line_data<BFloat16>(args.grad_query, grid, axis, next_line), dq_row, n, QK);
+        ahead.add(line_data<BFloat16>(args.grad_key, grid, axis, next_line), dk_row, L, QK);
         ahead.spread(blocks * (Engine::steps(key_rows, n, qk32) + Engine::steps(key_rows, n, c32) +
                                Engine::steps(n, qk32, key_depth) + Engine::steps(key_rows, qk32 + c32, n) +
-                               n / 16 * (qk32 + c32) / 32 + n / 4 + (qk32 + c32) / kPanel * (key_rows / 4)) +
+                               n / 16 * (qk32 + c32) / 32 + n / 4 + l32 / 2 + (first ? n : 0) + (qk32 + c32) / kPanel * (key_rows / 4)) +
                      3 * key_rows / 4);
       }
       pack_plain(k, k_row, L, QK, key_rows, k_plain, qk_words, &ahead);
@@ -383,6 +402,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         for (int64_t i = 0; i < rows; ++i) {
           lse[i] = lse_in[i * stat_row];
           if (first) {
+            ahead.ask();
             reg even = V::zero(), odd = V::zero();
             const __m512i zero = _mm512_setzero_si512();
             for (int64_t c = 0; c < C; c += 32) {
@@ -412,6 +432,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
             }
           }
           for (int64_t j = j0; j < end; ++j) {
+            if (j % 2 == 0) ahead.ask();
             // Rows beyond the line and columns beyond the block are zero in p and ds.
             for (int64_t i = 0; i < r32; i += 16) {
               const int64_t from = (j - j0) * i_ld + i, to = j * i_words + i;
@@ -436,19 +457,19 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
           }
         }
         const BlockPosition at{i0 == 0, i0 + block >= L};
-        const auto to_line = [&](const TensorRef& t, int64_t row, int64_t cols, float* sums) {
-          return GradientStore{
-              line_data<BFloat16>(t, grid, axis, line), row, cols, !first, sums, round_up(cols, 32), at};
+        const auto to_line = [&](const TensorRef& t, int64_t row, int64_t cols, Store store, float* sums) {
+          return GradientStore{line_data<BFloat16>(t, grid, axis, line), row, cols, store, sums, round_up(cols, 32), at};
         };
-        GradientStore query_store = to_line(args.grad_query, dq_row, QK, nullptr);
-        query_store.dst += i0 * dq_row;
-        Engine::product_to(query_rows, rows, qk32, key_depth, ds_rows, j_words, k_pairs, qk_ld, query_store, &ahead);
+        GradientStore to_query = to_line(args.grad_query, dq_row, QK, query_store, nullptr);
+        to_query.dst += i0 * dq_row;
+        Engine::product_to(query_rows, rows, qk32, key_depth, ds_rows, j_words, k_pairs, qk_ld, to_query, &ahead);
         Engine::product_to(key_rows, L, qk32, query_depth, ds, i_words, q_pairs, qk_ld,
-                           to_line(args.grad_key, dk_row, QK, dk_sums), &ahead);
+                           to_line(args.grad_key, dk_row, QK, query_store, dk_sums), &ahead);
         Engine::product_to(key_rows, L, c32, query_depth, p, i_words, g_pairs, c_ld,
-                           to_line(args.grad_value, dv_row, C, dv_sums), &ahead);
+                           to_line(args.grad_value, dv_row, C, value_store, dv_sums), &ahead);
       }
     }
+    V::fence();
     return true;
   });
 }

@@ -23,6 +23,9 @@ struct Avx512 {
   static reg load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
   static void store(float* p, reg x) { _mm512_storeu_ps(p, x); }
   static void store_n(float* p, reg x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
+  // Past the caches: p is aligned, and fence comes before anybody else reads.
+  static void stream(float* p, reg x) { _mm512_stream_ps(p, x); }
+  static void fence() { _mm_sfence(); }
 
   static reg load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static reg load_n(const Half* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }

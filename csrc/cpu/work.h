@@ -48,6 +48,19 @@ S* line_data(const TensorRef& t, const Grid& grid, int axis, int64_t line) {
   return static_cast<S*>(t.data) + line_offset(grid, t.strides, axis, line);
 }
 
+// What becomes of a result: it takes the place of what is in memory, or joins it.
+enum class Store { kReplace, kPastCaches, kJoin };
+
+// Whether the first axis should write this tensor past the caches: it is too large to wait there for the next axis, and
+// written so it is not fetched from memory only to be overwritten. Only whole cache lines can be.
+inline bool outgrows_caches(const Grid& grid, const TensorRef& t, int64_t channels, int64_t size) {
+  constexpr int64_t line = 64, large = 16 << 20;
+  int64_t steps = channels | t.strides.batch;
+  for (int a = 0; a < grid.axes; ++a) steps |= t.strides.axis[a];
+  return grid.batch * grid.positions() * channels * size > large && steps * size % line == 0 &&
+         reinterpret_cast<uintptr_t>(t.data) % line == 0;
+}
+
 // Hands out items 0 .. count-1 to the workers of one parallel region.
 template <class Args, class Worker>
 void run_items(const Args& args, int64_t count, const Worker& worker) {
