@@ -16,6 +16,7 @@ namespace cpu {
 namespace {
 
 #include "storage.h"
+#include "float_log.h"
 
 struct Avx2 {
   using T = float;
@@ -75,6 +76,16 @@ struct Avx2 {
     S some[W];
     store(some, x);
     memcpy(p, some, static_cast<size_t>(n) * sizeof(S));
+  }
+
+  // log for normal x > 0.
+  static reg log(reg x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i exponent = _mm256_sub_epi32(_mm256_srli_epi32(bits, 23), _mm256_set1_epi32(127));
+    const __m256i mantissa = _mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fffff)),
+                                             _mm256_set1_epi32(0x3f800000));
+    const reg result = log_of_parts<Avx2>(_mm256_castsi256_ps(mantissa), _mm256_cvtepi32_ps(exponent));
+    return _mm256_blendv_ps(result, x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   }
 
   // As in vector_avx512.h; the power of two is applied in two halves so that subnormal results come out right.

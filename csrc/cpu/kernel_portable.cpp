@@ -9,6 +9,8 @@ namespace {
 
 inline float exponential(float x) { return expf(x); }
 inline double exponential(double x) { return ::exp(x); }
+inline float logarithm(float x) { return logf(x); }
+inline double logarithm(double x) { return ::log(x); }
 
 template <typename Scalar, int Width>
 struct ArrayVector {
@@ -58,6 +60,10 @@ struct ArrayVector {
   static reg max(reg a, reg b) {
     for (int i = 0; i < W; ++i) a[i] = a[i] > b[i] ? a[i] : b[i];
     return a;
+  }
+  static reg log(reg x) {
+    for (int i = 0; i < W; ++i) x[i] = logarithm(x[i]);
+    return x;
   }
   static reg exp(reg x) {
     for (int i = 0; i < W; ++i) x[i] = exponential(x[i]);

@@ -22,12 +22,12 @@ void merge_rows(int64_t rows, bool first, bool last, typename V::T* max_io, type
     const reg kept = V::mul(V::exp(V::sub(m_before, m)), s_before);
     const reg sum = V::fma(s_here, scale_here, kept);
     V::store(before_max + i, m);
-    V::store(before_sum + i, sum);
+    V::store(before_sum + i, last ? V::add(m, V::log(sum)) : sum);
     V::store(keep + i, V::div(kept, sum));
     V::store(fresh + i, V::div(scale_here, sum));
   }
   for (int64_t i = 0; i < rows; ++i) {
     max_io[i * step] = before_max[i];
-    sum_io[i * step] = last ? log_sum_exp(Stats<T>{before_max[i], before_sum[i]}) : before_sum[i];
+    sum_io[i * step] = before_sum[i];
   }
 }

@@ -1,5 +1,7 @@
 // Sixteen floats in an AVX-512 register. Included inside an anonymous namespace (see line_kernels.h).
 
+#include "float_log.h"
+
 struct Avx512 {
   using T = float;
   using reg = __m512;
@@ -64,6 +66,11 @@ struct Avx512 {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
     p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
     return _mm512_scalef_ps(p, n);
+  }
+
+  // log for normal x > 0.
+  static reg log(reg x) {
+    return log_of_parts<Avx512>(_mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src), _mm512_getexp_ps(x));
   }
 
   static void transpose(reg* t) {

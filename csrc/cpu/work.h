@@ -54,7 +54,7 @@ enum class Store { kReplace, kPastCaches, kJoin };
 // Whether the first axis should write this tensor past the caches: it is too large to wait there for the next axis, and
 // written so it is not fetched from memory only to be overwritten. Only whole cache lines can be.
 inline bool outgrows_caches(const Grid& grid, const TensorRef& t, int64_t channels, int64_t size) {
-  constexpr int64_t line = 64, large = 16 << 20;
+  constexpr int64_t line = 64, large = 8 << 20;
   int64_t steps = channels | t.strides.batch;
   for (int a = 0; a < grid.axes; ++a) steps |= t.strides.axis[a];
   return grid.batch * grid.positions() * channels * size > large && steps * size % line == 0 &&
