@@ -85,6 +85,43 @@ void pack_transposed(const BFloat16* src, int64_t row, int64_t rows, int64_t col
   }
 }
 
+// The rows of a line as the left operand of products: in place where they are whole steps of the products, and only the
+// last few, which a product's last block of rows would read past the end of, from a copy that is padded with zeros.
+template <class Engine>
+class LeftRows {
+ public:
+  // Numbers of scratch memory for lines of `length` rows and `cols` numbers.
+  static int64_t scratch(int64_t length, int64_t cols) {
+    return (in_place(cols) ? Engine::kRows : round_up(length, Engine::kRows)) * words_leading(round_up(cols, 32));
+  }
+
+  LeftRows(const BFloat16* src, int64_t row, int64_t rows, int64_t cols, BFloat16* copy, Ahead* ahead)
+      : src_(src), copy_(copy), row_(row), copy_row_(words_leading(round_up(cols, 32))),
+        whole_(in_place(cols) ? rows / Engine::kRows * Engine::kRows : 0) {
+    pack_plain(src + whole_ * row, row, rows - whole_, cols, round_up(rows - whole_, Engine::kRows), copy, copy_row_,
+               ahead);
+  }
+
+  // C[M, N] = rows first .. first + M - 1 times B; first a multiple of kRows, as is M.
+  void product(int64_t first, int64_t M, int64_t N, int64_t depth, const uint32_t* b, int64_t ldb, float* c,
+               int64_t ldc, Ahead* ahead) const {
+    const int64_t in_place = whole_ - first < M ? (whole_ - first > 0 ? whole_ - first : 0) : M;
+    if (in_place > 0) Engine::product(in_place, N, depth, src_ + first * row_, row_, b, ldb, c, ldc, ahead);
+    if (in_place == M) return;
+    const BFloat16* rest = copy_ + (first + in_place - whole_) * copy_row_;
+    Engine::product(M - in_place, N, depth, rest, copy_row_, b, ldb, c + in_place * ldc, ldc, ahead);
+  }
+
+  const BFloat16* row(int64_t i) const { return i < whole_ ? src_ + i * row_ : copy_ + (i - whole_) * copy_row_; }
+
+ private:
+  static bool in_place(int64_t cols) { return cols % 32 == 0; }
+
+  const BFloat16* src_;
+  const BFloat16* copy_;
+  int64_t row_, copy_row_, whole_;
+};
+
 // sum_c a[c] * b[c]
 inline float dot_words(const BFloat16* a, const BFloat16* b, int64_t count) {
   reg sum = V::zero();
@@ -232,12 +269,12 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
 
   const Store store = axis_store(grid, args.out, C, first);
 
-  const int64_t ld = leading<V>(b16), k_ld = words_leading(qk32), p_ld = words_leading(l32);
+  const int64_t ld = leading<V>(b16), p_ld = words_leading(l32);
 
   run_items(args, grid.lines(axis) * blocks, [&](auto next) {
-    Scratch<float> scratch(l16 * k_ld / 2 + qk32 / 2 * ld + l16 * ld + b16 * p_ld / 2 + l32 / 2 * kPanel + 4 * b16);
+    Scratch<float> scratch(LeftRows<Engine>::scratch(L, QK) / 2 + qk32 / 2 * ld + l16 * ld + b16 * p_ld / 2 + l32 / 2 * kPanel + 4 * b16);
     if (!scratch.ok()) return false;
-    BFloat16* k_plain = reinterpret_cast<BFloat16*>(scratch.take(l16 * k_ld / 2));
+    BFloat16* k_copy = reinterpret_cast<BFloat16*>(scratch.take(LeftRows<Engine>::scratch(L, QK) / 2));
     uint32_t* q_transposed = reinterpret_cast<uint32_t*>(scratch.take(qk32 / 2 * ld));
     float* s = scratch.take(l16 * ld);  // energies [j, i]
     BFloat16* p = reinterpret_cast<BFloat16*>(scratch.take(b16 * p_ld / 2));  // weights [i, j]
@@ -248,7 +285,7 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
     float* before_sum = scratch.take(b16);
     [[maybe_unused]] typename Engine::Session session;
 
-    int64_t item, upcoming, packed_line = -1;
+    int64_t item, upcoming;
     bool more = next(&item);
     for (; more; item = upcoming) {
       more = next(&upcoming);
@@ -272,13 +309,10 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
                      r16 / 16 * (l32 / 4) + c32 / kPanel * (key_depth / 8 + rows / 4));
       }
 
-      if (packed_line != line) {
-        pack_plain(line_data<BFloat16>(args.key, grid, axis, line), k_row, L, QK, key_rows, k_plain, k_ld, &ahead);
-        packed_line = line;
-      }
+      const LeftRows<Engine> k(line_data<BFloat16>(args.key, grid, axis, line), k_row, L, QK, k_copy, &ahead);
       pack_transposed(line_data<BFloat16>(args.query, grid, axis, line) + i0 * q_row, q_row, rows, QK, r16,
                       q_transposed, ld, &ahead);
-      Engine::product(key_rows, r16, qk32, k_plain, k_ld, q_transposed, ld, s, ld, &ahead);
+      k.product(0, key_rows, r16, qk32, q_transposed, ld, s, ld, &ahead);
       if (masked) {
         for (int64_t i = 0; i < rows; ++i) s[(i0 + i) * ld + i] = -INFINITY;
       }
@@ -320,13 +354,13 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
   const Grid& grid = args.grid;
   const int64_t L = grid.size[axis], QK = args.qk_channels, C = args.channels;
   const int64_t block = block_rows(L), blocks = (L + block - 1) / block;
-  const int64_t l32 = round_up(L, 32), l16 = round_up(L, 16), b32 = round_up(block, 32);
+  const int64_t l32 = round_up(L, 32), b32 = round_up(block, 32);
   const int64_t qk32 = round_up(QK, 32), c32 = round_up(C, 32);
   const int64_t key_rows = round_up(L, Engine::kRows), key_depth = round_up(L, Engine::kDepth);
   // Energies of this many keys at a time: blocks of nearly equal size.
   const int64_t key_blocks = (L + Engine::kKeyRows - 1) / Engine::kKeyRows;
   const int64_t key_block = key_blocks > 1 ? round_up((L + key_blocks - 1) / key_blocks, Engine::kRows) : l32;
-  const int64_t qk_words = words_leading(qk32), c_words = words_leading(c32);
+  const int64_t key_copy = LeftRows<Engine>::scratch(L, QK), value_copy = LeftRows<Engine>::scratch(L, C);
   const int64_t i_words = words_leading(b32), j_words = words_leading(l32);
   const int64_t qk_ld = leading<V>(qk32), c_ld = leading<V>(c32), i_ld = leading<V>(b32);
   const bool masked = !keeps_self(grid.axes, axis);
@@ -343,13 +377,13 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
 
   run_items(args, grid.lines(axis), [&](auto next) {
     const int64_t kept = blocks > 1 ? l32 * (qk32 + c32) : 0;
-    Scratch<float> scratch((l16 * qk_words + b32 * j_words + l16 * c_words) / 2 + l32 * i_words + l32 / 2 * qk_ld +
+    Scratch<float> scratch((key_copy + b32 * j_words + value_copy) / 2 + l32 * i_words + l32 / 2 * qk_ld +
                            qk32 / 2 * i_ld + b32 / 2 * qk_ld + 2 * key_block * i_ld + c32 / 2 * i_ld + b32 / 2 * c_ld +
                            2 * b32 + kept);
     if (!scratch.ok()) return false;
     const auto take_words = [&](int64_t n) { return reinterpret_cast<BFloat16*>(scratch.take(n / 2)); };
     const auto take_pairs = [&](int64_t n) { return reinterpret_cast<uint32_t*>(scratch.take(n)); };
-    BFloat16* k_plain = take_words(l16 * qk_words);
+    BFloat16* k_copy = take_words(key_copy);
     uint32_t* k_pairs = take_pairs(l32 / 2 * qk_ld);
     uint32_t* q_transposed = take_pairs(qk32 / 2 * i_ld);
     uint32_t* q_pairs = take_pairs(b32 / 2 * qk_ld);
@@ -358,7 +392,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
     BFloat16* p = take_words(l32 * i_words);       // weights [j, i]
     BFloat16* ds = take_words(l32 * i_words);      // grad of the energies [j, i]
     BFloat16* ds_rows = take_words(b32 * j_words);  // the same [i, j]
-    BFloat16* v_plain = take_words(l16 * c_words);
+    BFloat16* v_copy = take_words(value_copy);
     uint32_t* g_transposed = take_pairs(c32 / 2 * i_ld);
     uint32_t* g_pairs = take_pairs(b32 / 2 * c_ld);
     float* lse = scratch.take(b32);
@@ -373,7 +407,6 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
       more = next(&upcoming);
       const int64_t next_line = more ? upcoming : line;
       const BFloat16* k = line_data<BFloat16>(args.key, grid, axis, line);
-      const BFloat16* v = line_data<BFloat16>(args.value, grid, axis, line);
       Ahead ahead;
       if (more) {
         const int64_t n = L < block ? L : block;
@@ -392,9 +425,9 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
                                n / 16 * (qk32 + c32) / 32 + n / 4 + l32 / 2 + (first ? n : 0) + (qk32 + c32) / kPanel * (key_rows / 4)) +
                      3 * key_rows / 4);
       }
-      pack_plain(k, k_row, L, QK, key_rows, k_plain, qk_words, &ahead);
+      const LeftRows<Engine> keys(k, k_row, L, QK, k_copy, &ahead);
       pack_pairs(k, k_row, L, QK, key_depth, k_pairs, qk_ld, &ahead);
-      pack_plain(v, v_row, L, C, key_rows, v_plain, c_words, &ahead);
+      const LeftRows<Engine> values(line_data<BFloat16>(args.value, grid, axis, line), v_row, L, C, v_copy, &ahead);
 
       for (int64_t i0 = 0; i0 < L; i0 += block) {
         const int64_t rows = L - i0 < block ? L - i0 : block;
@@ -427,12 +460,11 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
           const int64_t end = j0 + key_block < l32 ? j0 + key_block : l32;
           const int64_t count = (end < key_rows ? end : key_rows) - j0;
           if (count > 0) {
-            Engine::product(count, r16, qk32, k_plain + j0 * qk_words, qk_words, q_transposed, i_ld, s, i_ld, &ahead);
-            const BFloat16* v_block = v_plain + j0 * c_words;
-            Engine::product(count, inner, c32, v_block, c_words, g_transposed, i_ld, dp, i_ld, &ahead);
+            keys.product(j0, count, r16, qk32, q_transposed, i_ld, s, i_ld, &ahead);
+            values.product(j0, count, inner, c32, g_transposed, i_ld, dp, i_ld, &ahead);
             for (int64_t i = inner; i < inner + edge; ++i) {
               for (int64_t j = 0; j < count; ++j) {
-                dp[j * i_ld + i] = dot_words(v_block + j * c_words, g + i * g_row, C);
+                dp[j * i_ld + i] = dot_words(values.row(j0 + j), g + i * g_row, C);
               }
             }
           }
