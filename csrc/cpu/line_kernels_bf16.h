@@ -444,15 +444,20 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
 
         pack_transposed(q, q_row, rows, QK, r16, q_transposed, i_ld, &ahead);
         pack_pairs(q, q_row, rows, QK, query_depth, q_pairs, qk_ld, &ahead);
-        pack_transposed(g, g_row, rows, C, r16, g_transposed, i_ld, &ahead);
-        pack_pairs(g, g_row, rows, C, query_depth, g_pairs, c_ld, &ahead);
-        for (int64_t i = 0; i < rows; ++i) {
-          lse[i] = lse_in[i * stat_row];
-          if (first) {
-            ahead.ask();
-            delta_io[i * stat_row] = dot_words(g + i * g_row, o + i * o_row, C);
+        // As many rows of grad_out at once as stay in the first-level cache until all is done with them.
+        for (int64_t i = 0; i < query_depth; i += 16) {
+          const int64_t here = rows - i < 16 ? rows - i : 16;
+          if (i < r16) pack_transposed(g + i * g_row, g_row, here, C, 16, g_transposed + i, i_ld, &ahead);
+          pack_pairs(g + i * g_row, g_row, here, C, query_depth - i < 16 ? query_depth - i : 16, g_pairs + i / 2 * c_ld,
+                     c_ld, &ahead);
+          for (int64_t n = i; n < i + here; ++n) {
+            lse[n] = lse_in[n * stat_row];
+            if (first) {
+              ahead.ask();
+              delta_io[n * stat_row] = dot_words(g + n * g_row, o + n * o_row, C);
+            }
+            delta[n] = delta_io[n * stat_row];
           }
-          delta[i] = delta_io[i * stat_row];
         }
         for (int64_t i = rows; i < r32; ++i) lse[i] = delta[i] = 0.0f;
 
