@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ccnet_d2.ops import criss_cross_attention
+from ccnet_d2.ops import criss_cross_attention, loop
+from ccnet_d2.ops.projection import project
 from ccnet_d2.ops.residual import gated_residual
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -53,23 +54,18 @@ class CrissCrossAttention(nn.Module):
         The convolution is 1x1, hence one matrix product; written as such it reads NCHW and channels-last inputs in
         place and writes what the attention reads, whereas a convolution would answer in the layout it is given.
         """
-        weight = self.qkv.weight.flatten(1).t()
         bias = self.qkv.bias
         assert bias is not None
-        batch, channels, *spatial = x.shape
-        last = x.movedim(1, -1)
-        if batch == 1 or last.is_contiguous():
-            rows = x.flatten(2)[0].t() if batch == 1 else last.reshape(-1, channels)
-            projected = torch.addmm(bias, rows, weight)
-        else:
-            rows = x.flatten(2).transpose(1, 2)
-            projected = torch.baddbmm(bias, rows, weight.expand(batch, -1, -1))
-        projected = projected.view(batch, *spatial, -1)
-        query, key, value = projected.split([self.key_channels, self.key_channels, self.channels], dim=-1)
-        return query.movedim(-1, 1), key.movedim(-1, 1), value.movedim(-1, 1)
+        projected = project(x, self.qkv.weight.flatten(1), bias)
+        query, key, value = projected.split([self.key_channels, self.key_channels, self.channels], dim=1)
+        return query, key, value
 
     def attend(self, x: Tensor) -> Tensor:
         """One loop of attention with its residual: (B, C, *S) -> (B, C, *S)."""
+        weight, bias = self.qkv.weight.flatten(1), self.qkv.bias
+        assert bias is not None
+        if loop.supports(x, weight, self.backend):
+            return loop.criss_cross_loop(x, weight, bias, self.gamma, self.key_channels)
         out = criss_cross_attention(*self.project(x), backend=self.backend)
         if self.backend in ("auto", "compiled"):
             return gated_residual(out, self.gamma, x)
