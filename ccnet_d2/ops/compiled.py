@@ -10,6 +10,7 @@ threads. Outputs are channels-last in memory whatever the inputs are, since the 
 Autocast does not touch the op: like the other backends it returns the dtype it is given.
 """
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -81,6 +82,21 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out
 
 
+def attention_with_pullback(
+    query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    """The attended map, and a function from its gradient to those of query, key and value."""
+    out, lse = torch.ops.ccnet_d2.criss_cross_forward(query, key, value)
+
+    def pullback(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.ccnet_d2.criss_cross_backward(
+            grad, query, key, value, out, lse
+        )
+        return grads
+
+    return out, pullback
+
+
 def empty_channels_last(like: Tensor) -> Tensor:
     """A new tensor of this shape and dtype, channels-last in memory."""
     batch, channels, *spatial = like.shape
@@ -122,8 +138,8 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) 
 def refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
     """The gradient of a gradient: an error that says what to do."""
     raise RuntimeError(
-        "The compiled criss-cross attention has no second derivative: "
-        "use backend='matmul' where gradients of gradients are needed."
+        "The compiled criss-cross attention has no second derivative, nor has a layer with recompute: "
+        "use backend='matmul' and recompute=False where gradients of gradients are needed."
     )
 
 

@@ -28,7 +28,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
-def supports(x: Tensor, weight: Tensor, backend: str) -> bool:
+def supports_loop(x: Tensor, weight: Tensor, backend: str) -> bool:
     """Whether `criss_cross_loop` computes the loop for these tensors where this backend is asked for."""
     device = x.device.type
     if backend not in ("auto", "compiled") or compiled.unavailable_reason(device) is not None or x.numel() == 0:
@@ -63,12 +63,13 @@ def criss_cross_loop(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, key
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         out: Tensor = _Loop.apply(*tensors, key_channels, compute_dtype(x))
         return out
-    return _compute(*tensors, key_channels, compute_dtype(x))[0]
+    return loop_forward(*tensors, key_channels, compute_dtype(x))[0]
 
 
-def _compute(
+def loop_forward(
     x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, key_channels: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result of `criss_cross_loop`, and what its gradient needs: the projection, the attended map, log-sum-exps."""
     projected = project(x.to(dtype), weight.to(dtype), bias.to(dtype))
     attended, lse = packed.forward(projected, key_channels)
     return gated_residual(attended, gamma, x), projected, attended, lse
@@ -85,7 +86,7 @@ class _Loop(torch.autograd.Function):
         key_channels: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        out, projected, attended, lse = _compute(x, weight, bias, gamma, key_channels, dtype)
+        out, projected, attended, lse = loop_forward(x, weight, bias, gamma, key_channels, dtype)
         ctx.save_for_backward(x, weight, gamma, projected, attended, lse)
         ctx.key_channels = key_channels
         ctx.bias_dtype = bias.dtype

@@ -26,10 +26,9 @@ def gated_residual(attended: Tensor, gamma: Tensor, x: Tensor) -> Tensor:
     Returns:
         (B, C, *S), laid out in memory like x.
     """
-    if not _runs_compiled(attended, x):
+    if not (_runs_compiled(attended, x) and is_dense(x)):
         return gamma.to(attended.dtype) * attended + x
-    computed = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out: Tensor = torch.ops.ccnet_d2.gated_residual_forward(attended, gamma.to(computed), x)
+    out: Tensor = torch.ops.ccnet_d2.gated_residual_forward(attended, gamma.to(_computed(x)), x)
     return out
 
 
@@ -37,9 +36,9 @@ def residual_gradients(grad: Tensor, attended: Tensor, gamma: Tensor) -> tuple[T
     """The gradients of `gated_residual` other than that of x, which is `grad` itself.
 
     Args:
-        grad: (B, C, *S), of the result.
-        attended: (B, C, *S), as given to `gated_residual`.
-        gamma: (1,), as given to it.
+        grad: (B, c, *S), of the result: all or some channels of a map that is NCHW or channels-last without gaps.
+        attended: (B, c, *S).
+        gamma: (1,).
 
     Returns:
         Those of attended and gamma, of their shapes and dtypes.
@@ -48,21 +47,25 @@ def residual_gradients(grad: Tensor, attended: Tensor, gamma: Tensor) -> tuple[T
         wide = torch.promote_types(grad.dtype, torch.float32)
         grad_gamma = (grad.to(wide) * attended.to(wide)).sum().reshape(gamma.shape).to(gamma.dtype)
         return (gamma.to(attended.dtype) * grad).to(attended.dtype), grad_gamma
-    computed = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    grad_attended, grad_gamma = torch.ops.ccnet_d2.gated_residual_backward(grad, attended, gamma.to(computed))
+    grad_attended, grad_gamma = torch.ops.ccnet_d2.gated_residual_backward(
+        grad, attended, gamma.to(_computed(grad))
+    )
     return grad_attended, grad_gamma.reshape(gamma.shape).to(gamma.dtype)
 
 
 def _runs_compiled(attended: Tensor, x: Tensor) -> bool:
-    dtypes_fit = attended.dtype == x.dtype or (x.dtype == torch.float32 and attended.dtype in _HALF)
     return (
         x.device.type == "cpu"
         and compiled.supports(x, x, x) is None
         and attended.shape == x.shape
-        and dtypes_fit
-        and is_dense(x)
         and is_dense(attended)
+        and (attended.dtype == x.dtype or (x.dtype == torch.float32 and attended.dtype in _HALF))
     )
+
+
+def _computed(x: Tensor) -> torch.dtype:
+    """The dtype that gamma is read in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _empty_like(x: Tensor, *, channels_last: bool) -> Tensor:
