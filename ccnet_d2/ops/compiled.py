@@ -84,17 +84,31 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def attention_with_pullback(
     query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
-    """The attended map, and a function from its gradient to those of query, key and value."""
+) -> tuple[Tensor, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """The attended map, and a function that takes its gradient to those of query and key and writes that of value.
+
+    The function's second argument is where it is written: (B, C, *S), all or some channels of a channels-last tensor.
+    """
     out, lse = torch.ops.ccnet_d2.criss_cross_forward(query, key, value)
 
-    def pullback(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.ccnet_d2.criss_cross_backward(
-            grad, query, key, value, out, lse
+    def pullback(grad: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor]:
+        grads: tuple[Tensor, Tensor] = torch.ops.ccnet_d2.criss_cross_backward_into(
+            grad, query, key, value, out, lse, grad_value
         )
         return grads
 
     return out, pullback
+
+
+def backward_and_copy(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`criss_cross_backward_into` where the kernels write the gradient of value to memory of its own."""
+    grad_query, grad_key, grad = torch.ops.ccnet_d2.criss_cross_backward(
+        grad_out, query, key, value, out, lse
+    )
+    grad_value.copy_(grad)
+    return grad_query, grad_key
 
 
 def empty_channels_last(like: Tensor) -> Tensor:
@@ -117,6 +131,12 @@ def _backward_fake(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_channels_last(query), empty_channels_last(key), empty_channels_last(value)
+
+
+def _backward_into_fake(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_value: Tensor
+) -> tuple[Tensor, Tensor]:
+    return empty_channels_last(query), empty_channels_last(key)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -175,10 +195,13 @@ def _register() -> None:
     backward = "ccnet_d2::criss_cross_backward"
     torch.library.register_fake(forward, _forward_fake)
     torch.library.register_fake(backward, _backward_fake)
+    torch.library.register_fake(f"{backward}_into", _backward_into_fake)
+    torch.library.register_kernel(f"{backward}_into", "cuda", backward_and_copy)
     torch.library.register_autograd(forward, _differentiate, setup_context=_save)
     torch.library.register_autograd(backward, refuse_second_derivative)
     register_flop_formula(torch.ops.ccnet_d2.criss_cross_forward)(_forward_formula)
     register_flop_formula(torch.ops.ccnet_d2.criss_cross_backward)(_backward_formula)
+    register_flop_formula(torch.ops.ccnet_d2.criss_cross_backward_into)(_backward_formula)
 
 
 if _CPU_REASON is None:

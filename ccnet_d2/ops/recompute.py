@@ -24,7 +24,7 @@ from .residual import gated_residual, residual_gradients
 
 _CHUNK_MULTIPLE = 16  # channels; fewer do not fill the vectors of the kernels
 
-Pullback = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Pullback = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def recomputed_loop(
@@ -125,11 +125,10 @@ def _attention_gradients(
         grad_attended, grad_of_chunk = residual_gradients(grad[:, channels], attended, gamma)
         grad_gamma += grad_of_chunk
         if grads is not None and total is not None:
-            grad_query, grad_key, grad_value = pullback(grad_attended)
+            grad_query, grad_key = pullback(grad_attended, grads[:, rows])
             total[:, : ctx.key_channels].add_(grad_query)
             total[:, ctx.key_channels :].add_(grad_key)
-            grads[:, rows].copy_(grad_value)
-            del grad_query, grad_key, grad_value
+            del grad_query, grad_key
         del attended, pullback, grad_attended  # before the next chunk's are made
     if grads is not None and total is not None and total.dtype != grads.dtype:
         grads[:, query_and_key].copy_(total)
@@ -146,8 +145,14 @@ def _chunks(channels: int, key_channels: int, count: int) -> Iterator[tuple[slic
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, backend: str) -> tuple[Tensor, Pullback]:
-    """The attended map, and what takes its gradient to those of query, key and value."""
+    """The attended map, and what takes its gradient to those of query and key and writes that of value."""
     if backend == "compiled":
         return compiled.attention_with_pullback(query, key, value)
-    out, pullback = torch.func.vjp(select_backend(backend, query, key, value), query, key, value)
+    out, vjp = torch.func.vjp(select_backend(backend, query, key, value), query, key, value)
+
+    def pullback(grad: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor]:
+        grad_query, grad_key, grad_of_value = vjp(grad)
+        grad_value.copy_(grad_of_value)
+        return grad_query, grad_key
+
     return out, pullback

@@ -234,13 +234,16 @@ void check_backward(const Tensor& like, int64_t channels, const Tensor& grad_out
                   "lse must be the one that the forward pass returned.");
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,
-                                            Tensor lse) {
+// The gradient of value goes into grad_value, which may be some channels of a larger channels-last tensor.
+std::tuple<Tensor, Tensor> backward_into(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,
+                                         Tensor lse, Tensor grad_value) {
   const Grid grid = checked_grid(query, key, value);
   check_backward(query, value.size(1), grad_out, out, lse, grid);
+  check_alike(grad_value, query, "grad_value");
+  STD_TORCH_CHECK(grad_value.size(1) == value.size(1), "grad_value must have the channels of value.");
+  STD_TORCH_CHECK(grad_value.stride(1) == 1 || grad_value.size(1) == 1, "grad_value must be channels-last in memory.");
   Tensor grad_query = empty_channels_last(query, query.size(1));
   Tensor grad_key = empty_channels_last(key, key.size(1));
-  Tensor grad_value = empty_channels_last(value, value.size(1));
   if (lse.numel() > 0) {
     query = channels_last(query, grid);
     key = channels_last(key, grid);
@@ -248,6 +251,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor query, Tenso
     run_backward(grid, kernel_dtype(query), separate(query, key, value, grid), grad_out, out, lse,
                  separate(grad_query, grad_key, grad_value, grid));
   }
+  return {grad_query, grad_key};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,
+                                            Tensor lse) {
+  Tensor grad_value = empty_channels_last(value, value.size(1));
+  const auto [grad_query, grad_key] = backward_into(grad_out, query, key, value, out, lse, grad_value);
   return {grad_query, grad_key, grad_value};
 }
 
@@ -304,6 +314,9 @@ STABLE_TORCH_LIBRARY(ccnet_d2, m) {
   m.def(
       "criss_cross_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse) -> "
       "(Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  m.def(
+      "criss_cross_backward_into(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+      "Tensor(a!) grad_value) -> (Tensor grad_query, Tensor grad_key)");
   m.def("criss_cross_packed_forward(Tensor packed, int key_channels) -> (Tensor out, Tensor lse)");
   m.def(
       "criss_cross_packed_backward(Tensor grad_out, Tensor packed, int key_channels, Tensor out, Tensor lse) -> Tensor");
@@ -313,6 +326,7 @@ STABLE_TORCH_LIBRARY(ccnet_d2, m) {
 STABLE_TORCH_LIBRARY_IMPL(ccnet_d2, CPU, m) {
   m.impl("criss_cross_forward", TORCH_BOX(&ccnet::cpu::forward));
   m.impl("criss_cross_backward", TORCH_BOX(&ccnet::cpu::backward));
+  m.impl("criss_cross_backward_into", TORCH_BOX(&ccnet::cpu::backward_into));
   m.impl("criss_cross_packed_forward", TORCH_BOX(&ccnet::cpu::packed_forward));
   m.impl("criss_cross_packed_backward", TORCH_BOX(&ccnet::cpu::packed_backward));
 }
