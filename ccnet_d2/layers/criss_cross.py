@@ -9,7 +9,7 @@ from ccnet_d2.ops.projection import project
 from ccnet_d2.ops.recompute import recomputed_loop
 from ccnet_d2.ops.residual import gated_residual
 
-RECOMPUTED_CHUNKS = 8
+RECOMPUTED_CHUNKS = 4
 """Chunks of channels that `recompute=True` works in."""
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
