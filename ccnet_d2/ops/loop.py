@@ -63,16 +63,23 @@ def criss_cross_loop(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, key
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         out: Tensor = _Loop.apply(*tensors, key_channels, compute_dtype(x))
         return out
-    return loop_forward(*tensors, key_channels, compute_dtype(x))[0]
+    return loop_without_gradients(*tensors, key_channels, compute_dtype(x))
 
 
-def loop_forward(
+def loop_without_gradients(
     x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, key_channels: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result of `criss_cross_loop`, and what its gradient needs: the projection, the attended map, log-sum-exps."""
+) -> Tensor:
+    """`criss_cross_loop`, its projection and attention in `dtype`."""
+    attended = _attend(x, weight, bias, key_channels, dtype)[1]  # the projection is freed before the result is made
+    return gated_residual(attended, gamma, x)
+
+
+def _attend(
+    x: Tensor, weight: Tensor, bias: Tensor, key_channels: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The projection, the attended map, and the log-sum-exps."""
     projected = project(x.to(dtype), weight.to(dtype), bias.to(dtype))
-    attended, lse = packed.forward(projected, key_channels)
-    return gated_residual(attended, gamma, x), projected, attended, lse
+    return projected, *packed.forward(projected, key_channels)
 
 
 class _Loop(torch.autograd.Function):
@@ -86,11 +93,11 @@ class _Loop(torch.autograd.Function):
         key_channels: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        out, projected, attended, lse = loop_forward(x, weight, bias, gamma, key_channels, dtype)
+        projected, attended, lse = _attend(x, weight, bias, key_channels, dtype)
         ctx.save_for_backward(x, weight, gamma, projected, attended, lse)
         ctx.key_channels = key_channels
         ctx.bias_dtype = bias.dtype
-        return out
+        return gated_residual(attended, gamma, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import compiled
 from .backends import automatic_backend_on, select_backend
-from .loop import compute_dtype, loop_forward, refusing_second_derivatives
+from .loop import compute_dtype, loop_without_gradients, refusing_second_derivatives
 from .packed import split
 from .projection import add_input_gradient, bias_gradient, is_dense, project, weight_gradient
 from .residual import gated_residual, residual_gradients
@@ -78,7 +78,7 @@ class _RecomputedLoop(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, gamma)
         ctx.key_channels, ctx.chunks, ctx.backend, ctx.dtype = key_channels, chunks, backend, dtype
         if backend == "compiled":
-            return loop_forward(x, weight, bias, gamma, key_channels, dtype)[0]
+            return loop_without_gradients(x, weight, bias, gamma, key_channels, dtype)
         parts = split(project(x.to(dtype), weight.to(dtype), bias.to(dtype)), key_channels)
         return gated_residual(select_backend(backend, *parts)(*parts), gamma, x)
 
