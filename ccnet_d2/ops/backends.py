@@ -31,11 +31,16 @@ def select_backend(name: str, query: Tensor, key: Tensor, value: Tensor) -> Atte
     if name == "reference":
         return reference.criss_cross_attention
     if name == "compiled":
-        reason = compiled.supports(query, key, value)
-        if reason is not None:
-            raise RuntimeError(f"backend='compiled' cannot run: {reason}")
+        require_compiled(query.device.type, query.dtype)
         return compiled.criss_cross_attention
     raise ValueError(f"Unknown backend {name!r}: choose 'auto', 'compiled', 'matmul' or 'reference'.")
+
+
+def require_compiled(device: str, dtype: torch.dtype) -> None:
+    """Raises a RuntimeError where the compiled operator does not run on this type of device in this dtype."""
+    reason = compiled.unsupported_reason(device, dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend='compiled' cannot run: {reason}")
 
 
 def automatic_backend(query: Tensor, key: Tensor, value: Tensor) -> str:

@@ -31,7 +31,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def supports_loop(x: Tensor, weight: Tensor, backend: str) -> bool:
     """Whether `criss_cross_loop` computes the loop for these tensors where this backend is asked for."""
     device = x.device.type
-    if backend not in ("auto", "compiled") or compiled.unavailable_reason(device) is not None or x.numel() == 0:
+    if (
+        backend not in ("auto", "compiled")
+        or compiled.unavailable_reason(device) is not None
+        or x.numel() == 0
+    ):
         return False
     dtype = compute_dtype(x)
     return (
@@ -70,7 +74,9 @@ def loop_without_gradients(
     x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, key_channels: int, dtype: torch.dtype
 ) -> Tensor:
     """`criss_cross_loop`, its projection and attention in `dtype`."""
-    attended = _attend(x, weight, bias, key_channels, dtype)[1]  # the projection is freed before the result is made
+    attended = _attend(x, weight, bias, key_channels, dtype)[
+        1
+    ]  # the projection is freed before the result is made
     return gated_residual(attended, gamma, x)
 
 
@@ -117,9 +123,8 @@ class _Loop(torch.autograd.Function):
             if need_x:
                 grad_x = grad.clone()
                 add_input_gradient(grad_x, grads, weight.to(grads.dtype))
-        return refusing_second_derivatives(
-            (grad_x, grad_weight, grad_bias, grad_gamma if need_gamma else None), (grad, x, weight, gamma)
-        ) + (None, None)
+        result = (grad_x, grad_weight, grad_bias, grad_gamma if need_gamma else None)
+        return *refusing_second_derivatives(result, (grad, x, weight, gamma)), None, None
 
 
 def refusing_second_derivatives(

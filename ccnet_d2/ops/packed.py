@@ -47,7 +47,9 @@ def forward_of_parts(packed: Tensor, key_channels: int) -> tuple[Tensor, Tensor]
     return out
 
 
-def backward_of_parts(grad_out: Tensor, packed: Tensor, key_channels: int, out: Tensor, lse: Tensor) -> Tensor:
+def backward_of_parts(
+    grad_out: Tensor, packed: Tensor, key_channels: int, out: Tensor, lse: Tensor
+) -> Tensor:
     """The backward operator by way of the one on three tensors."""
     grads = torch.ops.ccnet_d2.criss_cross_backward(grad_out, *split(packed, key_channels), out, lse)
     return torch.cat([grad.movedim(1, -1) for grad in grads], dim=-1).movedim(-1, 1)
@@ -69,9 +71,7 @@ def _save(ctx: Any, inputs: _Saved, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(
-    ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None
-) -> tuple[Tensor | None, None]:
+def _differentiate(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tuple[Tensor | None, None]:
     if grad_out is None:
         return None, None
     packed, out, lse = ctx.saved_tensors

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from . import compiled
-from .backends import automatic_backend_on, select_backend
-from .loop import compute_dtype, loop_without_gradients, refusing_second_derivatives
+from .backends import automatic_backend_on, require_compiled, select_backend
+from .loop import autocasts, compute_dtype, loop_without_gradients, refusing_second_derivatives
 from .packed import split
 from .projection import add_input_gradient, bias_gradient, is_dense, project, weight_gradient
 from .residual import gated_residual, residual_gradients
@@ -54,10 +54,17 @@ def recomputed_loop(
 
     Raises:
         RuntimeError: a second derivative is asked for, or the named backend cannot run here.
+        ValueError: dtypes do not fit together, or the backend is unknown.
     """
     dtype = compute_dtype(x)
     if backend == "auto":
         backend = automatic_backend_on(x.device.type, dtype)
+    if backend == "compiled":
+        require_compiled(x.device.type, dtype)
+    if weight.dtype != x.dtype and not autocasts(x):
+        raise ValueError(
+            f"outside autocast x and the weights must have one dtype, got {x.dtype} and {weight.dtype}."
+        )
     out: Tensor = _RecomputedLoop.apply(x, weight, bias, gamma, key_channels, chunks, backend, dtype)
     return out
 
@@ -101,10 +108,8 @@ class _RecomputedLoop(torch.autograd.Function):
         if grads is not None and need_x:
             grad_x = grad.clone()
             add_input_gradient(grad_x, grads, w)
-        return refusing_second_derivatives(
-            (grad_x, grad_weight, grad_bias, grad_gamma if need_gamma else None),
-            (grad, x, weight, bias, gamma),
-        ) + (None,) * 4
+        result = (grad_x, grad_weight, grad_bias, grad_gamma if need_gamma else None)
+        return *refusing_second_derivatives(result, (grad, x, weight, bias, gamma)), *(None,) * 4
 
 
 def _attention_gradients(
@@ -148,7 +153,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, backend: str) -> tuple[Te
     """The attended map, and what takes its gradient to those of query and key and writes that of value."""
     if backend == "compiled":
         return compiled.attention_with_pullback(query, key, value)
-    out, vjp = torch.func.vjp(select_backend(backend, query, key, value), query, key, value)
+    attend = select_backend(backend, query, key, value)
+    out, vjp = torch.func.vjp(attend, query, key, value)[:2]
 
     def pullback(grad: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor]:
         grad_query, grad_key, grad_of_value = vjp(grad)

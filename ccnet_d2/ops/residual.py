@@ -44,9 +44,11 @@ def residual_gradients(grad: Tensor, attended: Tensor, gamma: Tensor) -> tuple[T
         Those of attended and gamma, of their shapes and dtypes.
     """
     if not _runs_compiled(attended, grad):
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        grad_gamma = (grad.to(wide) * attended.to(wide)).sum().reshape(gamma.shape).to(gamma.dtype)
-        return (gamma.to(attended.dtype) * grad).to(attended.dtype), grad_gamma
+        product = grad * attended
+        total = product.sum(dtype=torch.promote_types(product.dtype, torch.float32))
+        return (gamma.to(attended.dtype) * grad).to(attended.dtype), total.reshape(gamma.shape).to(
+            gamma.dtype
+        )
     grad_attended, grad_gamma = torch.ops.ccnet_d2.gated_residual_backward(
         grad, attended, gamma.to(_computed(grad))
     )

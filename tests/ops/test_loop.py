@@ -239,3 +239,13 @@ def test_what_the_loop_is_for():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert supports_loop(x, weight, "auto") and supports_loop(x.bfloat16(), weight, "auto")
         assert not supports_loop(x.half(), weight, "auto")
+
+
+def test_what_cannot_be_recomputed_is_named():
+    x, weight, bias, gamma = draw(5, 6, dtype=torch.float32)
+    with pytest.raises(ValueError, match="one dtype, got torch.float32 and torch.float64"):
+        recomputed(x, weight.double(), bias, gamma)
+    with pytest.raises(RuntimeError, match="backend='compiled' cannot run: .* not on 'meta'"):
+        recomputed(*(t.to("meta") for t in (x, weight, bias, gamma)))
+    with pytest.raises(ValueError, match="Unknown backend 'fast'"):
+        recomputed_loop(x, weight, bias, gamma, KEY_CHANNELS, chunks=2, backend="fast")

@@ -16,7 +16,11 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 def draw(*sizes, dtype=torch.float32, channels_last=True):
     torch.manual_seed(0)
-    shape = (2, *sizes, 2 * KEY_CHANNELS + CHANNELS) if channels_last else (2, 2 * KEY_CHANNELS + CHANNELS, *sizes)
+    shape = (
+        (2, *sizes, 2 * KEY_CHANNELS + CHANNELS)
+        if channels_last
+        else (2, 2 * KEY_CHANNELS + CHANNELS, *sizes)
+    )
     x = torch.randn(shape).to(dtype)
     return (x.movedim(-1, 1) if channels_last else x).requires_grad_()
 
