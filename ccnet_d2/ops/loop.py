@@ -19,8 +19,9 @@ from .residual import gated_residual, residual_gradients
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast would choose the dtype of a matrix product with x."""
+    device = x.device.type
     castable = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return castable and torch.is_autocast_enabled(x.device.type)
+    return castable and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
