@@ -31,15 +31,15 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         out = torch.addmm(bias, rows, weight.t())
     else:
         out = torch.baddbmm(bias, rows, weight.t().expand(batch, -1, -1))
-    return out.view(batch, *spatial, -1).movedim(-1, 1)
+    return out.view(batch, *spatial, weight.shape[0]).movedim(-1, 1)
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """Of the weight: (B, O, *S) channels-last and (B, C, *S) -> (O, C)."""
-    rows, grad_rows = _rows(x), _rows(grad)
+    rows = _rows(x)
     if rows.dim() == 2:
-        return grad_rows.t() @ rows
-    return torch.bmm(grad_rows.view(*rows.shape[:2], -1).transpose(1, 2), rows).sum(0)
+        return _rows(grad).t() @ rows
+    return torch.bmm(_image_rows(grad).transpose(1, 2), rows).sum(0)
 
 
 def bias_gradient(grad: Tensor) -> Tensor:
@@ -55,13 +55,13 @@ def add_input_gradient(total: Tensor, grad: Tensor, weight: Tensor) -> None:
         grad: (B, O, *S), channels-last.
         weight: (O, C), of grad's dtype.
     """
-    rows, grad_rows = _rows(total), _rows(grad)
+    rows = _rows(total)
     if rows.dim() == 2 and total.dtype == grad.dtype:
-        rows.addmm_(grad_rows, weight)
+        rows.addmm_(_rows(grad), weight)
     elif rows.dim() == 2:
-        rows.add_(grad_rows @ weight)
+        rows.add_(_rows(grad) @ weight)
     else:
-        maps, grad_maps = total.flatten(2), grad_rows.view(*rows.shape[:2], -1).transpose(1, 2)
+        maps, grad_maps = total.flatten(2), _image_rows(grad).transpose(1, 2)
         transposed = weight.t().expand(total.shape[0], -1, -1)
         if total.dtype == grad.dtype:
             maps.baddbmm_(transposed, grad_maps)
@@ -77,3 +77,8 @@ def _rows(x: Tensor) -> Tensor:
     if last.is_contiguous():
         return last.reshape(-1, x.shape[1])
     return x.flatten(2).transpose(1, 2)
+
+
+def _image_rows(x: Tensor) -> Tensor:
+    """Positions as rows, image by image: (B, N, C), a view where x is channels-last."""
+    return x.movedim(1, -1).flatten(1, -2)
