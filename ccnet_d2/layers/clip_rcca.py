@@ -26,7 +26,13 @@ class ClipRCCA(RCCA):
     """
 
     def __init__(
-        self, channels: int, recurrence: int = 3, *, reduction: int = 8, backend: str = "auto"
+        self,
+        channels: int,
+        recurrence: int = 3,
+        *,
+        reduction: int = 8,
+        backend: str = "auto",
+        recompute: bool | int = False,
     ) -> None:
         """
         Args:
@@ -34,11 +40,12 @@ class ClipRCCA(RCCA):
             recurrence: R; with 3 every position has seen the whole clip.
             reduction: C' = channels / reduction.
             backend: see `ccnet_d2.ops.criss_cross_attention`.
+            recompute: as in `CrissCrossAttention`.
 
         Raises:
             ValueError: as in `RCCA`.
         """
-        super().__init__(channels, recurrence, reduction=reduction, backend=backend)
+        super().__init__(channels, recurrence, reduction=reduction, backend=backend, recompute=recompute)
         self.frames = 1
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,7 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from ccnet_d2.ops import criss_cross_attention
+from ccnet_d2.ops.loop import criss_cross_loop, supports_loop
+from ccnet_d2.ops.projection import project
+from ccnet_d2.ops.recompute import recomputed_loop
 from ccnet_d2.ops.residual import gated_residual
+
+RECOMPUTED_CHUNKS = 4
+"""Chunks of channels that `recompute=True` works in."""
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -20,7 +26,13 @@ class CrissCrossAttention(nn.Module):
     """
 
     def __init__(
-        self, channels: int, *, reduction: int = 8, spatial_dims: int = 2, backend: str = "auto"
+        self,
+        channels: int,
+        *,
+        reduction: int = 8,
+        spatial_dims: int = 2,
+        backend: str = "auto",
+        recompute: bool | int = False,
     ) -> None:
         """
         Args:
@@ -28,9 +40,13 @@ class CrissCrossAttention(nn.Module):
             reduction: C' = channels / reduction.
             spatial_dims: 2 for (B, C, H, W), 3 for (B, C, T, H, W), 1 for (B, C, W).
             backend: see `ccnet_d2.ops.criss_cross_attention`.
+            recompute: keep for the backward pass nothing but the input of each loop, and compute everything else
+                there again, in chunks of channels: less than half the memory in training, more time. A number says
+                how many chunks; more need less memory and more time.
 
         Raises:
-            ValueError: channels is not a positive multiple of reduction, or spatial_dims is not 1, 2 or 3.
+            ValueError: channels is not a positive multiple of reduction, spatial_dims is not 1, 2 or 3, or recompute
+                is a negative number.
         """
         super().__init__()
         if reduction < 1 or channels < 1 or channels % reduction:
@@ -40,10 +56,13 @@ class CrissCrossAttention(nn.Module):
             )
         if spatial_dims not in _CONVOLUTIONS:
             raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}.")
+        if recompute < 0:
+            raise ValueError(f"recompute must be True, False or a number of chunks, got {recompute}.")
         self.channels = channels
         self.key_channels = channels // reduction
         self.spatial_dims = spatial_dims
         self.backend = backend
+        self.recompute = recompute
         self.qkv = _CONVOLUTIONS[spatial_dims](channels, 2 * self.key_channels + channels, kernel_size=1)
         self.gamma = nn.Parameter(torch.zeros(1))
 
@@ -53,23 +72,25 @@ class CrissCrossAttention(nn.Module):
         The convolution is 1x1, hence one matrix product; written as such it reads NCHW and channels-last inputs in
         place and writes what the attention reads, whereas a convolution would answer in the layout it is given.
         """
-        weight = self.qkv.weight.flatten(1).t()
         bias = self.qkv.bias
         assert bias is not None
-        batch, channels, *spatial = x.shape
-        last = x.movedim(1, -1)
-        if batch == 1 or last.is_contiguous():
-            rows = x.flatten(2)[0].t() if batch == 1 else last.reshape(-1, channels)
-            projected = torch.addmm(bias, rows, weight)
-        else:
-            rows = x.flatten(2).transpose(1, 2)
-            projected = torch.baddbmm(bias, rows, weight.expand(batch, -1, -1))
-        projected = projected.view(batch, *spatial, -1)
-        query, key, value = projected.split([self.key_channels, self.key_channels, self.channels], dim=-1)
-        return query.movedim(-1, 1), key.movedim(-1, 1), value.movedim(-1, 1)
+        projected = project(x, self.qkv.weight.flatten(1), bias)
+        query, key, value = projected.split([self.key_channels, self.key_channels, self.channels], dim=1)
+        return query, key, value
 
     def attend(self, x: Tensor) -> Tensor:
         """One loop of attention with its residual: (B, C, *S) -> (B, C, *S)."""
+        weight, bias = self.qkv.weight.flatten(1), self.qkv.bias
+        assert bias is not None
+        if self.recompute and torch.is_grad_enabled() and x.numel() > 0:
+            chunks = RECOMPUTED_CHUNKS if self.recompute is True else self.recompute
+            return recomputed_loop(
+                x, weight, bias, self.gamma, self.key_channels, chunks=chunks, backend=self.backend
+            )
+        # Compiled for any image size, the loop in one step would keep the projection as a view on four axes, on which
+        # torch 2.14's compiler fails; query, key and value apart are views that it makes again.
+        if not torch.compiler.is_compiling() and supports_loop(x, weight, self.backend):
+            return criss_cross_loop(x, weight, bias, self.gamma, self.key_channels)
         out = criss_cross_attention(*self.project(x), backend=self.backend)
         if self.backend in ("auto", "compiled"):
             return gated_residual(out, self.gamma, x)
@@ -89,7 +110,8 @@ class CrissCrossAttention(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        return f"channels={self.channels}, key_channels={self.key_channels}, spatial_dims={self.spatial_dims}"
+        text = f"channels={self.channels}, key_channels={self.key_channels}, spatial_dims={self.spatial_dims}"
+        return f"{text}, recompute={self.recompute}" if self.recompute else text
 
 
 class RCCA(CrissCrossAttention):
@@ -106,6 +128,7 @@ class RCCA(CrissCrossAttention):
         *,
         reduction: int = 8,
         backend: str = "auto",
+        recompute: bool | int = False,
     ) -> None:
         """
         Args:
@@ -114,11 +137,14 @@ class RCCA(CrissCrossAttention):
             spatial_dims: 2 or 3 (or 1).
             reduction: C' = channels / reduction.
             backend: see `ccnet_d2.ops.criss_cross_attention`.
+            recompute: as in `CrissCrossAttention`.
 
         Raises:
             ValueError: recurrence is below 1, or as in `CrissCrossAttention`.
         """
-        super().__init__(channels, reduction=reduction, spatial_dims=spatial_dims, backend=backend)
+        super().__init__(
+            channels, reduction=reduction, spatial_dims=spatial_dims, backend=backend, recompute=recompute
+        )
         if recurrence < 1:
             raise ValueError(f"recurrence must be at least 1, got {recurrence}: one loop is R=1.")
         self.recurrence = recurrence

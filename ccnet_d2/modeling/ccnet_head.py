@@ -68,7 +68,8 @@ class CCNetHead(ContextBlock):
             in_feature: the feature the head works on.
             channels: C between `conva` and the classifier.
             context: a module (B, C, h, w) -> (B, C, h, w), or the name of one in `ccnet_d2.layers.CONTEXT_MODULES`,
-                where a suffix _r<R> sets the number of loops: "rcca" (R=2), "rcca_r1", "nl", "psp", "none", …
+                where a suffix _r<R> sets the number of loops, and _recompute saves memory: "rcca" (R=2), "rcca_r1",
+                "rcca_recompute", "nl", "psp", "none", …
             dropout: of whole channels before the classifier.
             norm: see `detectron2.layers.get_norm`.
             activation: "relu", or "leaky_relu" (slope 0.01) as in the official code.

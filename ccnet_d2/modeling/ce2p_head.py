@@ -113,7 +113,7 @@ class CE2PHead(nn.Module):
                 all but the last the edge branch.
             channels: C of the context module.
             context: a module (B, C, h, w) -> (B, C, h, w), or the name of one in `ccnet_d2.layers.CONTEXT_MODULES`,
-                where a suffix _r<R> sets the number of loops: "rcca" (R=2, the paper's), "psp" (CE2P's), "none", …
+                with the suffixes of `named_context`: "rcca" (R=2, the paper's), "psp" (CE2P's), "none", …
             decoder_channels: of the decoder's features and of what parsing 2 is classified from.
             fine_channels: that the first feature is reduced to in the decoder.
             edge_channels: that the edge branch reduces each feature to.

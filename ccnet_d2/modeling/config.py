@@ -49,8 +49,8 @@ def _ccnet_keys() -> CfgNode:
     node.STEM_CHANNELS = (64, 64, 128)
     node.CEIL_MODE = False
     node.CONTRACT_DILATION = False
-    # Head: names are those of ccnet_d2.layers.CONTEXT_MODULES (a suffix _r<R> sets the loops) and LOSSES in
-    # ccnet_d2.modeling.ccnet_head
+    # Head: names are those of ccnet_d2.layers.CONTEXT_MODULES (suffixes: _r<R> sets the loops, _recompute saves
+    # memory) and LOSSES in ccnet_d2.modeling.ccnet_head
     node.CONTEXT = "rcca"
     node.LOSS = "cross_entropy"
     # Category consistent loss: "piecewise", "quadratic", or "" for none

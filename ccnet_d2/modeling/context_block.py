@@ -13,7 +13,7 @@ from ccnet_d2.losses import CategoryConsistentLoss
 from ccnet_d2.losses.category_consistent import FORMS
 
 CATEGORY_CONSISTENT_CHANNELS = 16  # TPAMI, Sec. 3.4
-_RECURRENCE = re.compile(r"(?P<name>.+)_r(?P<recurrence>\d+)")
+_NAME = re.compile(r"(?P<name>.+?)(_r(?P<recurrence>\d+))?(?P<recompute>_recompute)?")
 
 
 def conv_norm_act(in_channels: int, channels: int, kernel_size: int, norm: str, activation: str) -> Conv2d:
@@ -33,14 +33,17 @@ def conv_norm_act(in_channels: int, channels: int, kernel_size: int, norm: str, 
 def named_context(
     name: str, in_channels: int, channels: int, *, norm: str, activation: str, align_corners: bool
 ) -> nn.Module:
-    """A module of `ccnet_d2.layers.CONTEXT_MODULES` by its name, where a suffix _r<R> sets the number of loops.
+    """A module of `ccnet_d2.layers.CONTEXT_MODULES` by its name and suffixes.
+
+    A suffix _r<R> sets the number of loops, and _recompute after it sets `recompute`, which saves memory in training:
+    "rcca", "rcca_r3", "rcca_recompute", "rcca_r3_recompute".
 
     Args as of `ContextBlock`.
 
     Raises:
-        ValueError: the name is unknown, or its module has no loops.
+        ValueError: the name is unknown, or its module has no loops or cannot recompute.
     """
-    match = _RECURRENCE.fullmatch(name)
+    match = _NAME.fullmatch(name)
     return build_context(
         match["name"] if match else name,
         in_channels,
@@ -48,7 +51,8 @@ def named_context(
         norm=lambda c: get_norm(norm, c),
         activation=activation,
         align_corners=align_corners,
-        **({"recurrence": int(match["recurrence"])} if match else {}),
+        **({"recurrence": int(match["recurrence"])} if match and match["recurrence"] else {}),
+        **({"recompute": True} if match and match["recompute"] else {}),
     )
 
 
@@ -74,7 +78,7 @@ class ContextBlock(nn.Module):
             in_channels: of the input.
             channels: of the output, and of the map that the context module works on.
             context: a module (B, C, h, w) -> (B, C, h, w), or the name of one in `ccnet_d2.layers.CONTEXT_MODULES`,
-                where a suffix _r<R> sets the number of loops.
+                with the suffixes of `named_context`.
             norm: see `detectron2.layers.get_norm`.
             activation: a key of `ccnet_d2.layers.norm_act.ACTIVATIONS`.
             align_corners: for the context modules that resize.

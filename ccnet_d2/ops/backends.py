@@ -31,16 +31,26 @@ def select_backend(name: str, query: Tensor, key: Tensor, value: Tensor) -> Atte
     if name == "reference":
         return reference.criss_cross_attention
     if name == "compiled":
-        reason = compiled.supports(query, key, value)
-        if reason is not None:
-            raise RuntimeError(f"backend='compiled' cannot run: {reason}")
+        require_compiled(query.device.type, query.dtype)
         return compiled.criss_cross_attention
     raise ValueError(f"Unknown backend {name!r}: choose 'auto', 'compiled', 'matmul' or 'reference'.")
 
 
+def require_compiled(device: str, dtype: torch.dtype) -> None:
+    """Raises a RuntimeError where the compiled operator does not run on this type of device in this dtype."""
+    reason = compiled.unsupported_reason(device, dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend='compiled' cannot run: {reason}")
+
+
 def automatic_backend(query: Tensor, key: Tensor, value: Tensor) -> str:
     """The name of the backend that "auto" stands for with these inputs."""
+    return automatic_backend_on(query.device.type, query.dtype)
+
+
+def automatic_backend_on(device: str, dtype: torch.dtype) -> str:
+    """The name of the backend that "auto" stands for on this type of device in this dtype."""
     # On GPUs the kernels are several times faster in half precision; in fp32, where they are exact and leave the
     # tensor cores alone, batched products are as fast or faster.
-    worth_it = query.device.type == "cpu" or query.dtype in (torch.float16, torch.bfloat16)
-    return "compiled" if worth_it and compiled.supports(query, key, value) is None else "matmul"
+    worth_it = device == "cpu" or dtype in (torch.float16, torch.bfloat16)
+    return "compiled" if worth_it and compiled.unsupported_reason(device, dtype) is None else "matmul"

@@ -10,6 +10,7 @@ threads. Outputs are channels-last in memory whatever the inputs are, since the 
 Autocast does not touch the op: like the other backends it returns the dtype it is given.
 """
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -55,14 +56,17 @@ def instruction_set(dtype: torch.dtype) -> str | None:
     return name
 
 
+def unsupported_reason(device: str, dtype: torch.dtype) -> str | None:
+    """Why the compiled operator does not run on this type of device in this dtype; None where it does."""
+    reason = unavailable_reason(device)
+    if reason is None and dtype not in _DTYPES[device]:
+        reason = f"the compiled operator has no {dtype} kernel on {device}."
+    return reason
+
+
 def supports(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Why the compiled operator does not run for these inputs, as one sentence; None where it does."""
-    reason = unavailable_reason(query.device.type)
-    if reason is not None:
-        return reason
-    if query.dtype not in _DTYPES[query.device.type]:
-        return f"the compiled operator has no {query.dtype} kernel on {query.device.type}."
-    return None
+    return unsupported_reason(query.device.type, query.dtype)
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -78,21 +82,61 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out
 
 
-def _empty_channels_last(like: Tensor) -> Tensor:
+def attention_with_pullback(
+    query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
+    """The attended map, and a function that takes its gradient to those of query and key and writes that of value.
+
+    The function's second argument is where it is written: (B, C, *S), all or some channels of a channels-last tensor.
+    """
+    out, lse = torch.ops.ccnet_d2.criss_cross_forward(query, key, value)
+
+    def pullback(grad: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor]:
+        grads: tuple[Tensor, Tensor] = torch.ops.ccnet_d2.criss_cross_backward_into(
+            grad, query, key, value, out, lse, grad_value
+        )
+        return grads
+
+    return out, pullback
+
+
+def backward_and_copy(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`criss_cross_backward_into` where the kernels write the gradient of value to memory of its own."""
+    grad_query, grad_key, grad = torch.ops.ccnet_d2.criss_cross_backward(
+        grad_out, query, key, value, out, lse
+    )
+    grad_value.copy_(grad)
+    return grad_query, grad_key
+
+
+def empty_channels_last(like: Tensor) -> Tensor:
+    """A new tensor of this shape and dtype, channels-last in memory."""
     batch, channels, *spatial = like.shape
     return like.new_empty((batch, *spatial, channels)).movedim(-1, 1)
 
 
+def empty_statistic(like: Tensor) -> Tensor:
+    """A new (B, *S) tensor for the log-sum-exp: fp32, or fp64 where `like`, (B, c, *S), is."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return like.new_empty((like.shape[0], *like.shape[2:]), dtype=dtype)
+
+
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    statistic = torch.float64 if query.dtype == torch.float64 else torch.float32
-    lse = query.new_empty((query.shape[0], *query.shape[2:]), dtype=statistic)
-    return _empty_channels_last(value), lse
+    return empty_channels_last(value), empty_statistic(query)
 
 
 def _backward_fake(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_channels_last(query), _empty_channels_last(key), _empty_channels_last(value)
+    return empty_channels_last(query), empty_channels_last(key), empty_channels_last(value)
+
+
+def _backward_into_fake(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_value: Tensor
+) -> tuple[Tensor, Tensor]:
+    return empty_channels_last(query), empty_channels_last(key)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -111,28 +155,37 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) 
     return grads
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
+def refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    """The gradient of a gradient: an error that says what to do."""
     raise RuntimeError(
-        "The compiled criss-cross attention has no second derivative: "
-        "use backend='matmul' where gradients of gradients are needed."
+        "The compiled criss-cross attention has no second derivative, nor has a layer with recompute: "
+        "use backend='matmul' and recompute=False where gradients of gradients are needed."
     )
 
 
-def _forward_flops(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:
-    pairs = _query_key_pairs(query)
-    return 2 * pairs * (query[1] + value[1])
+def forward_flops(query: torch.Size, key_channels: int, channels: int) -> int:
+    """Floating-point operations of the forward pass for a query, or any tensor of its batch and sizes."""
+    return 2 * _query_key_pairs(query) * (key_channels + channels)
 
 
-def _backward_flops(
-    grad_out: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any
-) -> int:
-    pairs = _query_key_pairs(query)
-    return 2 * pairs * (3 * query[1] + 2 * value[1])
+def backward_flops(query: torch.Size, key_channels: int, channels: int) -> int:
+    """The same of the backward pass, which computes the energies again."""
+    return 2 * _query_key_pairs(query) * (3 * key_channels + 2 * channels)
 
 
 def _query_key_pairs(query: torch.Size) -> int:
     """B * N * (sum of the line lengths): the masked pairs are multiplied too."""
     return query[0] * prod(query[2:]) * sum(query[2:])
+
+
+def _forward_formula(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return forward_flops(query, query[1], value[1])
+
+
+def _backward_formula(
+    grad_out: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any
+) -> int:
+    return backward_flops(query, query[1], value[1])
 
 
 def _register() -> None:
@@ -142,10 +195,13 @@ def _register() -> None:
     backward = "ccnet_d2::criss_cross_backward"
     torch.library.register_fake(forward, _forward_fake)
     torch.library.register_fake(backward, _backward_fake)
+    torch.library.register_fake(f"{backward}_into", _backward_into_fake)
+    torch.library.register_kernel(f"{backward}_into", "cuda", backward_and_copy)
     torch.library.register_autograd(forward, _differentiate, setup_context=_save)
-    torch.library.register_autograd(backward, _refuse_second_derivative)
-    register_flop_formula(torch.ops.ccnet_d2.criss_cross_forward)(_forward_flops)
-    register_flop_formula(torch.ops.ccnet_d2.criss_cross_backward)(_backward_flops)
+    torch.library.register_autograd(backward, refuse_second_derivative)
+    register_flop_formula(torch.ops.ccnet_d2.criss_cross_forward)(_forward_formula)
+    register_flop_formula(torch.ops.ccnet_d2.criss_cross_backward)(_backward_formula)
+    register_flop_formula(torch.ops.ccnet_d2.criss_cross_backward_into)(_backward_formula)
 
 
 if _CPU_REASON is None:

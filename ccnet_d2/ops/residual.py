@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import compiled
+from .projection import is_dense
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -25,27 +26,48 @@ def gated_residual(attended: Tensor, gamma: Tensor, x: Tensor) -> Tensor:
     Returns:
         (B, C, *S), laid out in memory like x.
     """
-    if not _runs_compiled(attended, x):
+    if not (_runs_compiled(attended, x) and is_dense(x)):
         return gamma.to(attended.dtype) * attended + x
-    computed = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out: Tensor = torch.ops.ccnet_d2.gated_residual_forward(attended, gamma.to(computed), x)
+    out: Tensor = torch.ops.ccnet_d2.gated_residual_forward(attended, gamma.to(_computed(x)), x)
     return out
 
 
+def residual_gradients(grad: Tensor, attended: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `gated_residual` other than that of x, which is `grad` itself.
+
+    Args:
+        grad: (B, c, *S), of the result: all or some channels of a map that is NCHW or channels-last without gaps.
+        attended: (B, c, *S).
+        gamma: (1,).
+
+    Returns:
+        Those of attended and gamma, of their shapes and dtypes.
+    """
+    if not _runs_compiled(attended, grad):
+        product = grad * attended
+        total = product.sum(dtype=torch.promote_types(product.dtype, torch.float32))
+        return (gamma.to(attended.dtype) * grad).to(attended.dtype), total.reshape(gamma.shape).to(
+            gamma.dtype
+        )
+    grad_attended, grad_gamma = torch.ops.ccnet_d2.gated_residual_backward(
+        grad, attended, gamma.to(_computed(grad))
+    )
+    return grad_attended, grad_gamma.reshape(gamma.shape).to(gamma.dtype)
+
+
 def _runs_compiled(attended: Tensor, x: Tensor) -> bool:
-    dtypes_fit = attended.dtype == x.dtype or (x.dtype == torch.float32 and attended.dtype in _HALF)
     return (
         x.device.type == "cpu"
         and compiled.supports(x, x, x) is None
         and attended.shape == x.shape
-        and dtypes_fit
-        and _is_dense(x)
-        and _is_dense(attended)
+        and is_dense(attended)
+        and (attended.dtype == x.dtype or (x.dtype == torch.float32 and attended.dtype in _HALF))
     )
 
 
-def _is_dense(x: Tensor) -> bool:
-    return x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+def _computed(x: Tensor) -> torch.dtype:
+    """The dtype that gamma is read in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _empty_like(x: Tensor, *, channels_last: bool) -> Tensor:
@@ -72,21 +94,13 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None
     attended, gamma = ctx.saved_tensors
     if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
         return None, None, grad
-    if not _is_dense(grad):
+    if not is_dense(grad):
         grad = grad.contiguous()
-    grad_attended, grad_gamma = torch.ops.ccnet_d2.gated_residual_backward(grad, attended, gamma)
-    return grad_attended, grad_gamma.reshape(gamma.shape), grad
-
-
-def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "The compiled criss-cross layer has no second derivative: "
-        "use backend='matmul' where gradients of gradients are needed."
-    )
+    return *residual_gradients(grad, attended, gamma), grad
 
 
 if compiled.is_available():
     torch.library.register_fake("ccnet_d2::gated_residual_forward", _forward_fake)
     torch.library.register_fake("ccnet_d2::gated_residual_backward", _backward_fake)
     torch.library.register_autograd("ccnet_d2::gated_residual_forward", _differentiate, setup_context=_save)
-    torch.library.register_autograd("ccnet_d2::gated_residual_backward", _refuse_second_derivative)
+    torch.library.register_autograd("ccnet_d2::gated_residual_backward", compiled.refuse_second_derivative)

@@ -68,9 +68,10 @@ DType kernel_dtype(const Tensor& t) {
   }
 }
 
-TensorRef reference(const Tensor& t, const Grid& grid) {
+// t from channel `first` on.
+TensorRef reference(const Tensor& t, const Grid& grid, int64_t first = 0) {
   TensorRef r{};
-  r.data = t.data_ptr();
+  r.data = static_cast<char*>(t.data_ptr()) + first * t.stride(1) * t.element_size();
   r.strides.batch = t.stride(0);
   r.strides.channel = t.stride(1);
   for (int a = 0; a < grid.axes; ++a) r.strides.axis[a] = t.stride(2 + a);
@@ -158,72 +159,143 @@ Tensor empty_statistic(const Tensor& like) {
   return torch::stable::new_empty(like, {sizes, static_cast<size_t>(like.dim() - 1)}, dtype);
 }
 
+// Where the operands of one call begin: three tensors, or one that holds them side by side.
+struct Operands {
+  TensorRef query, key, value;
+  int64_t qk_channels, channels;
+};
+
+void run_forward(const Grid& grid, DType dtype, const Operands& in, const Tensor& out, const Tensor& lse) {
+  Tensor max = torch::stable::empty_like(lse);
+  ForwardArgs args{};
+  args.grid = grid;
+  args.qk_channels = in.qk_channels;
+  args.channels = in.channels;
+  args.dtype = dtype;
+  args.query = in.query;
+  args.key = in.key;
+  args.value = in.value;
+  args.out = reference(out, grid);
+  args.max = max.data_ptr();
+  args.lse = lse.data_ptr();
+  args.workers = static_cast<int>(torch::stable::get_num_threads());
+  args.parallel = parallel;
+  select_kernels(dtype).forward(args);
+}
+
+void run_backward(const Grid& grid, DType dtype, const Operands& in, const Tensor& grad_out, const Tensor& out,
+                  const Tensor& lse, const Operands& grad) {
+  const Tensor grad_out_last = channels_last(grad_out, grid), out_last = channels_last(out, grid);
+  Tensor delta = torch::stable::empty_like(lse);
+  BackwardArgs args{};
+  args.grid = grid;
+  args.qk_channels = in.qk_channels;
+  args.channels = in.channels;
+  args.dtype = dtype;
+  args.query = in.query;
+  args.key = in.key;
+  args.value = in.value;
+  args.out = reference(out_last, grid);
+  args.grad_out = reference(grad_out_last, grid);
+  args.grad_query = grad.query;
+  args.grad_key = grad.key;
+  args.grad_value = grad.value;
+  args.lse = lse.data_ptr();
+  args.delta = delta.data_ptr();
+  args.workers = static_cast<int>(torch::stable::get_num_threads());
+  args.parallel = parallel;
+  select_kernels(dtype).backward(args);
+}
+
+Operands separate(const Tensor& query, const Tensor& key, const Tensor& value, const Grid& grid) {
+  return {reference(query, grid), reference(key, grid), reference(value, grid), query.size(1), value.size(1)};
+}
+
 std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value) {
   const Grid grid = checked_grid(query, key, value);
   Tensor out = empty_channels_last(value, value.size(1));
   Tensor lse = empty_statistic(query);
   if (lse.numel() > 0) {
-    Tensor max = empty_statistic(query);
     query = channels_last(query, grid);
     key = channels_last(key, grid);
     value = channels_last(value, grid);
-    ForwardArgs args{};
-    args.grid = grid;
-    args.qk_channels = query.size(1);
-    args.channels = value.size(1);
-    args.dtype = kernel_dtype(query);
-    args.query = reference(query, grid);
-    args.key = reference(key, grid);
-    args.value = reference(value, grid);
-    args.out = reference(out, grid);
-    args.max = max.data_ptr();
-    args.lse = lse.data_ptr();
-    args.workers = static_cast<int>(torch::stable::get_num_threads());
-    args.parallel = parallel;
-    select_kernels(args.dtype).forward(args);
+    run_forward(grid, kernel_dtype(query), separate(query, key, value, grid), out, lse);
   }
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,
-                                            Tensor lse) {
-  const Grid grid = checked_grid(query, key, value);
-  check_alike(grad_out, query, "grad_out");
-  check_alike(out, query, "out");
-  STD_TORCH_CHECK(grad_out.size(1) == value.size(1) && out.size(1) == value.size(1),
+void check_backward(const Tensor& like, int64_t channels, const Tensor& grad_out, const Tensor& out, const Tensor& lse,
+                    const Grid& grid) {
+  check_alike(grad_out, like, "grad_out");
+  check_alike(out, like, "out");
+  STD_TORCH_CHECK(grad_out.size(1) == channels && out.size(1) == channels,
                   "grad_out and out must have the channels of value.");
   STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == grid.batch * grid.positions(),
                   "lse must be the one that the forward pass returned.");
+}
+
+// The gradient of value goes into grad_value, which may be some channels of a larger channels-last tensor.
+std::tuple<Tensor, Tensor> backward_into(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,
+                                         Tensor lse, Tensor grad_value) {
+  const Grid grid = checked_grid(query, key, value);
+  check_backward(query, value.size(1), grad_out, out, lse, grid);
+  check_alike(grad_value, query, "grad_value");
+  STD_TORCH_CHECK(grad_value.size(1) == value.size(1), "grad_value must have the channels of value.");
+  STD_TORCH_CHECK(grad_value.stride(1) == 1 || grad_value.size(1) == 1, "grad_value must be channels-last in memory.");
   Tensor grad_query = empty_channels_last(query, query.size(1));
   Tensor grad_key = empty_channels_last(key, key.size(1));
-  Tensor grad_value = empty_channels_last(value, value.size(1));
   if (lse.numel() > 0) {
-    Tensor delta = empty_statistic(query);
     query = channels_last(query, grid);
     key = channels_last(key, grid);
     value = channels_last(value, grid);
-    out = channels_last(out, grid);
-    grad_out = channels_last(grad_out, grid);
-    BackwardArgs args{};
-    args.grid = grid;
-    args.qk_channels = query.size(1);
-    args.channels = value.size(1);
-    args.dtype = kernel_dtype(query);
-    args.query = reference(query, grid);
-    args.key = reference(key, grid);
-    args.value = reference(value, grid);
-    args.out = reference(out, grid);
-    args.grad_out = reference(grad_out, grid);
-    args.grad_query = reference(grad_query, grid);
-    args.grad_key = reference(grad_key, grid);
-    args.grad_value = reference(grad_value, grid);
-    args.lse = lse.data_ptr();
-    args.delta = delta.data_ptr();
-    args.workers = static_cast<int>(torch::stable::get_num_threads());
-    args.parallel = parallel;
-    select_kernels(args.dtype).backward(args);
+    run_backward(grid, kernel_dtype(query), separate(query, key, value, grid), grad_out, out, lse,
+                 separate(grad_query, grad_key, grad_value, grid));
   }
+  return {grad_query, grad_key};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,
+                                            Tensor lse) {
+  Tensor grad_value = empty_channels_last(value, value.size(1));
+  const auto [grad_query, grad_key] = backward_into(grad_out, query, key, value, out, lse, grad_value);
   return {grad_query, grad_key, grad_value};
+}
+
+// (B, 2C' + C, *S) in channels-last memory as query, key and value.
+Operands side_by_side(const Tensor& packed, int64_t qk_channels, const Grid& grid) {
+  return {reference(packed, grid), reference(packed, grid, qk_channels), reference(packed, grid, 2 * qk_channels),
+          qk_channels, packed.size(1) - 2 * qk_channels};
+}
+
+Grid checked_packed_grid(const Tensor& packed, int64_t qk_channels) {
+  const Grid grid = checked_grid(packed, packed, packed);
+  STD_TORCH_CHECK(qk_channels >= 1 && packed.size(1) > 2 * qk_channels,
+                  "packed must have 2 key_channels + C channels, got ", packed.size(1), " channels and key_channels=",
+                  qk_channels, ".");
+  return grid;
+}
+
+std::tuple<Tensor, Tensor> packed_forward(Tensor packed, int64_t key_channels) {
+  const Grid grid = checked_packed_grid(packed, key_channels);
+  Tensor out = empty_channels_last(packed, packed.size(1) - 2 * key_channels);
+  Tensor lse = empty_statistic(packed);
+  if (lse.numel() > 0) {
+    packed = channels_last(packed, grid);
+    run_forward(grid, kernel_dtype(packed), side_by_side(packed, key_channels, grid), out, lse);
+  }
+  return {out, lse};
+}
+
+Tensor packed_backward(Tensor grad_out, Tensor packed, int64_t key_channels, Tensor out, Tensor lse) {
+  const Grid grid = checked_packed_grid(packed, key_channels);
+  check_backward(packed, packed.size(1) - 2 * key_channels, grad_out, out, lse, grid);
+  Tensor grad_packed = empty_channels_last(packed, packed.size(1));
+  if (lse.numel() > 0) {
+    packed = channels_last(packed, grid);
+    run_backward(grid, kernel_dtype(packed), side_by_side(packed, key_channels, grid), grad_out, out, lse,
+                 side_by_side(grad_packed, key_channels, grid));
+  }
+  return grad_packed;
 }
 
 // Which kernels run for this dtype ("avx512", ...): for collect_env, tests and the benchmark.
@@ -242,12 +314,21 @@ STABLE_TORCH_LIBRARY(ccnet_d2, m) {
   m.def(
       "criss_cross_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse) -> "
       "(Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  m.def(
+      "criss_cross_backward_into(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+      "Tensor(a!) grad_value) -> (Tensor grad_query, Tensor grad_key)");
+  m.def("criss_cross_packed_forward(Tensor packed, int key_channels) -> (Tensor out, Tensor lse)");
+  m.def(
+      "criss_cross_packed_backward(Tensor grad_out, Tensor packed, int key_channels, Tensor out, Tensor lse) -> Tensor");
   m.def("cpu_instruction_set(str dtype) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ccnet_d2, CPU, m) {
   m.impl("criss_cross_forward", TORCH_BOX(&ccnet::cpu::forward));
   m.impl("criss_cross_backward", TORCH_BOX(&ccnet::cpu::backward));
+  m.impl("criss_cross_backward_into", TORCH_BOX(&ccnet::cpu::backward_into));
+  m.impl("criss_cross_packed_forward", TORCH_BOX(&ccnet::cpu::packed_forward));
+  m.impl("criss_cross_packed_backward", TORCH_BOX(&ccnet::cpu::packed_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ccnet_d2, CompositeExplicitAutograd, m) {

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "common.h"
@@ -34,7 +35,33 @@ struct Layout {
   int64_t batch, channel, position;
 };
 
-constexpr int64_t kPositions = 64, kChannels = 64;
+// Tiles of `rows` channels and `cols` positions.
+template <int64_t rows, int64_t cols>
+struct TileShape {
+  static constexpr int64_t kChannels = rows, kPositions = cols;
+};
+using ForwardTile = TileShape<16, 256>;  // long rows where x mostly is NCHW, and the result
+using BackwardTile = TileShape<64, 64>;
+
+// The extent of a (B, C, N) view.
+struct Extent {
+  int64_t batch, channels, positions;
+};
+
+Extent extent(const Tensor& x) {
+  const int64_t channels = x.size(1);
+  return {x.size(0), channels, channels ? x.numel() / x.size(0) / channels : 0};
+}
+
+// Where all operands are channels-last, channels and positions change places: they are then read and written in long
+// rows too.
+void along_memory(Layout (&l)[3], Extent* all) {
+  for (const Layout& layout : l) {
+    if (layout.channel != 1) return;
+  }
+  for (Layout& layout : l) std::swap(layout.channel, layout.position);
+  std::swap(all->channels, all->positions);
+}
 
 // Strides of t as (B, C, N); false where its positions are not evenly spaced or neither axis is dense.
 bool flat_layout(const Tensor& t, Layout* layout) {
@@ -111,8 +138,8 @@ void transpose(const From* from, int64_t from_row, int64_t rows, int64_t cols, T
 }
 
 // buffer[c][n] = src[c0 + c, n0 + n]
-template <class S, class T>
-void read_tile(const S* src, const Layout& l, int64_t channels, int64_t positions, T (*buffer)[kPositions]) {
+template <class S, class T, size_t P>
+void read_tile(const S* src, const Layout& l, int64_t channels, int64_t positions, T (*buffer)[P]) {
   if (l.position == 1) {
     for (int64_t c = 0; c < channels; ++c) {
       const S* p = src + c * l.channel;
@@ -120,11 +147,11 @@ void read_tile(const S* src, const Layout& l, int64_t channels, int64_t position
     }
     return;
   }
-  transpose(src, l.position, positions, channels, &buffer[0][0], kPositions);
+  transpose(src, l.position, positions, channels, &buffer[0][0], P);
 }
 
-template <class S, class T>
-void write_tile(S* dst, const Layout& l, int64_t channels, int64_t positions, const T (*buffer)[kPositions]) {
+template <class S, class T, size_t P>
+void write_tile(S* dst, const Layout& l, int64_t channels, int64_t positions, const T (*buffer)[P]) {
   if (l.position == 1) {
     for (int64_t c = 0; c < channels; ++c) {
       S* p = dst + c * l.channel;
@@ -132,12 +159,14 @@ void write_tile(S* dst, const Layout& l, int64_t channels, int64_t positions, co
     }
     return;
   }
-  transpose(&buffer[0][0], kPositions, channels, positions, dst, l.position);
+  transpose(&buffer[0][0], static_cast<int64_t>(P), channels, positions, dst, l.position);
 }
 
 // Runs body(tile, batch, first channel, channels, first position, positions) over all tiles.
-template <class F>
-void for_tiles(int64_t batch, int64_t channels, int64_t positions, const F& body) {
+template <class Shape, class F>
+void for_tiles(const Extent& all, const F& body) {
+  const int64_t batch = all.batch, channels = all.channels, positions = all.positions;
+  constexpr int64_t kPositions = Shape::kPositions, kChannels = Shape::kChannels;
   const int64_t across = (channels + kChannels - 1) / kChannels, along = (positions + kPositions - 1) / kPositions;
   torch::stable::parallel_for(0, batch * across * along, 16, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -149,20 +178,23 @@ void for_tiles(int64_t batch, int64_t channels, int64_t positions, const F& body
   });
 }
 
-int64_t tile_count(int64_t batch, int64_t channels, int64_t positions) {
-  return batch * ((channels + kChannels - 1) / kChannels) * ((positions + kPositions - 1) / kPositions);
+template <class Shape>
+int64_t tile_count(const Extent& all) {
+  return all.batch * ((all.channels + Shape::kChannels - 1) / Shape::kChannels) *
+         ((all.positions + Shape::kPositions - 1) / Shape::kPositions);
 }
 
 template <class A, class X>
-void forward_typed(const Tensor& attended, const Tensor& gamma, const Tensor& x, Tensor& out, const Layout (&l)[3]) {
+void forward_typed(const Tensor& attended, const Tensor& gamma, const Tensor& x, Tensor& out, Layout (&l)[3]) {
   using T = typename std::conditional<std::is_same<X, double>::value, double, float>::type;
   const T g = static_cast<const T*>(gamma.data_ptr())[0];
-  const int64_t C = x.size(1), N = C ? x.numel() / x.size(0) / C : 0;
+  Extent all = extent(x);
+  along_memory(l, &all);
   const A* pa = static_cast<const A*>(attended.data_ptr());
   const X* px = static_cast<const X*>(x.data_ptr());
   X* po = static_cast<X*>(out.data_ptr());
-  for_tiles(x.size(0), C, N, [&](int64_t, int64_t b, int64_t c0, int64_t channels, int64_t n0, int64_t positions) {
-    T a[kChannels][kPositions], y[kChannels][kPositions];
+  for_tiles<ForwardTile>(all, [&](int64_t, int64_t b, int64_t c0, int64_t channels, int64_t n0, int64_t positions) {
+    T a[ForwardTile::kChannels][ForwardTile::kPositions], y[ForwardTile::kChannels][ForwardTile::kPositions];
     const auto at = [&](const Layout& s) { return b * s.batch + c0 * s.channel + n0 * s.position; };
     read_tile(pa + at(l[0]), l[0], channels, positions, a);
     read_tile(px + at(l[1]), l[1], channels, positions, y);
@@ -178,14 +210,14 @@ void backward_typed(const Tensor& grad, const Tensor& attended, const Tensor& ga
                     Tensor& grad_gamma, const Layout (&l)[3]) {
   using T = typename std::conditional<std::is_same<X, double>::value, double, float>::type;
   const T g = static_cast<const T*>(gamma.data_ptr())[0];
-  const int64_t C = grad.size(1), N = C ? grad.numel() / grad.size(0) / C : 0;
+  const Extent all = extent(grad);
   const X* pg = static_cast<const X*>(grad.data_ptr());
   const A* pa = static_cast<const A*>(attended.data_ptr());
   A* po = static_cast<A*>(grad_attended.data_ptr());
   // A sum for each tile, added up in their order: the result does not depend on the number of threads.
-  std::vector<double> sums(static_cast<size_t>(tile_count(grad.size(0), C, N)));
-  for_tiles(grad.size(0), C, N, [&](int64_t tile, int64_t b, int64_t c0, int64_t channels, int64_t n0, int64_t positions) {
-    T a[kChannels][kPositions], y[kChannels][kPositions];
+  std::vector<double> sums(static_cast<size_t>(tile_count<BackwardTile>(all)));
+  for_tiles<BackwardTile>(all, [&](int64_t tile, int64_t b, int64_t c0, int64_t channels, int64_t n0, int64_t positions) {
+    T a[BackwardTile::kChannels][BackwardTile::kPositions], y[BackwardTile::kChannels][BackwardTile::kPositions];
     const auto at = [&](const Layout& s) { return b * s.batch + c0 * s.channel + n0 * s.position; };
     read_tile(pg + at(l[0]), l[0], channels, positions, y);
     read_tile(pa + at(l[1]), l[1], channels, positions, a);

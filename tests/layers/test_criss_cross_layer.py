@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ccnet_d2.layers import RCCA, CrissCrossAttention
-from ccnet_d2.ops import criss_cross_attention
+from ccnet_d2.ops import BACKENDS, available_backends, criss_cross_attention
 
 
 def with_gamma(layer, gamma=0.7):
@@ -78,12 +78,74 @@ def test_runs_under_autocast():
     assert layer.gamma.grad is not None
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dims", "sizes"), [(1, (7,)), (2, (5, 6)), (3, (3, 5, 4))])
+@pytest.mark.parametrize(("recurrence", "recompute"), [(1, True), (2, 1), (3, 3)])
+def test_recompute_changes_nothing_but_what_is_kept(backend, dims, sizes, recurrence, recompute):
+    if available_backends()[backend] is not None:
+        pytest.skip(available_backends()[backend])
+    torch.manual_seed(0)
+    layers = [
+        with_gamma(RCCA(40, recurrence, dims, backend=backend, recompute=value)).double()
+        for value in (False, recompute)
+    ]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(2, 40, *sizes, dtype=torch.float64, requires_grad=True)
+    kept, results = [], []
+    for layer in layers:
+        pointers = {}
+
+        def note(t, pointers=pointers):
+            pointers[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            out = layer(x)
+        kept.append(sum(pointers.values()))
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])))
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), out)
+    for got, wanted in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, wanted)
+    weights = sum(p.untyped_storage().nbytes() for p in layers[1].parameters())
+    assert kept[1] <= recurrence * x.untyped_storage().nbytes() + weights < kept[0]
+    assert "recompute" in repr(layers[1]) and "recompute" not in repr(layers[0])
+
+
+def test_recompute_in_distributed_data_parallel(tmp_path):
+    """The shared weights' gradients are complete when they are averaged, and averaged once."""
+    torch.manual_seed(0)
+    layer = with_gamma(RCCA(16, 2, recompute=2))
+    x = torch.randn(2, 16, 5, 6)
+    wanted = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        averaged = []
+        model = torch.nn.parallel.DistributedDataParallel(layer)
+
+        def hook(_state, bucket):
+            averaged.extend(bucket.parameters())
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        model.register_comm_hook(None, hook)
+        model(x).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert sorted(map(id, averaged)) == sorted(map(id, layer.parameters()))
+    for p, w in zip(layer.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, w)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: RCCA(20), "channels=20 is not a positive multiple of reduction=8"),
         (lambda: RCCA(16, recurrence=0), "recurrence must be at least 1, got 0"),
         (lambda: RCCA(16, spatial_dims=4), "spatial_dims must be 1, 2 or 3"),
+        (lambda: RCCA(16, recompute=-1), "recompute must be True, False or a number of chunks, got -1"),
         (
             lambda: CrissCrossAttention(16)(torch.zeros(1, 8, 4, 4)),
             r"inputs \(B, 16, H, W\), got \(1, 8, 4, 4\)",

@@ -110,10 +110,21 @@ def test_batch_of_ignored_labels_trains():
     assert loss.item() == 0
 
 
-@pytest.mark.parametrize(("context", "recurrence"), [("rcca", 2), ("rcca_r1", 1), ("rcca_r3", 3)])
-def test_context_by_name(context, recurrence):
+@pytest.mark.parametrize(
+    ("context", "recurrence", "recompute"),
+    [
+        ("rcca", 2, False),
+        ("rcca_r1", 1, False),
+        ("rcca_r3", 3, False),
+        ("rcca_recompute", 2, True),
+        ("rcca_r3_recompute", 3, True),
+        ("rcca3d_recompute", 3, True),
+    ],
+)
+def test_context_by_name(context, recurrence, recompute):
     module = small_model(context=context).sem_seg_head.context
-    assert isinstance(module, RCCA) and module.recurrence == recurrence
+    assert isinstance(module, RCCA)
+    assert module.recurrence == recurrence and module.recompute is recompute
 
 
 @pytest.mark.parametrize(
@@ -133,6 +144,7 @@ def test_every_context_trains(context):
     [
         ({"context": "rcca_r0"}, "recurrence must be at least 1"),
         ({"context": "magic"}, "magic"),
+        ({"context": "psp_recompute"}, "'psp' has no option 'recompute'"),
         ({"in_feature": "res9"}, "'res9' is not among"),
         ({"activation": "swish"}, "activation='swish'"),
         ({"loss": "l2"}, "loss='l2'"),

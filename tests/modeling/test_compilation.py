@@ -152,6 +152,7 @@ def test_compiled_inference(config, overrides, classes):
     [
         (TOY, [], 4, "compiled", True, torch.float32),
         (TOY, ["model.sem_seg_head.loss=ohem"], 4, "compiled", True, torch.float32),
+        (TOY, ["model.sem_seg_head.context=rcca_recompute"], 4, "compiled", True, torch.float32),
         (TOY, [], 4, "matmul", None, torch.float32),
         # In float64, where two orders of a sum are no excuse for anything.
         (R_18, [], 11, "compiled", True, torch.float64),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ccnet_d2.ops import compiled
-from ccnet_d2.ops.residual import gated_residual
+from ccnet_d2.ops.residual import gated_residual, residual_gradients
 
 if not compiled.is_available():
     pytest.skip(str(compiled.unavailable_reason()), allow_module_level=True)
@@ -67,3 +67,19 @@ def test_bf16_is_rounded_as_pytorch_rounds():
     for layout in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
         out = gated_residual(attended, gamma, layout)
         torch.testing.assert_close(out, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("x_last", [True, False])
+def test_gradients_by_pytorch_where_the_library_does_not_go(dtype, x_last):
+    """On GPUs, and here for an attended map that is neither NCHW nor channels-last."""
+    torch.manual_seed(0)
+    grad = draw((2, 8, 5, 6), dtype, channels_last=x_last)
+    attended = draw((2, 8, 6, 5), dtype, channels_last=True).transpose(2, 3)
+    gamma = torch.tensor([0.75], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    got = residual_gradients(grad, attended, gamma)
+    wanted = residual_gradients(grad, attended.contiguous(), gamma)
+    torch.testing.assert_close(got[0], wanted[0])
+    tolerance = 8 * TOLERANCE[dtype]  # the products are rounded
+    torch.testing.assert_close(got[1], wanted[1], rtol=tolerance, atol=tolerance * len(grad.flatten()) ** 0.5)
+    assert got[0].dtype == dtype and got[1].dtype == gamma.dtype

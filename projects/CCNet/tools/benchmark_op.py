@@ -54,6 +54,7 @@ PASSES = ("forward", "forward+backward")
 GROWTH_SIZES = (32, 48, 64, 96, 128, 192, 256)
 MEGA = 1e6
 NCHW_CORE = "compiled, NCHW"
+RECOMPUTE = "compiled, recompute"
 
 
 class Timer:
@@ -236,13 +237,16 @@ class Case:
             for name, attention in self.cores().items()
             if name not in BACKENDS
         }
-        for backend in self.arguments.backends:
-            layer = RCCA(self.channels, 1, dims, reduction=reduction, backend=backend)
+        layers = {backend: (backend, False) for backend in self.arguments.backends}
+        if "compiled" in layers:
+            layers[RECOMPUTE] = ("compiled", True)
+        for name, (backend, recompute) in layers.items():
+            layer = RCCA(self.channels, 1, dims, reduction=reduction, backend=backend, recompute=recompute)
             nn.init.ones_(layer.gamma)
-            found[backend] = layer
+            found[name] = layer
         order = [
             "textbook",
-            *self.arguments.backends,
+            *layers,
             *(name for name in found if name.startswith("non-local")),
         ]
         return {name: found[name].to(self.device, self.dtype) for name in order}

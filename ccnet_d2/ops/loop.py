@@ -1,0 +1,151 @@
+"""One loop of the criss-cross layer as one step of autograd: projection, attention and gated residual.
+
+Put together by autograd, the three would keep the same tensors for the backward pass, but the gradient of x would be a
+sum of two maps made apart. Here the projection's part is added in place to a copy of the residual's.
+
+Shapes: B batch, C channels, C' query/key channels, S spatial sizes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import compiled, packed
+from .backends import automatic_backend_on
+from .projection import add_input_gradient, bias_gradient, is_dense, project, weight_gradient
+from .residual import gated_residual, residual_gradients
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast would choose the dtype of a matrix product with x."""
+    device = x.device.type
+    castable = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return castable and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a matrix product with x runs in: x's own, or autocast's where that applies."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
+def supports_loop(x: Tensor, weight: Tensor, backend: str) -> bool:
+    """Whether `criss_cross_loop` computes the loop for these tensors where this backend is asked for."""
+    device = x.device.type
+    if (
+        backend not in ("auto", "compiled")
+        or compiled.unavailable_reason(device) is not None
+        or x.numel() == 0
+    ):
+        return False
+    dtype = compute_dtype(x)
+    return (
+        compiled.unsupported_reason(device, dtype) is None
+        and (backend == "compiled" or automatic_backend_on(device, dtype) == "compiled")
+        and x.dtype in (dtype, torch.float32)
+        and (weight.dtype == x.dtype or autocasts(x))
+    )
+
+
+def criss_cross_loop(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, key_channels: int) -> Tensor:
+    """`x + gamma * attention(q, k, v)` by the compiled operator, where (q, k, v) is the projection of x.
+
+    Args:
+        x: (B, C, *S).
+        weight: (2C' + C, C), rows of query, key and value one after the other.
+        bias: (2C' + C,).
+        gamma: one number, (1,).
+        key_channels: C'.
+
+    Returns:
+        (B, C, *S), of x's dtype and layout in memory. Inside autocast the projection and the attention run in its
+        dtype.
+
+    Raises:
+        RuntimeError: a second derivative is asked for.
+    """
+    tensors = (x, weight, bias, gamma)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        out: Tensor = _Loop.apply(*tensors, key_channels, compute_dtype(x))
+        return out
+    return loop_without_gradients(*tensors, key_channels, compute_dtype(x))
+
+
+def loop_without_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, key_channels: int, dtype: torch.dtype
+) -> Tensor:
+    """`criss_cross_loop`, its projection and attention in `dtype`."""
+    attended = _attend(x, weight, bias, key_channels, dtype)[
+        1
+    ]  # the projection is freed before the result is made
+    return gated_residual(attended, gamma, x)
+
+
+def _attend(
+    x: Tensor, weight: Tensor, bias: Tensor, key_channels: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The projection, the attended map, and the log-sum-exps."""
+    projected = project(x.to(dtype), weight.to(dtype), bias.to(dtype))
+    return projected, *packed.forward(projected, key_channels)
+
+
+class _Loop(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        gamma: Tensor,
+        key_channels: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        projected, attended, lse = _attend(x, weight, bias, key_channels, dtype)
+        ctx.save_for_backward(x, weight, gamma, projected, attended, lse)
+        ctx.key_channels = key_channels
+        ctx.bias_dtype = bias.dtype
+        return gated_residual(attended, gamma, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, gamma, projected, attended, lse = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_gamma, *_ = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = grad_gamma = None
+        if not is_dense(grad):
+            grad = grad.contiguous()
+        grad_attended, grad_gamma = residual_gradients(grad, attended, gamma)
+        if need_x or need_weight or need_bias:
+            grads = packed.backward(grad_attended, projected, ctx.key_channels, attended, lse)
+            del grad_attended
+            if need_weight:
+                grad_weight = weight_gradient(grads, x.to(grads.dtype)).to(weight.dtype)
+            if need_bias:
+                grad_bias = bias_gradient(grads).to(ctx.bias_dtype)
+            if need_x:
+                grad_x = grad.clone()
+                add_input_gradient(grad_x, grads, weight.to(grads.dtype))
+        result = (grad_x, grad_weight, grad_bias, grad_gamma if need_gamma else None)
+        return *refusing_second_derivatives(result, (grad, x, weight, gamma)), None, None
+
+
+def refusing_second_derivatives(
+    grads: tuple[Tensor | None, ...], sources: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients, with an error waiting for whoever differentiates them with respect to `sources`.
+
+    What a step of autograd keeps beside its inputs carries no history: without this a second derivative would be wrong
+    instead of refused.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return grads  # no second derivative is being prepared, and compiled graphs refuse it by themselves
+    return tuple(None if grad is None else _Refuse.apply(grad, *sources) for grad in grads)
+
+
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        compiled.refuse_second_derivative(ctx, *grads)
