@@ -79,7 +79,9 @@ SMALL_SHAPES: tuple[Shape, ...] = (
     (1, (2, 5), 5, 19, "sliced", 1.0),  # general kernels, element by element
     (1, (2, 2, 3), 3, 10, "channels_last", 1.0),
     (1, (4, 5), 8, 16, "contiguous", 1.0),  # copied to channels-last first
-    # More lines than a GPU has multiprocessors, up to 133: a CTA takes several, of one tile and of two.
+    # More lines than a GPU has multiprocessors, up to 133: a CTA takes several, of one tile and of two, on the first
+    # axis and on the last.
+    (1, (70, 134), 8, 136, "channels_last", 1.0),
     (1, (134, 70), 8, 8, "channels_last", 1.0),
     (1, (134, 130), 8, 8, "channels_last", 1.0),
     (2, (50, 130), 8, 8, "expanded", 1.0),  # general kernels: a CTA takes all pairs of blocks of a line
