@@ -3,8 +3,8 @@
 
     python projects/CCNet/tools/check_cuda_op.py                       # 500 cases, then times
     python projects/CCNet/tools/check_cuda_op.py --large --json op.json
-    compute-sanitizer --tool memcheck  python projects/CCNet/tools/check_cuda_op.py --cases 60 --no-timing
-    compute-sanitizer --tool racecheck python projects/CCNet/tools/check_cuda_op.py --cases 30 --no-timing
+    python projects/CCNet/tools/check_cuda_op.py --cases 0 --dtype bfloat16 --official official.so  # times alone
+    compute-sanitizer --tool memcheck python projects/CCNet/tools/check_cuda_op.py --small  # or another tool
 
 Builds nothing: the CUDA library must be there (`python -m ccnet_d2.collect_env` says whether it is).
 
@@ -14,6 +14,12 @@ runs; memory that the kernels should write filled with NaN before. Timed, as rep
 inputs: the kernels, the matmul backend and the textbook form, beside the floor that follows from the bandwidth and
 the matrix rate measured in the same run.
 
+--small is for compute-sanitizer, which slows kernels down a hundredfold: each kernel by the smallest calls that reach
+all of it, and next to none of other libraries, since inputs are drawn and results checked on the CPU. Every tensor has
+an allocation of its own there, so that an access beyond its end, or to what nothing wrote, is seen.
+
+--official compares with the kernels of the authors' repository: official_kernels.py says how to build them.
+
 Shapes: B batch, C channels, C' query/key channels, S spatial sizes, N number of positions.
 """
 
@@ -21,11 +27,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
-import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -33,11 +39,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from attention_formulations import operator_elements, operator_flops, textbook_attention
-from ccnet_d2.ops import compiled, matmul, reference
+from attention_formulations import textbook_attention
+from ccnet_d2.ops import compiled, reference
+from cuda_op_cases import DTYPES, Case, draw_cases, make_inputs, small_cases
+from cuda_op_times import TABLE_HEAD, TIMED_SIZES, measure_ceilings, render_row, time_sizes
+from official_kernels import OfficialKernels
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
 NAMES = ("out", "grad_query", "grad_key", "grad_value")
 # Relative errors in the Frobenius norm that are allowed: times the textbook form's error in the same precision, and in
 # fp32 at least this much.
@@ -46,83 +53,11 @@ TOLERANCE = {"out": 1e-5, "grad_query": 3e-5, "grad_key": 3e-5, "grad_value": 3e
 # Where the textbook form happens to be exact, a few roundings are still allowed.
 HALF_LEAST = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 MASK_POSITIONS = 2500  # above, the oracle goes line by line: an N x N mask would not fit
-
-TIMED_SIZES = ((64, 64), (97, 97), (128, 256))
-TIMED_CHANNELS = (64, 512)  # C', C
-INPUT_SETS = 6  # together larger than the cache at 97 x 97
-
-
-@dataclass(frozen=True)
-class Case:
-    """One drawn call."""
-
-    dtype: str
-    batch: int
-    sizes: tuple[int, ...]
-    key_channels: int
-    channels: int
-    layout: str
-    logit_scale: float
-    seed: int
+CPU = torch.device("cpu")
 
 
 class CheckFailed(Exception):
     """A result is wrong; the message says which."""
-
-
-def draw_cases(count: int, seed: int) -> list[Case]:
-    """Fixed cases for every path of the kernels, then drawn ones, `count` in all for the three dtypes together."""
-    draw = random.Random(seed)
-    shapes: list[tuple[int, tuple[int, ...], int, int, str, float]] = [
-        (1, (1, 1), 1, 1, "contiguous", 1.0),
-        (2, (1, 9), 8, 16, "channels_last", 1.0),
-        (2, (9, 1), 3, 5, "contiguous", 1.0),
-        (1, (97, 97), 64, 512, "channels_last", 1.0),
-        (1, (128, 256), 64, 512, "channels_last", 1.0),
-        (1, (5, 63, 63), 64, 512, "channels_last", 1.0),
-        (2, (129, 3), 24, 72, "channels_last", 1.0),
-        (1, (5000,), 16, 40, "contiguous", 1.0),
-        (1, (3, 1300), 72, 264, "channels_last", 2.0),
-        (1, (20, 30), 64, 2048, "channels_last", 1.0),
-        (1, (20, 30), 700, 33, "sliced", 1.0),
-        (1, (33, 40), 64, 128, "channels_last", 1e5),
-        (70000, (1, 2), 8, 8, "channels_last", 1.0),
-    ]
-    per_dtype = max(len(shapes), -(-count // len(DTYPES)))
-    while len(shapes) < per_dtype:
-        axes = draw.randint(1, 3)
-        most = {1: 70, 2: 70, 3: 12}[axes]
-        sizes = tuple(1 if draw.random() < 0.1 else draw.randint(1, most) for _ in range(axes))
-        key_channels = 8 * draw.randint(1, 16) if draw.random() < 0.5 else draw.randint(1, 80)
-        channels = 8 * draw.randint(1, 64) if draw.random() < 0.5 else draw.randint(1, 300)
-        scale = draw.choice((0.1, 1.0, 1.0, 3.0, 20.0))
-        shapes.append((draw.randint(1, 3), sizes, key_channels, channels, draw.choice(LAYOUTS), scale))
-    return [Case(dtype, *shape, seed=seed + i) for dtype in DTYPES for i, shape in enumerate(shapes)]
-
-
-def make_inputs(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """query, key, value and grad_out of the case, laid out as it says."""
-    generator = torch.Generator(device).manual_seed(case.seed)
-    scale = (case.logit_scale / case.key_channels**0.5) ** 0.5
-    tensors = []
-    for channels, factor in ((case.key_channels, scale),) * 2 + ((case.channels, 1.0),) * 2:
-        shape = (case.batch, channels, *case.sizes)
-        dtype = DTYPES[case.dtype]
-
-        def normal(shape: tuple[int, ...], factor: float = factor, dtype: torch.dtype = dtype) -> Tensor:
-            return (torch.randn(shape, generator=generator, device=device) * factor).to(dtype)
-
-        if case.layout == "expanded":
-            tensors.append(normal((1, *shape[1:])).expand(shape))
-        elif case.layout == "sliced":  # neither the address nor the strides are multiples of 16 bytes
-            wide = normal((case.batch, *case.sizes, channels + 3))
-            tensors.append(wide[..., 1 : channels + 1].movedim(-1, 1))
-        elif case.layout == "channels_last":
-            tensors.append(normal((case.batch, *case.sizes, channels)).movedim(-1, 1))
-        else:
-            tensors.append(normal(shape))
-    query, key, value, grad_out = tensors
-    return query, key, value, grad_out
 
 
 def poison(case: Case, device: torch.device) -> None:
@@ -137,12 +72,14 @@ def poison(case: Case, device: torch.device) -> None:
     del blocks
 
 
-def run_kernels(case: Case, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """The CUDA operators, called directly."""
+def run_kernels(case: Case, inputs: tuple[Tensor, ...], *, poisoned: bool = True) -> dict[str, Tensor]:
+    """The operators, called directly. `poisoned`: into memory that holds NaN."""
     query, key, value, grad_out = inputs
-    poison(case, query.device)
+    if poisoned:
+        poison(case, query.device)
     out, lse = torch.ops.ccnet_d2.criss_cross_forward(query, key, value)
-    poison(case, query.device)
+    if poisoned:
+        poison(case, query.device)
     grads = torch.ops.ccnet_d2.criss_cross_backward(grad_out, query, key, value, out, lse)
     if query.is_cuda:
         torch.cuda.synchronize()
@@ -196,10 +133,22 @@ def check_case(case: Case, device: torch.device) -> dict[str, float]:
     got = run_kernels(case, inputs)
     again = run_kernels(case, inputs)
     for name, tensor in got.items():
-        if not torch.isfinite(tensor).all():
-            raise CheckFailed(f"{name} is not finite")
         if not torch.equal(tensor, again[name]):
             raise CheckFailed(f"{name} differs between two runs")
+    return judge(case, inputs, got)
+
+
+def check_small_case(case: Case, device: torch.device) -> dict[str, float]:
+    """The same with one run of the kernels, and everything else on the CPU."""
+    got = run_kernels(case, make_inputs(case, device, drawn_on=CPU), poisoned=False)
+    return judge(case, make_inputs(case, CPU), {name: tensor.cpu() for name, tensor in got.items()})
+
+
+def judge(case: Case, inputs: tuple[Tensor, ...], got: dict[str, Tensor]) -> dict[str, float]:
+    """Raises CheckFailed where results are wrong, or returns their errors."""
+    for name, tensor in got.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckFailed(f"{name} is not finite")
     positions = torch.Size(case.sizes).numel()
     if case.logit_scale >= 1e4 or case.batch * positions > 50_000:
         return {}  # finite and reproducible is what can be asked: one rounding decides which key is the largest
@@ -218,6 +167,22 @@ def check_case(case: Case, device: torch.device) -> dict[str, float]:
         if not errors[name] <= limit:
             raise CheckFailed(f"{name} has a relative error of {errors[name]:.2e}, {limit:.2e} is allowed")
     return errors
+
+
+def check_official(official: OfficialKernels, device: torch.device) -> dict[str, float]:
+    """The official kernels' results by ours, in fp32; raises CheckFailed where they differ."""
+    worst = dict.fromkeys(NAMES, 0.0)
+    for seed, (batch, sizes) in enumerate([(2, (9, 13)), (1, (33, 40)), (1, (97, 97))]):
+        case = Case("float32", batch, sizes, 64, 128, "contiguous", 1.0, seed)
+        inputs = make_inputs(case, device)
+        ours = differentiate(compiled.criss_cross_attention, inputs)
+        theirs = differentiate(official.attention, inputs)
+        for name in NAMES:
+            error = relative_error(ours[name], theirs[name].double())
+            worst[name] = max(worst[name], error)
+            if not error <= 2 * TOLERANCE[name]:
+                raise CheckFailed(f"{name} differs from the official kernels' by {error:.2e}, {sizes}")
+    return worst
 
 
 def check_large(device: torch.device) -> float:
@@ -247,111 +212,6 @@ def check_large(device: torch.device) -> float:
     return worst
 
 
-def graph_milliseconds(call: Callable[[int], object], repeats: int) -> float:
-    """Median time of call(i) over the input sets, as replays of one CUDA graph: no launch gaps."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for i in range(INPUT_SETS):
-            call(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call(i) for i in range(INPUT_SETS)]
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / INPUT_SETS)
-    del kept
-    return statistics.median(times)
-
-
-def measure_ceilings(device: torch.device) -> dict[str, float]:
-    """Copied bytes per second (read plus written) and floating-point operations per second of large matrix products."""
-
-    def median_seconds(call: Callable[[], object]) -> float:
-        times = []
-        for i in range(13):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            if i >= 3:
-                times.append(start.elapsed_time(end) / 1e3)
-        return statistics.median(times)
-
-    source = torch.randint(-128, 127, (1 << 31,), dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    ceilings = {"bytes": 2 * source.numel() / median_seconds(lambda: target.copy_(source))}
-    for name, dtype in DTYPES.items():
-        n = 8192
-        a, b = (torch.randn((n, n), device=device, dtype=dtype) for _ in range(2))
-        ceilings[name] = 2 * n**3 / median_seconds(lambda a=a, b=b: a @ b)
-    return ceilings
-
-
-def time_sizes(
-    dtype: str, sizes: tuple[int, ...], ceilings: dict[str, float], device: torch.device, repeats: int
-):
-    """One row for each pass and formulation."""
-    key_channels, channels = TIMED_CHANNELS
-    # Each formulation gets the layout that it is made for.
-    sets = {
-        layout: [
-            make_inputs(Case(dtype, 1, sizes, key_channels, channels, layout, 1.0, seed=i), device)
-            for i in range(INPUT_SETS)
-        ]
-        for layout in ("channels_last", "contiguous")
-    }
-    formulations: dict[str, Callable[..., Tensor]] = {
-        "compiled": compiled.criss_cross_attention,
-        "matmul": matmul.criss_cross_attention,
-        "textbook": textbook_attention,
-    }
-    flops = operator_flops(1, key_channels, channels, sizes)
-    elements = operator_elements(1, key_channels, channels, sizes)
-    itemsize = torch.empty((), dtype=DTYPES[dtype]).element_size()
-    rows = []
-    for step, pass_name in enumerate(("forward", "forward+backward")):
-        flop_count, element_count = sum(flops[: step + 1]), sum(elements[: step + 1])
-        floor = 1e3 * max(flop_count / ceilings[dtype], element_count * itemsize / ceilings["bytes"])
-        for name, function in formulations.items():
-            layout = "contiguous" if name == "textbook" else "channels_last"
-
-            def call(
-                i: int, function: Callable[..., Tensor] = function, step: int = step, layout: str = layout
-            ) -> object:
-                query, key, value, grad_out = sets[layout][i]
-                if step == 0:
-                    with torch.no_grad():
-                        return function(query, key, value)
-                leaves = tuple(x.detach().requires_grad_() for x in (query, key, value))
-                return torch.autograd.grad(function(*leaves), leaves, grad_out)
-
-            milliseconds = graph_milliseconds(call, repeats)
-            rows.append(
-                {
-                    "dtype": dtype,
-                    "sizes": "x".join(map(str, sizes)),
-                    "pass": pass_name,
-                    "formulation": name,
-                    "milliseconds": milliseconds,
-                    "floor_milliseconds": floor,
-                    "times_floor": milliseconds / floor,
-                }
-            )
-        textbook = rows[-1]["milliseconds"]
-        for row in rows[-len(formulations) :]:
-            row["times_faster_than_textbook"] = textbook / row["milliseconds"]
-    return rows
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
@@ -362,17 +222,32 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default="cuda",
         help="cpu checks the CPU kernels by the same list",
     )
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument(
-        "--cases", type=int, default=500, help="how many cases to check, over the three dtypes"
+        "--cases", type=int, default=500, help="how many cases to check, over the dtypes; 0: none"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
+        "--small", action="store_true", help="check the small cases instead, for compute-sanitizer; no times"
+    )
+    parser.add_argument(
         "--large", action="store_true", help="also check a call beyond 2**31 elements (30 GB)"
     )
+    parser.add_argument(
+        "--official",
+        type=Path,
+        metavar="FILE",
+        help="library of the official kernels: compare results and times",
+    )
     parser.add_argument("--no-timing", action="store_true", help="check only")
-    parser.add_argument("--repeats", type=int, default=50, help="timed replays, of which the median counts")
+    parser.add_argument(
+        "--repeats", type=int, default=50, help="most timed replays, of which the median counts"
+    )
     parser.add_argument("--json", type=Path, help="write everything to this file too")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.official is not None and arguments.device == "cpu":
+        parser.error("--official needs --device cuda: the official kernels run on a GPU only.")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -384,48 +259,71 @@ def main(argv: list[str] | None = None) -> int:
     if reason is not None:
         print(f"The kernels are not here: {reason}", file=sys.stderr)
         return 2
+    official = None
+    if arguments.official is not None:
+        try:
+            official = OfficialKernels(arguments.official)
+        except OSError as error:
+            print(f"--official: {error}", file=sys.stderr)
+            return 2
+    if arguments.small:
+        # An allocation for each tensor. Read by torch at the first one.
+        os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     device = torch.device(arguments.device)
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     # The comparisons in float32 are meant to be exact float32.
     torch.backends.cuda.matmul.allow_tf32 = False
-    print(f"{device_name}, torch {torch.__version__}")
+    print(f"{device_name}, torch {torch.__version__}", flush=True)
 
-    failures, worst = [], {dtype: dict.fromkeys(NAMES, 0.0) for dtype in DTYPES}
-    cases = draw_cases(arguments.cases, arguments.seed)
-    for case in cases:
+    dtypes = tuple(arguments.dtype)
+    failures, worst = [], {dtype: dict.fromkeys(NAMES, 0.0) for dtype in dtypes}
+    if arguments.small:
+        cases, check = small_cases(arguments.seed, dtypes), check_small_case
+    else:
+        cases, check = draw_cases(arguments.cases, arguments.seed, dtypes), check_case
+    for number, case in enumerate(cases, 1):
         try:
-            for name, error in check_case(case, device).items():
+            for name, error in check(case, device).items():
                 worst[case.dtype][name] = max(worst[case.dtype][name], error)
         except CheckFailed as failure:
             failures.append({"case": asdict(case), "failure": str(failure)})
-            print(f"FAILED {case}: {failure}")
-    print(f"{len(cases)} cases, {len(failures)} failed")
-    for dtype, errors in worst.items():
-        print(f"  {dtype:9} largest relative errors: " + ", ".join(f"{n} {e:.1e}" for n, e in errors.items()))
+            print(f"FAILED {case}: {failure}", flush=True)
+        if arguments.small:  # what is slow says how far it has come
+            print(f"{number} of {len(cases)}: {case}", flush=True)
+    if cases:
+        print(f"{len(cases)} cases, {len(failures)} failed")
+        for dtype, errors in worst.items():
+            print(
+                f"  {dtype:9} largest relative errors: "
+                + ", ".join(f"{n} {e:.1e}" for n, e in errors.items())
+            )
     if arguments.large:
         try:
             print(f"beyond 2**31 elements: largest relative error {check_large(device):.1e}")
         except CheckFailed as failure:
             failures.append({"case": "large", "failure": str(failure)})
             print(f"FAILED large: {failure}")
+    if official is not None:
+        try:
+            differences = check_official(official, device)
+            print(
+                "the official kernels differ by " + ", ".join(f"{n} {e:.1e}" for n, e in differences.items())
+            )
+        except CheckFailed as failure:
+            failures.append({"case": "official", "failure": str(failure)})
+            print(f"FAILED official: {failure}")
 
     rows: list[dict[str, object]] = []
     ceilings: dict[str, float] = {}
-    if device.type == "cuda" and not arguments.no_timing and not failures:
-        ceilings = measure_ceilings(device)
+    if device.type == "cuda" and not (arguments.no_timing or arguments.small or failures):
+        ceilings = measure_ceilings(device, dtypes)
         print("measured: " + ", ".join(f"{name} {rate / 1e12:.2f} T/s" for name, rate in ceilings.items()))
-        print(
-            f"{'dtype':9} {'sizes':8} {'pass':17} {'formulation':12} {'ms':>9} {'x floor':>8} {'x textbook':>11}"
-        )
-        for dtype in DTYPES:
+        print(TABLE_HEAD, flush=True)
+        for dtype in dtypes:
             for sizes in TIMED_SIZES:
-                for row in time_sizes(dtype, sizes, ceilings, device, arguments.repeats):
+                for row in time_sizes(dtype, sizes, ceilings, device, arguments.repeats, official):
                     rows.append(row)
-                    print(
-                        f"{row['dtype']:9} {row['sizes']:8} {row['pass']:17} {row['formulation']:12} "
-                        f"{row['milliseconds']:9.4f} {row['times_floor']:8.2f} "
-                        f"{row['times_faster_than_textbook']:11.2f}"
-                    )
+                    print(render_row(row), flush=True)
     if arguments.json is not None:
         report = {
             "device": device_name,

@@ -1,0 +1,102 @@
+"""The check of the op's kernels: by the CPU's kernels here, which it holds to the same list."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import check_cuda_op
+from ccnet_d2.ops import compiled
+from cuda_op_cases import SMALL_SHAPES, draw_cases, make_inputs, small_cases
+from official_kernels import OfficialKernels
+
+CPU = torch.device("cpu")
+needs_library = pytest.mark.skipif(not compiled.is_available(), reason="the compiled operator is not built")
+
+
+@needs_library
+def test_small_cases_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "report.json"
+    arguments = ["--device", "cpu", "--small", "--dtype", "bfloat16", "--json", str(report)]
+    assert check_cuda_op.main(arguments) == 0
+    results = json.loads(report.read_text())
+    assert results["cases"] == len(SMALL_SHAPES) and not results["failures"]
+    assert 0 < results["largest_errors"]["bfloat16"]["grad_key"] < 3e-2
+    assert f"{len(SMALL_SHAPES)} of {len(SMALL_SHAPES)}: Case(" in capsys.readouterr().out
+
+
+@needs_library
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda x: x * 1.001, "has a relative error of 1.00e-03"),
+        (lambda x: torch.full_like(x, float("nan")), "is not finite"),
+    ],
+)
+def test_wrong_results_are_noticed(
+    small: bool,
+    fault: Callable[[Tensor], Tensor],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = check_cuda_op.run_kernels
+    case = small_cases(0, ("float32",))[1]
+
+    def wrong(*args: object, **kwargs: object) -> dict[str, Tensor]:
+        results = run(*args, **kwargs)
+        return results | {"grad_key": fault(results["grad_key"])}
+
+    monkeypatch.setattr(check_cuda_op, "run_kernels", wrong)
+    for name in ("small_cases", "draw_cases"):
+        monkeypatch.setattr(check_cuda_op, name, lambda *args: [case])
+    # NaN equals nothing, itself included.
+    message = "differs between two runs" if "finite" in message and not small else message
+    arguments = ["--device", "cpu", *(["--small"] if small else [])]
+    assert check_cuda_op.main(arguments) == 1
+    assert f"grad_key {message}" in capsys.readouterr().out
+
+
+def test_results_that_change_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = iter([{"out": torch.zeros(2)}, {"out": torch.tensor([0.0, 1e-9])}])
+    monkeypatch.setattr(check_cuda_op, "run_kernels", lambda case, inputs: next(results))
+    with pytest.raises(check_cuda_op.CheckFailed, match="out differs between two runs"):
+        check_cuda_op.check_case(small_cases(0)[0], CPU)
+
+
+def test_lists_of_cases() -> None:
+    assert draw_cases(0, 0) == []
+    drawn = draw_cases(90, 3)
+    assert len(drawn) == 90 and drawn == draw_cases(90, 3) != draw_cases(90, 4)
+    assert {case.dtype for case in draw_cases(20, 0, ("float16",))} == {"float16"}
+    assert len(small_cases(0)) == 3 * len(SMALL_SHAPES)
+
+
+def test_layouts_are_what_they_are_called() -> None:
+    layouts = {case.layout: case for case in small_cases(0, ("bfloat16",))}
+    value = {name: make_inputs(case, CPU)[2] for name, case in layouts.items()}
+    assert value["contiguous"].is_contiguous()
+    assert value["channels_last"].movedim(1, -1).is_contiguous()
+    assert value["expanded"].stride(0) == 0 and value["expanded"].stride(1) == 1
+    assert value["sliced"].storage_offset() == 1 and value["sliced"].stride(1) == 1
+
+
+def test_official_kernels_are_asked_for_where_they_cannot_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        check_cuda_op.parse_arguments(["--device", "cpu", "--official", "official.so"])
+    assert "--official needs --device cuda" in capsys.readouterr().err
+    with pytest.raises(OSError, match=r"missing\.so"):
+        OfficialKernels(tmp_path / "missing.so")
+
+
+@needs_library
+def test_another_library_is_not_taken_for_the_official_kernels() -> None:
+    [library] = Path(compiled.__file__).parent.glob("_C_cpu.*")
+    with pytest.raises(OSError, match="not made from the official"):
+        OfficialKernels(library)
