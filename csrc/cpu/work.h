@@ -61,24 +61,38 @@ inline bool outgrows_caches(const Grid& grid, const TensorRef& t, int64_t channe
          reinterpret_cast<uintptr_t>(t.data) % line == 0;
 }
 
-// Hands out items 0 .. count-1 to the workers of one parallel region.
+// Hands out items 0 .. count-1 to the workers of one parallel region: runs of neighbours, which share pages of memory,
+// and shorter ones towards the end, so that all workers finish together.
 template <class Args, class Worker>
 void run_items(const Args& args, int64_t count, const Worker& worker) {
   struct Context {
     std::atomic<int64_t> next;
-    int64_t count;
+    int64_t count, workers;
     const Worker* worker;
     std::atomic<bool> out_of_memory;
-  } context{{0}, count, &worker, {false}};
-  const int64_t workers = args.workers < count ? args.workers : count;
-  if (workers <= 0) return;
+
+    bool take(int64_t* begin, int64_t* end) {
+      int64_t from = next.load(std::memory_order_relaxed), run;
+      do {
+        const int64_t share = (count - from) / (2 * workers);
+        run = share > 1 ? share : 1;
+        if (from >= count) return false;
+      } while (!next.compare_exchange_weak(from, from + run, std::memory_order_relaxed));
+      *begin = from;
+      *end = from + run;
+      return true;
+    }
+  } context{{0}, count, args.workers < count ? args.workers : count, &worker, {false}};
+  if (context.workers <= 0) return;
   args.parallel(
-      static_cast<int>(workers),
+      static_cast<int>(context.workers),
       [](void* p, int) {
         Context* c = static_cast<Context*>(p);
-        const bool ok = (*c->worker)([c](int64_t* item) {
-          *item = c->next.fetch_add(1, std::memory_order_relaxed);
-          return *item < c->count;
+        int64_t at = 0, end = 0;
+        const bool ok = (*c->worker)([c, &at, &end](int64_t* item) {
+          if (at == end && !c->take(&at, &end)) return false;
+          *item = at++;
+          return true;
         });
         if (!ok) c->out_of_memory = true;
       },
