@@ -56,11 +56,39 @@ struct CopyArgs {
   Parallel parallel;
 };
 
+// The layer's last step and its backward on (B, C, N) maps, N the positions.
+struct ResidualArgs {
+  // Strides in numbers; channels or positions lie side by side.
+  struct Map {
+    void* data;
+    int64_t batch, channel, position;
+  };
+  int64_t batch, channels, positions;
+  int64_t piece_channels, piece_positions;  // worked on at once
+  DType attended_dtype;  // of attended and its gradient
+  DType dtype;           // of x, the result and its gradient: attended_dtype, or kFloat
+  double gamma;
+  Map attended;  // channels side by side
+  Map x;         // backward: the gradient of the result
+  Map out;       // forward: the result, laid out as x; backward: the gradient of attended, channels side by side
+  double* sums;  // backward: sum_n x * attended of each of residual_items(args) pieces
+  int workers;
+  Parallel parallel;
+};
+
+// Pieces that the residual is worked in.
+inline int64_t residual_items(const ResidualArgs& args) {
+  return args.batch * ((args.channels + args.piece_channels - 1) / args.piece_channels) *
+         ((args.positions + args.piece_positions - 1) / args.piece_positions);
+}
+
 struct Kernels {
   const char* name;
   void (*to_channels_last)(const CopyArgs&);
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
+  void (*residual_forward)(const ResidualArgs&);
+  void (*residual_backward)(const ResidualArgs&);
 };
 
 // Each returns nullptr where this build or this processor lacks the instruction set.

@@ -1,100 +1,16 @@
-// The operators of the CPU library: argument checks, memory, choice of the kernel. LibTorch stable ABI only.
+// The attention operators of the CPU library: argument checks and memory. LibTorch stable ABI only.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
-
-#include <stdlib.h>
-#include <string.h>
 
 #include <string>
 #include <tuple>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include "attention.h"
+#include "tensors.h"
 
 namespace ccnet {
 namespace cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Best first. CCNET_CPU_ISA=portable|avx2|avx512|avx512_bf16|amx caps the choice, for tests and for finding faults.
-int isa_rank(const char* name) {
-  const char* const order[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
-  for (int i = 0; i < 5; ++i) {
-    if (strcmp(order[i], name) == 0) return i;
-  }
-  return -1;
-}
-
-int isa_cap() {
-  const char* wanted = getenv("CCNET_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return 4;
-  const int rank = isa_rank(wanted);
-  STD_TORCH_CHECK(rank >= 0, "CCNET_CPU_ISA=", wanted, " is unknown: choose portable, avx2, avx512, avx512_bf16 or amx.");
-  return rank;
-}
-
-const Kernels& select_kernels(DType dtype) {
-  const int cap = isa_cap();
-  if (dtype != DType::kDouble) {
-    if (dtype == DType::kBFloat16 && cap >= 4 && amx_kernels() != nullptr) return *amx_kernels();
-    if (dtype == DType::kBFloat16 && cap >= 3 && avx512bf16_kernels() != nullptr) return *avx512bf16_kernels();
-    if (cap >= 2 && avx512_kernels() != nullptr) return *avx512_kernels();
-    if (cap >= 1 && avx2_kernels() != nullptr) return *avx2_kernels();
-  }
-  return *portable_kernels();
-}
-
-void parallel(int workers, void (*fn)(void*, int), void* ctx) {
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t w = begin; w < end; ++w) fn(ctx, static_cast<int>(w));
-  });
-}
-
-DType kernel_dtype(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat;
-    case ScalarType::Half: return DType::kHalf;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Double: return DType::kDouble;
-    default: STD_TORCH_CHECK(false, "criss-cross attention takes float16, bfloat16, float32 or float64.");
-  }
-}
-
-// t from channel `first` on.
-TensorRef reference(const Tensor& t, const Grid& grid, int64_t first = 0) {
-  TensorRef r{};
-  r.data = static_cast<char*>(t.data_ptr()) + first * t.stride(1) * t.element_size();
-  r.strides.batch = t.stride(0);
-  r.strides.channel = t.stride(1);
-  for (int a = 0; a < grid.axes; ++a) r.strides.axis[a] = t.stride(2 + a);
-  return r;
-}
-
-Tensor empty_channels_last(const Tensor& like, int64_t channels);
-
-// The tensor itself where its channels lie one beside the other, else a channels-last copy.
-Tensor channels_last(const Tensor& t, const Grid& grid) {
-  if (t.stride(1) == 1 || t.size(1) == 1 || t.numel() == 0) return t;
-  Tensor copy = empty_channels_last(t, t.size(1));
-  CopyArgs args{};
-  args.grid = grid;
-  args.channels = t.size(1);
-  args.dtype = kernel_dtype(t);
-  args.from = reference(t, grid);
-  args.to = reference(copy, grid);
-  args.workers = static_cast<int>(torch::stable::get_num_threads());
-  args.parallel = parallel;
-  select_kernels(args.dtype).to_channels_last(args);
-  return copy;
-}
 
 void check_alike(const Tensor& t, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(t.is_cpu(), name, " must be a CPU tensor.");
@@ -117,37 +33,6 @@ Grid checked_grid(const Tensor& query, const Tensor& key, const Tensor& value) {
   grid.axes = static_cast<int>(query.dim()) - 2;
   for (int a = 0; a < grid.axes; ++a) grid.size[a] = query.size(2 + a);
   return grid;
-}
-
-// Nothing depends on it: lines along the slow axes touch a page for every position, and first touching a large result
-// in 4 KiB pages costs as much as a good part of the arithmetic. The huge pages are touched here, each by one thread:
-// along those lines all threads would come to the same page at once, and the system would clear it for each of them.
-void use_huge_pages(const Tensor& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t huge = uintptr_t(2) << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
-  const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
-  if (last <= first || madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) != 0) return;
-  torch::stable::parallel_for(0, static_cast<int64_t>((last - first) / huge), 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) *reinterpret_cast<volatile char*>(first + static_cast<uintptr_t>(i) * huge) = 0;
-  });
-#else
-  (void)t;
-#endif
-}
-
-// An uninitialised (B, channels, *S) tensor in channels-last memory.
-Tensor empty_channels_last(const Tensor& like, int64_t channels) {
-  int64_t sizes[2 + kMaxAxes];
-  const int64_t dims = like.dim();
-  sizes[0] = like.size(0);
-  for (int64_t d = 2; d < dims; ++d) sizes[d - 1] = like.size(d);
-  sizes[dims - 1] = channels;
-  Tensor t = torch::stable::new_empty(like, {sizes, static_cast<size_t>(dims)});
-  use_huge_pages(t);
-  for (int64_t d = dims - 1; d > 1; --d) t = torch::stable::transpose(t, d - 1, d);
-  return t;
 }
 
 // An uninitialised (B, *S) tensor of fp32, or fp64 for fp64 inputs.

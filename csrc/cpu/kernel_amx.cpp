@@ -144,7 +144,7 @@ struct Engine {
   }
 };
 
-Kernels kKernels{"amx", nullptr, forward<Engine>, backward<Engine>};
+Kernels kKernels{"amx", nullptr, forward<Engine>, backward<Engine>, nullptr, nullptr};
 
 }  // namespace
 }  // namespace cpu
@@ -180,7 +180,10 @@ const Kernels* amx_kernels() {
   static const Kernels* const usable = [] {
     const Kernels* plain = avx512_kernels();
     if (plain == nullptr || !tiles_usable()) return static_cast<const Kernels*>(nullptr);
-    kKernels.to_channels_last = plain->to_channels_last;  // nothing to gain from tiles
+    // Nothing to gain from products here.
+    kKernels.to_channels_last = plain->to_channels_last;
+    kKernels.residual_forward = plain->residual_forward;
+    kKernels.residual_backward = plain->residual_backward;
     return static_cast<const Kernels*>(&kKernels);
   }();
   return usable;

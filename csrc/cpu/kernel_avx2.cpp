@@ -129,8 +129,10 @@ struct Avx2 {
 
 #include "work.h"
 #include "line_kernels.h"
+#include "residual_kernels.h"
 
-const Kernels kKernels{"avx2", to_channels_last_any<Avx2>, forward_any<Avx2>, backward_any<Avx2>};
+const Kernels kKernels{"avx2", to_channels_last_any<Avx2>, forward_any<Avx2>, backward_any<Avx2>,
+                       residual_forward_any<Avx2>, residual_backward_any<Avx2>};
 
 }  // namespace
 }  // namespace cpu

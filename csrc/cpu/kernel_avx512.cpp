@@ -20,8 +20,10 @@ namespace {
 #include "vector_avx512.h"
 #include "work.h"
 #include "line_kernels.h"
+#include "residual_kernels.h"
 
-const Kernels kKernels{"avx512", to_channels_last_any<Avx512>, forward_any<Avx512>, backward_any<Avx512>};
+const Kernels kKernels{"avx512", to_channels_last_any<Avx512>, forward_any<Avx512>, backward_any<Avx512>,
+                       residual_forward_any<Avx512>, residual_backward_any<Avx512>};
 
 }  // namespace
 }  // namespace cpu

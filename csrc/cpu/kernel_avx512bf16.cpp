@@ -187,7 +187,7 @@ struct Engine {
   }
 };
 
-Kernels kKernels{"avx512_bf16", nullptr, forward<Engine>, backward<Engine>};
+Kernels kKernels{"avx512_bf16", nullptr, forward<Engine>, backward<Engine>, nullptr, nullptr};
 
 }  // namespace
 }  // namespace cpu
@@ -208,7 +208,10 @@ const Kernels* avx512bf16_kernels() {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     const bool has = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5));
     if (plain == nullptr || !has) return static_cast<const Kernels*>(nullptr);
+    // Nothing to gain from products here.
     kKernels.to_channels_last = plain->to_channels_last;
+    kKernels.residual_forward = plain->residual_forward;
+    kKernels.residual_backward = plain->residual_backward;
     return static_cast<const Kernels*>(&kKernels);
   }();
   return usable;

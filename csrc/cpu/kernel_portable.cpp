@@ -110,6 +110,7 @@ struct ArrayVector {
 
 #include "work.h"
 #include "line_kernels.h"
+#include "residual_kernels.h"
 
 void forward(const ForwardArgs& args) {
   if (args.dtype == DType::kDouble) return forward_typed<ArrayVector<double, 2>, double>(args);
@@ -126,7 +127,17 @@ void to_channels_last(const CopyArgs& args) {
   to_channels_last_any<ArrayVector<float, 4>>(args);
 }
 
-const Kernels kKernels{"portable", to_channels_last, forward, backward};
+void residual_forward(const ResidualArgs& args) {
+  if (args.dtype == DType::kDouble) return residual_forward_typed<ArrayVector<double, 2>, double, double>(args);
+  residual_forward_any<ArrayVector<float, 4>>(args);
+}
+
+void residual_backward(const ResidualArgs& args) {
+  if (args.dtype == DType::kDouble) return residual_backward_typed<ArrayVector<double, 2>, double, double>(args);
+  residual_backward_any<ArrayVector<float, 4>>(args);
+}
+
+const Kernels kKernels{"portable", to_channels_last, forward, backward, residual_forward, residual_backward};
 
 }  // namespace
 
