@@ -40,7 +40,8 @@ void use_huge_pages(const Tensor& t) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
   const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
   const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
-  if (last <= first || madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) != 0) return;
+  if (last < first + 3 * huge) return;  // smaller tensors would hold more memory than they use
+  if (madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) != 0) return;
   torch::stable::parallel_for(0, static_cast<int64_t>((last - first) / huge), 1, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) *reinterpret_cast<volatile char*>(first + static_cast<uintptr_t>(i) * huge) = 0;
   });
