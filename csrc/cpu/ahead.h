@@ -1,8 +1,9 @@
 // Asks for memory while the processor computes. Included inside each translation unit's anonymous namespace (see
 // line_kernels.h).
 
-// The lines of an image's slow axes are far apart, which no hardware prefetcher follows, and a core has few misses under
-// way at once, for which its own loads wait as well: the requests are spread evenly over what is computed meanwhile.
+// The lines of an image's slow axes are far apart, which no hardware prefetcher follows, and a core has few misses
+// under way at once, for which its own loads wait as well: the requests are spread evenly over what is computed
+// meanwhile.
 class Ahead {
  public:
   // `cols` numbers of each of `rows` rows, `row` numbers apart.

@@ -204,7 +204,8 @@ STABLE_TORCH_LIBRARY(ccnet_d2, m) {
       "Tensor(a!) grad_value) -> (Tensor grad_query, Tensor grad_key)");
   m.def("criss_cross_packed_forward(Tensor packed, int key_channels) -> (Tensor out, Tensor lse)");
   m.def(
-      "criss_cross_packed_backward(Tensor grad_out, Tensor packed, int key_channels, Tensor out, Tensor lse) -> Tensor");
+      "criss_cross_packed_backward(Tensor grad_out, Tensor packed, int key_channels, Tensor out, Tensor lse) -> "
+      "Tensor");
   m.def("cpu_instruction_set(str dtype) -> str");
 }
 

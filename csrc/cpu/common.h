@@ -22,6 +22,13 @@
 #define CCNET_UNROLL
 #endif
 
+// Of lambdas.
+#if defined(__GNUC__) || defined(__clang__)
+#define CCNET_INLINE __attribute__((always_inline))
+#else
+#define CCNET_INLINE
+#endif
+
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
 #define CCNET_X86_DISPATCH 1
 #endif

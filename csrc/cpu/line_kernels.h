@@ -46,7 +46,7 @@ struct MicroKernel {
     const T* base[(MR + 2) / 3];
     CCNET_UNROLL
     for (int r = 0; r < MR; r += 3) base[r / 3] = a + r * lda;
-    const auto step = [&](int64_t k) __attribute__((always_inline)) {
+    const auto step = [&](int64_t k) CCNET_INLINE {
       typename V::reg bv[NR];
       CCNET_UNROLL
       for (int n = 0; n < NR; ++n) bv[n] = V::load(b + n * V::W);
@@ -569,7 +569,8 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
             ahead.add(dq.data, dq.row, rows, QK);
             ahead.add(dk.data, dk.row, L, QK);
             ahead.add(line_data<const S>(args.query, grid, axis, next_line) + next_i0 * q.row, q.row, next_rows, QK);
-            if (!same_line) ahead.add(line_data<const S>(args.key, grid, axis, next_line), k.row, next_rows ? L : 0, QK);
+            const int64_t next_keys = same_line || next_rows == 0 ? 0 : L;
+            ahead.add(line_data<const S>(args.key, grid, axis, next_line), k.row, next_keys, QK);
           }
           ahead.spread(steps<V>(rows, jpad / V::W, cols) + steps<V>(L, width / V::W, rows));
           gemm<V, kRowMajor>(rows, jpad, cols, gp, g_ld, vt, lpad, ds, lpad, c > 0, &ahead);

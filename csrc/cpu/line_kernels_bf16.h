@@ -272,9 +272,10 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
   const int64_t ld = leading<V>(b16), p_ld = words_leading(l32);
 
   run_items(args, grid.lines(axis) * blocks, [&](auto next) {
-    Scratch<float> scratch(LeftRows<Engine>::scratch(L, QK) / 2 + qk32 / 2 * ld + l16 * ld + b16 * p_ld / 2 + l32 / 2 * kPanel + 4 * b16);
+    const int64_t key_copy = LeftRows<Engine>::scratch(L, QK);
+    Scratch<float> scratch(key_copy / 2 + qk32 / 2 * ld + l16 * ld + b16 * p_ld / 2 + l32 / 2 * kPanel + 4 * b16);
     if (!scratch.ok()) return false;
-    BFloat16* k_copy = reinterpret_cast<BFloat16*>(scratch.take(LeftRows<Engine>::scratch(L, QK) / 2));
+    BFloat16* k_copy = reinterpret_cast<BFloat16*>(scratch.take(key_copy / 2));
     uint32_t* q_transposed = reinterpret_cast<uint32_t*>(scratch.take(qk32 / 2 * ld));
     float* s = scratch.take(l16 * ld);  // energies [j, i]
     BFloat16* p = reinterpret_cast<BFloat16*>(scratch.take(b16 * p_ld / 2));  // weights [i, j]
@@ -420,10 +421,11 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         }
         ahead.add(line_data<BFloat16>(args.grad_query, grid, axis, next_line), dq_row, n, QK);
         ahead.add(line_data<BFloat16>(args.grad_key, grid, axis, next_line), dk_row, L, QK);
-        ahead.spread(blocks * (Engine::steps(key_rows, n, qk32) + Engine::steps(key_rows, n, c32) +
-                               Engine::steps(n, qk32, key_depth) + Engine::steps(key_rows, qk32 + c32, n) +
-                               n / 16 * (qk32 + c32) / 32 + n / 4 + l32 / 2 + (first ? n : 0) + (qk32 + c32) / kPanel * (key_rows / 4)) +
-                     3 * key_rows / 4);
+        const int64_t products = Engine::steps(key_rows, n, qk32) + Engine::steps(key_rows, n, c32) +
+                                 Engine::steps(n, qk32, key_depth) + Engine::steps(key_rows, qk32 + c32, n);
+        const int64_t packing = n / 16 * (qk32 + c32) / 32 + n / 4 + (first ? n : 0);
+        const int64_t weighing = l32 / 2, storing = (qk32 + c32) / kPanel * (key_rows / 4);
+        ahead.spread(blocks * (products + packing + weighing + storing) + key_rows / 4);
       }
       const LeftRows<Engine> keys(k, k_row, L, QK, k_copy, &ahead);
       pack_pairs(k, k_row, L, QK, key_depth, k_pairs, qk_ld, &ahead);
@@ -500,7 +502,8 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         }
         const BlockPosition at{i0 == 0, i0 + block >= L};
         const auto to_line = [&](const TensorRef& t, int64_t row, int64_t cols, Store store, float* sums) {
-          return GradientStore{line_data<BFloat16>(t, grid, axis, line), row, cols, store, sums, round_up(cols, 32), at};
+          BFloat16* dst = line_data<BFloat16>(t, grid, axis, line);
+          return GradientStore{dst, row, cols, store, sums, round_up(cols, 32), at};
         };
         GradientStore to_query = to_line(args.grad_query, dq_row, QK, query_store, nullptr);
         to_query.dst += i0 * dq_row;

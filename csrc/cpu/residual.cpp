@@ -72,7 +72,8 @@ ResidualArgs arguments(const Tensor& attended, const Tensor& gamma, const Tensor
   args.positions = grid_of(x).positions();
   args.attended_dtype = kernel_dtype(attended);
   args.dtype = kernel_dtype(x);
-  STD_TORCH_CHECK(args.dtype == args.attended_dtype || (args.dtype == DType::kFloat && args.attended_dtype != DType::kDouble),
+  const bool wider = args.dtype == DType::kFloat && args.attended_dtype != DType::kDouble;
+  STD_TORCH_CHECK(args.dtype == args.attended_dtype || wider,
                   "the residual takes attended and x of one floating dtype, or x of float32.");
   args.gamma = args.dtype == DType::kDouble ? static_cast<const double*>(gamma.data_ptr())[0]
                                             : static_cast<const float*>(gamma.data_ptr())[0];

@@ -1,7 +1,8 @@
 // x + gamma * attended and its backward, for any vector type. Included after work.h (see line_kernels.h).
 //
 // attended is channels-last; where x is NCHW, squares of W x W numbers are transposed in registers, so that each map
-// goes through memory once. A piece is some channels of a run of positions: lines of memory are used whole on both sides.
+// goes through memory once. A piece is some channels of a run of positions: lines of memory are used whole on both
+// sides.
 
 struct ResidualPiece {
   int64_t batch, channel, channels, position, positions;

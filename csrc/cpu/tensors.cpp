@@ -27,7 +27,8 @@ int isa_cap() {
   const char* wanted = getenv("CCNET_CPU_ISA");
   if (wanted == nullptr || *wanted == '\0') return 4;
   const int rank = isa_rank(wanted);
-  STD_TORCH_CHECK(rank >= 0, "CCNET_CPU_ISA=", wanted, " is unknown: choose portable, avx2, avx512, avx512_bf16 or amx.");
+  STD_TORCH_CHECK(rank >= 0, "CCNET_CPU_ISA=", wanted,
+                  " is unknown: choose portable, avx2, avx512, avx512_bf16 or amx.");
   return rank;
 }
 

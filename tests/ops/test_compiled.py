@@ -136,7 +136,7 @@ def test_bf16_is_right_for_drawn_shapes_and_strides(instruction_set):
     for _ in range(CASES_PER_TEST):
         batch, sizes = rng.randint(1, 3), draw_sizes(rng)
         key_channels, channels = (
-            rng.choice((1, 3, 8, 17, 33)),
+            rng.choice((1, 3, 8, 17, 32, 33, 64)),  # 32 and 64: whole rows, multiplied in place
             rng.choice((1, 5, 31, 32, 64, 65, 81, 130, 161)),
         )
         wanted_channels = (key_channels, key_channels, channels, channels)
@@ -178,6 +178,30 @@ def test_long_lines_are_handled_in_blocks(dtype, length, instruction_set):
     exact = outputs_and_gradients(dense_attention, [x.double() for x in inputs], grad_out.double())
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     for g, e in zip(run_compiled(inputs, grad_out), exact, strict=True):
+        assert (g.double() - e).norm() <= tolerance * e.norm()
+
+
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 2048), (torch.bfloat16, 4096)], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_large_results_are_written_past_the_caches(dtype, channels, packed, instruction_set):
+    if instruction_set in BF16_ONLY and dtype != torch.bfloat16:
+        pytest.skip("these kernels are for bf16")
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.randn(1, 29, 37, 64 + 2 * channels, generator=generator).to(dtype).movedim(-1, 1)
+    query, key, value, grad_out = parts.split([32, 32, channels, channels], dim=1)
+    exact = outputs_and_gradients(
+        dense_attention, [x.double() for x in (query, key, value)], grad_out.double()
+    )
+    assert exact[0].numel() * dtype.itemsize > 8 * 2**20  # what the kernels take for large
+    if packed:
+        one = torch.cat([query, key, value], dim=1)
+        out, lse = torch.ops.ccnet_d2.criss_cross_packed_forward(one, 32)
+        grads = torch.ops.ccnet_d2.criss_cross_packed_backward(grad_out, one, 32, out, lse)
+        got = [out, *grads.split([32, 32, channels], dim=1)]
+    else:
+        got = run_compiled((query, key, value), grad_out)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for g, e in zip(got, exact, strict=True):
         assert (g.double() - e).norm() <= tolerance * e.norm()
 
 
