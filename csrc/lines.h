@@ -47,6 +47,12 @@ struct Strides {
   int64_t axis[kMaxAxes];
 };
 
+// A (B, C, *S) tensor; `data` points at its first element.
+struct TensorRef {
+  void* data;
+  Strides strides;
+};
+
 // Strides of a dense (B, *S) tensor: one scalar per position.
 CCNET_HD Strides scalar_strides(const Grid& g) {
   Strides s{};

@@ -10,16 +10,11 @@ namespace cpu {
 
 enum class DType : int { kFloat, kHalf, kBFloat16, kDouble };
 
-// A (B, C, *S) tensor; `data` points at its first element. The forward and backward kernels want a channel stride of 1
-// (channels-last memory) everywhere; to_channels_last brings other tensors into it.
-struct TensorRef {
-  void* data;
-  Strides strides;
-};
-
 // Runs fn(ctx, worker) for worker = 0 .. workers - 1, possibly at the same time.
 using Parallel = void (*)(int workers, void (*fn)(void* ctx, int worker), void* ctx);
 
+// The forward and backward kernels want a channel stride of 1 (channels-last memory) everywhere; to_channels_last brings
+// other tensors into it.
 struct ForwardArgs {
   Grid grid;
   int64_t qk_channels;  // C'

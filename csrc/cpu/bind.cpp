@@ -1,7 +1,5 @@
 // The attention operators of the CPU library: argument checks and memory. LibTorch stable ABI only.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <string>
 #include <tuple>
@@ -11,38 +9,6 @@
 namespace ccnet {
 namespace cpu {
 namespace {
-
-void check_alike(const Tensor& t, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be a CPU tensor.");
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of query.");
-  STD_TORCH_CHECK(t.dim() == like.dim() && t.size(0) == like.size(0), name, " must have the batch size of query.");
-  for (int64_t d = 2; d < like.dim(); ++d) {
-    STD_TORCH_CHECK(t.size(d) == like.size(d), name, " must have the spatial sizes of query.");
-  }
-}
-
-Grid checked_grid(const Tensor& query, const Tensor& key, const Tensor& value) {
-  STD_TORCH_CHECK(query.dim() >= 3 && query.dim() <= 2 + kMaxAxes,
-                  "query must be (B, C', *S) with one to three spatial axes.");
-  check_alike(query, query, "query");
-  check_alike(key, query, "key");
-  check_alike(value, query, "value");
-  STD_TORCH_CHECK(key.size(1) == query.size(1), "key must have the channels of query.");
-  Grid grid{};
-  grid.batch = query.size(0);
-  grid.axes = static_cast<int>(query.dim()) - 2;
-  for (int a = 0; a < grid.axes; ++a) grid.size[a] = query.size(2 + a);
-  return grid;
-}
-
-// An uninitialised (B, *S) tensor of fp32, or fp64 for fp64 inputs.
-Tensor empty_statistic(const Tensor& like) {
-  int64_t sizes[1 + kMaxAxes];
-  sizes[0] = like.size(0);
-  for (int64_t d = 2; d < like.dim(); ++d) sizes[d - 1] = like.size(d);
-  const ScalarType dtype = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  return torch::stable::new_empty(like, {sizes, static_cast<size_t>(like.dim() - 1)}, dtype);
-}
 
 // Where the operands of one call begin: three tensors, or one that holds them side by side.
 struct Operands {
@@ -107,16 +73,6 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value) {
     run_forward(grid, kernel_dtype(query), separate(query, key, value, grid), out, lse);
   }
   return {out, lse};
-}
-
-void check_backward(const Tensor& like, int64_t channels, const Tensor& grad_out, const Tensor& out, const Tensor& lse,
-                    const Grid& grid) {
-  check_alike(grad_out, like, "grad_out");
-  check_alike(out, like, "out");
-  STD_TORCH_CHECK(grad_out.size(1) == channels && out.size(1) == channels,
-                  "grad_out and out must have the channels of value.");
-  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == grid.batch * grid.positions(),
-                  "lse must be the one that the forward pass returned.");
 }
 
 // The gradient of value goes into grad_value, which may be some channels of a larger channels-last tensor.

@@ -1,8 +1,6 @@
 // The layer's last step, x + gamma * attended, and its backward, between memory layouts: the attention works on
 // channels-last memory while most networks are NCHW. One pass instead of a transposing copy and two products.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <tuple>
 #include <vector>
@@ -27,22 +25,6 @@ ResidualArgs::Map flat(const Tensor& t, const char* name) {
   return {t.data_ptr(), t.stride(0), channel, position};
 }
 
-// A new tensor with the memory layout of `like`, channels-last or NCHW, and another dtype.
-Tensor empty_laid_out(const Tensor& like, ScalarType dtype, bool channels_last) {
-  int64_t sizes[2 + kMaxAxes];
-  const int64_t dims = like.dim();
-  for (int64_t d = 0; d < dims; ++d) sizes[d] = like.size(d);
-  if (channels_last) {
-    for (int64_t d = 2; d < dims; ++d) sizes[d - 1] = like.size(d);
-    sizes[dims - 1] = like.size(1);
-  }
-  Tensor t = torch::stable::new_empty(like, {sizes, static_cast<size_t>(dims)}, dtype);
-  if (channels_last) {
-    for (int64_t d = dims - 1; d > 1; --d) t = torch::stable::transpose(t, d - 1, d);
-  }
-  return t;
-}
-
 void check(const Tensor& a, const Tensor& b, const Tensor& gamma, ScalarType computed) {
   STD_TORCH_CHECK(a.is_cpu() && b.is_cpu() && gamma.is_cpu(), "the residual takes CPU tensors.");
   STD_TORCH_CHECK(a.dim() == b.dim() && a.dim() >= 3 && a.dim() <= 2 + kMaxAxes,
@@ -55,14 +37,6 @@ void check(const Tensor& a, const Tensor& b, const Tensor& gamma, ScalarType com
 }
 
 ScalarType computed_dtype(ScalarType x) { return x == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
-
-Grid grid_of(const Tensor& t) {
-  Grid grid{};
-  grid.batch = t.size(0);
-  grid.axes = static_cast<int>(t.dim()) - 2;
-  for (int a = 0; a < grid.axes; ++a) grid.size[a] = t.size(2 + a);
-  return grid;
-}
 
 // All but the output; attended is channels-last.
 ResidualArgs arguments(const Tensor& attended, const Tensor& gamma, const Tensor& x) {
@@ -89,7 +63,9 @@ ResidualArgs arguments(const Tensor& attended, const Tensor& gamma, const Tensor
 
 Tensor residual_forward(Tensor attended, Tensor gamma, Tensor x) {
   check(attended, x, gamma, computed_dtype(x.scalar_type()));
-  Tensor out = empty_laid_out(x, x.scalar_type(), flat(x, "x").position != 1);
+  Tensor out = flat(x, "x").position == 1
+                   ? torch::stable::new_empty(x, x.sizes())
+                   : with_channels_second(empty_positions_first(x, x.size(1), x.scalar_type()));
   if (x.numel() == 0) return out;
   attended = channels_last(attended, grid_of(attended));
   ResidualArgs args = arguments(attended, gamma, x);

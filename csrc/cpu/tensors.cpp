@@ -1,8 +1,5 @@
 #include "tensors.h"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <stdlib.h>
 #include <string.h>
 
@@ -65,15 +62,9 @@ const Kernels& select_kernels(DType dtype) {
 }
 
 Tensor empty_channels_last(const Tensor& like, int64_t channels) {
-  int64_t sizes[2 + kMaxAxes];
-  const int64_t dims = like.dim();
-  sizes[0] = like.size(0);
-  for (int64_t d = 2; d < dims; ++d) sizes[d - 1] = like.size(d);
-  sizes[dims - 1] = channels;
-  Tensor t = torch::stable::new_empty(like, {sizes, static_cast<size_t>(dims)});
+  const Tensor t = empty_positions_first(like, channels, like.scalar_type());
   use_huge_pages(t);
-  for (int64_t d = dims - 1; d > 1; --d) t = torch::stable::transpose(t, d - 1, d);
-  return t;
+  return with_channels_second(t);
 }
 
 void parallel(int workers, void (*fn)(void*, int), void* ctx) {
@@ -90,15 +81,6 @@ DType kernel_dtype(const Tensor& t) {
     case ScalarType::Double: return DType::kDouble;
     default: STD_TORCH_CHECK(false, "criss-cross attention takes float16, bfloat16, float32 or float64.");
   }
-}
-
-TensorRef reference(const Tensor& t, const Grid& grid, int64_t first) {
-  TensorRef r{};
-  r.data = static_cast<char*>(t.data_ptr()) + first * t.stride(1) * t.element_size();
-  r.strides.batch = t.stride(0);
-  r.strides.channel = t.stride(1);
-  for (int a = 0; a < grid.axes; ++a) r.strides.axis[a] = t.stride(2 + a);
-  return r;
 }
 
 Tensor channels_last(const Tensor& t, const Grid& grid) {

@@ -3,22 +3,16 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <limits>
 #include <tuple>
 
+#include "../tensors.h"
 #include "interface.h"
 
 namespace ccnet {
 namespace cuda {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 struct KernelChoice {
   const Kernels* special;  // for this GPU, null where there are none
@@ -82,56 +76,19 @@ void* current_stream(const Tensor& t) {
   return stream;
 }
 
-TensorRef reference(const Tensor& t, const Grid& grid) {
-  TensorRef r{};
-  r.data = t.data_ptr();
-  r.strides.batch = t.stride(0);
-  r.strides.channel = t.stride(1);
-  for (int a = 0; a < grid.axes; ++a) r.strides.axis[a] = t.stride(2 + a);
-  return r;
-}
-
-void check_alike(const Tensor& t, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(), name,
-                  " must be on the CUDA device of query.");
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of query.");
-  STD_TORCH_CHECK(t.dim() == like.dim() && t.size(0) == like.size(0), name, " must have the batch size of query.");
-  for (int64_t d = 2; d < like.dim(); ++d) {
-    STD_TORCH_CHECK(t.size(d) == like.size(d), name, " must have the spatial sizes of query.");
-  }
-}
-
-Grid checked_grid(const Tensor& query, const Tensor& key, const Tensor& value) {
-  STD_TORCH_CHECK(query.dim() >= 3 && query.dim() <= 2 + kMaxAxes,
-                  "query must be (B, C', *S) with one to three spatial axes.");
-  check_alike(query, query, "query");
-  check_alike(key, query, "key");
-  check_alike(value, query, "value");
-  STD_TORCH_CHECK(key.size(1) == query.size(1), "key must have the channels of query.");
-  Grid grid{};
-  grid.batch = query.size(0);
-  grid.axes = static_cast<int>(query.dim()) - 2;
-  // The kernels count positions of a line and channels in 32 bits, with room for the last tile.
+// The kernels count positions of a line and channels in 32 bits, with room for the last tile.
+void check_counts(const Grid& grid, const Tensor& query, const Tensor& value) {
   constexpr int64_t kMost = std::numeric_limits<int>::max() - 1024;
   for (int a = 0; a < grid.axes; ++a) {
-    grid.size[a] = query.size(2 + a);
     STD_TORCH_CHECK(grid.size[a] <= kMost, "criss-cross attention takes at most ", kMost, " positions on an axis.");
   }
   STD_TORCH_CHECK(query.size(1) <= kMost && value.size(1) <= kMost, "criss-cross attention takes at most ", kMost,
                   " channels.");
-  return grid;
 }
 
 // An uninitialised (B, channels, *S) tensor in channels-last memory.
 Tensor empty_channels_last(const Tensor& like, int64_t channels) {
-  int64_t sizes[2 + kMaxAxes];
-  const int64_t dims = like.dim();
-  sizes[0] = like.size(0);
-  for (int64_t d = 2; d < dims; ++d) sizes[d - 1] = like.size(d);
-  sizes[dims - 1] = channels;
-  Tensor t = torch::stable::new_empty(like, {sizes, static_cast<size_t>(dims)});
-  for (int64_t d = dims - 1; d > 1; --d) t = torch::stable::transpose(t, d - 1, d);
-  return t;
+  return with_channels_second(empty_positions_first(like, channels, like.scalar_type()));
 }
 
 // The tensor itself where its channels are neighbours in memory, otherwise a channels-last copy.
@@ -142,19 +99,13 @@ Tensor with_dense_channels(const Tensor& t) {
   return copy;
 }
 
-// Uninitialised fp32 tensors: (B, *S), and of `count` elements.
-Tensor empty_statistic(const Tensor& like) {
-  int64_t sizes[1 + kMaxAxes];
-  sizes[0] = like.size(0);
-  for (int64_t d = 2; d < like.dim(); ++d) sizes[d - 1] = like.size(d);
-  return torch::stable::new_empty(like, {sizes, static_cast<size_t>(like.dim() - 1)}, ScalarType::Float);
-}
 Tensor empty_floats(const Tensor& like, int64_t count) {
   return torch::stable::new_empty(like, {&count, 1}, ScalarType::Float);
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value) {
   const Grid grid = checked_grid(query, key, value);
+  check_counts(grid, query, value);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   Tensor out = empty_channels_last(value, value.size(1));
   Tensor lse = empty_statistic(query);
@@ -184,14 +135,8 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value) {
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,
                                             Tensor lse) {
   const Grid grid = checked_grid(query, key, value);
-  check_alike(grad_out, query, "grad_out");
-  check_alike(out, query, "out");
-  STD_TORCH_CHECK(grad_out.size(1) == value.size(1) && out.size(1) == value.size(1),
-                  "grad_out and out must have the channels of value.");
-  STD_TORCH_CHECK(lse.is_cuda() && lse.get_device_index() == query.get_device_index() &&
-                      lse.scalar_type() == ScalarType::Float && lse.is_contiguous() &&
-                      lse.numel() == grid.batch * grid.positions(),
-                  "lse must be the one that the forward pass returned.");
+  check_counts(grid, query, value);
+  check_backward(query, value.size(1), grad_out, out, lse, grid);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   Tensor grad_query = empty_channels_last(query, query.size(1));
   Tensor grad_key = empty_channels_last(key, key.size(1));

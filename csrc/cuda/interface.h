@@ -15,12 +15,6 @@ struct DeviceInfo {
   int capability;  // 90 for compute capability 9.0
 };
 
-// A (B, C, *S) tensor; strides in elements.
-struct TensorRef {
-  void* data;
-  Strides strides;
-};
-
 struct ForwardRequest {
   Grid grid;
   int qk_channels, channels;  // C', C

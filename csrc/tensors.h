@@ -1,0 +1,91 @@
+// What both libraries' operators do with torch's tensors: checks, shapes, references. LibTorch stable ABI only.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "lines.h"
+
+namespace ccnet {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Of a (B, C, *S) tensor.
+inline Grid grid_of(const Tensor& t) {
+  Grid grid{};
+  grid.batch = t.size(0);
+  grid.axes = static_cast<int>(t.dim()) - 2;
+  for (int a = 0; a < grid.axes; ++a) grid.size[a] = t.size(2 + a);
+  return grid;
+}
+
+// t from channel `first` on.
+inline TensorRef reference(const Tensor& t, const Grid& grid, int64_t first = 0) {
+  TensorRef r{};
+  r.data = static_cast<char*>(t.data_ptr()) + first * t.stride(1) * t.element_size();
+  r.strides.batch = t.stride(0);
+  r.strides.channel = t.stride(1);
+  for (int a = 0; a < grid.axes; ++a) r.strides.axis[a] = t.stride(2 + a);
+  return r;
+}
+
+inline void check_alike(const Tensor& t, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), name,
+                  " must be on the device of query.");
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of query.");
+  STD_TORCH_CHECK(t.dim() == like.dim() && t.size(0) == like.size(0), name, " must have the batch size of query.");
+  for (int64_t d = 2; d < like.dim(); ++d) {
+    STD_TORCH_CHECK(t.size(d) == like.size(d), name, " must have the spatial sizes of query.");
+  }
+}
+
+inline Grid checked_grid(const Tensor& query, const Tensor& key, const Tensor& value) {
+  STD_TORCH_CHECK(query.dim() >= 3 && query.dim() <= 2 + kMaxAxes,
+                  "query must be (B, C', *S) with one to three spatial axes.");
+  check_alike(key, query, "key");
+  check_alike(value, query, "value");
+  STD_TORCH_CHECK(key.size(1) == query.size(1), "key must have the channels of query.");
+  return grid_of(query);
+}
+
+// What the backward pass is given beside the operands; value has `channels`.
+inline void check_backward(const Tensor& like, int64_t channels, const Tensor& grad_out, const Tensor& out,
+                           const Tensor& lse, const Grid& grid) {
+  check_alike(grad_out, like, "grad_out");
+  check_alike(out, like, "out");
+  STD_TORCH_CHECK(grad_out.size(1) == channels && out.size(1) == channels,
+                  "grad_out and out must have the channels of value.");
+  const ScalarType statistic = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(lse.is_cuda() == like.is_cuda() && lse.get_device_index() == like.get_device_index() &&
+                      lse.scalar_type() == statistic && lse.is_contiguous() &&
+                      lse.numel() == grid.batch * grid.positions(),
+                  "lse must be the one that the forward pass returned.");
+}
+
+// An uninitialised (B, *S, channels) tensor, and the same as (B, channels, *S): channels-last in memory.
+inline Tensor empty_positions_first(const Tensor& like, int64_t channels, ScalarType dtype) {
+  int64_t sizes[2 + kMaxAxes];
+  const int64_t dims = like.dim();
+  sizes[0] = like.size(0);
+  for (int64_t d = 2; d < dims; ++d) sizes[d - 1] = like.size(d);
+  sizes[dims - 1] = channels;
+  return torch::stable::new_empty(like, {sizes, static_cast<size_t>(dims)}, dtype);
+}
+inline Tensor with_channels_second(Tensor t) {
+  for (int64_t d = t.dim() - 1; d > 1; --d) t = torch::stable::transpose(t, d - 1, d);
+  return t;
+}
+
+// An uninitialised (B, *S) tensor of fp32, or fp64 for fp64 inputs.
+inline Tensor empty_statistic(const Tensor& like) {
+  int64_t sizes[1 + kMaxAxes];
+  sizes[0] = like.size(0);
+  for (int64_t d = 2; d < like.dim(); ++d) sizes[d - 1] = like.size(d);
+  const ScalarType dtype = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return torch::stable::new_empty(like, {sizes, static_cast<size_t>(like.dim() - 1)}, dtype);
+}
+
+}  // namespace ccnet
