@@ -15,7 +15,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import _library
 
@@ -193,12 +193,12 @@ def _register() -> None:
 
     forward = "ccnet_d2::criss_cross_forward"
     backward = "ccnet_d2::criss_cross_backward"
-    torch.library.register_fake(forward, _forward_fake)
-    torch.library.register_fake(backward, _backward_fake)
-    torch.library.register_fake(f"{backward}_into", _backward_into_fake)
-    torch.library.register_kernel(f"{backward}_into", "cuda", backward_and_copy)
-    torch.library.register_autograd(forward, _differentiate, setup_context=_save)
-    torch.library.register_autograd(backward, refuse_second_derivative)
+    library.register_fake(forward, _forward_fake)
+    library.register_fake(backward, _backward_fake)
+    library.register_fake(f"{backward}_into", _backward_into_fake)
+    library.register_kernel(f"{backward}_into", "cuda", backward_and_copy)
+    library.register_autograd(forward, _differentiate, setup_context=_save)
+    library.register_autograd(backward, refuse_second_derivative)
     register_flop_formula(torch.ops.ccnet_d2.criss_cross_forward)(_forward_formula)
     register_flop_formula(torch.ops.ccnet_d2.criss_cross_backward)(_backward_formula)
     register_flop_formula(torch.ops.ccnet_d2.criss_cross_backward_into)(_backward_formula)

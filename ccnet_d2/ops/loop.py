@@ -117,15 +117,42 @@ class _Loop(torch.autograd.Function):
         if need_x or need_weight or need_bias:
             grads = packed.backward(grad_attended, projected, ctx.key_channels, attended, lse)
             del grad_attended
-            if need_weight:
-                grad_weight = weight_gradient(grads, x.to(grads.dtype)).to(weight.dtype)
-            if need_bias:
-                grad_bias = bias_gradient(grads).to(ctx.bias_dtype)
-            if need_x:
-                grad_x = grad.clone()
-                add_input_gradient(grad_x, grads, weight.to(grads.dtype))
+            needed = (need_x, need_weight, need_bias)
+            grad_x, grad_weight, grad_bias = projection_gradients(
+                needed, grad, grads, x.to(grads.dtype), weight, ctx.bias_dtype
+            )
         result = (grad_x, grad_weight, grad_bias, grad_gamma if need_gamma else None)
         return *refusing_second_derivatives(result, (grad, x, weight, gamma)), None, None
+
+
+def projection_gradients(
+    needed: tuple[bool, bool, bool],
+    grad: Tensor,
+    grads: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the loop's input, and of the projection's weight and bias; None for what is not needed.
+
+    Args:
+        needed: which of the three.
+        grad: (B, C, *S), of the loop's result.
+        grads: (B, 2C' + C, *S), of the projection.
+        x: (B, C, *S), of the dtype of `grads`.
+        weight: (2C' + C, C).
+        bias_dtype: that the bias has.
+    """
+    grad_x = grad_weight = grad_bias = None
+    need_x, need_weight, need_bias = needed
+    if need_weight:
+        grad_weight = weight_gradient(grads, x).to(weight.dtype)
+    if need_bias:
+        grad_bias = bias_gradient(grads).to(bias_dtype)
+    if need_x:
+        grad_x = grad.clone()
+        add_input_gradient(grad_x, grads, weight.to(grads.dtype))
+    return grad_x, grad_weight, grad_bias
 
 
 def refusing_second_derivatives(

@@ -8,7 +8,7 @@ tensors. Otherwise as in `ccnet_d2.ops.compiled`.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import compiled
 
@@ -92,12 +92,12 @@ def _register() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
     name, backward_name = "ccnet_d2::criss_cross_packed_forward", "ccnet_d2::criss_cross_packed_backward"
-    torch.library.register_fake(name, _forward_fake)
-    torch.library.register_fake(backward_name, _backward_fake)
-    torch.library.register_kernel(name, "cuda", forward_of_parts)
-    torch.library.register_kernel(backward_name, "cuda", backward_of_parts)
-    torch.library.register_autograd(name, _differentiate, setup_context=_save)
-    torch.library.register_autograd(backward_name, compiled.refuse_second_derivative)
+    library.register_fake(name, _forward_fake)
+    library.register_fake(backward_name, _backward_fake)
+    library.register_kernel(name, "cuda", forward_of_parts)
+    library.register_kernel(backward_name, "cuda", backward_of_parts)
+    library.register_autograd(name, _differentiate, setup_context=_save)
+    library.register_autograd(backward_name, compiled.refuse_second_derivative)
     register_flop_formula(torch.ops.ccnet_d2.criss_cross_packed_forward)(_forward_flops)
     register_flop_formula(torch.ops.ccnet_d2.criss_cross_packed_backward)(_backward_flops)
 

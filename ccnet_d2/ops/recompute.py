@@ -17,9 +17,15 @@ from torch import Tensor
 
 from . import compiled
 from .backends import automatic_backend_on, require_compiled, select_backend
-from .loop import autocasts, compute_dtype, loop_without_gradients, refusing_second_derivatives
+from .loop import (
+    autocasts,
+    compute_dtype,
+    loop_without_gradients,
+    projection_gradients,
+    refusing_second_derivatives,
+)
 from .packed import split
-from .projection import add_input_gradient, bias_gradient, is_dense, project, weight_gradient
+from .projection import is_dense, project
 from .residual import gated_residual, residual_gradients
 
 _CHUNK_MULTIPLE = 16  # channels; fewer do not fill the vectors of the kernels
@@ -101,13 +107,10 @@ class _RecomputedLoop(torch.autograd.Function):
             grads = x_low.new_empty((x.shape[0], *x.shape[2:], w.shape[0])).movedim(-1, 1)
         grad_gamma = _attention_gradients(ctx, grad, x_low, w, b, gamma, grads)
         grad_x = grad_weight = grad_bias = None
-        if grads is not None and need_weight:
-            grad_weight = weight_gradient(grads, x_low).to(weight.dtype)
-        if grads is not None and need_bias:
-            grad_bias = bias_gradient(grads).to(bias.dtype)
-        if grads is not None and need_x:
-            grad_x = grad.clone()
-            add_input_gradient(grad_x, grads, w)
+        if grads is not None:
+            grad_x, grad_weight, grad_bias = projection_gradients(
+                (need_x, need_weight, need_bias), grad, grads, x_low, weight, bias.dtype
+            )
         result = (grad_x, grad_weight, grad_bias, grad_gamma if need_gamma else None)
         return *refusing_second_derivatives(result, (grad, x, weight, bias, gamma)), *(None,) * 4
 

@@ -7,7 +7,7 @@ against the grain. On CPU the compiled library does it in one blocked pass; else
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import compiled
 from .projection import is_dense
@@ -100,7 +100,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None
 
 
 if compiled.is_available():
-    torch.library.register_fake("ccnet_d2::gated_residual_forward", _forward_fake)
-    torch.library.register_fake("ccnet_d2::gated_residual_backward", _backward_fake)
-    torch.library.register_autograd("ccnet_d2::gated_residual_forward", _differentiate, setup_context=_save)
-    torch.library.register_autograd("ccnet_d2::gated_residual_backward", compiled.refuse_second_derivative)
+    library.register_fake("ccnet_d2::gated_residual_forward", _forward_fake)
+    library.register_fake("ccnet_d2::gated_residual_backward", _backward_fake)
+    library.register_autograd("ccnet_d2::gated_residual_forward", _differentiate, setup_context=_save)
+    library.register_autograd("ccnet_d2::gated_residual_backward", compiled.refuse_second_derivative)

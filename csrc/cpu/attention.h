@@ -15,30 +15,26 @@ using Parallel = void (*)(int workers, void (*fn)(void* ctx, int worker), void* 
 
 // The forward and backward kernels want a channel stride of 1 (channels-last memory) everywhere; to_channels_last brings
 // other tensors into it.
-struct ForwardArgs {
+struct AttentionArgs {
   Grid grid;
   int64_t qk_channels;  // C'
   int64_t channels;     // C
   DType dtype;
-  TensorRef query, key, value;
-  TensorRef out;
-  void* max;      // (B, N) running maximum; fp32, fp64 for kDouble, as are the next two
-  void* lse;      // (B, N) holds the running sum until the last axis is done, log-sum-exp afterwards
+  TensorRef query, key, value, out;
   int workers;
   Parallel parallel;
 };
 
-struct BackwardArgs {
-  Grid grid;
-  int64_t qk_channels;
-  int64_t channels;
-  DType dtype;
-  TensorRef query, key, value, out, grad_out;
+struct ForwardArgs : AttentionArgs {
+  void* max;  // (B, N) running maximum; fp32, fp64 for kDouble, as are the others below
+  void* lse;  // (B, N) holds the running sum until the last axis is done, log-sum-exp afterwards
+};
+
+struct BackwardArgs : AttentionArgs {
+  TensorRef grad_out;
   TensorRef grad_query, grad_key, grad_value;
   const void* lse;
   void* delta;  // (B, N) sum_c grad_out * out, written by the first axis
-  int workers;
-  Parallel parallel;
 };
 
 struct CopyArgs {

@@ -16,9 +16,9 @@ struct Operands {
   int64_t qk_channels, channels;
 };
 
-void run_forward(const Grid& grid, DType dtype, const Operands& in, const Tensor& out, const Tensor& lse) {
-  Tensor max = torch::stable::empty_like(lse);
-  ForwardArgs args{};
+template <class Args>
+Args arguments(const Grid& grid, DType dtype, const Operands& in, const Tensor& out) {
+  Args args{};
   args.grid = grid;
   args.qk_channels = in.qk_channels;
   args.channels = in.channels;
@@ -27,10 +27,15 @@ void run_forward(const Grid& grid, DType dtype, const Operands& in, const Tensor
   args.key = in.key;
   args.value = in.value;
   args.out = reference(out, grid);
+  use_all_threads(&args);
+  return args;
+}
+
+void run_forward(const Grid& grid, DType dtype, const Operands& in, const Tensor& out, const Tensor& lse) {
+  Tensor max = torch::stable::empty_like(lse);
+  auto args = arguments<ForwardArgs>(grid, dtype, in, out);
   args.max = max.data_ptr();
   args.lse = lse.data_ptr();
-  args.workers = static_cast<int>(torch::stable::get_num_threads());
-  args.parallel = parallel;
   select_kernels(dtype).forward(args);
 }
 
@@ -38,23 +43,13 @@ void run_backward(const Grid& grid, DType dtype, const Operands& in, const Tenso
                   const Tensor& lse, const Operands& grad) {
   const Tensor grad_out_last = channels_last(grad_out, grid), out_last = channels_last(out, grid);
   Tensor delta = torch::stable::empty_like(lse);
-  BackwardArgs args{};
-  args.grid = grid;
-  args.qk_channels = in.qk_channels;
-  args.channels = in.channels;
-  args.dtype = dtype;
-  args.query = in.query;
-  args.key = in.key;
-  args.value = in.value;
-  args.out = reference(out_last, grid);
+  auto args = arguments<BackwardArgs>(grid, dtype, in, out_last);
   args.grad_out = reference(grad_out_last, grid);
   args.grad_query = grad.query;
   args.grad_key = grad.key;
   args.grad_value = grad.value;
   args.lse = lse.data_ptr();
   args.delta = delta.data_ptr();
-  args.workers = static_cast<int>(torch::stable::get_num_threads());
-  args.parallel = parallel;
   select_kernels(dtype).backward(args);
 }
 

@@ -144,8 +144,6 @@ struct Engine {
   }
 };
 
-Kernels kKernels{"amx", nullptr, forward<Engine>, backward<Engine>, nullptr, nullptr};
-
 }  // namespace
 }  // namespace cpu
 }  // namespace ccnet
@@ -180,11 +178,8 @@ const Kernels* amx_kernels() {
   static const Kernels* const usable = [] {
     const Kernels* plain = avx512_kernels();
     if (plain == nullptr || !tiles_usable()) return static_cast<const Kernels*>(nullptr);
-    // Nothing to gain from products here.
-    kKernels.to_channels_last = plain->to_channels_last;
-    kKernels.residual_forward = plain->residual_forward;
-    kKernels.residual_backward = plain->residual_backward;
-    return static_cast<const Kernels*>(&kKernels);
+    static const Kernels kernels = with_products<Engine>("amx", *plain);
+    return &kernels;
   }();
   return usable;
 }

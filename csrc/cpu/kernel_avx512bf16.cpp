@@ -187,8 +187,6 @@ struct Engine {
   }
 };
 
-Kernels kKernels{"avx512_bf16", nullptr, forward<Engine>, backward<Engine>, nullptr, nullptr};
-
 }  // namespace
 }  // namespace cpu
 }  // namespace ccnet
@@ -208,11 +206,8 @@ const Kernels* avx512bf16_kernels() {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     const bool has = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5));
     if (plain == nullptr || !has) return static_cast<const Kernels*>(nullptr);
-    // Nothing to gain from products here.
-    kKernels.to_channels_last = plain->to_channels_last;
-    kKernels.residual_forward = plain->residual_forward;
-    kKernels.residual_backward = plain->residual_backward;
-    return static_cast<const Kernels*>(&kKernels);
+    static const Kernels kernels = with_products<Engine>("avx512_bf16", *plain);
+    return &kernels;
   }();
   return usable;
 }

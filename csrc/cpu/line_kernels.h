@@ -198,16 +198,10 @@ template <class V, class S>
 void pack_columns(const LineView<const S>& src, int64_t rows, int64_t first, int64_t cols, typename V::T* dst,
                   int64_t ld) {
   for (int64_t i = 0; i < rows; i += V::W) {
-    const int count = static_cast<int>(rows - i < V::W ? rows - i : V::W);
     for (int64_t c = 0; c < cols; c += V::W) {
       const int width = static_cast<int>(cols - c < V::W ? cols - c : V::W);
       typename V::reg t[V::W];
-      CCNET_UNROLL
-      for (int r = 0; r < V::W; ++r) {
-        const S* p = src.data + (i + r) * src.row + first + c;
-        t[r] = r >= count ? V::zero() : (width == V::W ? V::load(p) : V::load_n(p, width));
-      }
-      V::transpose(t);
+      load_transposed<V>(src.data + i * src.row + first + c, src.row, rows - i, width, t);
       for (int r = 0; r < width; ++r) V::store(dst + (c + r) * ld + i, t[r]);
     }
   }
@@ -360,15 +354,9 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
             const T* t = tile + r * width;
             const reg scale = V::set1(fresh[row + r]), old = V::set1(keep[row + r]);
             for (int64_t x = 0; x < cols; x += V::W) {
-              const int n = static_cast<int>(cols - x < V::W ? cols - x : V::W);
               reg y = V::mul(V::load(t + x), scale);
-              if (n == V::W) {
-                if (!first) y = V::fma(V::load(d + x), old, y);
-                V::store(d + x, y);
-              } else {
-                if (!first) y = V::fma(V::load_n(d + x, n), old, y);
-                V::store_n(d + x, y, n);
-              }
+              if (!first) y = V::fma(load_some<V>(d + x, cols - x), old, y);
+              store_some<V>(d + x, y, cols - x);
             }
           }
         });
@@ -398,15 +386,9 @@ void add_rows(const typename V::T* tile, int64_t ld, int64_t rows, int64_t cols,
     S* d = dst.data + (row + r) * dst.row + first_col;
     const typename V::T* t = tile + r * ld;
     for (int64_t x = 0; x < cols; x += V::W) {
-      const int n = static_cast<int>(cols - x < V::W ? cols - x : V::W);
       reg y = V::load(t + x);
-      if (n == V::W) {
-        if (accumulate) y = V::add(V::load(d + x), y);
-        V::store(d + x, y);
-      } else {
-        if (accumulate) y = V::add(V::load_n(d + x, n), y);
-        V::store_n(d + x, y, n);
-      }
+      if (accumulate) y = V::add(load_some<V>(d + x, cols - x), y);
+      store_some<V>(d + x, y, cols - x);
     }
   }
 }
@@ -540,9 +522,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
               reg sum = V::load(dots + i * V::W);
               const S* out_row = o.data + i * o.row + c;
               for (int64_t x = 0; x < cols; x += V::W) {
-                const int n = static_cast<int>(cols - x < V::W ? cols - x : V::W);
-                const reg y = n == V::W ? V::load(out_row + x) : V::load_n(out_row + x, n);
-                sum = V::fma(y, V::load(gp + i * g_ld + x), sum);
+                sum = V::fma(load_some<V>(out_row + x, cols - x), V::load(gp + i * g_ld + x), sum);
               }
               V::store(dots + i * V::W, sum);
             }
@@ -650,23 +630,11 @@ void copy_positions(const S* from, int64_t step, int64_t channel, S* to, int64_t
   for (int64_t c = 0; c < channels; c += V::W) {
     for (int64_t i = 0; i < count; i += V::W) {
       const int rows = static_cast<int>(count - i < V::W ? count - i : V::W);
-      const int cols = static_cast<int>(channels - c < V::W ? channels - c : V::W);
       const int64_t further = channels - c - V::W < V::W ? channels - c - V::W : V::W;
       for (int64_t r = 0; r < further; ++r) CCNET_PREFETCH(from + (c + V::W + r) * channel + i);
       typename V::reg t[V::W];
-      CCNET_UNROLL
-      for (int r = 0; r < V::W; ++r) {
-        const S* p = from + (c + r) * channel + i;
-        t[r] = r >= cols ? V::zero() : (rows == V::W ? V::load(p) : V::load_n(p, rows));
-      }
-      V::transpose(t);
-      for (int r = 0; r < rows; ++r) {
-        if (cols == V::W) {
-          V::store(to + (i + r) * row + c, t[r]);
-        } else {
-          V::store_n(to + (i + r) * row + c, t[r], cols);
-        }
-      }
+      load_transposed<V>(from + c * channel + i, channel, channels - c, rows, t);
+      for (int r = 0; r < rows; ++r) store_some<V>(to + (i + r) * row + c, t[r], channels - c);
     }
   }
 }

@@ -526,3 +526,12 @@ void backward(const BackwardArgs& args) {
     if (contributes(args.grid, axis)) backward_axis<Engine>(args, axis, axis == first);
   }
 }
+
+// The plain kernels, but for what multiplies.
+template <class Engine>
+Kernels with_products(const char* name, Kernels plain) {
+  plain.name = name;
+  plain.forward = forward<Engine>;
+  plain.backward = backward<Engine>;
+  return plain;
+}

@@ -56,8 +56,7 @@ ResidualArgs arguments(const Tensor& attended, const Tensor& gamma, const Tensor
   // Channels-last maps are worked through as they lie in memory; with an NCHW one beside them, in long rows of both.
   args.piece_channels = args.x.position != 1 ? args.channels : 32;
   args.piece_positions = args.x.position != 1 ? 8192 / args.channels + 1 : 256;
-  args.workers = static_cast<int>(torch::stable::get_num_threads());
-  args.parallel = parallel;
+  use_all_threads(&args);
   return args;
 }
 

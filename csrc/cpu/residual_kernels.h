@@ -23,26 +23,21 @@ struct ResidualPiece {
   }
 };
 
-template <class V, class S>
-typename V::reg load_some(const S* p, int64_t n) {
-  return n >= V::W ? V::load(p) : V::load_n(p, static_cast<int>(n));
+// Runs body(piece, item) for all pieces.
+template <class F>
+void for_pieces(const ResidualArgs& args, const F& body) {
+  run_items(args, residual_items(args), [&](auto next) {
+    for (int64_t item; next(&item);) body(ResidualPiece(args, item), item);
+    return true;
+  });
 }
 
-template <class V, class S>
-void store_some(S* p, typename V::reg x, int64_t n) {
-  if (n >= V::W) {
-    V::store(p, x);
-  } else {
-    V::store_n(p, x, static_cast<int>(n));
+// Runs body(channel, position, channels from there on) for the vectors of a piece along its channels.
+template <class V, class F>
+void for_vectors(const ResidualPiece& piece, const F& body) {
+  for (int64_t n = 0; n < piece.positions; ++n) {
+    for (int64_t c = 0; c < piece.channels; c += V::W) body(c, n, piece.channels - c);
   }
-}
-
-// t[r] = numbers 0 .. cols of row r, r < rows <= W; zeros beyond; then t is transposed.
-template <class V, class S>
-void load_transposed(const S* p, int64_t row, int64_t rows, int64_t cols, typename V::reg* t) {
-  CCNET_UNROLL
-  for (int r = 0; r < V::W; ++r) t[r] = r < rows ? load_some<V>(p + r * row, cols) : V::zero();
-  V::transpose(t);
 }
 
 // Runs body(channel, position) for the squares of a piece, and asks for those a few squares on: rows of channels-last
@@ -67,36 +62,29 @@ template <class V, class A, class X>
 void residual_forward_typed(const ResidualArgs& args) {
   using reg = typename V::reg;
   const reg gamma = V::set1(static_cast<typename V::T>(args.gamma));
-  run_items(args, residual_items(args), [&](auto next) {
-    for (int64_t item; next(&item);) {
-      const ResidualPiece piece(args, item);
-      const A* attended = piece.in<const A>(args.attended);
-      const X* x = piece.in<const X>(args.x);
-      X* out = piece.in<X>(args.out);
-      if (args.x.position != 1) {
-        for (int64_t n = 0; n < piece.positions; ++n) {
-          for (int64_t c = 0; c < piece.channels; c += V::W) {
-            const int64_t cols = piece.channels - c;
-            const reg a = load_some<V>(attended + n * args.attended.position + c, cols);
-            const reg y = V::fma(gamma, a, load_some<V>(x + n * args.x.position + c, cols));
-            store_some<V>(out + n * args.out.position + c, y, cols);
-          }
-        }
-        continue;
-      }
-      for_squares<V>(piece, attended, args.attended.position, x, args.x.channel, [&](int64_t c, int64_t n) {
-        const int64_t rows = piece.channels - c, cols = piece.positions - n;
-        reg t[V::W];
-        load_transposed<V>(attended + n * args.attended.position + c, args.attended.position, cols, rows, t);
-        CCNET_UNROLL
-        for (int r = 0; r < V::W; ++r) {
-          if (r >= rows) break;
-          const reg y = V::fma(gamma, t[r], load_some<V>(x + (c + r) * args.x.channel + n, cols));
-          store_some<V>(out + (c + r) * args.out.channel + n, y, cols);
-        }
+  for_pieces(args, [&](const ResidualPiece& piece, int64_t) {
+    const A* attended = piece.in<const A>(args.attended);
+    const X* x = piece.in<const X>(args.x);
+    X* out = piece.in<X>(args.out);
+    if (args.x.position != 1) {
+      for_vectors<V>(piece, [&](int64_t c, int64_t n, int64_t cols) {
+        const reg a = load_some<V>(attended + n * args.attended.position + c, cols);
+        const reg y = V::fma(gamma, a, load_some<V>(x + n * args.x.position + c, cols));
+        store_some<V>(out + n * args.out.position + c, y, cols);
       });
+      return;
     }
-    return true;
+    for_squares<V>(piece, attended, args.attended.position, x, args.x.channel, [&](int64_t c, int64_t n) {
+      const int64_t rows = piece.channels - c, cols = piece.positions - n;
+      reg t[V::W];
+      load_transposed<V>(attended + n * args.attended.position + c, args.attended.position, cols, rows, t);
+      CCNET_UNROLL
+      for (int r = 0; r < V::W; ++r) {
+        if (r >= rows) break;
+        const reg y = V::fma(gamma, t[r], load_some<V>(x + (c + r) * args.x.channel + n, cols));
+        store_some<V>(out + (c + r) * args.out.channel + n, y, cols);
+      }
+    });
   });
 }
 
@@ -105,44 +93,38 @@ template <class V, class A, class X>
 void residual_backward_typed(const ResidualArgs& args) {
   using reg = typename V::reg;
   const reg gamma = V::set1(static_cast<typename V::T>(args.gamma));
-  run_items(args, residual_items(args), [&](auto next) {
-    for (int64_t item; next(&item);) {
-      const ResidualPiece piece(args, item);
-      const A* attended = piece.in<const A>(args.attended);
-      const X* grad = piece.in<const X>(args.x);
-      A* out = piece.in<A>(args.out);
-      reg sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-      const auto row = [&](reg g, int64_t n, int64_t c, int64_t cols) {
-        const reg a = load_some<V>(attended + n * args.attended.position + c, cols);
-        sums[n % 4] = V::fma(g, a, sums[n % 4]);
-        store_some<V>(out + n * args.out.position + c, V::mul(gamma, g), cols);
-      };
-      if (args.x.position != 1) {
-        for (int64_t n = 0; n < piece.positions; ++n) {
-          for (int64_t c = 0; c < piece.channels; c += V::W) {
-            row(load_some<V>(grad + n * args.x.position + c, piece.channels - c), n, c, piece.channels - c);
-          }
+  for_pieces(args, [&](const ResidualPiece& piece, int64_t item) {
+    const A* attended = piece.in<const A>(args.attended);
+    const X* grad = piece.in<const X>(args.x);
+    A* out = piece.in<A>(args.out);
+    reg sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    const auto row = [&](reg g, int64_t n, int64_t c, int64_t cols) {
+      const reg a = load_some<V>(attended + n * args.attended.position + c, cols);
+      sums[n % 4] = V::fma(g, a, sums[n % 4]);
+      store_some<V>(out + n * args.out.position + c, V::mul(gamma, g), cols);
+    };
+    if (args.x.position != 1) {
+      for_vectors<V>(piece, [&](int64_t c, int64_t n, int64_t cols) {
+        row(load_some<V>(grad + n * args.x.position + c, cols), n, c, cols);
+      });
+    } else {
+      for_squares<V>(piece, attended, args.attended.position, grad, args.x.channel, [&](int64_t c, int64_t n) {
+        const int64_t rows = piece.positions - n, cols = piece.channels - c;
+        reg t[V::W];
+        load_transposed<V>(grad + c * args.x.channel + n, args.x.channel, cols, rows, t);
+        CCNET_UNROLL
+        for (int r = 0; r < V::W; ++r) {
+          if (r < rows) row(t[r], n + r, c, cols);
         }
-      } else {
-        for_squares<V>(piece, attended, args.attended.position, grad, args.x.channel, [&](int64_t c, int64_t n) {
-          const int64_t rows = piece.positions - n, cols = piece.channels - c;
-          reg t[V::W];
-          load_transposed<V>(grad + c * args.x.channel + n, args.x.channel, cols, rows, t);
-          CCNET_UNROLL
-          for (int r = 0; r < V::W; ++r) {
-            if (r < rows) row(t[r], n + r, c, cols);
-          }
-        });
-      }
-      typename V::T lanes[4][V::W];
-      double sum = 0;
-      for (int e = 0; e < 4; ++e) {
-        V::store(lanes[e], sums[e]);
-        for (int lane = 0; lane < V::W; ++lane) sum += static_cast<double>(lanes[e][lane]);
-      }
-      args.sums[item] = sum;
+      });
     }
-    return true;
+    typename V::T lanes[4][V::W];
+    double sum = 0;
+    for (int e = 0; e < 4; ++e) {
+      V::store(lanes[e], sums[e]);
+      for (int lane = 0; lane < V::W; ++lane) sum += static_cast<double>(lanes[e][lane]);
+    }
+    args.sums[item] = sum;
   });
 }
 

@@ -92,8 +92,7 @@ Tensor channels_last(const Tensor& t, const Grid& grid) {
   args.dtype = kernel_dtype(t);
   args.from = reference(t, grid);
   args.to = reference(copy, grid);
-  args.workers = static_cast<int>(torch::stable::get_num_threads());
-  args.parallel = parallel;
+  use_all_threads(&args);
   select_kernels(args.dtype).to_channels_last(args);
   return copy;
 }

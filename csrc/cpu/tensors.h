@@ -13,6 +13,12 @@ const Kernels& select_kernels(DType dtype);
 // torch's threads as the kernels' `Parallel`.
 void parallel(int workers, void (*fn)(void*, int), void* ctx);
 
+template <class Args>
+void use_all_threads(Args* args) {
+  args->workers = static_cast<int>(torch::stable::get_num_threads());
+  args->parallel = parallel;
+}
+
 // Raises an error where the kernels do not know the dtype.
 DType kernel_dtype(const Tensor& t);
 

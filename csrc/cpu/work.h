@@ -43,6 +43,29 @@ inline int first_axis(const Grid& grid) {
   return a;
 }
 
+// The first n numbers at p, at most a vector of them.
+template <class V, class S>
+typename V::reg load_some(const S* p, int64_t n) {
+  return n >= V::W ? V::load(p) : V::load_n(p, static_cast<int>(n));
+}
+
+template <class V, class S>
+void store_some(S* p, typename V::reg x, int64_t n) {
+  if (n >= V::W) {
+    V::store(p, x);
+  } else {
+    V::store_n(p, x, static_cast<int>(n));
+  }
+}
+
+// The transpose of a square: t[c][r] = p[r * row + c] for r < rows and c < cols, zeros beyond.
+template <class V, class S>
+void load_transposed(const S* p, int64_t row, int64_t rows, int64_t cols, typename V::reg* t) {
+  CCNET_UNROLL
+  for (int r = 0; r < V::W; ++r) t[r] = r < rows ? load_some<V>(p + r * row, cols) : V::zero();
+  V::transpose(t);
+}
+
 template <class S>
 S* line_data(const TensorRef& t, const Grid& grid, int axis, int64_t line) {
   return static_cast<S*>(t.data) + line_offset(grid, t.strides, axis, line);
@@ -74,9 +97,9 @@ void run_items(const Args& args, int64_t count, const Worker& worker) {
     bool take(int64_t* begin, int64_t* end) {
       int64_t from = next.load(std::memory_order_relaxed), run;
       do {
+        if (from >= count) return false;
         const int64_t share = (count - from) / (2 * workers);
         run = share > 1 ? share : 1;
-        if (from >= count) return false;
       } while (!next.compare_exchange_weak(from, from + run, std::memory_order_relaxed));
       *begin = from;
       *end = from + run;

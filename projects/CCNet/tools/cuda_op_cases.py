@@ -52,28 +52,16 @@ FIXED_SHAPES: tuple[Shape, ...] = (
 # Every kernel and every path of it at the smallest sizes that reach it. Dense channels-last halves with channels in
 # eights go to the kernels for compute capability 9.0, the others to the general ones.
 SMALL_SHAPES: tuple[Shape, ...] = (
-    (
-        1,
-        (2, 97),
-        72,
-        136,
-        "channels_last",
-        1.0,
-    ),  # lines of one tile, several panels, the last of each unfilled
+    # Lines of one tile, several panels, the last of each unfilled.
+    (1, (2, 97), 72, 136, "channels_last", 1.0),
     (2, (3, 5), 8, 16, "channels_last", 1.0),  # several lines in a tile
     (1, (2, 130), 8, 72, "channels_last", 1.0),  # lines of two tiles
     (1, (2, 2, 40), 16, 32, "channels_last", 30.0),  # three axes; one key takes nearly all
     (1, (1, 9), 8, 16, "channels_last", 1.0),  # no key but the own position on the first axis
     (1, (7, 1), 8, 8, "channels_last", 1.0),
     (1, (1, 33), 136, 520, "channels_last", 1.0),  # panels enough to go around the ring
-    (
-        1,
-        (300, 1),
-        8,
-        24,
-        "channels_last",
-        1.0,
-    ),  # several launches for a line; backward by the general kernels
+    # Several launches for a line; backward by the general kernels.
+    (1, (300, 1), 8, 24, "channels_last", 1.0),
     (2, (3, 33), 72, 72, "expanded", 1.0),  # general kernels, vectors
     (2, (1, 530), 8, 16, "expanded", 1.0),  # general kernels, several launches and pairs of blocks for a line
     (1, (2, 5), 5, 19, "sliced", 1.0),  # general kernels, element by element
