@@ -88,9 +88,10 @@ struct Avx2 {
     return _mm256_blendv_ps(result, x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   }
 
-  // As in vector_avx512.h; the power of two is applied in two halves so that subnormal results come out right.
+  // As in vector_avx512.h.
   static reg exp(reg x) {
-    x = _mm256_max_ps(x, set1(-105.0f));
+    const reg counts = _mm256_cmp_ps(x, set1(kLeastExponent), _CMP_NLT_UQ);
+    x = _mm256_max_ps(set1(kLeastExponent), x);  // the second where one is NaN
     const reg n = _mm256_round_ps(mul(x, set1(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     reg r = _mm256_fnmadd_ps(n, set1(0.693359375f), x);
     r = _mm256_fnmadd_ps(n, set1(-2.12194440e-4f), r);
@@ -101,10 +102,8 @@ struct Avx2 {
     p = fma(p, r, set1(1.6666665459e-1f));
     p = fma(p, r, set1(5.0000001201e-1f));
     p = fma(p, mul(r, r), add(r, set1(1.0f)));
-    const __m256i k = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(k, 1);
-    const __m256i rest = _mm256_sub_epi32(k, half), bias = _mm256_set1_epi32(127);
-    p = mul(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
-    return mul(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
+    const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_and_ps(counts, mul(p, _mm256_castsi256_ps(exponent)));
   }
 
   static void transpose(reg* t) {

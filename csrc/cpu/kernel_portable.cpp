@@ -7,7 +7,7 @@ namespace {
 
 #include "storage.h"
 
-inline float exponential(float x) { return expf(x); }
+inline float exponential(float x) { return x < kLeastExponent ? 0.0f : expf(x); }
 inline double exponential(double x) { return ::exp(x); }
 inline float logarithm(float x) { return logf(x); }
 inline double logarithm(double x) { return ::log(x); }

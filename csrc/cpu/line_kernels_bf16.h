@@ -204,7 +204,7 @@ int64_t block_rows(int64_t length) {
 }
 
 // exp for weights, which are rounded to 8 bits afterwards: relative error below 1e-6 for x in [-16, 0], and 1e-5 below,
-// where weights no longer matter; 0 at -inf. 2^t is 2^floor(t) times a polynomial of the fraction.
+// where weights no longer matter; 0 below kLeastExponent. 2^t is 2^floor(t) times a polynomial of the fraction.
 inline reg weight_exp(reg x) {
   const reg t = V::mul(x, V::set1(1.44269504088896341f));
   const reg r = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF);
@@ -214,7 +214,7 @@ inline reg weight_exp(reg x) {
   p = V::fma(p, r, V::set1(2.401536172263563e-1f));
   p = V::fma(p, r, V::set1(6.931530731791089e-1f));
   p = V::fma(p, r, V::set1(9.999999250639034e-1f));
-  return _mm512_scalef_ps(p, t);
+  return _mm512_maskz_scalef_ps(V::counts(x), p, t);
 }
 
 // Weights of 16 queries: p[i, j] = exp(s[j, i] - max_i) in bf16, zero for L <= j < the next multiple of 32, with the

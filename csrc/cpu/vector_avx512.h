@@ -50,10 +50,12 @@ struct Avx512 {
   static void store(BFloat16* p, reg x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(x)); }
   static void store_n(BFloat16* p, reg x, int n) { _mm256_mask_storeu_epi16(p, first(n), to_bfloat16(x)); }
 
-  // exp for x <= some tens: 2^n * p(r) with |r| <= ln2 / 2, error below 2 units in the last place. Below the clamp
-  // the result is 0, also for -inf.
+  // False where exp is to be 0; true for NaN, which stays NaN.
+  static __mmask16 counts(reg x) { return _mm512_cmp_ps_mask(x, set1(kLeastExponent), _CMP_NLT_UQ); }
+
+  // exp for x <= some tens: 2^n * p(r) with |r| <= ln2 / 2, error below 2 units in the last place; 0 below
+  // kLeastExponent, also for -inf.
   static reg exp(reg x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-105.0f));
     const reg n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)),
                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     reg r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
@@ -65,7 +67,7 @@ struct Avx512 {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
     p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(p, n);
+    return _mm512_maskz_scalef_ps(counts(x), p, n);
   }
 
   // log for normal x > 0.
