@@ -428,6 +428,37 @@ int64_t edge_columns(int64_t length) {
   return length > V::W && rest <= V::W / 8 ? rest : 0;
 }
 
+// One panel of grad_out's rows, packed into gp, with the products that read them once:
+//   sums[i] += sum_c g[i, c] o[i, c], where out is given, and sums[(1 + e) * rows + i] += sum_c g[i, c] v[e, c]
+// over the EDGES keys whose values of this panel lie `width` apart at v. A sum is a vector of partial sums.
+template <class V, int EDGES, class S>
+void pack_gradient(const LineView<const S>& g, const LineView<const S>* out, const typename V::T* v, int64_t rows,
+                   int64_t first, int64_t cols, typename V::T* gp, int64_t ld, typename V::T* sums) {
+  using reg = typename V::reg;
+  const int64_t width = round_up(cols, V::W);
+  for (int64_t i = 0; i < rows; ++i) {
+    const S* from = g.data + i * g.row + first;
+    const S* with = out ? out->data + i * out->row + first : nullptr;
+    typename V::T* to = gp + i * ld;
+    reg dot = V::zero(), edge[EDGES + 1];
+    for (int e = 0; e < EDGES; ++e) edge[e] = V::zero();
+    for (int64_t x = 0; x < cols; x += V::W) {
+      const reg y = load_some<V>(from + x, cols - x);
+      V::store(to + x, y);
+      if (with) dot = V::fma(load_some<V>(with + x, cols - x), y, dot);
+      CCNET_UNROLL
+      for (int e = 0; e < EDGES; ++e) edge[e] = V::fma(y, V::load(v + e * width + x), edge[e]);
+    }
+    typename V::T* sum = sums + i * V::W;
+    if (with) V::store(sum, V::add(V::load(sum), dot));
+    CCNET_UNROLL
+    for (int e = 0; e < EDGES; ++e) {
+      sum += rows * V::W;
+      V::store(sum, V::add(V::load(sum), edge[e]));
+    }
+  }
+}
+
 template <class V, class S>
 void backward_axis(const BackwardArgs& args, int axis, bool first) {
   using T = typename V::T;
@@ -439,6 +470,9 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
                 jpad = edge ? L - edge : round_up(L, V::W), row_pad = round_up(L, V::W);
   const int64_t panel = 2 * V::kPanelVectors * V::W, g_ld = leading<V>(panel), qkpad = leading<V>(QK);
   const bool masked = !keeps_self(grid.axes, axis);
+  const auto pack_with_edges = edge == 0   ? pack_gradient<V, 0, S>
+                               : edge == 1 ? pack_gradient<V, 1, S>
+                                           : pack_gradient<V, 2, S>;
   const Strides stat = scalar_strides(grid);
   // Blocks of queries after the first add to a line that should still be at hand.
   const Store query_store = first ? Store::kReplace : Store::kJoin;
@@ -457,8 +491,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
     T* vt = scratch.take(panel * lpad);   // value transposed, the same channels
     T* lse = scratch.take(bpad);
     T* delta = scratch.take(bpad);
-    T* dots = scratch.take(bpad * V::W);
-    T* edges = scratch.take(edge * bpad * V::W);
+    T* sums = scratch.take((1 + edge) * bpad * V::W);
     T* tile = scratch.take(panel * max_rows<V>(1));
 
     int64_t line, upcoming;
@@ -506,39 +539,16 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
           for (int64_t j = 0; j < row_pad; j += V::W) V::store(row + j, V::exp(V::sub(V::load(row + j), l)));
           if (masked) row[i0 + i] = T(0);
         }
-        if (first) {
-          for (int64_t i = 0; i < rows * V::W; ++i) dots[i] = T(0);
-        }
-        for (int64_t i = 0; i < edge * rows * V::W; ++i) edges[i] = T(0);
+        for (int64_t i = 0; i < (1 + edge) * rows * V::W; ++i) sums[i] = T(0);
 
         for (int64_t c = 0; c < C; c += panel) {
           const int64_t cols = C - c < panel ? C - c : panel;
           const int64_t width = round_up(cols, V::W);
           const int64_t next_cols = C - c - cols < panel ? C - c - cols : panel;
-          pack_rows<V>(g, rows, c, cols, gp, g_ld);
-          if (first) {
-            // delta_i = sum_c grad_out * out, while grad_out is at hand.
-            for (int64_t i = 0; i < rows; ++i) {
-              reg sum = V::load(dots + i * V::W);
-              const S* out_row = o.data + i * o.row + c;
-              for (int64_t x = 0; x < cols; x += V::W) {
-                sum = V::fma(load_some<V>(out_row + x, cols - x), V::load(gp + i * g_ld + x), sum);
-              }
-              V::store(dots + i * V::W, sum);
-            }
-          }
-          pack_columns<V>(v, jpad < L ? jpad : L, c, cols, vt, lpad);
-          for (int64_t e = 0; e < edge; ++e) {
-            pack_rows<V>(LineView<const S>{v.data + (jpad + e) * v.row, v.row}, 1, c, cols, tile, width);
-            for (int64_t i = 0; i < rows; ++i) {
-              T* sum_at = edges + (e * rows + i) * V::W;
-              reg sum = V::load(sum_at);
-              for (int64_t x = 0; x < width; x += V::W) {
-                sum = V::fma(V::load(gp + i * g_ld + x), V::load(tile + x), sum);
-              }
-              V::store(sum_at, sum);
-            }
-          }
+          if (edge > 0) pack_rows<V>(LineView<const S>{v.data + jpad * v.row, v.row}, edge, c, cols, tile, width);
+          // delta_i = sum_c grad_out * out, while grad_out is at hand.
+          pack_with_edges(g, first ? &o : nullptr, tile, rows, c, cols, gp, g_ld, sums);
+          pack_columns<V>(v, edge > 0 ? jpad : L, c, cols, vt, lpad);
           Ahead ahead;
           if (next_cols > 0) {
             ahead.add(g.data + c + cols, g.row, rows, next_cols);
@@ -562,7 +572,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
           lse[i] = lse_in[i * stat_row];
           if (first) {
             T sum = T(0);
-            for (int e = 0; e < V::W; ++e) sum += dots[i * V::W + e];
+            for (int e = 0; e < V::W; ++e) sum += sums[i * V::W + e];
             delta_io[i * stat_row] = sum;
           }
           delta[i] = delta_io[i * stat_row];
@@ -571,7 +581,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
           const T* prob = p + i * lpad;
           for (int64_t e = 0; e < edge; ++e) {
             T sum = T(0);
-            for (int x = 0; x < V::W; ++x) sum += edges[(e * rows + i) * V::W + x];
+            for (int x = 0; x < V::W; ++x) sum += sums[((1 + e) * rows + i) * V::W + x];
             row[jpad + e] = sum;
           }
           for (int64_t j = 0; j < row_pad; j += V::W) {

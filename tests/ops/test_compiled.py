@@ -218,6 +218,35 @@ def test_huge_and_constant_energies_give_no_nan(dtype, instruction_set):
         torch.testing.assert_close(got[0].double(), wanted, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("peak", [60.0, 100.0, 400.0])
+def test_weights_that_underflow_count_as_nothing(peak, dtype, instruction_set):
+    # Weights of e^-60 to e^-400 beside the largest, through the range in which float32 grows coarse and ends.
+    generator = torch.Generator().manual_seed(0)
+    query = torch.ones(1, 1, 9, 37, dtype=dtype)
+    key = (-peak * torch.rand(1, 1, 9, 37, generator=generator)).to(dtype)
+    value, grad_out = (torch.randn(1, 40, 9, 37, generator=generator).to(dtype) for _ in range(2))
+    got = run_compiled((query, key, value), grad_out)
+    wanted = outputs_and_gradients(
+        dense_attention, [x.double() for x in (query, key, value)], grad_out.double()
+    )
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
+    for g, w, scale in zip(got, wanted, (1.0, 5.0 * peak, 5.0, 1.0), strict=True):
+        assert relative_error(g, w, scale) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("which", [0, 1])
+def test_nan_energies_stay_nan(which, dtype, instruction_set):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, c, 6, 35, generator=generator).to(dtype) for c in (4, 4, 33)]
+    inputs[which][0, 2, 3, 17] = float("nan")
+    out = torch.ops.ccnet_d2.criss_cross_forward(*inputs)[0]
+    wanted = dense_attention(*(x.double() for x in inputs))
+    assert 0 < wanted.isnan().sum() < wanted.numel()
+    torch.testing.assert_close(out.double(), wanted, rtol=0.05, atol=0.05, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_same_bits_in_every_run_and_for_any_number_of_threads(dtype, layout):
