@@ -69,3 +69,20 @@ def test_wrong_sizes_are_refused(text, capsys):
     with pytest.raises(SystemExit):
         benchmark_op.parse_arguments(["--sizes", text])
     assert "is no size" in capsys.readouterr().err
+
+
+def test_energies_have_the_deviation_asked_for():
+    command = ["--device", "cpu", "--channels", "256", "--energy-std", "16", "--backends", "reference"]
+    case = benchmark_op.Case(benchmark_op.parse_arguments(command), (24, 24), torch.float32)
+    seen = {}
+    case.cores = lambda: {"reference": lambda query, key, value: seen.update(q=query, k=key) or value}
+    case.core_calls(backward=False)["reference"]()
+    energies = seen["q"].flatten(2)[0].T @ seen["k"].flatten(2)[0]
+    assert energies.std().item() == pytest.approx(16, rel=0.05)
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "inf"])
+def test_wrong_energies_are_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_op.parse_arguments(["--energy-std", text])
+    assert "must be a finite number" in capsys.readouterr().err

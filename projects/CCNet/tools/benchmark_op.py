@@ -267,8 +267,9 @@ class Case:
         return {name: found[name].to(self.device, self.dtype) for name in order}
 
     def core_calls(self, *, backward: bool) -> dict[str, Callable[[], object]]:
-        # A scale at which the softmax is neither flat nor a maximum.
-        query, key = (self.tensor(self.key_channels, scale=self.key_channels**-0.25) for _ in range(2))
+        # At a deviation of 1 the softmax is neither flat nor a maximum.
+        scale = math.sqrt(self.arguments.energy_std) * self.key_channels**-0.25
+        query, key = (self.tensor(self.key_channels, scale=scale) for _ in range(2))
         tensors = (query, key, self.tensor(self.channels), self.tensor(self.channels))
         layouts = {False: tensors, True: tuple(_channels_last(x) for x in tensors)}
         calls = {}
@@ -577,6 +578,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--recurrence", type=int, default=2, help="R of the training step in the memory section"
     )
+    parser.add_argument(
+        "--energy-std",
+        type=float,
+        default=1.0,
+        help="standard deviation of the core's energies; from 16 on most weights underflow",
+    )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="default: all that run here")
     parser.add_argument("--no-non-local", dest="non_local", action="store_false")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
@@ -594,6 +601,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         )
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here.")
+    if not 0 <= arguments.energy_std < math.inf:
+        parser.error(f"--energy-std {arguments.energy_std} must be a finite number, 0 or more.")
     reasons = backends_on(arguments.device)
     for backend in arguments.backends or ():
         if reasons[backend] is not None:
@@ -627,7 +636,8 @@ def main(argv: list[str] | None = None) -> int:
     environment = benchmark.environment()
     print(
         f"{environment['processor']}, {environment['threads']} threads, torch {environment['torch']}; "
-        f"B={arguments.batch} C={environment['channels']} C'={environment['key_channels']}; "
+        f"B={arguments.batch} C={environment['channels']} C'={environment['key_channels']} "
+        f"energies +-{arguments.energy_std:g}; "
         f"copy {environment['gb_per_second']:.1f} GB/s; matrix product "
         + ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in environment["gflops"].items())
         + f"; kernels {environment['kernels']}"
