@@ -19,7 +19,15 @@ from ccnet_d2.modeling import CCNet, CCNetHead, PlainConvNet
 
 CLASSES = 4
 IMAGES = 8
-CASES = ("uneven labels", "all ignored", "one rank all ignored", "single-pixel class", "one class", "OHEM")
+CASES = (
+    "uneven labels",
+    "all ignored",
+    "one rank all ignored",
+    "single-pixel class",
+    "one class",
+    "OHEM",
+    "recompute",
+)
 
 
 def make_model(dtype: torch.dtype = torch.float64, case: str = "") -> nn.Module:
@@ -33,7 +41,7 @@ def make_model(dtype: torch.dtype = torch.float64, case: str = "") -> nn.Module:
             in_feature="conv",
             num_classes=CLASSES,
             channels=16,
-            context="rcca",
+            context="rcca_recompute" if case == "recompute" else "rcca",
             norm="SyncBN",
             dropout=0.0,
             aux_feature="conv",

@@ -30,7 +30,8 @@ def two_processes(tmp_path_factory):
 @pytest.mark.parametrize("case", programs.CASES)
 def test_gradients_are_those_of_one_process(two_processes, case):
     ours = torch.load(two_processes / f"{case}.pt")
-    single = programs.losses_and_gradients(programs.make_model(case=case), programs.make_batch(case))
+    alone = "" if case == "recompute" else case  # by attention that keeps everything
+    single = programs.losses_and_gradients(programs.make_model(case=alone), programs.make_batch(case))
     torch.testing.assert_close(ours["loss"], single["loss"], rtol=1e-12, atol=1e-14)
     assert max(programs.relative_errors(ours, single)) < 1e-10
     for name, buffer in single["buffers"].items():  # running statistics
