@@ -11,6 +11,7 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from ccnet_d2.autocast import autocast
 from ccnet_d2.checkpoint import CheckpointError, atomic_write, load_file
 from ccnet_d2.data.randomness import GeneratorStates
 from ccnet_d2.errors import UserError
@@ -214,7 +215,7 @@ def replay(model: nn.Module, step: StoredStep) -> Finding:
     random.restore()
 
     def forward() -> Mapping[str, Tensor]:
-        with torch.autocast(device_type, dtype=dtype, enabled=dtype is not None):
+        with autocast(device_type, dtype):
             return model(step.batch)
 
     return find(model, step.batch, forward)

@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from ccnet_d2.autocast import autocast
 from ccnet_d2.data.randomness import GeneratorStates
 from ccnet_d2.data.train_loader import TrainLoader
 from ccnet_d2.errors import UserError
@@ -23,7 +24,6 @@ from .non_finite import NonFiniteGuard, gradients_are_finite, gradients_look_fin
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEAD_WORKER = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)\.|exited unexpectedly)"
 )
@@ -45,7 +45,7 @@ class Trainer(SimpleTrainer):
         data_loader,
         optimizer: torch.optim.Optimizer,
         *,
-        amp_dtype: str | None = None,
+        amp_dtype: torch.dtype | None = None,
         clip_grad_norm: float | None = None,
         guard: NonFiniteGuard | None = None,
     ) -> None:
@@ -54,22 +54,15 @@ class Trainer(SimpleTrainer):
             model: gives a dict of losses in training.
             data_loader: an iterable of batches; its place is saved if it has a `state_dict`.
             optimizer: over the model's parameters.
-            amp_dtype: "bfloat16", "float16", or None to train in fp32.
+            amp_dtype: torch.bfloat16, torch.float16, or None to train in fp32.
             clip_grad_norm: clip the gradients' total L2 norm to this.
             guard: looks into losses and gradients that are not finite; default: one that writes nothing.
-
-        Raises:
-            UserError: amp_dtype is unknown, or is float16 on a CPU.
         """
         super().__init__(model, data_loader, optimizer)
         self.device_type = next(model.parameters()).device.type
-        if amp_dtype is not None and amp_dtype not in _DTYPES:
-            raise UserError(f"train.amp.dtype={amp_dtype!r} is not 'auto', 'bfloat16' or 'float16'.")
-        if amp_dtype == "float16" and self.device_type == "cpu":
-            raise UserError("train.amp.dtype=float16 does not train on a CPU: use bfloat16.")
-        self.amp_dtype = None if amp_dtype is None else _DTYPES[amp_dtype]
+        self.amp_dtype = amp_dtype
         self.clip_grad_norm = clip_grad_norm
-        self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=amp_dtype == "float16")
+        self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=amp_dtype == torch.float16)
         self.guard = guard or NonFiniteGuard()
         self._random: GeneratorStates | None = None
         self._process_states: list[dict[str, Any]] | None = None
@@ -144,7 +137,7 @@ class Trainer(SimpleTrainer):
             data: a batch.
             model: another one than the trainer's, such as the one inside its distributed wrapper.
         """
-        with torch.autocast(self.device_type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+        with autocast(self.device_type, self.amp_dtype):
             return (model or self.model)(data)
 
     def state_dict(self) -> dict[str, Any]:
@@ -237,10 +230,3 @@ def _dead_worker(error: BaseException | None) -> re.Match[str] | None:
         found = _DEAD_WORKER.search(str(error)) or found
         error = error.__cause__ or error.__context__
     return found
-
-
-def auto_amp_dtype(device_type: str) -> str:
-    """The half-precision dtype to train in: float16 only where a GPU has no bf16 units."""
-    if device_type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return "float16"
-    return "bfloat16"

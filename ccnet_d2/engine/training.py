@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ccnet_d2.autocast import autocast, configured_amp_dtype
 from ccnet_d2.checkpoint import SafeCheckpointer, atomic_write_text, disk_full_reported, load_checkpoint
 from ccnet_d2.data.train_loader import TrainLoader
 from ccnet_d2.devices import available_device
@@ -36,7 +37,7 @@ from .param_groups import merge_param_groups
 from .pictures import PredictionPictures
 from .saving import ReportBadSamples, SaveCheckpoints
 from .train_data import build_train_loader
-from .trainer import Trainer, auto_amp_dtype
+from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
         ddp_model,
         train_loader,
         optimizer,
-        amp_dtype=_amp_dtype(cfg),
+        amp_dtype=configured_amp_dtype(cfg, torch.device(cfg.train.device).type),
         clip_grad_norm=cfg.train.clip_grad_norm,
         guard=NonFiniteGuard(cfg.train.output_dir, cfg.train.non_finite_retries),
     )
@@ -170,9 +171,8 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> Mapping[str, Any] | None:
         return None
     model = own_model(model)  # the shared one may wait for processes that have fewer images
     copy_buffers_from_main_process(model)
-    dtype = _amp_dtype(cfg)
     device_type = torch.device(cfg.train.device).type
-    with torch.autocast(device_type, dtype=getattr(torch, dtype) if dtype else None, enabled=bool(dtype)):
+    with autocast(device_type, configured_amp_dtype(cfg, device_type)):
         results = inference_on_dataset(
             _in_test_mode(cfg, model),
             instantiate(cfg.dataloader.test),
@@ -205,13 +205,6 @@ def _in_test_mode(cfg: DictConfig, model: nn.Module) -> nn.Module:
     """The model as `test.inference`, a mode or its name, says to run it; the model itself if the run says nothing."""
     mode = configured_mode(cfg)
     return model if mode is None else mode.bind(model, OmegaConf.select(cfg, "dataloader.test.dataset.names"))
-
-
-def _amp_dtype(cfg: DictConfig) -> str | None:
-    amp = cfg.train.amp
-    if not amp.enabled:
-        return None
-    return auto_amp_dtype(torch.device(cfg.train.device).type) if amp.dtype == "auto" else amp.dtype
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from detectron2.data import transforms as T
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from ccnet_d2.autocast import amp_dtype, autocast, configured_amp_dtype
 from ccnet_d2.checkpoint import load_checkpoint
 from ccnet_d2.data.image_files import read_image
 from ccnet_d2.devices import available_device
@@ -93,6 +94,7 @@ class Predictor:
         input_format: str | None = None,
         augmentations: Sequence[Any] | None = None,
         compile: bool | None = None,
+        amp: bool | str | None = None,
     ) -> None:
         """
         Args:
@@ -110,10 +112,13 @@ class Predictor:
                 run's test mapper. Answers come back in the image's own size.
             compile: run the model through torch.compile, which pays from some dozens of images on; default:
                 `train.compile` of a run.
+            amp: run the model under autocast: "bfloat16", "float16", or True for what suits the device; faster
+                where it has units for it. Default: `train.amp` of a run. Where a pixel looks is always
+                computed in the model's own dtype.
 
         Raises:
-            UserError: no such run or checkpoint, a run without weights, no such device, or an input format
-                that is neither given nor known.
+            UserError: no such run or checkpoint, a run without weights, no such device, an input format that
+                is neither given nor known, or an `amp` that the device does not run.
         """
         if isinstance(model, str | os.PathLike):
             model = get_config(os.fspath(model))
@@ -136,6 +141,11 @@ class Predictor:
         self.model.eval()
         if OmegaConf.select(cfg, "train.compile") if compile is None and cfg is not None else compile:
             compile_model(self.model)
+        self.device_type = next((p.device.type for p in self.model.parameters()), "cpu")
+        if amp is None:
+            self.amp_dtype = None if cfg is None else configured_amp_dtype(cfg, self.device_type)
+        else:
+            self.amp_dtype = amp_dtype("auto" if amp is True else amp, self.device_type) if amp else None
 
         self.input_format = input_format or getattr(model, "input_format", None)
         if self.input_format not in ("RGB", "BGR"):
@@ -179,9 +189,20 @@ class Predictor:
         rgb = read_image(str(path)) if path is not None else as_rgb(image)
         inputs = [self._inputs(rgb)]
         if not labels_only:
-            return self.prediction_of(rgb, self.mode(inputs)[0]["sem_seg"], path)
-        labels = self.mode.predict_labels(inputs)[0]
+            return self.prediction_of(rgb, self.logits(inputs), path)
+        with autocast(self.device_type, self.amp_dtype):
+            labels = self.mode.predict_labels(inputs)[0]
         return Prediction(rgb, labels.numpy(), None, self._class_table(None, labels), path)
+
+    def logits(self, inputs: list[dict[str, Any]]) -> Tensor:
+        """(K, H, W), or (T, K, H, W) of a clip, in the test mode and under autocast.
+
+        Args:
+            inputs: one dict of Detectron2's convention.
+        """
+        with autocast(self.device_type, self.amp_dtype):
+            logits: Tensor = self.mode(inputs)[0]["sem_seg"]
+        return logits
 
     def prediction_of(self, image: np.ndarray, logits: Tensor, path: Path | None = None) -> Prediction:
         """The prediction that logits of this model mean.

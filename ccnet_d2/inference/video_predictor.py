@@ -200,8 +200,7 @@ class VideoPredictor(Predictor):
         """T frames (3, h, w) -> logits (T, K, h, w)."""
         clip = torch.stack(frames)
         height, width = clip.shape[-2:]
-        answer = self.mode([{"image": clip, "height": height, "width": width}])
-        return answer[0]["sem_seg"]
+        return self.logits([{"image": clip, "height": height, "width": width}])
 
     def _prediction(self, rgb: np.ndarray, logits: Tensor) -> Prediction:
         bands = LabelBands(

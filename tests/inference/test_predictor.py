@@ -131,6 +131,33 @@ def test_two_lines_from_a_run_and_a_checkpoint(toy_checkpoint, photograph):
     assert isinstance(Predictor(cfg, mode="whole").mode, WholeImage)
 
 
+def test_half_precision(toy_checkpoint, photograph):
+    path, array = photograph
+    full = Predictor("toy/ccnet_synthetic.py", toy_checkpoint)
+    cfg = get_config("toy/ccnet_synthetic.py")
+    cfg.train.amp.enabled = True
+    configured = Predictor(cfg, toy_checkpoint)
+    asked = Predictor("toy/ccnet_synthetic.py", toy_checkpoint, amp="bfloat16")
+    tensor = torch.from_numpy(array.transpose(2, 0, 1).copy())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted = full.model([{"image": tensor, "height": 30, "width": 42}])[0]["sem_seg"]
+    for predictor in (configured, asked):
+        prediction = predictor(path)
+        assert torch.equal(prediction.logits, wanted)
+        assert np.array_equal(predictor(path, labels_only=True).labels, prediction.labels)
+    exact = full(path).logits
+    assert not torch.equal(wanted, exact)
+    torch.testing.assert_close(wanted, exact, rtol=0.05, atol=0.05 * exact.abs().max().item())
+    # A run's setting gives way to the argument, and attention maps are exact.
+    assert torch.equal(Predictor(cfg, toy_checkpoint, amp=False)(path).logits, exact)
+    for ours, wanted_map in zip(
+        configured.attention(path, 5, 6).maps, full.attention(path, 5, 6).maps, strict=True
+    ):
+        assert np.array_equal(ours, wanted_map)
+    with pytest.raises(ValueError, match="float16 does not run on a CPU: use bfloat16"):
+        Predictor("toy/ccnet_synthetic.py", toy_checkpoint, amp="float16")
+
+
 def test_attention_of_a_run(toy_checkpoint, photograph):
     path, _ = photograph
     found = Predictor("toy/ccnet_synthetic.py", toy_checkpoint).attention(path, 21, 9)

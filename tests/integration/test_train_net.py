@@ -81,7 +81,7 @@ def test_same_seed_same_weights(train_net, tmp_path):
 def test_bf16_autocast_on_cpu(train_net):
     assert train_net("train.amp.enabled=True")[0] == 0
     status, error = train_net("train.amp.enabled=True", "train.amp.dtype=float16")
-    assert status == 1 and "float16 does not train on a CPU" in error
+    assert status == 1 and "float16 does not run on a CPU" in error
 
 
 def first(dataset, kind):

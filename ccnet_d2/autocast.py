@@ -1,0 +1,51 @@
+"""Half precision where a run's `train.amp` asks for it: in training, evaluation and prediction alike."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from ccnet_d2.errors import UserError
+
+__all__ = ["amp_dtype", "autocast", "configured_amp_dtype"]
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def amp_dtype(name: str, device_type: str) -> torch.dtype:
+    """The dtype that a name means on a device.
+
+    Args:
+        name: "bfloat16", "float16", or "auto": float16 only where a GPU has no bf16 units.
+        device_type: "cpu", "cuda", …
+
+    Raises:
+        UserError: the name is unknown, or float16 on a CPU.
+    """
+    if name == "auto":
+        old_gpu = device_type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.float16 if old_gpu else torch.bfloat16
+    if name not in _DTYPES:
+        raise UserError(f"train.amp.dtype={name!r} is not 'auto', 'bfloat16' or 'float16'.")
+    if name == "float16" and device_type == "cpu":
+        raise UserError("train.amp.dtype=float16 does not run on a CPU: use bfloat16.")
+    return _DTYPES[name]
+
+
+def configured_amp_dtype(cfg: DictConfig, device_type: str) -> torch.dtype | None:
+    """What a run's `train.amp` means on a device; None for fp32, as of a run that does not say.
+
+    Raises:
+        UserError: as `amp_dtype`.
+    """
+    if not OmegaConf.select(cfg, "train.amp.enabled"):
+        return None
+    return amp_dtype(OmegaConf.select(cfg, "train.amp.dtype") or "auto", device_type)
+
+
+def autocast(device_type: str, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+    """Autocast to a dtype, or none."""
+    context: AbstractContextManager[None] = torch.autocast(
+        device_type, dtype=dtype, enabled=dtype is not None
+    )
+    return context
