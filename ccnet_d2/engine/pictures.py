@@ -9,6 +9,7 @@ from detectron2.engine import HookBase
 from omegaconf import DictConfig
 from torch import nn
 
+from ccnet_d2.autocast import autocast, configured_amp_dtype
 from ccnet_d2.data.image_files import read_image, read_label
 from ccnet_d2.inference.classes import ClassTable
 from ccnet_d2.inference.visualize import save_prediction_grid
@@ -44,7 +45,11 @@ def draw_predictions(cfg: DictConfig, model: nn.Module, path: Path) -> None:
     records = DatasetCatalog.get(name)[: cfg.train.num_pictures]
     was_training = model.training
     model.eval()
-    predictions = [model([mapper(dict(record))])[0]["sem_seg"].argmax(0).cpu().numpy() for record in records]
+    device_type = next(model.parameters()).device.type
+    with autocast(device_type, configured_amp_dtype(cfg, device_type)):
+        predictions = [
+            model([mapper(dict(record))])[0]["sem_seg"].argmax(0).cpu().numpy() for record in records
+        ]
     model.train(was_training)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_prediction_grid(
