@@ -7,6 +7,7 @@ kernels (shapes without data, gradients, FLOPs) is registered here, in Python.
 Nothing of size N x (H+W) is kept for the backward pass, which recomputes the attention weights from query, key and
 the log-sum-exp of each position's energies. Results are bitwise equal between runs and do not depend on the number of
 threads. Outputs are channels-last in memory whatever the inputs are, since the kernels work on channels-last lines.
+On CPU, weights below 1e-24 of a line's largest are 0 in precisions below fp64: subnormal numbers are slow there.
 Autocast does not touch the op: like the other backends it returns the dtype it is given.
 """
 
