@@ -469,6 +469,43 @@ void check_case(const Case& c, uint32_t seed, Fault fault, Worst& worst) {
   }
 }
 
+// Whether positions p and q of a grid lie on one line.
+bool share_a_line(const Grid& g, int64_t p, int64_t q) {
+  int different = 0;
+  for (int a = g.axes - 1; a >= 0; --a) {
+    different += p % g.size[a] != q % g.size[a];
+    p /= g.size[a];
+    q /= g.size[a];
+  }
+  return different <= 1;
+}
+
+// A key that is not a number reaches the queries on its lines, and no others.
+template <typename T>
+void check_nan(const Case& c, uint32_t seed) {
+  const Grid& g = c.grid;
+  std::mt19937 random(seed);
+  Tensor<T> query = make_tensor<T>(g, c.qk_channels, c.layout);
+  Tensor<T> key = make_tensor<T>(g, c.qk_channels, c.layout);
+  Tensor<T> value = make_tensor<T>(g, c.channels, c.layout);
+  fill(query, g, c.qk_channels, random, 1.f);
+  fill(key, g, c.qk_channels, random, 1.f);
+  fill(value, g, c.channels, random, 1.f);
+  const int64_t poisoned = g.positions() / 2;
+  key.data[element_at(g, key.strides, 0, c.qk_channels - 1, poisoned)] = from_float<T>(NAN);
+  Options options;
+  options.seed = seed;
+  Counts counts;
+  const Run<T> run = run_kernels(c, query, key, value, value, options, counts);
+  for_each_element(g, c.channels, [&](int64_t b, int, int64_t p, size_t i) {
+    const bool wanted = (b == 0 || key.strides.batch == 0) && share_a_line(g, p, poisoned);
+    if (std::isnan(run.out.values[i]) != wanted) {
+      throw Error("position " + std::to_string(p) + (wanted ? " misses" : " has") + " the NaN of key " +
+                  std::to_string(poisoned));
+    }
+  });
+}
+
 // Shared memory for `key_blocks` blocks of keys in the forward pass, and for the backward pass.
 template <typename T>
 DeviceInfo device_with(int key_blocks, int multiprocessors, int64_t blocks_per_grid) {
@@ -613,6 +650,7 @@ void check_dtype(const char* name, int cases, int capability, uint32_t seed, Fau
   for (size_t i = 0; i < list.size(); ++i) {
     try {
       check_case<T>(list[i], seed + static_cast<uint32_t>(i), fault, worst);
+      if (i % 3 == 0 && fault == Fault::kNone) check_nan<T>(list[i], seed + static_cast<uint32_t>(i));
     } catch (const std::exception& e) {
       throw Error(std::string(name) + ", case " + std::to_string(i) + " (" + describe(list[i]) + "): " + e.what());
     }
