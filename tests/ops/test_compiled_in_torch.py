@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 from torch.utils.flop_counter import FlopCounterMode
 
 from ccnet_d2.ops import compiled, criss_cross_attention
@@ -26,15 +27,15 @@ def draw(*sizes, requires_grad=False, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(sizes, dtype):
     inputs = draw(*sizes, requires_grad=True, dtype=dtype)
-    torch.library.opcheck(torch.ops.ccnet_d2.criss_cross_forward, inputs)
+    library.opcheck(torch.ops.ccnet_d2.criss_cross_forward, inputs)
     plain = [x.detach() for x in inputs]
     out, lse = torch.ops.ccnet_d2.criss_cross_forward(*plain)
-    torch.library.opcheck(torch.ops.ccnet_d2.criss_cross_backward, [out, *plain, out, lse])
+    library.opcheck(torch.ops.ccnet_d2.criss_cross_backward, [out, *plain, out, lse])
 
 
 def test_opcheck_of_other_strides():
     inputs = [x.contiguous(memory_format=torch.channels_last).requires_grad_() for x in draw(5, 6)]
-    torch.library.opcheck(torch.ops.ccnet_d2.criss_cross_forward, inputs)
+    library.opcheck(torch.ops.ccnet_d2.criss_cross_forward, inputs)
 
 
 def test_compile_is_one_graph_with_gradients():

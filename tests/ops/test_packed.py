@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 from torch.utils.flop_counter import FlopCounterMode
 
 from ccnet_d2.ops import compiled, packed
@@ -56,12 +57,10 @@ def test_by_way_of_parts(sizes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(sizes, dtype):
     x = draw(*sizes, dtype=dtype)
-    torch.library.opcheck(torch.ops.ccnet_d2.criss_cross_packed_forward, (x, KEY_CHANNELS))
+    library.opcheck(torch.ops.ccnet_d2.criss_cross_packed_forward, (x, KEY_CHANNELS))
     plain = x.detach()
     out, lse = packed.forward(plain, KEY_CHANNELS)
-    torch.library.opcheck(
-        torch.ops.ccnet_d2.criss_cross_packed_backward, (out, plain, KEY_CHANNELS, out, lse)
-    )
+    library.opcheck(torch.ops.ccnet_d2.criss_cross_packed_backward, (out, plain, KEY_CHANNELS, out, lse))
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -79,7 +78,7 @@ def test_gradient_of_value_into_some_channels(sizes, dtype):
         assert torch.equal(grads[0], wanted[0]) and torch.equal(grads[1], wanted[1])
         assert torch.equal(room[:, :4], before[:, :4])
         assert torch.equal(room[:, 4 + CHANNELS :], before[:, 4 + CHANNELS :])
-    torch.library.opcheck(torch.ops.ccnet_d2.criss_cross_backward_into, (*inputs, room[:, 4 : 4 + CHANNELS]))
+    library.opcheck(torch.ops.ccnet_d2.criss_cross_backward_into, (*inputs, room[:, 4 : 4 + CHANNELS]))
 
 
 def test_second_derivative_is_refused():
