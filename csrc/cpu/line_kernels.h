@@ -570,20 +570,12 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
 
         for (int64_t i = 0; i < rows; ++i) {
           lse[i] = lse_in[i * stat_row];
-          if (first) {
-            T sum = T(0);
-            for (int e = 0; e < V::W; ++e) sum += sums[i * V::W + e];
-            delta_io[i * stat_row] = sum;
-          }
+          if (first) delta_io[i * stat_row] = sum_lanes<V>(sums + i * V::W);
           delta[i] = delta_io[i * stat_row];
           const reg d = V::set1(delta[i]);
           T* row = ds + i * lpad;
           const T* prob = p + i * lpad;
-          for (int64_t e = 0; e < edge; ++e) {
-            T sum = T(0);
-            for (int x = 0; x < V::W; ++x) sum += sums[((1 + e) * rows + i) * V::W + x];
-            row[jpad + e] = sum;
-          }
+          for (int64_t e = 0; e < edge; ++e) row[jpad + e] = sum_lanes<V>(sums + ((1 + e) * rows + i) * V::W);
           for (int64_t j = 0; j < row_pad; j += V::W) {
             // C = 0 leaves ds unwritten, and then delta and every gradient but dV's are zero.
             const reg dp = C > 0 ? V::load(row + j) : V::zero();

@@ -66,6 +66,14 @@ void load_transposed(const S* p, int64_t row, int64_t rows, int64_t cols, typena
   V::transpose(t);
 }
 
+// The sum of the vector that lies at p, first to last.
+template <class V>
+typename V::T sum_lanes(const typename V::T* p) {
+  typename V::T sum = 0;
+  for (int e = 0; e < V::W; ++e) sum += p[e];
+  return sum;
+}
+
 template <class S>
 S* line_data(const TensorRef& t, const Grid& grid, int axis, int64_t line) {
   return static_cast<S*>(t.data) + line_offset(grid, t.strides, axis, line);

@@ -169,6 +169,35 @@ void read_back(Tensor<T>& t, const Grid& g, int channels) {
   });
 }
 
+// What the kernels are given.
+template <typename T>
+struct Inputs {
+  Tensor<T> query, key, value, grad_out;
+
+  // `scale`: of query and key.
+  Inputs(const Case& c, std::mt19937& random, float scale)
+      : query(make_tensor<T>(c.grid, c.qk_channels, c.layout)),
+        key(make_tensor<T>(c.grid, c.qk_channels, c.layout)),
+        value(make_tensor<T>(c.grid, c.channels, c.layout)),
+        grad_out(make_tensor<T>(c.grid, c.channels, c.layout)) {
+    fill(query, c.grid, c.qk_channels, random, scale);
+    fill(key, c.grid, c.qk_channels, random, scale);
+    fill(value, c.grid, c.channels, random, 1.f);
+    fill(grad_out, c.grid, c.channels, random, 1.f);
+  }
+};
+
+// Whether positions p and q of a grid differ along at most one axis.
+bool share_a_line(const Grid& g, int64_t p, int64_t q) {
+  int different = 0;
+  for (int a = g.axes - 1; a >= 0; --a) {
+    different += p % g.size[a] != q % g.size[a];
+    p /= g.size[a];
+    q /= g.size[a];
+  }
+  return different <= 1;
+}
+
 struct Expected {
   std::vector<double> out, lse, grad_query, grad_key, grad_value;
 };
@@ -184,15 +213,6 @@ Expected brute_force(const Case& c, const std::vector<double>& q, const std::vec
   e.grad_query.assign(q.size(), 0);
   e.grad_key.assign(q.size(), 0);
   e.lse.assign(static_cast<size_t>(g.batch * n), 0);
-  const auto differing_axes = [&](int64_t p, int64_t r) {
-    int count = 0;
-    for (int a = g.axes - 1; a >= 0; --a) {
-      count += p % g.size[a] != r % g.size[a];
-      p /= g.size[a];
-      r /= g.size[a];
-    }
-    return count;
-  };
   const auto at = [n](int channels, int64_t b, int channel, int64_t p) {
     return static_cast<size_t>((b * channels + channel) * n + p);
   };
@@ -202,7 +222,7 @@ Expected brute_force(const Case& c, const std::vector<double>& q, const std::vec
     for (int64_t p = 0; p < n; ++p) {
       keys.clear();
       for (int64_t r = 0; r < n; ++r) {
-        if (differing_axes(p, r) <= 1) keys.push_back(r);
+        if (share_a_line(g, p, r)) keys.push_back(r);
       }
       weight.assign(keys.size(), 0);
       slope.assign(keys.size(), 0);
@@ -299,9 +319,9 @@ void check(int error) {
 }
 
 template <typename T>
-Run<T> run_kernels(const Case& c, Tensor<T>& query, Tensor<T>& key, Tensor<T>& value, Tensor<T>& grad_out,
-                   const Options& options, Counts& counts) {
+Run<T> run_kernels(const Case& c, Inputs<T>& inputs, const Options& options, Counts& counts) {
   const Grid& g = c.grid;
+  auto& [query, key, value, grad_out] = inputs;
   const int64_t positions = g.batch * g.positions();
   Run<T> run;
   run.out = make_tensor<T>(g, c.channels, Layout::kChannelsLast);
@@ -423,24 +443,17 @@ std::string describe(const Case& c) {
 
 template <typename T>
 void check_case(const Case& c, uint32_t seed, Fault fault, Worst& worst) {
-  const Grid& g = c.grid;
   std::mt19937 random(seed);
-  Tensor<T> query = make_tensor<T>(g, c.qk_channels, c.layout);
-  Tensor<T> key = make_tensor<T>(g, c.qk_channels, c.layout);
-  Tensor<T> value = make_tensor<T>(g, c.channels, c.layout);
-  Tensor<T> grad_out = make_tensor<T>(g, c.channels, c.layout);
   const float scale = static_cast<float>(sqrt(c.logit_scale / sqrt(static_cast<double>(c.qk_channels))));
-  fill(query, g, c.qk_channels, random, scale);
-  fill(key, g, c.qk_channels, random, scale);
-  fill(value, g, c.channels, random, 1.f);
-  fill(grad_out, g, c.channels, random, 1.f);
-  const Expected expected = brute_force(c, query.values, key.values, value.values, grad_out.values);
+  Inputs<T> inputs(c, random, scale);
+  const Expected expected = brute_force(c, inputs.query.values, inputs.key.values, inputs.value.values,
+                                        inputs.grad_out.values);
 
   Options options;
   options.fault = fault;
   options.seed = seed;
   options.order = emulation::Order::kRandom;
-  Run<T> run = run_kernels(c, query, key, value, grad_out, options, worst.counts);
+  Run<T> run = run_kernels(c, inputs, options, worst.counts);
   const Errors out = errors_of(run.out.values, expected.out, "out", 0.05);
   const Errors lse = errors_of({run.lse.begin(), run.lse.end()}, expected.lse, "lse", 0.1);
   // dP and delta, which mostly cancel, are of the size of sqrt(C).
@@ -461,7 +474,7 @@ void check_case(const Case& c, uint32_t seed, Fault fault, Worst& worst) {
   // Other orders of threads and CTAs, copies landing at once: not one bit may differ.
   options.order = seed % 2 == 0 ? emulation::Order::kAscending : emulation::Order::kDescending;
   options.copies_land_late = false;
-  Run<T> again = run_kernels(c, query, key, value, grad_out, options, worst.counts);
+  Run<T> again = run_kernels(c, inputs, options, worst.counts);
   if (!same_bits(run.out, again.out) || !same_bits(run.grad_query, again.grad_query) ||
       !same_bits(run.grad_key, again.grad_key) || !same_bits(run.grad_value, again.grad_value) ||
       memcmp(run.lse.data(), again.lse.data(), run.lse.size() * 4) != 0) {
@@ -469,34 +482,19 @@ void check_case(const Case& c, uint32_t seed, Fault fault, Worst& worst) {
   }
 }
 
-// Whether positions p and q of a grid lie on one line.
-bool share_a_line(const Grid& g, int64_t p, int64_t q) {
-  int different = 0;
-  for (int a = g.axes - 1; a >= 0; --a) {
-    different += p % g.size[a] != q % g.size[a];
-    p /= g.size[a];
-    q /= g.size[a];
-  }
-  return different <= 1;
-}
-
 // A key that is not a number reaches the queries on its lines, and no others.
 template <typename T>
 void check_nan(const Case& c, uint32_t seed) {
   const Grid& g = c.grid;
   std::mt19937 random(seed);
-  Tensor<T> query = make_tensor<T>(g, c.qk_channels, c.layout);
-  Tensor<T> key = make_tensor<T>(g, c.qk_channels, c.layout);
-  Tensor<T> value = make_tensor<T>(g, c.channels, c.layout);
-  fill(query, g, c.qk_channels, random, 1.f);
-  fill(key, g, c.qk_channels, random, 1.f);
-  fill(value, g, c.channels, random, 1.f);
+  Inputs<T> inputs(c, random, 1.f);
+  Tensor<T>& key = inputs.key;
   const int64_t poisoned = g.positions() / 2;
   key.data[element_at(g, key.strides, 0, c.qk_channels - 1, poisoned)] = from_float<T>(NAN);
   Options options;
   options.seed = seed;
   Counts counts;
-  const Run<T> run = run_kernels(c, query, key, value, value, options, counts);
+  const Run<T> run = run_kernels(c, inputs, options, counts);
   for_each_element(g, c.channels, [&](int64_t b, int, int64_t p, size_t i) {
     const bool wanted = (b == 0 || key.strides.batch == 0) && share_a_line(g, p, poisoned);
     if (std::isnan(run.out.values[i]) != wanted) {
@@ -676,16 +674,10 @@ void print_traffic(const char* name, int64_t height, int64_t width) {
   c.channels = 512;
   c.device = hopper(132);
   std::mt19937 random(1);
-  Tensor<T> query = make_tensor<T>(c.grid, c.qk_channels, Layout::kChannelsLast);
-  Tensor<T> key = make_tensor<T>(c.grid, c.qk_channels, Layout::kChannelsLast);
-  Tensor<T> value = make_tensor<T>(c.grid, c.channels, Layout::kChannelsLast);
-  Tensor<T> grad_out = make_tensor<T>(c.grid, c.channels, Layout::kChannelsLast);
-  fill(query, c.grid, c.qk_channels, random, 0.3f);
-  fill(key, c.grid, c.qk_channels, random, 0.3f);
-  fill(value, c.grid, c.channels, random, 1.f);
-  fill(grad_out, c.grid, c.channels, random, 1.f);
+  c.layout = Layout::kChannelsLast;
+  Inputs<T> inputs(c, random, 0.3f);
   Counts counts;
-  run_kernels(c, query, key, value, grad_out, Options(), counts);
+  run_kernels(c, inputs, Options(), counts);
   const double least = static_cast<double>(height * width * 2 * (64 + 512) * int64_t{sizeof(T)});
   printf("%s %ldx%ld, C'=64, C=512: forward %.1f MB, %.2f x the least; backward %.1f MB, %.2f x the least\n", name,
          static_cast<long>(height), static_cast<long>(width), static_cast<double>(counts.forward_bytes) / 1e6,
