@@ -62,12 +62,8 @@ class _Energies(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_energy: Tensor) -> tuple[None, Tensor, Tensor]:
-        query, key = ctx.saved_tensors
-        grad_query, grad_key = torch.zeros_like(query), torch.zeros_like(key)
-        ctx.kernels._launch(
-            "_ca_backward_cuda", query, grad_energy.contiguous(), query, key, grad_query, grad_key
-        )
-        return None, grad_query, grad_key
+        query, _ = ctx.saved_tensors
+        return _gradients(ctx, "_ca_backward_cuda", query, grad_energy)
 
 
 class _Map(torch.autograd.Function):
@@ -81,9 +77,13 @@ class _Map(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[None, Tensor, Tensor]:
-        weight, value = ctx.saved_tensors
-        grad_weight, grad_value = torch.zeros_like(weight), torch.zeros_like(value)
-        ctx.kernels._launch(
-            "_ca_map_backward_cuda", value, grad_out.contiguous(), weight, value, grad_weight, grad_value
-        )
-        return None, grad_weight, grad_value
+        _, value = ctx.saved_tensors
+        return _gradients(ctx, "_ca_map_backward_cuda", value, grad_out)
+
+
+def _gradients(ctx: Any, name: str, like: Tensor, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+    """Of the two saved tensors, by a function of the library; see `OfficialKernels._launch`."""
+    first, second = ctx.saved_tensors
+    grads = torch.zeros_like(first), torch.zeros_like(second)
+    ctx.kernels._launch(name, like, grad.contiguous(), first, second, *grads)
+    return None, *grads
