@@ -9,7 +9,7 @@ from detectron2.engine import HookBase
 from omegaconf import DictConfig
 from torch import nn
 
-from ccnet_d2.autocast import autocast, configured_amp_dtype
+from ccnet_d2.autocast import configured_autocast
 from ccnet_d2.data.image_files import read_image, read_label
 from ccnet_d2.inference.classes import ClassTable
 from ccnet_d2.inference.visualize import save_prediction_grid
@@ -45,8 +45,7 @@ def draw_predictions(cfg: DictConfig, model: nn.Module, path: Path) -> None:
     records = DatasetCatalog.get(name)[: cfg.train.num_pictures]
     was_training = model.training
     model.eval()
-    device_type = next(model.parameters()).device.type
-    with autocast(device_type, configured_amp_dtype(cfg, device_type)):
+    with configured_autocast(cfg):
         predictions = [
             model([mapper(dict(record))])[0]["sem_seg"].argmax(0).cpu().numpy() for record in records
         ]

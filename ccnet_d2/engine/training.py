@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ccnet_d2.autocast import autocast, configured_amp_dtype
+from ccnet_d2.autocast import configured_amp_dtype, configured_autocast
 from ccnet_d2.checkpoint import SafeCheckpointer, atomic_write_text, disk_full_reported, load_checkpoint
 from ccnet_d2.data.train_loader import TrainLoader
 from ccnet_d2.devices import available_device
@@ -171,8 +171,7 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> Mapping[str, Any] | None:
         return None
     model = own_model(model)  # the shared one may wait for processes that have fewer images
     copy_buffers_from_main_process(model)
-    device_type = torch.device(cfg.train.device).type
-    with autocast(device_type, configured_amp_dtype(cfg, device_type)):
+    with configured_autocast(cfg):
         results = inference_on_dataset(
             _in_test_mode(cfg, model),
             instantiate(cfg.dataloader.test),

@@ -134,18 +134,17 @@ class Predictor:
                 f"model must be a module, a LazyConfig or the name of one, got {type(model).__name__}."
             )
         if device is not None:
-            device = available_device(device)  # before weights are read
+            device = available_device(device)
+        runs_on = device or next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._device_type = runs_on.type
+        self._amp_dtype = _amp_dtype(amp, cfg, self._device_type)
+        # What is wrong with the arguments is said by now, before weights are read.
         if checkpoint is not None:
             load_checkpoint(model, os.fspath(checkpoint))
         self.model = model if device is None else model.to(device)
         self.model.eval()
         if OmegaConf.select(cfg, "train.compile") if compile is None and cfg is not None else compile:
             compile_model(self.model)
-        self.device_type = next((p.device.type for p in self.model.parameters()), "cpu")
-        if amp is None:
-            self.amp_dtype = None if cfg is None else configured_amp_dtype(cfg, self.device_type)
-        else:
-            self.amp_dtype = amp_dtype("auto" if amp is True else amp, self.device_type) if amp else None
 
         self.input_format = input_format or getattr(model, "input_format", None)
         if self.input_format not in ("RGB", "BGR"):
@@ -190,7 +189,7 @@ class Predictor:
         inputs = [self._inputs(rgb)]
         if not labels_only:
             return self.prediction_of(rgb, self.logits(inputs), path)
-        with autocast(self.device_type, self.amp_dtype):
+        with autocast(self._device_type, self._amp_dtype):
             labels = self.mode.predict_labels(inputs)[0]
         return Prediction(rgb, labels.numpy(), None, self._class_table(None, labels), path)
 
@@ -200,7 +199,7 @@ class Predictor:
         Args:
             inputs: one dict of Detectron2's convention.
         """
-        with autocast(self.device_type, self.amp_dtype):
+        with autocast(self._device_type, self._amp_dtype):
             logits: Tensor = self.mode(inputs)[0]["sem_seg"]
         return logits
 
@@ -290,6 +289,14 @@ class Predictor:
                 "give `classes` that belong to it."
             )
         return known
+
+
+def _amp_dtype(amp: bool | str | None, cfg: DictConfig | None, device_type: str) -> torch.dtype | None:
+    if amp is None and cfg is not None:
+        return configured_amp_dtype(cfg, device_type)
+    if not amp:
+        return None
+    return amp_dtype("auto" if amp is True else amp, device_type, key="amp")
 
 
 def _test_augmentations(cfg: DictConfig | None) -> list[Any]:
