@@ -154,7 +154,7 @@ def test_half_precision(toy_checkpoint, photograph):
         configured.attention(path, 5, 6).maps, full.attention(path, 5, 6).maps, strict=True
     ):
         assert np.array_equal(ours, wanted_map)
-    with pytest.raises(ValueError, match="^amp=float16 does not run on a CPU: use bfloat16"):
+    with pytest.raises(ValueError, match=r"^amp=float16 does not run on a CPU: use bfloat16"):
         Predictor("toy/ccnet_synthetic.py", toy_checkpoint, amp="float16")
 
 
