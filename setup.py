@@ -42,7 +42,7 @@ DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 # TORCH_CUDA_ARCH_LIST calls it, and what nvcc does.
 ARCHITECTURE_KERNELS = {"hopper_": ("9.0", "90a")}
 # Kernels for instructions that not every compiler knows; the operator works without them.
-KERNELS_FOR_NEW_COMPILERS = ("kernel_amx.cpp", "kernel_avx512bf16.cpp")
+KERNELS_FOR_NEW_COMPILERS = ("kernel_amx.cpp", "kernel_amx_split.cpp", "kernel_avx512bf16.cpp")
 
 
 class NotBuilt(Exception):

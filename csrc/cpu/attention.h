@@ -88,6 +88,10 @@ const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512bf16_kernels();  // bf16 only, as are the next
 const Kernels* amx_kernels();
+const Kernels* amx_split_kernels();  // fp32 and fp16
+
+// The processor has AMX, the system keeps its state, and this process may use it (Linux asks for permission).
+bool matrix_units_usable();
 
 }  // namespace cpu
 }  // namespace ccnet

@@ -4,10 +4,7 @@
 #include "common.h"
 
 #if defined(CCNET_X86_DISPATCH) && defined(__linux__) && !defined(CCNET_LEAVE_OUT_KERNEL)
-#include <cpuid.h>
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target(                                                           \
@@ -27,44 +24,7 @@ namespace {
 #include "work.h"
 #include "merge_rows.h"
 #include "line_kernels_bf16.h"
-
-constexpr int64_t kTile = 16;  // rows of a tile, columns of an accumulator
-
-// ---------------------------------------------------------------------------------------------------- tiles
-
-struct alignas(64) TileConfig {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-};
-
-// Eight full tiles for as long as it lives; whatever configuration the thread had is put back.
-class Tiles {
- public:
-  Tiles() {
-    _tile_storeconfig(&before_);
-    TileConfig config;
-    memset(&config, 0, sizeof config);
-    config.palette = 1;
-    for (int i = 0; i < 8; ++i) {
-      config.row_bytes[i] = 64;
-      config.rows[i] = kTile;
-    }
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() {
-    if (before_.palette == 0) {
-      _tile_release();
-    } else {
-      _tile_loadconfig(&before_);
-    }
-  }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-
- private:
-  TileConfig before_;
-};
+#include "tiles.h"
 
 // C[16 * MT, 16 * NT] = A B over `depth` steps of 32 numbers; lda and ldb in bytes, ldc in floats.
 template <int MT, int NT>
@@ -156,28 +116,11 @@ struct Engine {
 
 namespace ccnet {
 namespace cpu {
-namespace {
-
-// The processor has the tiles, the kernel saves them, and this process may use them (Linux asks for permission).
-bool tiles_usable() {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (!__get_cpuid_count(1, 0, &eax, &ebx, &ecx, &edx) || !(ecx & (1u << 27))) return false;  // OSXSAVE
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  if (!(edx & (1u << 22)) || !(edx & (1u << 24))) return false;  // AMX-BF16, AMX-TILE
-  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax & (1u << 5))) return false;  // AVX512-BF16
-  unsigned low = 0, high = 0;
-  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  if ((low & (3u << 17)) != (3u << 17)) return false;
-  const long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
-}  // namespace
 
 const Kernels* amx_kernels() {
   static const Kernels* const usable = [] {
     const Kernels* plain = avx512_kernels();
-    if (plain == nullptr || !tiles_usable()) return static_cast<const Kernels*>(nullptr);
+    if (plain == nullptr || !matrix_units_usable()) return static_cast<const Kernels*>(nullptr);
     static const Kernels kernels = with_products<Engine>("amx", *plain);
     return &kernels;
   }();

@@ -53,7 +53,10 @@ void use_huge_pages(const Tensor& t) {
 const Kernels& select_kernels(DType dtype) {
   const int cap = isa_cap();
   if (dtype != DType::kDouble) {
-    if (dtype == DType::kBFloat16 && cap >= 4 && amx_kernels() != nullptr) return *amx_kernels();
+    if (cap >= 4) {
+      const Kernels* amx = dtype == DType::kBFloat16 ? amx_kernels() : amx_split_kernels();
+      if (amx != nullptr) return *amx;
+    }
     if (dtype == DType::kBFloat16 && cap >= 3 && avx512bf16_kernels() != nullptr) return *avx512bf16_kernels();
     if (cap >= 2 && avx512_kernels() != nullptr) return *avx512_kernels();
     if (cap >= 1 && avx2_kernels() != nullptr) return *avx2_kernels();

@@ -1,0 +1,69 @@
+// fp32 and fp16 on x86-64 processors with matrix units (AMX-BF16: Sapphire Rapids and newer), Linux.
+//
+// Every number is split into three bf16 numbers that add up to it (see line_kernels_split.h).
+#include "common.h"
+
+#if defined(CCNET_X86_DISPATCH) && defined(__linux__) && !defined(CCNET_LEAVE_OUT_KERNEL)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                                                     \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-bf16,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-bf16,avx2,fma,f16c")
+#endif
+
+namespace ccnet {
+namespace cpu {
+namespace {
+
+#include "storage.h"
+#include "vector_avx512.h"
+#include "work.h"
+#include "line_kernels.h"
+#include "line_kernels_split.h"
+
+void forward(const ForwardArgs& args) {
+  args.dtype == DType::kHalf ? split_forward_typed<Half>(args) : split_forward_typed<float>(args);
+}
+
+void backward(const BackwardArgs& args) {
+  args.dtype == DType::kHalf ? split_backward_typed<Half>(args) : split_backward_typed<float>(args);
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace ccnet
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace ccnet {
+namespace cpu {
+
+const Kernels* amx_split_kernels() {
+  static const Kernels* const usable = [] {
+    const Kernels* plain = avx512_kernels();
+    if (plain == nullptr || !matrix_units_usable()) return static_cast<const Kernels*>(nullptr);
+    static Kernels kernels = *plain;
+    kernels.name = "amx";
+    kernels.forward = forward;
+    kernels.backward = backward;
+    return static_cast<const Kernels*>(&kernels);
+  }();
+  return usable;
+}
+}  // namespace cpu
+}  // namespace ccnet
+
+#else
+namespace ccnet {
+namespace cpu {
+const Kernels* amx_split_kernels() { return nullptr; }
+}  // namespace cpu
+}  // namespace ccnet
+#endif
