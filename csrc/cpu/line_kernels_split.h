@@ -9,11 +9,10 @@
 // single fp32 multiplication. Six products of the matrix units take less than half as long as one of the vector units.
 // What remains of Inf is NaN: a result that would be Inf is Inf or NaN.
 //
-// The same walk over lines as line_kernels.h, whose forward_axis and backward_axis serve short lines and few channels.
-// The energies of the forward pass are [i, j], whose softmax runs along rows, those of the backward pass [j, i]: so the
-// weights are left operands as they come. Lines of 16 n + 1 positions are the rule in segmentation (97 = 6 * 16 + 1):
-// their last position, an edge of which a tile would be mostly padding, is left to the vector units, which read the
-// rows anyway.
+// The same walk over lines as line_kernels.h, whose forward_axis and backward_axis do what does not pay here. Energies
+// are [i, j] in the forward pass, whose softmax runs along rows, and [j, i] in the backward pass: so the weights are
+// left operands as they come. Lines of 16 n + 1 positions are the rule in segmentation (97 = 6 * 16 + 1): their last
+// position, an edge of which a tile would be mostly padding, is left to the vector units, which read the rows anyway.
 
 #include "tiles.h"
 #include "split_operands.h"
@@ -33,8 +32,12 @@ int64_t split_block(int64_t length) {
 #include "split_forward.h"
 #include "split_backward.h"
 
-// Whether the matrix units are worth the splitting: below, the vector units are as fast or faster.
-inline bool pays(const AttentionArgs& args, int axis) { return args.grid.size[axis] >= 64 && args.channels >= 192; }
+// Whether the matrix units are worth the splitting. For smaller maps the vector units are as fast or faster, and for
+// longer lines, of which few queries at a time are handled and the values split again for each few.
+inline bool pays(const AttentionArgs& args, int axis) {
+  const int64_t length = args.grid.size[axis];
+  return length >= 64 && length <= 1024 && args.channels >= 192;
+}
 
 template <class S>
 void split_forward_typed(const ForwardArgs& args) {

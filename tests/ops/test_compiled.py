@@ -19,7 +19,7 @@ MOST_POSITIONS = 400  # the oracle holds N x N energies
 
 @pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request, monkeypatch):
-    """Runs the test once for each kind of kernel that the processor has; the last two are for bf16 alone."""
+    """Runs the test once for each kind of kernel that the processor has; avx512_bf16 is for bf16 alone."""
     monkeypatch.setenv("CCNET_CPU_ISA", request.param)
     if compiled.instruction_set(torch.bfloat16) != request.param:
         pytest.skip(f"this processor or build has no {request.param} kernels")
@@ -127,7 +127,7 @@ def check_drawn_case(rng, generator, batch, sizes, key_channels, channels, dtype
 @pytest.mark.parametrize("seed", range(CASES // CASES_PER_TEST))
 def test_fp32_is_exact_for_drawn_shapes_and_strides(seed, instruction_set):
     if instruction_set in BF16_ONLY:
-        pytest.skip("these kernels are for bf16; fp32 runs the avx512 kernels")
+        pytest.skip("these kernels are for bf16")
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     for _ in range(CASES_PER_TEST):
         batch, sizes = rng.randint(1, 3), draw_sizes(rng)
