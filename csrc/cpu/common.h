@@ -40,6 +40,21 @@
 // below the smallest normal one cost the processor hundreds of cycles, here and in the products that follow.
 constexpr float kLeastExponent = -55.0f;
 
+namespace ccnet {
+namespace cpu {
+
+// The plain kernels, but for the two passes.
+inline Kernels with_passes(const char* name, void (*forward)(const ForwardArgs&), void (*backward)(const BackwardArgs&),
+                           Kernels plain) {
+  plain.name = name;
+  plain.forward = forward;
+  plain.backward = backward;
+  return plain;
+}
+
+}  // namespace cpu
+}  // namespace ccnet
+
 #if defined(__GNUC__) || defined(__clang__)
 #define CCNET_PREFETCH(p) __builtin_prefetch((p), 0, 2)
 #else

@@ -32,10 +32,7 @@ void tile_product(int64_t depth, const BFloat16* a, int64_t lda, const uint32_t*
                   int64_t ldc, Ahead* ahead) {
   const char* pa = reinterpret_cast<const char*>(a);
   const char* pb = reinterpret_cast<const char*>(b);
-  _tile_zero(0);
-  if (NT > 1) _tile_zero(1);
-  if (MT > 1) _tile_zero(2);
-  if (MT > 1 && NT > 1) _tile_zero(3);
+  zero_block<MT, NT>();
   for (int64_t k = 0; k < depth; ++k) {
     _tile_loadd(4, pa, lda);
     _tile_loadd(6, pb, ldb);
@@ -53,11 +50,7 @@ void tile_product(int64_t depth, const BFloat16* a, int64_t lda, const uint32_t*
     pa += 64;
     pb += kTile * ldb;
   }
-  const int64_t stride = ldc * static_cast<int64_t>(sizeof(float));
-  _tile_stored(0, c, stride);
-  if (NT > 1) _tile_stored(1, c + kTile, stride);
-  if (MT > 1) _tile_stored(2, c + kTile * ldc, stride);
-  if (MT > 1 && NT > 1) _tile_stored(3, c + kTile * ldc + kTile, stride);
+  store_block<MT, NT>(c, ldc);
 }
 
 struct Engine {
@@ -121,7 +114,7 @@ const Kernels* amx_kernels() {
   static const Kernels* const usable = [] {
     const Kernels* plain = avx512_kernels();
     if (plain == nullptr || !matrix_units_usable()) return static_cast<const Kernels*>(nullptr);
-    static const Kernels kernels = with_products<Engine>("amx", *plain);
+    static const Kernels kernels = with_passes("amx", forward<Engine>, backward<Engine>, *plain);
     return &kernels;
   }();
   return usable;

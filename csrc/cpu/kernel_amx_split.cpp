@@ -49,11 +49,8 @@ const Kernels* amx_split_kernels() {
   static const Kernels* const usable = [] {
     const Kernels* plain = avx512_kernels();
     if (plain == nullptr || !matrix_units_usable()) return static_cast<const Kernels*>(nullptr);
-    static Kernels kernels = *plain;
-    kernels.name = "amx";
-    kernels.forward = forward;
-    kernels.backward = backward;
-    return static_cast<const Kernels*>(&kernels);
+    static const Kernels kernels = with_passes("amx", forward, backward, *plain);
+    return &kernels;
   }();
   return usable;
 }

@@ -206,7 +206,7 @@ const Kernels* avx512bf16_kernels() {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     const bool has = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 5));
     if (plain == nullptr || !has) return static_cast<const Kernels*>(nullptr);
-    static const Kernels kernels = with_products<Engine>("avx512_bf16", *plain);
+    static const Kernels kernels = with_passes("avx512_bf16", forward<Engine>, backward<Engine>, *plain);
     return &kernels;
   }();
   return usable;

@@ -212,6 +212,79 @@ LineView<S> line_view(const TensorRef& t, const Grid& grid, int axis, int64_t li
   return {line_data<S>(t, grid, axis, line), t.strides.axis[axis]};
 }
 
+// A line in the forward pass, query and out from position `i0` on.
+template <class S>
+struct ForwardViews {
+  LineView<const S> query, key, value;
+  LineView<S> out;
+
+  ForwardViews(const ForwardArgs& args, int axis, int64_t line, int64_t i0)
+      : query(line_view<const S>(args.query, args.grid, axis, line)),
+        key(line_view<const S>(args.key, args.grid, axis, line)),
+        value(line_view<const S>(args.value, args.grid, axis, line)),
+        out(line_view<S>(args.out, args.grid, axis, line)) {
+    query.data += i0 * query.row;
+    out.data += i0 * out.row;
+  }
+};
+
+// A line in the backward pass, what belongs to queries from position `i0` on.
+template <class S>
+struct BackwardViews {
+  LineView<const S> query, key, value, out, grad_out;
+  LineView<S> grad_query, grad_key, grad_value;
+
+  BackwardViews(const BackwardArgs& args, int axis, int64_t line, int64_t i0)
+      : query(line_view<const S>(args.query, args.grid, axis, line)),
+        key(line_view<const S>(args.key, args.grid, axis, line)),
+        value(line_view<const S>(args.value, args.grid, axis, line)),
+        out(line_view<const S>(args.out, args.grid, axis, line)),
+        grad_out(line_view<const S>(args.grad_out, args.grid, axis, line)),
+        grad_query(line_view<S>(args.grad_query, args.grid, axis, line)),
+        grad_key(line_view<S>(args.grad_key, args.grid, axis, line)),
+        grad_value(line_view<S>(args.grad_value, args.grid, axis, line)) {
+    query.data += i0 * query.row;
+    out.data += i0 * out.row;
+    grad_out.data += i0 * grad_out.row;
+    grad_query.data += i0 * grad_query.row;
+  }
+};
+
+// The block of queries that a worker handles after this one, perhaps of the next line; none where rows is 0.
+struct NextBlock {
+  int64_t line, i0, rows;
+  int64_t keys;  // that come new with it
+
+  NextBlock(int64_t length, int64_t block, int64_t line_now, int64_t i0_now, bool more, int64_t upcoming) {
+    const bool same_line = i0_now + block < length;
+    line = same_line || !more ? line_now : upcoming;
+    i0 = same_line ? i0_now + block : 0;
+    rows = same_line || more ? (length - i0 < block ? length - i0 : block) : 0;
+    keys = same_line || rows == 0 ? 0 : length;
+  }
+
+  // Asks for its query and key, and where this block's gradients of them go.
+  template <class S>
+  void ask_narrow(const BackwardArgs& args, int axis, const BackwardViews<S>& now, int64_t rows_now,
+                  Ahead* ahead) const {
+    const Grid& grid = args.grid;
+    ahead->add(now.grad_query.data, now.grad_query.row, rows_now, args.qk_channels);
+    ahead->add(now.grad_key.data, now.grad_key.row, grid.size[axis], args.qk_channels);
+    ahead->add(line_data<const S>(args.query, grid, axis, line) + i0 * now.query.row, now.query.row, rows,
+               args.qk_channels);
+    ahead->add(line_data<const S>(args.key, grid, axis, line), now.key.row, keys, args.qk_channels);
+  }
+
+  // Asks for the first `cols` channels of its gradient and value.
+  template <class S>
+  void ask_wide(const BackwardArgs& args, int axis, const BackwardViews<S>& now, int64_t cols, Ahead* ahead) const {
+    const Grid& grid = args.grid;
+    ahead->add(line_data<const S>(args.grad_out, grid, axis, line) + i0 * now.grad_out.row, now.grad_out.row, rows,
+               cols);
+    ahead->add(line_data<const S>(args.value, grid, axis, line), now.value.row, rows > 0 ? grid.size[axis] : 0, cols);
+  }
+};
+
 // Query rows handled at once: the whole line, unless its L x rows energies would overflow the second-level cache.
 template <class V>
 int64_t rows_per_block(int64_t length, int64_t limit_bytes) {
@@ -268,12 +341,9 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
       const int64_t line = item / blocks, i0 = item % blocks * block;
       const int64_t rows = L - i0 < block ? L - i0 : block;
       const int64_t rpad = round_up(rows, V::W);
-      auto q = line_view<const S>(args.query, grid, axis, line);
-      const auto k = line_view<const S>(args.key, grid, axis, line);
-      const auto v = line_view<const S>(args.value, grid, axis, line);
-      auto o = line_view<S>(args.out, grid, axis, line);
-      q.data += i0 * q.row;
-      o.data += i0 * o.row;
+      const ForwardViews<S> views(args, axis, line, i0);
+      const auto &q = views.query, &k = views.key, &v = views.value;
+      const auto& o = views.out;
       const int64_t stat0 = line_offset(grid, stat, axis, line) + i0 * stat.axis[axis];
       T* max_out = static_cast<T*>(args.max) + stat0;
       T* sum_out = static_cast<T*>(args.lse) + stat0;
@@ -369,10 +439,7 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
 
 template <class V, class S>
 void forward_typed(const ForwardArgs& args) {
-  const int first = first_axis(args.grid);
-  for (int axis = first; axis < args.grid.axes; ++axis) {
-    if (contributes(args.grid, axis)) forward_axis<V, S>(args, axis, axis == first, axis == args.grid.axes - 1);
-  }
+  for_axes(args.grid, [&](int axis, bool first, bool last) { forward_axis<V, S>(args, axis, first, last); });
 }
 
 // ------------------------------------------------------------------------------------------------- backward
@@ -497,38 +564,23 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
     int64_t line, upcoming;
     for (bool more = next(&line); more; line = upcoming) {
       more = next(&upcoming);
-      const auto q_line = line_view<const S>(args.query, grid, axis, line);
-      const auto k = line_view<const S>(args.key, grid, axis, line);
-      const auto v = line_view<const S>(args.value, grid, axis, line);
-      const auto o_line = line_view<const S>(args.out, grid, axis, line);
-      const auto g_line = line_view<const S>(args.grad_out, grid, axis, line);
-      const auto dq_line = line_view<S>(args.grad_query, grid, axis, line);
-      const auto dk = line_view<S>(args.grad_key, grid, axis, line);
-      const auto dv = line_view<S>(args.grad_value, grid, axis, line);
-      pack_columns<V>(k, L, 0, QK, kt, lpad);
-      pack_rows<V>(k, L, 0, QK, kr, qkpad);
+      const auto keys = line_view<const S>(args.key, grid, axis, line);
+      pack_columns<V>(keys, L, 0, QK, kt, lpad);
+      pack_rows<V>(keys, L, 0, QK, kr, qkpad);
 
       for (int64_t i0 = 0; i0 < L; i0 += block) {
         const int64_t rows = L - i0 < block ? L - i0 : block;
-        auto q = q_line;
-        auto o = o_line;
-        auto g = g_line;
-        auto dq = dq_line;
-        q.data += i0 * q.row;
-        o.data += i0 * o.row;
-        g.data += i0 * g.row;
-        dq.data += i0 * dq.row;
+        const BackwardViews<S> views(args, axis, line, i0);
+        const auto &q = views.query, &v = views.value, &o = views.out, &g = views.grad_out;
+        const auto &dq = views.grad_query, &dk = views.grad_key, &dv = views.grad_value;
         const int64_t stat0 = line_offset(grid, stat, axis, line) + i0 * stat.axis[axis];
         const int64_t stat_row = stat.axis[axis];
         const T* lse_in = static_cast<const T*>(args.lse) + stat0;
         T* delta_io = static_cast<T*>(args.delta) + stat0;
         pack_rows<V>(q, rows, 0, QK, qr, qkpad);
-        // The block of queries after this one, perhaps of the next line. Each product asks for what the next ones need.
-        const bool same_line = i0 + rows < L, any = same_line || more;
-        const int64_t next_line = same_line ? line : (more ? upcoming : line), next_i0 = same_line ? i0 + rows : 0;
-        const int64_t next_rows = !any ? 0 : (L - next_i0 < block ? L - next_i0 : block);
+        const NextBlock next_block(L, block, line, i0, more, upcoming);
         const int64_t first_cols = panel < C ? panel : C;
-        Ahead first_panel;
+        Ahead first_panel;  // each product asks for what the next ones need
         if (value_store != Store::kPastCaches) first_panel.add(dv.data, dv.row, L, first_cols);
         if (first) first_panel.add(o.data, o.row, rows, first_cols);
         first_panel.spread(steps<V>(rows, row_pad / V::W, QK));
@@ -556,11 +608,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
             if (value_store != Store::kPastCaches) ahead.add(dv.data + c + cols, dv.row, L, next_cols);
             if (first) ahead.add(o.data + c + cols, o.row, rows, next_cols);
           } else {
-            ahead.add(dq.data, dq.row, rows, QK);
-            ahead.add(dk.data, dk.row, L, QK);
-            ahead.add(line_data<const S>(args.query, grid, axis, next_line) + next_i0 * q.row, q.row, next_rows, QK);
-            const int64_t next_keys = same_line || next_rows == 0 ? 0 : L;
-            ahead.add(line_data<const S>(args.key, grid, axis, next_line), k.row, next_keys, QK);
+            next_block.ask_narrow(args, axis, views, rows, &ahead);
           }
           ahead.spread(steps<V>(rows, jpad / V::W, cols) + steps<V>(L, width / V::W, rows));
           gemm<V, kRowMajor>(rows, jpad, cols, gp, g_ld, vt, lpad, ds, lpad, c > 0, &ahead);
@@ -582,14 +630,12 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
             V::store(row + j, V::mul(V::load(prob + j), V::sub(dp, d)));
           }
         }
-        Ahead next_block;
-        const auto next_g = line_view<const S>(args.grad_out, grid, axis, next_line);
-        next_block.add(next_g.data + next_i0 * next_g.row, next_g.row, next_rows, first_cols);
-        next_block.add(line_data<const S>(args.value, grid, axis, next_line), v.row, next_rows ? L : 0, first_cols);
-        next_block.spread(steps<V>(rows, qkpad / V::W, L) + steps<V>(L, qkpad / V::W, rows));
-        gemm_to_line<V, kRowMajor>(rows, QK, L, ds, lpad, kr, qkpad, tile, dq, 0, query_store, &next_block);
+        Ahead next_panel;
+        next_block.ask_wide(args, axis, views, first_cols, &next_panel);
+        next_panel.spread(steps<V>(rows, qkpad / V::W, L) + steps<V>(L, qkpad / V::W, rows));
+        gemm_to_line<V, kRowMajor>(rows, QK, L, ds, lpad, kr, qkpad, tile, dq, 0, query_store, &next_panel);
         gemm_to_line<V, kColMajor>(L, QK, rows, ds, lpad, qr, qkpad, tile, dk, 0,
-                                   i0 > 0 ? Store::kJoin : query_store, &next_block);
+                                   i0 > 0 ? Store::kJoin : query_store, &next_panel);
       }
     }
     V::fence();
@@ -599,10 +645,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
 
 template <class V, class S>
 void backward_typed(const BackwardArgs& args) {
-  const int first = first_axis(args.grid);
-  for (int axis = first; axis < args.grid.axes; ++axis) {
-    if (contributes(args.grid, axis)) backward_axis<V, S>(args, axis, axis == first);
-  }
+  for_axes(args.grid, [&](int axis, bool first, bool) { backward_axis<V, S>(args, axis, first); });
 }
 
 // ------------------------------------------------------------------------------------------- to channels-last

@@ -342,10 +342,7 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
 
 template <class Engine>
 void forward(const ForwardArgs& args) {
-  const int first = first_axis(args.grid);
-  for (int axis = first; axis < args.grid.axes; ++axis) {
-    if (contributes(args.grid, axis)) forward_axis<Engine>(args, axis, axis == first, axis == args.grid.axes - 1);
-  }
+  for_axes(args.grid, [&](int axis, bool first, bool last) { forward_axis<Engine>(args, axis, first, last); });
 }
 
 // --------------------------------------------------------------------------------------------------- backward
@@ -521,17 +518,5 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
 
 template <class Engine>
 void backward(const BackwardArgs& args) {
-  const int first = first_axis(args.grid);
-  for (int axis = first; axis < args.grid.axes; ++axis) {
-    if (contributes(args.grid, axis)) backward_axis<Engine>(args, axis, axis == first);
-  }
-}
-
-// The plain kernels, but for what multiplies.
-template <class Engine>
-Kernels with_products(const char* name, Kernels plain) {
-  plain.name = name;
-  plain.forward = forward<Engine>;
-  plain.backward = backward<Engine>;
-  return plain;
+  for_axes(args.grid, [&](int axis, bool first, bool) { backward_axis<Engine>(args, axis, first); });
 }

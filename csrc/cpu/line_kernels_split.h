@@ -41,20 +41,14 @@ inline bool pays(const AttentionArgs& args, int axis) {
 
 template <class S>
 void split_forward_typed(const ForwardArgs& args) {
-  const int first = first_axis(args.grid), last = args.grid.axes - 1;
-  for (int axis = first; axis <= last; ++axis) {
-    if (!contributes(args.grid, axis)) continue;
-    const auto run = pays(args, axis) ? split_forward_axis<S> : forward_axis<V, S>;
-    run(args, axis, axis == first, axis == last);
-  }
+  for_axes(args.grid, [&](int axis, bool first, bool last) {
+    (pays(args, axis) ? split_forward_axis<S> : forward_axis<V, S>)(args, axis, first, last);
+  });
 }
 
 template <class S>
 void split_backward_typed(const BackwardArgs& args) {
-  const int first = first_axis(args.grid);
-  for (int axis = first; axis < args.grid.axes; ++axis) {
-    if (!contributes(args.grid, axis)) continue;
-    const auto run = pays(args, axis) ? split_backward_axis<S> : backward_axis<V, S>;
-    run(args, axis, axis == first);
-  }
+  for_axes(args.grid, [&](int axis, bool first, bool) {
+    (pays(args, axis) ? split_backward_axis<S> : backward_axis<V, S>)(args, axis, first);
+  });
 }

@@ -51,35 +51,18 @@ void split_backward_axis(const BackwardArgs& args, int axis, bool first) {
     int64_t line, upcoming;
     for (bool more = next(&line); more; line = upcoming) {
       more = next(&upcoming);
-      const auto q_line = line_view<const S>(args.query, grid, axis, line);
-      const auto k = line_view<const S>(args.key, grid, axis, line);
-      const auto v = line_view<const S>(args.value, grid, axis, line);
-      const auto o_line = line_view<const S>(args.out, grid, axis, line);
-      const auto g_line = line_view<const S>(args.grad_out, grid, axis, line);
-      const auto dq_line = line_view<S>(args.grad_query, grid, axis, line);
-      const auto dk = line_view<S>(args.grad_key, grid, axis, line);
-      const auto dv = line_view<S>(args.grad_value, grid, axis, line);
-
       for (int64_t i0 = 0; i0 < L; i0 += block) {
         const int64_t rows = L - i0 < block ? L - i0 : block;
         const int64_t query_edge = edge_of(rows), queries = rows - query_edge;
         const int64_t r32 = round_up(rows, kStep);
-        auto q = q_line;
-        auto o = o_line;
-        auto g = g_line;
-        auto dq = dq_line;
-        q.data += i0 * q.row;
-        o.data += i0 * o.row;
-        g.data += i0 * g.row;
-        dq.data += i0 * dq.row;
+        const BackwardViews<S> views(args, axis, line, i0);
+        const auto &q = views.query, &k = views.key, &v = views.value, &o = views.out, &g = views.grad_out;
+        const auto &dq = views.grad_query, &dk = views.grad_key, &dv = views.grad_value;
         p_left.steps = ds_left.steps = q_right.steps = g_right.steps = depth(queries);
         const int64_t stat0 = line_offset(grid, stat, axis, line) + i0 * stat_row;
         const float* lse_in = static_cast<const float*>(args.lse) + stat0;
         float* delta_io = static_cast<float*>(args.delta) + stat0;
-        // The block of queries after this one, perhaps of the next line. Each step asks for what the next ones need.
-        const bool same_line = i0 + rows < L, any = same_line || more;
-        const int64_t next_line = same_line ? line : (more ? upcoming : line), next_i0 = same_line ? i0 + rows : 0;
-        const int64_t next_rows = !any ? 0 : (L - next_i0 < block ? L - next_i0 : block);
+        const NextBlock next_block(L, block, line, i0, more, upcoming);
         const auto panel_at = [C](int64_t c) { return C - c < kBackwardPanel ? C - c : kBackwardPanel; };
         const int64_t first_cols = panel_at(0);
         v_left.steps = g_transposed.steps = depth(first_cols);
@@ -87,7 +70,7 @@ void split_backward_axis(const BackwardArgs& args, int axis, bool first) {
         memset(delta_sums, 0, static_cast<size_t>(V::W * rows) * sizeof(float));
         memset(last_key_sums, 0, static_cast<size_t>(V::W * rows) * sizeof(float));
         memset(last_query_sums, 0, static_cast<size_t>(V::W * L) * sizeof(float));
-        Background background;
+        Background background;  // each product asks for what the next ones need
         Ahead& asking = background.ahead;
         if (value_store != Store::kPastCaches) asking.add(dv.data, dv.row, L, first_cols);
         if (first) asking.add(o.data, o.row, rows, first_cols);
@@ -156,11 +139,7 @@ void split_backward_axis(const BackwardArgs& args, int axis, bool first) {
             if (value_store != Store::kPastCaches) asking.add(dv.data + next_c, dv.row, L, next_cols);
             if (first) asking.add(o.data + next_c, o.row, rows, next_cols);
           } else {
-            asking.add(dq.data, dq.row, rows, QK);
-            asking.add(dk.data, dk.row, L, QK);
-            asking.add(line_data<const S>(args.query, grid, axis, next_line) + next_i0 * q.row, q.row, next_rows, QK);
-            const int64_t next_keys = same_line || next_rows == 0 ? 0 : L;
-            asking.add(line_data<const S>(args.key, grid, axis, next_line), k.row, next_keys, QK);
+            next_block.ask_narrow(args, axis, views, rows, &asking);
           }
           background.spread(multiply_steps(tiles(keys), tiles(cols), g_right.steps));
           product.run(keys, c, tiles(cols), p_left, g_right, &background);
@@ -210,11 +189,9 @@ void split_backward_axis(const BackwardArgs& args, int axis, bool first) {
         pack(RightPacker<S>(k.data, k.row, keys, key_edge, QK, k_right, from_keys), &none);
         pack(RightPacker<S>(q.data, q.row, queries, query_edge, QK, q_right, from_queries), &none);
 
-        const auto next_g = line_view<const S>(args.grad_out, grid, axis, next_line);
-        asking.add(next_g.data + next_i0 * next_g.row, next_g.row, next_rows, first_cols);
-        asking.add(line_data<const S>(args.value, grid, axis, next_line), v.row, next_rows ? L : 0, first_cols);
-        background.spread(multiply_steps(tiles(rows), tiles(QK), k_right.steps) +
-                          multiply_steps(tiles(L), tiles(QK), q_right.steps));
+        next_block.ask_wide(args, axis, views, first_cols, &asking);
+        background.spread(multiply_steps(tiles(queries), tiles(QK), k_right.steps) +
+                          multiply_steps(tiles(keys), tiles(QK), q_right.steps));
         RowsTo<S> to_query{dq.data, dq.row, QK, query_store};
         RowsTo<S> to_key{dk.data, dk.row, QK, i0 > 0 ? Store::kJoin : query_store};
         if (key_edge > 0) to_query.add(k.data + keys * k.row, ds + keys * ld, 1);

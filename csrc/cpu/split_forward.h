@@ -83,12 +83,9 @@ void split_forward_axis(const ForwardArgs& args, int axis, bool first, bool last
       const int64_t line = item / blocks, i0 = item % blocks * block;
       const int64_t rows = L - i0 < block ? L - i0 : block;
       const int64_t query_edge = edge_of(rows), queries = rows - query_edge;
-      auto q = line_view<const S>(args.query, grid, axis, line);
-      const auto k = line_view<const S>(args.key, grid, axis, line);
-      const auto v = line_view<const S>(args.value, grid, axis, line);
-      auto o = line_view<S>(args.out, grid, axis, line);
-      q.data += i0 * q.row;
-      o.data += i0 * o.row;
+      const ForwardViews<S> views(args, axis, line, i0);
+      const auto &q = views.query, &k = views.key, &v = views.value;
+      const auto& o = views.out;
       const int64_t stat0 = line_offset(grid, stat, axis, line) + i0 * stat_row;
       float* max_out = static_cast<float*>(args.max) + stat0;
       float* sum_out = static_cast<float*>(args.lse) + stat0;

@@ -224,20 +224,14 @@ class RightPacker {
       CCNET_UNROLL
       for (int n = 0; n < NT; ++n) V::store(sums + n * 16, V::fma(w, x[n], V::load(sums + n * 16)));
     }
-    if (from_.other != nullptr) {
-      const S* q = from_.other + k * from_.other_row + column;
-      reg dot = V::load(from_.other_dots + k * V::W);
+    const auto add_dot = [&](const S* q, float* dots) CCNET_INLINE {
+      reg dot = V::load(dots + k * V::W);
       CCNET_UNROLL
-      for (int n = 0; n < NT; ++n) dot = V::fma(x[n], load_some<V>(q + n * 16, cols - n * 16), dot);
-      V::store(from_.other_dots + k * V::W, dot);
-    }
-    if (from_.with != nullptr) {
-      reg dot = V::load(from_.with_dots + k * V::W);
-      const S* q = from_.with + column;
-      CCNET_UNROLL
-      for (int n = 0; n < NT; ++n) dot = V::fma(x[n], load_some<V>(q + n * 16, cols - n * 16), dot);
-      V::store(from_.with_dots + k * V::W, dot);
-    }
+      for (int n = 0; n < NT; ++n) dot = V::fma(x[n], load_some<V>(q + column + n * 16, cols - n * 16), dot);
+      V::store(dots + k * V::W, dot);
+    };
+    if (from_.other != nullptr) add_dot(from_.other + k * from_.other_row, from_.other_dots);
+    if (from_.with != nullptr) add_dot(from_.with, from_.with_dots);
   }
 
   const S* src_ = nullptr;

@@ -7,18 +7,16 @@ constexpr int64_t kProducts = 6;  // of parts, for each product of tiles
 template <int MT, int NT>
 void multiply_tiles(int64_t steps, const BFloat16* a, const BFloat16* b, float* c, int64_t ldc, bool add,
                     Background* background) {
-  const int64_t stride = ldc * static_cast<int64_t>(sizeof(float)), next = steps * kTriple;
+  const int64_t next = steps * kTriple;
   constexpr int64_t kRow = kTileRow * 2;  // bytes
   if (add) {
+    const int64_t stride = ldc * static_cast<int64_t>(sizeof(float));
     _tile_loadd(0, c, stride);
     if (NT > 1) _tile_loadd(1, c + kTile, stride);
     if (MT > 1) _tile_loadd(2, c + kTile * ldc, stride);
     if (MT > 1 && NT > 1) _tile_loadd(3, c + kTile * ldc + kTile, stride);
   } else {
-    _tile_zero(0);
-    if (NT > 1) _tile_zero(1);
-    if (MT > 1) _tile_zero(2);
-    if (MT > 1 && NT > 1) _tile_zero(3);
+    zero_block<MT, NT>();
   }
   const auto load_a = [&](int64_t part) CCNET_INLINE {
     _tile_loadd(4, a + part * kStep, kRow);
@@ -53,10 +51,7 @@ void multiply_tiles(int64_t steps, const BFloat16* a, const BFloat16* b, float* 
     a += kTriple;
     b += kTriple;
   }
-  _tile_stored(0, c, stride);
-  if (NT > 1) _tile_stored(1, c + kTile, stride);
-  if (MT > 1) _tile_stored(2, c + kTile * ldc, stride);
-  if (MT > 1 && NT > 1) _tile_stored(3, c + kTile * ldc + kTile, stride);
+  store_block<MT, NT>(c, ldc);
 }
 
 inline void multiply_block(bool tall, bool wide, int64_t steps, const BFloat16* a, const BFloat16* b, float* c,

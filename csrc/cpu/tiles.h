@@ -32,3 +32,22 @@ class Tiles {
  private:
   TileConfig before_;
 };
+
+// A block of MT x NT accumulators, at most 2 x 2, in tiles 0 to 3.
+template <int MT, int NT>
+void zero_block() {
+  _tile_zero(0);
+  if (NT > 1) _tile_zero(1);
+  if (MT > 1) _tile_zero(2);
+  if (MT > 1 && NT > 1) _tile_zero(3);
+}
+
+// To C[16 * MT, 16 * NT], ldc in floats.
+template <int MT, int NT>
+void store_block(float* c, int64_t ldc) {
+  const int64_t stride = ldc * static_cast<int64_t>(sizeof(float));
+  _tile_stored(0, c, stride);
+  if (NT > 1) _tile_stored(1, c + kTile, stride);
+  if (MT > 1) _tile_stored(2, c + kTile * ldc, stride);
+  if (MT > 1 && NT > 1) _tile_stored(3, c + kTile * ldc + kTile, stride);
+}

@@ -43,6 +43,15 @@ inline int first_axis(const Grid& grid) {
   return a;
 }
 
+// Calls run(axis, whether it is the first, whether it is the last) for the axes that contribute, in order.
+template <class F>
+void for_axes(const Grid& grid, const F& run) {
+  const int first = first_axis(grid);
+  for (int axis = first; axis < grid.axes; ++axis) {
+    if (contributes(grid, axis)) run(axis, axis == first, axis == grid.axes - 1);
+  }
+}
+
 // The first n numbers at p, at most a vector of them.
 template <class V, class S>
 typename V::reg load_some(const S* p, int64_t n) {

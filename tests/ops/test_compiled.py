@@ -11,7 +11,6 @@ if not compiled.is_available():
     pytest.skip(str(compiled.unavailable_reason()), allow_module_level=True)
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
-BF16_ONLY = ("avx512_bf16",)
 CASES = 520
 CASES_PER_TEST = 65
 MOST_POSITIONS = 400  # the oracle holds N x N energies
@@ -24,6 +23,11 @@ def instruction_set(request, monkeypatch):
     if compiled.instruction_set(torch.bfloat16) != request.param:
         pytest.skip(f"this processor or build has no {request.param} kernels")
     return request.param
+
+
+def skip_if_for_bf16_alone(instruction_set, dtype):
+    if instruction_set == "avx512_bf16" and dtype != torch.bfloat16:
+        pytest.skip("these kernels are for bf16")
 
 
 def dense_attention(query, key, value):
@@ -126,8 +130,7 @@ def check_drawn_case(rng, generator, batch, sizes, key_channels, channels, dtype
 
 @pytest.mark.parametrize("seed", range(CASES // CASES_PER_TEST))
 def test_fp32_is_exact_for_drawn_shapes_and_strides(seed, instruction_set):
-    if instruction_set in BF16_ONLY:
-        pytest.skip("these kernels are for bf16")
+    skip_if_for_bf16_alone(instruction_set, torch.float32)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     for _ in range(CASES_PER_TEST):
         batch, sizes = rng.randint(1, 3), draw_sizes(rng)
@@ -139,8 +142,7 @@ def test_fp32_is_exact_for_drawn_shapes_and_strides(seed, instruction_set):
 @pytest.mark.parametrize("seed", range(3))
 def test_long_lines_of_many_channels_are_exact(seed, dtype, tolerance, instruction_set):
     # From 64 positions and 192 channels on, matrix units do fp32 and fp16 as well.
-    if instruction_set in BF16_ONLY:
-        pytest.skip("these kernels are for bf16")
+    skip_if_for_bf16_alone(instruction_set, dtype)
     rng, generator = random.Random(200 + seed), torch.Generator().manual_seed(200 + seed)
     for _ in range(12):
         sizes = [rng.choice((64, 65, 79, 80, 81, 96, 97, 98, 111, 112, 113, 128, 129, 145))]
@@ -152,8 +154,7 @@ def test_long_lines_of_many_channels_are_exact(seed, dtype, tolerance, instructi
 
 
 def test_fp32_errors_are_those_of_plain_pytorch(instruction_set):
-    if instruction_set in BF16_ONLY:
-        pytest.skip("these kernels are for bf16")
+    skip_if_for_bf16_alone(instruction_set, torch.float32)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(1, c, 97, 66, generator=generator) for c in (16, 16, 200)]
     grad_out = torch.randn(1, 200, 97, 66, generator=generator)
@@ -165,8 +166,7 @@ def test_fp32_errors_are_those_of_plain_pytorch(instruction_set):
 
 @pytest.mark.parametrize("exponent", [120, -60, -100])
 def test_fp32_keeps_its_precision_far_from_one(exponent, instruction_set):
-    if instruction_set in BF16_ONLY:
-        pytest.skip("these kernels are for bf16")
+    skip_if_for_bf16_alone(instruction_set, torch.float32)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, c, 3, 97, generator=generator) for c in (8, 8, 200))
     scaled = value * 2.0**exponent
@@ -193,8 +193,7 @@ def test_bf16_is_right_for_drawn_shapes_and_strides(instruction_set):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(33, 20), (17, 65), (1, 40), (40, 1), (128, 3)])
 def test_half_precision_errors_are_those_of_plain_pytorch(dtype, sizes, instruction_set):
-    if instruction_set in BF16_ONLY and dtype != torch.bfloat16:
-        pytest.skip("these kernels are for bf16")
+    skip_if_for_bf16_alone(instruction_set, dtype)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, c, *sizes, generator=generator).to(dtype) for c in (16, 16, 70)]
     grad_out = torch.randn(2, 70, *sizes, generator=generator).to(dtype)
@@ -225,8 +224,7 @@ def test_long_lines_are_handled_in_blocks(dtype, channels, length, instruction_s
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_large_results_are_written_past_the_caches(dtype, sizes, channels, packed, instruction_set):
-    if instruction_set in BF16_ONLY and dtype != torch.bfloat16:
-        pytest.skip("these kernels are for bf16")
+    skip_if_for_bf16_alone(instruction_set, dtype)
     generator = torch.Generator().manual_seed(0)
     parts = torch.randn(1, *sizes, 64 + 2 * channels, generator=generator).to(dtype).movedim(-1, 1)
     query, key, value, grad_out = parts.split([32, 32, channels, channels], dim=1)
