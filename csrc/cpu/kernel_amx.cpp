@@ -57,7 +57,7 @@ struct Engine {
   using Session = Tiles;
   static constexpr int64_t kRows = kTile, kDepth = 32;
   static constexpr int64_t kEdgeColumns = 0;
-  static constexpr int64_t kKeyRows = int64_t(1) << 40;  // all of them: the tiles are quick, passes over memory are not
+  static constexpr int64_t kColumns = 32;
 
   static int64_t steps(int64_t M, int64_t N, int64_t depth) {
     return (M + 31) / 32 * ((N + 31) / 32) * ((depth + kDepth - 1) / kDepth);

@@ -149,7 +149,7 @@ void multiply_panel(int64_t M, int64_t pairs, const BFloat16* a, int64_t lda, co
 struct Engine {
   struct Session {};
   static constexpr int64_t kRows = 1, kDepth = 2;
-  static constexpr int64_t kKeyRows = 64;        // their energies and gradients stay in the second-level cache
+  static constexpr int64_t kColumns = 64;
   static constexpr int64_t kEdgeColumns = 2;
   static constexpr int64_t kDepthAtOnce = 128;   // a panel of B this deep stays in the first-level cache
 

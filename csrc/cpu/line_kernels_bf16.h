@@ -14,7 +14,8 @@
 //
 // An Engine multiplies:
 //   kRows, kDepth     products take rows of A in multiples of kRows and successive k in multiples of kDepth
-//   kKeyRows          keys whose energies the backward pass computes at once, a multiple of 32
+//   kColumns          queries whose energies are computed at once, a multiple of 32: so few that they stay in the
+//                     first-level cache until softmax, or its backward, is done with them
 //   kEdgeColumns      up to so many queries beyond the last 16 are better served by dot products than by a vector of
 //                     which most is padding; images of 8n + 1 pixels are the rule in segmentation (97 = 6 * 16 + 1)
 //   Session           lives as long as the thread multiplies
@@ -97,19 +98,15 @@ class LeftRows {
 
   LeftRows(const BFloat16* src, int64_t row, int64_t rows, int64_t cols, BFloat16* copy, Ahead* ahead)
       : src_(src), copy_(copy), row_(row), copy_row_(words_leading(round_up(cols, 32))),
-        whole_(in_place(cols) ? rows / Engine::kRows * Engine::kRows : 0) {
-    pack_plain(src + whole_ * row, row, rows - whole_, cols, round_up(rows - whole_, Engine::kRows), copy, copy_row_,
-               ahead);
+        whole_(in_place(cols) ? rows / Engine::kRows * Engine::kRows : 0),
+        rest_(round_up(rows - whole_, Engine::kRows)) {
+    pack_plain(src + whole_ * row, row, rows - whole_, cols, rest_, copy, copy_row_, ahead);
   }
 
-  // C[M, N] = rows first .. first + M - 1 times B; first a multiple of kRows, as is M.
-  void product(int64_t first, int64_t M, int64_t N, int64_t depth, const uint32_t* b, int64_t ldb, float* c,
-               int64_t ldc, Ahead* ahead) const {
-    const int64_t in_place = whole_ - first < M ? (whole_ - first > 0 ? whole_ - first : 0) : M;
-    if (in_place > 0) Engine::product(in_place, N, depth, src_ + first * row_, row_, b, ldb, c, ldc, ahead);
-    if (in_place == M) return;
-    const BFloat16* rest = copy_ + (first + in_place - whole_) * copy_row_;
-    Engine::product(M - in_place, N, depth, rest, copy_row_, b, ldb, c + in_place * ldc, ldc, ahead);
+  // C[rows, N] = rows times B.
+  void product(int64_t N, int64_t depth, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, Ahead* ahead) const {
+    if (whole_ > 0) Engine::product(whole_, N, depth, src_, row_, b, ldb, c, ldc, ahead);
+    if (rest_ > 0) Engine::product(rest_, N, depth, copy_, copy_row_, b, ldb, c + whole_ * ldc, ldc, ahead);
   }
 
   const BFloat16* row(int64_t i) const { return i < whole_ ? src_ + i * row_ : copy_ + (i - whole_) * copy_row_; }
@@ -119,7 +116,7 @@ class LeftRows {
 
   const BFloat16* src_;
   const BFloat16* copy_;
-  int64_t row_, copy_row_, whole_;
+  int64_t row_, copy_row_, whole_, rest_;
 };
 
 // sum_c a[c] * b[c]
@@ -270,14 +267,15 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
   const Store store = axis_store(grid, args.out, C, first);
 
   const int64_t ld = leading<V>(b16), p_ld = words_leading(l32);
+  const int64_t columns = b16 < Engine::kColumns ? b16 : Engine::kColumns;
 
   run_items(args, grid.lines(axis) * blocks, [&](auto next) {
     const int64_t key_copy = LeftRows<Engine>::scratch(L, QK);
-    Scratch<float> scratch(key_copy / 2 + qk32 / 2 * ld + l16 * ld + b16 * p_ld / 2 + l32 / 2 * kPanel + 4 * b16);
+    Scratch<float> scratch(key_copy / 2 + qk32 / 2 * ld + l16 * columns + b16 * p_ld / 2 + l32 / 2 * kPanel + 4 * b16);
     if (!scratch.ok()) return false;
     BFloat16* k_copy = reinterpret_cast<BFloat16*>(scratch.take(key_copy / 2));
     uint32_t* q_transposed = reinterpret_cast<uint32_t*>(scratch.take(qk32 / 2 * ld));
-    float* s = scratch.take(l16 * ld);  // energies [j, i]
+    float* s = scratch.take(l16 * columns);  // energies [j, i] of some queries
     BFloat16* p = reinterpret_cast<BFloat16*>(scratch.take(b16 * p_ld / 2));  // weights [i, j]
     uint32_t* v_pairs = reinterpret_cast<uint32_t*>(scratch.take(l32 / 2 * kPanel));
     float* keep = scratch.take(b16);
@@ -313,12 +311,16 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
       const LeftRows<Engine> k(line_data<BFloat16>(args.key, grid, axis, line), k_row, L, QK, k_copy, &ahead);
       pack_transposed(line_data<BFloat16>(args.query, grid, axis, line) + i0 * q_row, q_row, rows, QK, r16,
                       q_transposed, ld, &ahead);
-      k.product(0, key_rows, r16, qk32, q_transposed, ld, s, ld, &ahead);
-      if (masked) {
-        for (int64_t i = 0; i < rows; ++i) s[(i0 + i) * ld + i] = -INFINITY;
-      }
-      for (int64_t i = 0; i < r16; i += 16) {
-        softmax_columns(s + i, ld, L, p + i * p_ld, p_ld, keep + i, fresh + i, &ahead);
+      for (int64_t from = 0; from < r16; from += columns) {
+        const int64_t here = r16 - from < columns ? r16 - from : columns;
+        k.product(here, qk32, q_transposed + from, ld, s, columns, &ahead);
+        if (masked) {
+          const int64_t real = rows - from < here ? rows - from : here;
+          for (int64_t i = 0; i < real; ++i) s[(i0 + from + i) * columns + i] = -INFINITY;
+        }
+        for (int64_t i = from; i < from + here; i += 16) {
+          softmax_columns(s + i - from, columns, L, p + i * p_ld, p_ld, keep + i, fresh + i, &ahead);
+        }
       }
       merge_rows<V>(rows, first, last, max_out, sum_out, stat_row, keep, fresh, before_max, before_sum);
 
@@ -355,12 +357,10 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
   const int64_t l32 = round_up(L, 32), b32 = round_up(block, 32);
   const int64_t qk32 = round_up(QK, 32), c32 = round_up(C, 32);
   const int64_t key_rows = round_up(L, Engine::kRows), key_depth = round_up(L, Engine::kDepth);
-  // Energies of this many keys at a time: blocks of nearly equal size.
-  const int64_t key_blocks = (L + Engine::kKeyRows - 1) / Engine::kKeyRows;
-  const int64_t key_block = key_blocks > 1 ? round_up((L + key_blocks - 1) / key_blocks, Engine::kRows) : l32;
   const int64_t key_copy = LeftRows<Engine>::scratch(L, QK), value_copy = LeftRows<Engine>::scratch(L, C);
   const int64_t i_words = words_leading(b32), j_words = words_leading(l32);
   const int64_t qk_ld = leading<V>(qk32), c_ld = leading<V>(c32), i_ld = leading<V>(b32);
+  const int64_t columns = b32 < Engine::kColumns ? b32 : Engine::kColumns;
   const bool masked = !keeps_self(grid.axes, axis);
   const Strides stat = scalar_strides(grid);
   const int64_t stat_row = stat.axis[axis];
@@ -376,7 +376,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
   run_items(args, grid.lines(axis), [&](auto next) {
     const int64_t kept = blocks > 1 ? l32 * (qk32 + c32) : 0;
     Scratch<float> scratch((key_copy + b32 * j_words + value_copy) / 2 + l32 * i_words + l32 / 2 * qk_ld +
-                           qk32 / 2 * i_ld + b32 / 2 * qk_ld + 2 * key_block * i_ld + c32 / 2 * i_ld + b32 / 2 * c_ld +
+                           qk32 / 2 * i_ld + b32 / 2 * qk_ld + 2 * l32 * columns + c32 / 2 * i_ld + b32 / 2 * c_ld +
                            2 * b32 + kept);
     if (!scratch.ok()) return false;
     const auto take_words = [&](int64_t n) { return reinterpret_cast<BFloat16*>(scratch.take(n / 2)); };
@@ -385,10 +385,10 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
     uint32_t* k_pairs = take_pairs(l32 / 2 * qk_ld);
     uint32_t* q_transposed = take_pairs(qk32 / 2 * i_ld);
     uint32_t* q_pairs = take_pairs(b32 / 2 * qk_ld);
-    float* s = scratch.take(key_block * i_ld);      // energies [j, i]
-    float* dp = scratch.take(key_block * i_ld);     // grad of the weights [j, i]
-    BFloat16* p = take_words(l32 * i_words);       // weights [j, i]
-    BFloat16* ds = take_words(l32 * i_words);      // grad of the energies [j, i]
+    float* s = scratch.take(l32 * columns);         // energies [j, i] of some queries
+    float* dp = scratch.take(l32 * columns);        // grad of their weights [j, i]
+    BFloat16* p = take_words(l32 * i_words);        // weights [j, i]
+    BFloat16* ds = take_words(l32 * i_words);       // grad of the energies [j, i]
     BFloat16* ds_rows = take_words(b32 * j_words);  // the same [i, j]
     BFloat16* v_copy = take_words(value_copy);
     uint32_t* g_transposed = take_pairs(c32 / 2 * i_ld);
@@ -421,7 +421,8 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         const int64_t products = Engine::steps(key_rows, n, qk32) + Engine::steps(key_rows, n, c32) +
                                  Engine::steps(n, qk32, key_depth) + Engine::steps(key_rows, qk32 + c32, n);
         const int64_t packing = n / 16 * (qk32 + c32) / 32 + n / 4 + (first ? n : 0);
-        const int64_t weighing = l32 / 2, storing = (qk32 + c32) / kPanel * (key_rows / 4);
+        const int64_t weighing = (n + columns - 1) / columns * (l32 / 8);
+        const int64_t storing = (qk32 + c32) / kPanel * (key_rows / 4);
         ahead.spread(blocks * (products + packing + weighing + storing) + key_rows / 4);
       }
       const LeftRows<Engine> keys(k, k_row, L, QK, k_copy, &ahead);
@@ -460,41 +461,36 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         }
         for (int64_t i = rows; i < r32; ++i) lse[i] = delta[i] = 0.0f;
 
-        for (int64_t j0 = 0; j0 < l32; j0 += key_block) {
-          const int64_t end = j0 + key_block < l32 ? j0 + key_block : l32;
-          const int64_t count = (end < key_rows ? end : key_rows) - j0;
-          if (count > 0) {
-            keys.product(j0, count, r16, qk32, q_transposed, i_ld, s, i_ld, &ahead);
-            values.product(j0, count, inner, c32, g_transposed, i_ld, dp, i_ld, &ahead);
-            for (int64_t i = inner; i < inner + edge; ++i) {
-              for (int64_t j = 0; j < count; ++j) {
-                dp[j * i_ld + i] = dot_words(values.row(j0 + j), g + i * g_row, C);
-              }
-            }
+        for (int64_t from = 0; from < r32; from += columns) {
+          const int64_t to = from + columns < r32 ? from + columns : r32;
+          const int64_t here = (to < r16 ? to : r16) - from, whole = (to < inner ? to : inner) - from;
+          keys.product(here, qk32, q_transposed + from, i_ld, s, columns, &ahead);
+          values.product(whole, c32, g_transposed + from, i_ld, dp, columns, &ahead);
+          for (int64_t i = from + whole; i < from + here && i < rows; ++i) {
+            for (int64_t j = 0; j < L; ++j) dp[j * columns + i - from] = dot_words(values.row(j), g + i * g_row, C);
           }
-          for (int64_t j = j0; j < end; ++j) {
-            if (j % 2 == 0) ahead.ask();
+          for (int64_t j = 0; j < l32; ++j) {
+            if (j % 8 == 0) ahead.ask();
             // Rows beyond the line and columns beyond the block are zero in p and ds.
-            for (int64_t i = 0; i < r32; i += 16) {
-              const int64_t from = (j - j0) * i_ld + i, to = j * i_words + i;
+            for (int64_t i = from; i < to; i += 16) {
               __m256i weights = _mm256_setzero_si256(), grads = _mm256_setzero_si256();
               if (j < L && i < rows) {
+                const int64_t at = j * columns + i - from, self = j - i0 - i;
                 __mmask16 valid = V::first(static_cast<int>(rows - i < 16 ? rows - i : 16));
-                const int64_t self = j - i0 - i;
                 if (masked && self >= 0 && self < 16) valid &= static_cast<__mmask16>(~(1u << self));
-                const reg w = _mm512_maskz_mov_ps(valid, weight_exp(V::sub(V::load(s + from), V::load(lse + i))));
+                const reg w = _mm512_maskz_mov_ps(valid, weight_exp(V::sub(V::load(s + at), V::load(lse + i))));
                 weights = (__m256i)_mm512_cvtneps_pbh(w);
                 grads = (__m256i)_mm512_cvtneps_pbh(
-                    _mm512_maskz_mul_ps(valid, w, V::sub(V::load(dp + from), V::load(delta + i))));
+                    _mm512_maskz_mul_ps(valid, w, V::sub(V::load(dp + at), V::load(delta + i))));
               }
-              _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + to), weights);
-              _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds + to), grads);
+              _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + j * i_words + i), weights);
+              _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds + j * i_words + i), grads);
             }
           }
-        }
-        for (int64_t j = 0; j < l32; j += 32) {
-          for (int64_t i = 0; i < r32; i += 32) {
-            V::transpose_words(ds + j * i_words + i, i_words, 32, 32, ds_rows + i * j_words + j, j_words);
+          for (int64_t j = 0; j < l32; j += 32) {
+            for (int64_t i = from; i < to; i += 32) {
+              V::transpose_words(ds + j * i_words + i, i_words, 32, 32, ds_rows + i * j_words + j, j_words);
+            }
           }
         }
         const BlockPosition at{i0 == 0, i0 + block >= L};
