@@ -53,9 +53,11 @@ ResidualArgs arguments(const Tensor& attended, const Tensor& gamma, const Tensor
                                             : static_cast<const float*>(gamma.data_ptr())[0];
   args.attended = flat(attended, "attended");
   args.x = flat(x, "x");
-  // Channels-last maps are worked through as they lie in memory; with an NCHW one beside them, in long rows of both.
-  args.piece_channels = args.x.position != 1 ? args.channels : 32;
-  args.piece_positions = args.x.position != 1 ? 8192 / args.channels + 1 : 256;
+  // Channels-last maps are worked through as they lie in memory; with an NCHW one beside them, in long rows of that and
+  // two cache lines of attended at once.
+  const bool channels_last = args.x.position != 1;
+  args.piece_channels = channels_last ? args.channels : 128 / static_cast<int64_t>(attended.element_size());
+  args.piece_positions = channels_last ? 8192 / args.channels + 1 : 512;
   use_all_threads(&args);
   return args;
 }
