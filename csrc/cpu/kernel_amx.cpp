@@ -79,7 +79,7 @@ struct Engine {
 
   template <class Finish>
   static void product_to(int64_t M, int64_t rows, int64_t N, int64_t depth, const BFloat16* a, int64_t lda,
-                         const uint32_t* b, int64_t ldb, const Finish& finish, Ahead* ahead) {
+                         const uint32_t* b, int64_t ldb, Finish finish, Ahead* ahead) {
     alignas(64) float tile[2 * kTile * kPanel];
     for (int64_t c = 0; c < N; c += kPanel) {
       const int64_t width = N - c < kPanel ? N - c : kPanel;

@@ -20,8 +20,8 @@
 //                     which most is padding; images of 8n + 1 pixels are the rule in segmentation (97 = 6 * 16 + 1)
 //   Session           lives as long as the thread multiplies
 //   product           C[M, N] = A B, N a multiple of 16
-//   product_to        the same, N a multiple of 32, each result handed to finish(row, column, lo, hi): the numbers of
-//                     32 columns as pack_pairs ordered them; only rows below `rows` are handed out
+//   product_to        the same, N a multiple of 32, each result handed to a copy of finish, (row, column, lo, hi): the
+//                     numbers of 32 columns as pack_pairs ordered them; only rows below `rows` are handed out
 //   steps(M, N, k)    how often such a product asks for memory ahead
 
 using V = Avx512;
@@ -136,54 +136,106 @@ inline __m512i words_in_order(reg lo, reg hi) {
   return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(hi, lo));
 }
 
+// How results are stored, known when the code that stores them is compiled: it runs once for every 32 of them.
+// WHOLE: they come in whole vectors of 32.
+template <Store STORE, bool WHOLE>
+struct StoreWay {
+  static constexpr Store kStore = STORE;
+  static constexpr bool kWhole = WHOLE;
+};
+
+// Calls run(StoreWay) for rows of `cols` numbers.
+template <class F>
+void with_store_way(Store store, int64_t cols, const F& run) {
+  const bool whole = cols % 32 == 0;
+  switch (store) {
+    case Store::kReplace:
+      return whole ? run(StoreWay<Store::kReplace, true>()) : run(StoreWay<Store::kReplace, false>());
+    case Store::kJoin: return whole ? run(StoreWay<Store::kJoin, true>()) : run(StoreWay<Store::kJoin, false>());
+    case Store::kPastCaches: return run(StoreWay<Store::kPastCaches, true>());  // never anything but cache lines
+  }
+}
+
 // dst[0 .. cols) = (lo, hi), or (lo, hi) + old * dst, at most 32 numbers in the order of pack_pairs.
-inline void store_words(reg lo, reg hi, int64_t cols, Store store, reg old, BFloat16* dst) {
-  if (store == Store::kJoin) {
-    const __m512i before = load_words(dst, cols), zero = _mm512_setzero_si512();
+template <class Way>
+inline void store_words(reg lo, reg hi, int64_t cols, reg old, BFloat16* dst) {
+  const int64_t count = Way::kWhole ? 32 : cols;
+  if (Way::kStore == Store::kJoin) {
+    const __m512i before = load_words(dst, count), zero = _mm512_setzero_si512();
     lo = V::fma(_mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, before)), old, lo);
     hi = V::fma(_mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, before)), old, hi);
   }
   const __m512i words = words_in_order(lo, hi);
-  if (store == Store::kPastCaches) {
+  if (Way::kStore == Store::kPastCaches) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(dst), words);
-  } else if (cols >= 32) {
+  } else if (count >= 32) {
     _mm512_storeu_si512(dst, words);
   } else {
-    _mm512_mask_storeu_epi16(dst, V::first_words(cols), words);
+    _mm512_mask_storeu_epi16(dst, V::first_words(count), words);
   }
 }
+
+// What becomes of the forward pass' products: dst[row, c] = fresh[row] * product, or that + keep[row] * dst[row, c].
+template <class Way>
+struct MeanStore {
+  BFloat16* dst;
+  int64_t row_step, cols;
+  const float* keep;
+  const float* fresh;
+
+  void operator()(int64_t row, int64_t c, reg lo, reg hi) const {
+    const reg scale = V::set1(fresh[row]);
+    store_words<Way>(V::mul(lo, scale), V::mul(hi, scale), cols - c, V::set1(keep[row]), dst + row * row_step + c);
+  }
+};
 
 // Block of queries of a line: the first, the last, one in between.
 struct BlockPosition {
   bool first, last;
 };
 
-// What becomes of a gradient's products: dst[row, c] (+)= product. Where a line comes in several blocks of queries,
-// `sums` [M, padded] keeps the fp32 totals and dst is written with the last block.
-struct GradientStore {
+// A line of a gradient. Where it comes in several blocks of queries, `sums` [rows, cols padded to 32] keeps the fp32
+// totals, and dst is written with the last block.
+struct GradientLine {
   BFloat16* dst;
   int64_t row_step, cols;
   Store store;
   float* sums;
-  int64_t padded;
   BlockPosition at;
+};
+
+// What becomes of its products: dst[row, c] (+)= product.
+template <class Way>
+struct GradientStore {
+  GradientLine line;
+  int64_t padded;
 
   void operator()(int64_t row, int64_t c, reg lo, reg hi) const {
-    if (sums != nullptr) {
-      float* s = sums + row * padded + c;
-      if (!at.first) {
+    if (line.sums != nullptr) {
+      float* s = line.sums + row * padded + c;
+      if (!line.at.first) {
         lo = V::add(V::load(s), lo);
         hi = V::add(V::load(s + 16), hi);
       }
-      if (!at.last) {
+      if (!line.at.last) {
         V::store(s, lo);
         V::store(s + 16, hi);
         return;
       }
     }
-    store_words(lo, hi, cols - c, store, V::set1(1.0f), dst + row * row_step + c);
+    store_words<Way>(lo, hi, line.cols - c, V::set1(1.0f), line.dst + row * line.row_step + c);
   }
 };
+
+// Engine::product_to, to a line of a gradient.
+template <class Engine>
+void product_to_gradient(int64_t M, int64_t rows, int64_t depth, const BFloat16* a, int64_t lda, const uint32_t* b,
+                         int64_t ldb, const GradientLine& line, Ahead* ahead) {
+  const int64_t padded = round_up(line.cols, 32);
+  with_store_way(line.store, line.cols, [&](auto way) {
+    Engine::product_to(M, rows, padded, depth, a, lda, b, ldb, GradientStore<decltype(way)>{line, padded}, ahead);
+  });
+}
 
 // How an axis writes a tensor that the axes add up.
 Store axis_store(const Grid& grid, const TensorRef& t, int64_t channels, bool first) {
@@ -328,13 +380,10 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
         const int64_t width = c32 - c < kPanel ? c32 - c : kPanel;
         const int64_t valid = C - c < width ? C - c : width;
         pack_pairs(v + c, v_row, L, valid, key_depth, v_pairs, kPanel, &ahead);
-        Engine::product_to(query_rows, rows, width, key_depth, p, p_ld, v_pairs, kPanel,
-                           [&](int64_t r, int64_t x, reg lo, reg hi) {
-                             const reg scale = V::set1(fresh[r]);
-                             store_words(V::mul(lo, scale), V::mul(hi, scale), valid - x, store, V::set1(keep[r]),
-                                         o + r * o_row + c + x);
-                           },
-                           &ahead);
+        with_store_way(store, valid, [&](auto way) {
+          const MeanStore<decltype(way)> to{o + c, o_row, valid, keep, fresh};
+          Engine::product_to(query_rows, rows, width, key_depth, p, p_ld, v_pairs, kPanel, to, &ahead);
+        });
       }
     }
     V::fence();
@@ -494,17 +543,15 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
           }
         }
         const BlockPosition at{i0 == 0, i0 + block >= L};
-        const auto to_line = [&](const TensorRef& t, int64_t row, int64_t cols, Store store, float* sums) {
-          BFloat16* dst = line_data<BFloat16>(t, grid, axis, line);
-          return GradientStore{dst, row, cols, store, sums, round_up(cols, 32), at};
-        };
-        GradientStore to_query = to_line(args.grad_query, dq_row, QK, query_store, nullptr);
-        to_query.dst += i0 * dq_row;
-        Engine::product_to(query_rows, rows, qk32, key_depth, ds_rows, j_words, k_pairs, qk_ld, to_query, &ahead);
-        Engine::product_to(key_rows, L, qk32, query_depth, ds, i_words, q_pairs, qk_ld,
-                           to_line(args.grad_key, dk_row, QK, query_store, dk_sums), &ahead);
-        Engine::product_to(key_rows, L, c32, query_depth, p, i_words, g_pairs, c_ld,
-                           to_line(args.grad_value, dv_row, C, value_store, dv_sums), &ahead);
+        const GradientLine to_query{line_data<BFloat16>(args.grad_query, grid, axis, line) + i0 * dq_row,
+                                    dq_row, QK, query_store, nullptr, at};
+        const GradientLine to_key{line_data<BFloat16>(args.grad_key, grid, axis, line),
+                                  dk_row, QK, query_store, dk_sums, at};
+        const GradientLine to_value{line_data<BFloat16>(args.grad_value, grid, axis, line),
+                                    dv_row, C, value_store, dv_sums, at};
+        product_to_gradient<Engine>(query_rows, rows, key_depth, ds_rows, j_words, k_pairs, qk_ld, to_query, &ahead);
+        product_to_gradient<Engine>(key_rows, L, query_depth, ds, i_words, q_pairs, qk_ld, to_key, &ahead);
+        product_to_gradient<Engine>(key_rows, L, query_depth, p, i_words, g_pairs, c_ld, to_value, &ahead);
       }
     }
     V::fence();

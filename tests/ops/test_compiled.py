@@ -191,7 +191,7 @@ def test_bf16_is_right_for_drawn_shapes_and_strides(instruction_set):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [(33, 20), (17, 65), (1, 40), (40, 1), (128, 3)])
+@pytest.mark.parametrize("sizes", [(33, 20), (17, 65), (1, 40), (40, 1), (128, 3), (97, 5), (2, 146)])
 def test_half_precision_errors_are_those_of_plain_pytorch(dtype, sizes, instruction_set):
     skip_if_for_bf16_alone(instruction_set, dtype)
     generator = torch.Generator().manual_seed(0)
