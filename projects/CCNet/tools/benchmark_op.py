@@ -540,7 +540,8 @@ def plot(benchmark: Benchmark, path: Path) -> None:
         axis.set_xscale("log")
         axis.set_xlabel("times as fast as the textbook form")
         axis.set_title("attention core" if section == "core" else "whole layer, NCHW in and out")
-        axis.legend(fontsize=7)
+        # Below: bars may fill the panel.
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=len(names))
     for series in benchmark.growth:
         axis = axes[0][-1]
         label = f"{series['dtype']} {series['pass']}: N^{series['exponent']:.2f}"
@@ -550,7 +551,7 @@ def plot(benchmark: Benchmark, path: Path) -> None:
         axis.set_title("growth")
         axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
