@@ -39,8 +39,8 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     # The operand with fewer columns is the one that is transposed: up to a fifth faster on CPUs than the other way.
     rows = _rows(x)
     if rows.dim() == 2:
-        return (rows.t() @ _rows(grad)).t()
-    return torch.bmm(rows.transpose(1, 2), _image_rows(grad)).sum(0).t()
+        return (rows.t() @ _rows(grad)).t().contiguous()
+    return torch.bmm(rows.transpose(1, 2), _image_rows(grad)).sum(0).t().contiguous()
 
 
 def bias_gradient(grad: Tensor) -> Tensor:

@@ -29,6 +29,12 @@
 #define CCNET_INLINE
 #endif
 
+#if defined(__GNUC__) || defined(__clang__)
+#define CCNET_PREFETCH(p) __builtin_prefetch((p), 0, 2)
+#else
+#define CCNET_PREFETCH(p) (void)(p)
+#endif
+
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
 #define CCNET_X86_DISPATCH 1
 #endif
@@ -44,8 +50,8 @@ namespace ccnet {
 namespace cpu {
 
 // The plain kernels, but for the two passes.
-inline Kernels with_passes(const char* name, void (*forward)(const ForwardArgs&), void (*backward)(const BackwardArgs&),
-                           Kernels plain) {
+inline Kernels with_passes(const char* name, void (*forward)(const ForwardArgs&),
+                           void (*backward)(const BackwardArgs&), Kernels plain) {
   plain.name = name;
   plain.forward = forward;
   plain.backward = backward;
@@ -54,9 +60,3 @@ inline Kernels with_passes(const char* name, void (*forward)(const ForwardArgs&)
 
 }  // namespace cpu
 }  // namespace ccnet
-
-#if defined(__GNUC__) || defined(__clang__)
-#define CCNET_PREFETCH(p) __builtin_prefetch((p), 0, 2)
-#else
-#define CCNET_PREFETCH(p) (void)(p)
-#endif

@@ -77,6 +77,7 @@ struct Engine {
     }
   }
 
+  // finish is a copy: what it holds can stay in registers, whatever memory is written.
   template <class Finish>
   static void product_to(int64_t M, int64_t rows, int64_t N, int64_t depth, const BFloat16* a, int64_t lda,
                          const uint32_t* b, int64_t ldb, Finish finish, Ahead* ahead) {

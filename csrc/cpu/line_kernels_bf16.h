@@ -20,8 +20,8 @@
 //                     which most is padding; images of 8n + 1 pixels are the rule in segmentation (97 = 6 * 16 + 1)
 //   Session           lives as long as the thread multiplies
 //   product           C[M, N] = A B, N a multiple of 16
-//   product_to        the same, N a multiple of 32, each result handed to a copy of finish, (row, column, lo, hi): the
-//                     numbers of 32 columns as pack_pairs ordered them; only rows below `rows` are handed out
+//   product_to        the same, N a multiple of 32, each result handed to finish(row, column, lo, hi): the numbers of
+//                     32 columns as pack_pairs ordered them; only rows below `rows` are handed out
 //   steps(M, N, k)    how often such a product asks for memory ahead
 
 using V = Avx512;
@@ -202,17 +202,18 @@ struct GradientLine {
   Store store;
   float* sums;
   BlockPosition at;
+
+  int64_t padded() const { return round_up(cols, 32); }
 };
 
 // What becomes of its products: dst[row, c] (+)= product.
 template <class Way>
 struct GradientStore {
   GradientLine line;
-  int64_t padded;
 
   void operator()(int64_t row, int64_t c, reg lo, reg hi) const {
     if (line.sums != nullptr) {
-      float* s = line.sums + row * padded + c;
+      float* s = line.sums + row * line.padded() + c;
       if (!line.at.first) {
         lo = V::add(V::load(s), lo);
         hi = V::add(V::load(s + 16), hi);
@@ -231,9 +232,8 @@ struct GradientStore {
 template <class Engine>
 void product_to_gradient(int64_t M, int64_t rows, int64_t depth, const BFloat16* a, int64_t lda, const uint32_t* b,
                          int64_t ldb, const GradientLine& line, Ahead* ahead) {
-  const int64_t padded = round_up(line.cols, 32);
   with_store_way(line.store, line.cols, [&](auto way) {
-    Engine::product_to(M, rows, padded, depth, a, lda, b, ldb, GradientStore<decltype(way)>{line, padded}, ahead);
+    Engine::product_to(M, rows, line.padded(), depth, a, lda, b, ldb, GradientStore<decltype(way)>{line}, ahead);
   });
 }
 
@@ -482,8 +482,8 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         const int64_t rows = L - i0 < block ? L - i0 : block;
         const int64_t r32 = round_up(rows, 32), r16 = round_up(rows, 16);
         const int64_t query_rows = round_up(rows, Engine::kRows), query_depth = round_up(rows, Engine::kDepth);
-        const int64_t edge = rows > 16 && rows % 16 <= Engine::kEdgeColumns ? rows % 16 : 0;
-        const int64_t inner = edge ? rows - edge : r16;
+        // Queries from here on are an edge, left to dot products.
+        const int64_t inner = rows > 16 && rows % 16 <= Engine::kEdgeColumns ? rows - rows % 16 : r16;
         const BFloat16* q = line_data<BFloat16>(args.query, grid, axis, line) + i0 * q_row;
         const BFloat16* o = line_data<BFloat16>(args.out, grid, axis, line) + i0 * o_row;
         const BFloat16* g = line_data<BFloat16>(args.grad_out, grid, axis, line) + i0 * g_row;

@@ -55,9 +55,9 @@ ResidualArgs arguments(const Tensor& attended, const Tensor& gamma, const Tensor
   args.x = flat(x, "x");
   // Channels-last maps are worked through as they lie in memory; with an NCHW one beside them, in long rows of that and
   // two cache lines of attended at once.
-  const bool channels_last = args.x.position != 1;
-  args.piece_channels = channels_last ? args.channels : 128 / static_cast<int64_t>(attended.element_size());
-  args.piece_positions = channels_last ? 8192 / args.channels + 1 : 512;
+  const bool nchw = args.x.position == 1;
+  args.piece_channels = nchw ? 128 / static_cast<int64_t>(attended.element_size()) : args.channels;
+  args.piece_positions = nchw ? 512 : 8192 / args.channels + 1;
   use_all_threads(&args);
   return args;
 }
