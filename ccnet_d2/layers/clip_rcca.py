@@ -58,9 +58,7 @@ class ClipRCCA(RCCA):
         if x.shape[0] % self.frames:
             raise ValueError(f"{x.shape[0]} frames do not make clips of {self.frames}.")
         clips = x.unflatten(0, (-1, self.frames)).transpose(1, 2)
-        for _ in range(self.recurrence):
-            clips = self.attend(clips)
-        return clips.transpose(1, 2).flatten(0, 1)
+        return self._recur(clips).transpose(1, 2).flatten(0, 1)
 
 
 @contextmanager

@@ -78,8 +78,11 @@ class CrissCrossAttention(nn.Module):
         query, key, value = projected.split([self.key_channels, self.key_channels, self.channels], dim=1)
         return query, key, value
 
-    def attend(self, x: Tensor) -> Tensor:
-        """One loop of attention with its residual: (B, C, *S) -> (B, C, *S)."""
+    def attend(self, x: Tensor, *, channels_last: bool | None = None) -> Tensor:
+        """One loop of attention with its residual: (B, C, *S) -> (B, C, *S).
+
+        `channels_last` says how the compiled operator's result is to lie in memory; like x if None.
+        """
         weight, bias = self.qkv.weight.flatten(1), self.qkv.bias
         assert bias is not None
         if self.recompute and torch.is_grad_enabled() and x.numel() > 0:
@@ -90,7 +93,9 @@ class CrissCrossAttention(nn.Module):
         # Compiled for any image size, the loop in one step would keep the projection as a view on four axes, on which
         # torch 2.14's compiler fails; query, key and value apart are views that it makes again.
         if not torch.compiler.is_compiling() and supports_loop(x, weight, self.backend):
-            return criss_cross_loop(x, weight, bias, self.gamma, self.key_channels)
+            return criss_cross_loop(
+                x, weight, bias, self.gamma, self.key_channels, channels_last=channels_last
+            )
         out = criss_cross_attention(*self.project(x), backend=self.backend)
         if self.backend in ("auto", "compiled"):
             return gated_residual(out, self.gamma, x)
@@ -152,8 +157,13 @@ class RCCA(CrissCrossAttention):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *S) -> (B, C, *S)."""
         self._check_input(x)
-        for _ in range(self.recurrence):
-            x = self.attend(x)
+        return self._recur(x)
+
+    def _recur(self, x: Tensor) -> Tensor:
+        """The loops. On CPU the maps between them are channels-last, as attention reads and writes them."""
+        chosen = x.device.type == "cpu" and x.is_contiguous()
+        for loop in range(1, self.recurrence + 1):
+            x = self.attend(x, channels_last=loop < self.recurrence if chosen else None)
         return x
 
     def extra_repr(self) -> str:

@@ -1,7 +1,9 @@
 """One loop of the criss-cross layer as one step of autograd: projection, attention and gated residual.
 
 Put together by autograd, the three would keep the same tensors for the backward pass, but the gradient of x would be a
-sum of two maps made apart. Here the projection's part is added in place to a copy of the residual's.
+sum of two maps made apart. Here the projection's part is added in place to a copy of the residual's. And here the
+layouts in memory are chosen: the map between two loops can be channels-last, as the attention reads it, where the input
+and the output of the layer are NCHW.
 
 Shapes: B batch, C channels, C' query/key channels, S spatial sizes.
 """
@@ -13,8 +15,11 @@ from torch import Tensor
 
 from . import compiled, packed
 from .backends import automatic_backend_on
-from .projection import add_input_gradient, bias_gradient, is_dense, project, weight_gradient
+from .layout import is_channels_last, is_dense, on_huge_pages, to_channels_last
+from .projection import add_input_gradient, bias_gradient, input_gradient, project, weight_gradient
 from .residual import gated_residual, residual_gradients
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def autocasts(x: Tensor) -> bool:
@@ -47,7 +52,15 @@ def supports_loop(x: Tensor, weight: Tensor, backend: str) -> bool:
     )
 
 
-def criss_cross_loop(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, key_channels: int) -> Tensor:
+def criss_cross_loop(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    key_channels: int,
+    *,
+    channels_last: bool | None = None,
+) -> Tensor:
     """`x + gamma * attention(q, k, v)` by the compiled operator, where (q, k, v) is the projection of x.
 
     Args:
@@ -56,36 +69,46 @@ def criss_cross_loop(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, key
         bias: (2C' + C,).
         gamma: one number, (1,).
         key_channels: C'.
+        channels_last: how the result is to lie in memory, channels-last or NCHW; like x if None.
 
     Returns:
-        (B, C, *S), of x's dtype and layout in memory. Inside autocast the projection and the attention run in its
-        dtype.
+        (B, C, *S), of x's dtype. Inside autocast the projection and the attention run in its dtype.
 
     Raises:
         RuntimeError: a second derivative is asked for.
     """
     tensors = (x, weight, bias, gamma)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        out: Tensor = _Loop.apply(*tensors, key_channels, compute_dtype(x))
+        out: Tensor = _Loop.apply(*tensors, key_channels, compute_dtype(x), channels_last)
         return out
-    return loop_without_gradients(*tensors, key_channels, compute_dtype(x))
+    return loop_without_gradients(*tensors, key_channels, compute_dtype(x), channels_last)
 
 
 def loop_without_gradients(
-    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, key_channels: int, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    key_channels: int,
+    dtype: torch.dtype,
+    channels_last: bool | None = None,
 ) -> Tensor:
     """`criss_cross_loop`, its projection and attention in `dtype`."""
     attended = _attend(x, weight, bias, key_channels, dtype)[
         1
     ]  # the projection is freed before the result is made
-    return gated_residual(attended, gamma, x)
+    return gated_residual(attended, gamma, x, channels_last=channels_last)
 
 
 def _attend(
     x: Tensor, weight: Tensor, bias: Tensor, key_channels: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The projection, the attended map, and the log-sum-exps."""
-    projected = project(x.to(dtype), weight.to(dtype), bias.to(dtype))
+    x = x.to(dtype)
+    if x.device.type == "cpu" and dtype in _HALF:
+        # A product of half precision that reads NCHW takes longer than the copy and the product of channels-last.
+        x = to_channels_last(x)
+    projected = project(x, weight.to(dtype), bias.to(dtype))
     return projected, *packed.forward(projected, key_channels)
 
 
@@ -99,12 +122,13 @@ class _Loop(torch.autograd.Function):
         gamma: Tensor,
         key_channels: int,
         dtype: torch.dtype,
+        channels_last: bool | None,
     ) -> Tensor:
         projected, attended, lse = _attend(x, weight, bias, key_channels, dtype)
         ctx.save_for_backward(x, weight, gamma, projected, attended, lse)
         ctx.key_channels = key_channels
         ctx.bias_dtype = bias.dtype
-        return gated_residual(attended, gamma, x)
+        return gated_residual(attended, gamma, x, channels_last=channels_last)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -119,10 +143,10 @@ class _Loop(torch.autograd.Function):
             del grad_attended
             needed = (need_x, need_weight, need_bias)
             grad_x, grad_weight, grad_bias = projection_gradients(
-                needed, grad, grads, x.to(grads.dtype), weight, ctx.bias_dtype
+                needed, grad, grads, x, weight, ctx.bias_dtype
             )
         result = (grad_x, grad_weight, grad_bias, grad_gamma if need_gamma else None)
-        return *refusing_second_derivatives(result, (grad, x, weight, gamma)), None, None
+        return *refusing_second_derivatives(result, (grad, x, weight, gamma)), None, None, None
 
 
 def projection_gradients(
@@ -139,20 +163,32 @@ def projection_gradients(
         needed: which of the three.
         grad: (B, C, *S), of the loop's result.
         grads: (B, 2C' + C, *S), of the projection.
-        x: (B, C, *S), of the dtype of `grads`.
+        x: (B, C, *S).
         weight: (2C' + C, C).
         bias_dtype: that the bias has.
     """
     grad_x = grad_weight = grad_bias = None
     need_x, need_weight, need_bias = needed
     if need_weight:
-        grad_weight = weight_gradient(grads, x).to(weight.dtype)
+        grad_weight = weight_gradient(grads, x.to(grads.dtype)).to(weight.dtype)
     if need_bias:
         grad_bias = bias_gradient(grads).to(bias_dtype)
     if need_x:
-        grad_x = grad.clone()
-        add_input_gradient(grad_x, grads, weight.to(grads.dtype))
+        grad_x = _input_gradient(grad, grads, weight.to(grads.dtype), x)
     return grad_x, grad_weight, grad_bias
+
+
+def _input_gradient(grad: Tensor, grads: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    """The sum of the residual's part, which is `grad`, and the projection's; on CPU laid out in memory like x."""
+    # Elsewhere another layout is another pass, which whoever reads the gradient may not need.
+    channels_last = is_channels_last(x if x.device.type == "cpu" and is_dense(x) else grad)
+    same_layout = is_channels_last(grad) == channels_last
+    if grad.dtype == grads.dtype and (same_layout or channels_last):
+        total = on_huge_pages(torch.empty_like(grad)).copy_(grad) if same_layout else to_channels_last(grad)
+        add_input_gradient(total, grads, weight)
+        return total
+    one = torch.ones(1, dtype=grad.dtype, device=grad.device)
+    return gated_residual(input_gradient(grads, weight), one, grad, channels_last=channels_last)
 
 
 def refusing_second_derivatives(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import compiled
 from .backends import automatic_backend_on, require_compiled, select_backend
+from .layout import is_dense, on_huge_pages
 from .loop import (
     autocasts,
     compute_dtype,
@@ -25,7 +26,7 @@ from .loop import (
     refusing_second_derivatives,
 )
 from .packed import split
-from .projection import is_dense, project
+from .projection import project
 from .residual import gated_residual, residual_gradients
 
 _CHUNK_MULTIPLE = 16  # channels; fewer do not fill the vectors of the kernels
@@ -104,7 +105,7 @@ class _RecomputedLoop(torch.autograd.Function):
         x_low, w, b = x.to(ctx.dtype), weight.to(ctx.dtype), bias.to(ctx.dtype)
         grads = None
         if need_x or need_weight or need_bias:
-            grads = x_low.new_empty((x.shape[0], *x.shape[2:], w.shape[0])).movedim(-1, 1)
+            grads = on_huge_pages(x_low.new_empty((x.shape[0], *x.shape[2:], w.shape[0]))).movedim(-1, 1)
         grad_gamma = _attention_gradients(ctx, grad, x_low, w, b, gamma, grads)
         grad_x = grad_weight = grad_bias = None
         if grads is not None:

@@ -1,7 +1,8 @@
 """The layer's last step, `x + gamma * attended`, between memory layouts.
 
 The attention's output is channels-last in memory, and x mostly is not: added up by PyTorch, one of the two is read
-against the grain. On CPU the compiled library does it in one blocked pass; elsewhere PyTorch does.
+against the grain. On CPU the compiled library does it in one blocked pass, and writes the sum in the layout that is
+wanted next; elsewhere PyTorch does.
 """
 
 from typing import Any
@@ -10,25 +11,33 @@ import torch
 from torch import Tensor, library
 
 from . import compiled
-from .projection import is_dense
+from .layout import is_dense, to_channels_last
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def gated_residual(attended: Tensor, gamma: Tensor, x: Tensor) -> Tensor:
+def gated_residual(
+    attended: Tensor, gamma: Tensor, x: Tensor, *, channels_last: bool | None = None
+) -> Tensor:
     """`x + gamma * attended`.
 
     Args:
         attended: (B, C, *S).
         gamma: one number, (1,).
         x: (B, C, *S).
+        channels_last: how the result is to lie in memory, channels-last or NCHW; like x if None.
 
     Returns:
-        (B, C, *S), laid out in memory like x.
+        (B, C, *S).
     """
     if not (_runs_compiled(attended, x) and is_dense(x)):
-        return gamma.to(attended.dtype) * attended + x
-    out: Tensor = torch.ops.ccnet_d2.gated_residual_forward(attended, gamma.to(_computed(x)), x)
+        out = gamma.to(attended.dtype) * attended + x
+        if channels_last is None:
+            return out
+        return to_channels_last(out) if channels_last else out.contiguous()
+    if channels_last is None:
+        channels_last = not x.is_contiguous()
+    out = torch.ops.ccnet_d2.gated_residual_forward(attended, gamma.to(_computed(x)), x, channels_last)
     return out
 
 
@@ -70,33 +79,25 @@ def _computed(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _empty_like(x: Tensor, *, channels_last: bool) -> Tensor:
-    if not channels_last:
-        return x.new_empty(x.shape)
-    batch, channels, *spatial = x.shape
-    return x.new_empty((batch, *spatial, channels)).movedim(-1, 1)
-
-
-def _forward_fake(attended: Tensor, gamma: Tensor, x: Tensor) -> Tensor:
-    return _empty_like(x, channels_last=not x.is_contiguous())
+def _forward_fake(attended: Tensor, gamma: Tensor, x: Tensor, channels_last: bool) -> Tensor:
+    return compiled.empty_channels_last(x) if channels_last else x.new_empty(x.shape)
 
 
 def _backward_fake(grad: Tensor, attended: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty_like(attended, channels_last=True), torch.empty_like(gamma)
+    return compiled.empty_channels_last(attended), torch.empty_like(gamma)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    attended, gamma, _ = inputs
-    ctx.save_for_backward(attended, gamma)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor, None]:
     attended, gamma = ctx.saved_tensors
     if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-        return None, None, grad
+        return None, None, grad, None
     if not is_dense(grad):
         grad = grad.contiguous()
-    return *residual_gradients(grad, attended, gamma), grad
+    return *residual_gradients(grad, attended, gamma), grad, None
 
 
 if compiled.is_available():

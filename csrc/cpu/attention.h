@@ -61,7 +61,7 @@ struct ResidualArgs {
   double gamma;
   Map attended;  // channels side by side
   Map x;         // backward: the gradient of the result
-  Map out;       // forward: the result, laid out as x; backward: the gradient of attended, channels side by side
+  Map out;       // forward: the result; backward: the gradient of attended, channels side by side
   double* sums;  // backward: sum_n x * attended of each of residual_items(args) pieces
   int workers;
   Parallel parallel;

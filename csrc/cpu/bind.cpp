@@ -134,6 +134,13 @@ Tensor packed_backward(Tensor grad_out, Tensor packed, int64_t key_channels, Ten
   return grad_packed;
 }
 
+// A channels-last copy.
+Tensor to_channels_last(Tensor x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 3 && x.dim() <= 2 + kMaxAxes,
+                  "x must be a CPU tensor (B, C, *S) with one to three spatial axes.");
+  return copy_channels_last(x, grid_of(x));
+}
+
 // Which kernels run for this dtype ("avx512", ...): for collect_env, tests and the benchmark.
 std::string instruction_set(std::string dtype) {
   if (dtype == "bfloat16") return select_kernels(DType::kBFloat16).name;
@@ -157,6 +164,8 @@ STABLE_TORCH_LIBRARY(ccnet_d2, m) {
   m.def(
       "criss_cross_packed_backward(Tensor grad_out, Tensor packed, int key_channels, Tensor out, Tensor lse) -> "
       "Tensor");
+  m.def("to_channels_last(Tensor x) -> Tensor");
+  m.def("use_huge_pages(Tensor(a!) x) -> ()");
   m.def("cpu_instruction_set(str dtype) -> str");
 }
 
@@ -166,6 +175,8 @@ STABLE_TORCH_LIBRARY_IMPL(ccnet_d2, CPU, m) {
   m.impl("criss_cross_backward_into", TORCH_BOX(&ccnet::cpu::backward_into));
   m.impl("criss_cross_packed_forward", TORCH_BOX(&ccnet::cpu::packed_forward));
   m.impl("criss_cross_packed_backward", TORCH_BOX(&ccnet::cpu::packed_backward));
+  m.impl("to_channels_last", TORCH_BOX(&ccnet::cpu::to_channels_last));
+  m.impl("use_huge_pages", TORCH_BOX(&ccnet::cpu::use_huge_pages));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ccnet_d2, CompositeExplicitAutograd, m) {

@@ -38,8 +38,8 @@ void check(const Tensor& a, const Tensor& b, const Tensor& gamma, ScalarType com
 
 ScalarType computed_dtype(ScalarType x) { return x == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
-// All but the output; attended is channels-last.
-ResidualArgs arguments(const Tensor& attended, const Tensor& gamma, const Tensor& x) {
+// All but the sums; attended is channels-last.
+ResidualArgs arguments(const Tensor& attended, const Tensor& gamma, const Tensor& x, const Tensor& out) {
   ResidualArgs args{};
   args.batch = x.size(0);
   args.channels = x.size(1);
@@ -53,25 +53,22 @@ ResidualArgs arguments(const Tensor& attended, const Tensor& gamma, const Tensor
                                             : static_cast<const float*>(gamma.data_ptr())[0];
   args.attended = flat(attended, "attended");
   args.x = flat(x, "x");
+  args.out = flat(out, "the result");
   // Channels-last maps are worked through as they lie in memory; with an NCHW one beside them, in long rows of that and
   // two cache lines of attended at once.
-  const bool nchw = args.x.position == 1;
+  const bool nchw = args.x.position == 1 || args.out.position == 1;
   args.piece_channels = nchw ? 128 / static_cast<int64_t>(attended.element_size()) : args.channels;
   args.piece_positions = nchw ? 512 : 8192 / args.channels + 1;
   use_all_threads(&args);
   return args;
 }
 
-Tensor residual_forward(Tensor attended, Tensor gamma, Tensor x) {
+Tensor residual_forward(Tensor attended, Tensor gamma, Tensor x, bool out_channels_last) {
   check(attended, x, gamma, computed_dtype(x.scalar_type()));
-  Tensor out = flat(x, "x").position == 1
-                   ? torch::stable::new_empty(x, x.sizes())
-                   : with_channels_second(empty_positions_first(x, x.size(1), x.scalar_type()));
+  const Tensor out = out_channels_last ? empty_channels_last(x, x.size(1)) : empty_channels_second(x);
   if (x.numel() == 0) return out;
   attended = channels_last(attended, grid_of(attended));
-  ResidualArgs args = arguments(attended, gamma, x);
-  args.out = flat(out, "out");
-  select_kernels(args.dtype).residual_forward(args);
+  select_kernels(kernel_dtype(x)).residual_forward(arguments(attended, gamma, x, out));
   return out;
 }
 
@@ -81,8 +78,7 @@ std::tuple<Tensor, Tensor> residual_backward(Tensor grad, Tensor attended, Tenso
   Tensor grad_gamma = torch::stable::empty_like(gamma);
   if (grad.numel() == 0) return {grad_attended, torch::stable::fill_(grad_gamma, 0.0)};
   attended = channels_last(attended, grid_of(attended));
-  ResidualArgs args = arguments(attended, gamma, grad);
-  args.out = flat(grad_attended, "the gradient of attended");
+  ResidualArgs args = arguments(attended, gamma, grad, grad_attended);
   std::vector<double> sums(static_cast<size_t>(residual_items(args)));
   args.sums = sums.data();
   select_kernels(args.dtype).residual_backward(args);
@@ -96,7 +92,7 @@ std::tuple<Tensor, Tensor> residual_backward(Tensor grad, Tensor attended, Tenso
 }  // namespace ccnet
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ccnet_d2, m) {
-  m.def("gated_residual_forward(Tensor attended, Tensor gamma, Tensor x) -> Tensor");
+  m.def("gated_residual_forward(Tensor attended, Tensor gamma, Tensor x, bool channels_last) -> Tensor");
   m.def(
       "gated_residual_backward(Tensor grad, Tensor attended, Tensor gamma) -> (Tensor grad_attended, Tensor "
       "grad_gamma)");

@@ -1,8 +1,8 @@
 // x + gamma * attended and its backward, for any vector type. Included after work.h (see line_kernels.h).
 //
-// attended is channels-last; where x is NCHW, squares of W x W numbers are transposed in registers, so that each map
-// goes through memory once. A piece is some channels of a run of positions: lines of memory are used whole on both
-// sides.
+// attended is channels-last; where x or the result is NCHW, squares of W x W numbers are transposed in registers, so
+// that each map goes through memory once. A piece is some channels of a run of positions: lines of memory are used whole
+// on both sides.
 
 struct ResidualPiece {
   int64_t batch, channel, channels, position, positions;
@@ -40,20 +40,26 @@ void for_vectors(const ResidualPiece& piece, const F& body) {
   }
 }
 
-// Runs body(channel, position) for the squares of a piece, and asks for those a few squares on: rows of channels-last
-// maps, and rows of an NCHW one, are far apart, which no hardware prefetcher follows.
-template <class V, class A, class X, class F>
-void for_squares(const ResidualPiece& piece, const A* attended, int64_t attended_row, const X* x, int64_t x_row,
-                 const F& body) {
+// Asks for `count` rows of a piece, from this position on: rows of channels-last maps, and rows of an NCHW one, are far
+// apart, which no hardware prefetcher follows.
+template <class S>
+void ask(const ResidualPiece& piece, const ResidualArgs::Map& map, const S* first, int64_t position, int64_t count) {
+  if (map.position == 1) {
+    for (int64_t c = 0; c < piece.channels; ++c) CCNET_PREFETCH(first + c * map.channel + position);
+    return;
+  }
+  for (int64_t n = position; n < position + count; ++n) {
+    const char* p = reinterpret_cast<const char*>(first + n * map.position);
+    for (int64_t b = 0; b < piece.channels * static_cast<int64_t>(sizeof(S)); b += 64) CCNET_PREFETCH(p + b);
+  }
+}
+
+// Runs body(channel, position) for the squares of a piece, and ask_for(position, count) for those a few squares on.
+template <class V, class Ask, class F>
+void for_squares(const ResidualPiece& piece, const Ask& ask_for, const F& body) {
   const int64_t distance = 4 * V::W;
   for (int64_t n = 0; n < piece.positions; n += V::W) {
-    if (n + distance < piece.positions) {
-      for (int64_t r = 0; r < V::W; ++r) {
-        const char* p = reinterpret_cast<const char*>(attended + (n + distance + r) * attended_row);
-        for (int64_t b = 0; b < piece.channels * static_cast<int64_t>(sizeof(A)); b += 64) CCNET_PREFETCH(p + b);
-      }
-      for (int64_t c = 0; c < piece.channels; ++c) CCNET_PREFETCH(x + c * x_row + n + distance);
-    }
+    if (n + distance < piece.positions) ask_for(n + distance, static_cast<int64_t>(V::W));
     for (int64_t c = 0; c < piece.channels; c += V::W) body(c, n);
   }
 }
@@ -62,27 +68,55 @@ template <class V, class A, class X>
 void residual_forward_typed(const ResidualArgs& args) {
   using reg = typename V::reg;
   const reg gamma = V::set1(static_cast<typename V::T>(args.gamma));
+  const bool x_nchw = args.x.position == 1, out_nchw = args.out.position == 1;
   for_pieces(args, [&](const ResidualPiece& piece, int64_t) {
     const A* attended = piece.in<const A>(args.attended);
     const X* x = piece.in<const X>(args.x);
     X* out = piece.in<X>(args.out);
-    if (args.x.position != 1) {
+    // Vectors along the channels of a position.
+    const auto load_attended = [&](int64_t n, int64_t c, int64_t cols) {
+      return load_some<V>(attended + n * args.attended.position + c, cols);
+    };
+    const auto load_x = [&](int64_t n, int64_t c, int64_t cols) {
+      return load_some<V>(x + n * args.x.position + c, cols);
+    };
+    const auto store_out = [&](int64_t n, int64_t c, int64_t cols, reg y) {
+      store_some<V>(out + n * args.out.position + c, y, cols);
+    };
+    if (!x_nchw && !out_nchw) {
       for_vectors<V>(piece, [&](int64_t c, int64_t n, int64_t cols) {
-        const reg a = load_some<V>(attended + n * args.attended.position + c, cols);
-        const reg y = V::fma(gamma, a, load_some<V>(x + n * args.x.position + c, cols));
-        store_some<V>(out + n * args.out.position + c, y, cols);
+        store_out(n, c, cols, V::fma(gamma, load_attended(n, c, cols), load_x(n, c, cols)));
       });
       return;
     }
-    for_squares<V>(piece, attended, args.attended.position, x, args.x.channel, [&](int64_t c, int64_t n) {
-      const int64_t rows = piece.channels - c, cols = piece.positions - n;
+    const auto ask_for = [&](int64_t n, int64_t count) {
+      ask(piece, args.attended, attended, n, count);
+      ask(piece, args.x, x, n, count);
+    };
+    for_squares<V>(piece, ask_for, [&](int64_t c, int64_t n) {
+      const int64_t channels = piece.channels - c, positions = piece.positions - n;
       reg t[V::W];
-      load_transposed<V>(attended + n * args.attended.position + c, args.attended.position, cols, rows, t);
+      if (!out_nchw) {
+        load_transposed<V>(x + c * args.x.channel + n, args.x.channel, channels, positions, t);
+        CCNET_UNROLL
+        for (int r = 0; r < V::W; ++r) {
+          if (r >= positions) break;
+          store_out(n + r, c, channels, V::fma(gamma, load_attended(n + r, c, channels), t[r]));
+        }
+        return;
+      }
       CCNET_UNROLL
       for (int r = 0; r < V::W; ++r) {
-        if (r >= rows) break;
-        const reg y = V::fma(gamma, t[r], load_some<V>(x + (c + r) * args.x.channel + n, cols));
-        store_some<V>(out + (c + r) * args.out.channel + n, y, cols);
+        t[r] = r < positions ? load_attended(n + r, c, channels) : V::zero();
+        if (!x_nchw && r < positions) t[r] = V::fma(gamma, t[r], load_x(n + r, c, channels));
+      }
+      V::transpose(t);
+      CCNET_UNROLL
+      for (int r = 0; r < V::W; ++r) {
+        if (r >= channels) break;
+        const reg y =
+            x_nchw ? V::fma(gamma, t[r], load_some<V>(x + (c + r) * args.x.channel + n, positions)) : t[r];
+        store_some<V>(out + (c + r) * args.out.channel + n, y, positions);
       }
     });
   });
@@ -108,7 +142,11 @@ void residual_backward_typed(const ResidualArgs& args) {
         row(load_some<V>(grad + n * args.x.position + c, cols), n, c, cols);
       });
     } else {
-      for_squares<V>(piece, attended, args.attended.position, grad, args.x.channel, [&](int64_t c, int64_t n) {
+      const auto ask_for = [&](int64_t n, int64_t count) {
+        ask(piece, args.attended, attended, n, count);
+        ask(piece, args.x, grad, n, count);
+      };
+      for_squares<V>(piece, ask_for, [&](int64_t c, int64_t n) {
         const int64_t rows = piece.positions - n, cols = piece.channels - c;
         reg t[V::W];
         load_transposed<V>(grad + c * args.x.channel + n, args.x.channel, cols, rows, t);

@@ -29,6 +29,22 @@ int isa_cap() {
   return rank;
 }
 
+}  // namespace
+
+const Kernels& select_kernels(DType dtype) {
+  const int cap = isa_cap();
+  if (dtype != DType::kDouble) {
+    if (cap >= 4) {
+      const Kernels* amx = dtype == DType::kBFloat16 ? amx_kernels() : amx_split_kernels();
+      if (amx != nullptr) return *amx;
+    }
+    if (dtype == DType::kBFloat16 && cap >= 3 && avx512bf16_kernels() != nullptr) return *avx512bf16_kernels();
+    if (cap >= 2 && avx512_kernels() != nullptr) return *avx512_kernels();
+    if (cap >= 1 && avx2_kernels() != nullptr) return *avx2_kernels();
+  }
+  return *portable_kernels();
+}
+
 // Nothing depends on it: lines along the slow axes touch a page for every position, and first touching a large result
 // in 4 KiB pages costs as much as a good part of the arithmetic. The huge pages are touched here, each by one thread:
 // along those lines all threads would come to the same page at once, and the system would clear it for each of them.
@@ -48,26 +64,16 @@ void use_huge_pages(const Tensor& t) {
 #endif
 }
 
-}  // namespace
-
-const Kernels& select_kernels(DType dtype) {
-  const int cap = isa_cap();
-  if (dtype != DType::kDouble) {
-    if (cap >= 4) {
-      const Kernels* amx = dtype == DType::kBFloat16 ? amx_kernels() : amx_split_kernels();
-      if (amx != nullptr) return *amx;
-    }
-    if (dtype == DType::kBFloat16 && cap >= 3 && avx512bf16_kernels() != nullptr) return *avx512bf16_kernels();
-    if (cap >= 2 && avx512_kernels() != nullptr) return *avx512_kernels();
-    if (cap >= 1 && avx2_kernels() != nullptr) return *avx2_kernels();
-  }
-  return *portable_kernels();
-}
-
 Tensor empty_channels_last(const Tensor& like, int64_t channels) {
   const Tensor t = empty_positions_first(like, channels, like.scalar_type());
   use_huge_pages(t);
   return with_channels_second(t);
+}
+
+Tensor empty_channels_second(const Tensor& like) {
+  const Tensor t = torch::stable::new_empty(like, like.sizes());
+  use_huge_pages(t);
+  return t;
 }
 
 void parallel(int workers, void (*fn)(void*, int), void* ctx) {
@@ -86,9 +92,9 @@ DType kernel_dtype(const Tensor& t) {
   }
 }
 
-Tensor channels_last(const Tensor& t, const Grid& grid) {
-  if (t.stride(1) == 1 || t.size(1) == 1 || t.numel() == 0) return t;
-  Tensor copy = empty_channels_last(t, t.size(1));
+Tensor copy_channels_last(const Tensor& t, const Grid& grid) {
+  const Tensor copy = empty_channels_last(t, t.size(1));
+  if (t.numel() == 0) return copy;
   CopyArgs args{};
   args.grid = grid;
   args.channels = t.size(1);
@@ -98,6 +104,11 @@ Tensor channels_last(const Tensor& t, const Grid& grid) {
   use_all_threads(&args);
   select_kernels(args.dtype).to_channels_last(args);
   return copy;
+}
+
+Tensor channels_last(const Tensor& t, const Grid& grid) {
+  const bool in_place = t.stride(1) == 1 || t.size(1) == 1 || t.numel() == 0;
+  return in_place ? t : copy_channels_last(t, grid);
 }
 
 }  // namespace cpu

@@ -22,8 +22,17 @@ void use_all_threads(Args* args) {
 // Raises an error where the kernels do not know the dtype.
 DType kernel_dtype(const Tensor& t);
 
+// Asks the system for huge pages for a new tensor without gaps, and has it give them out; does nothing where it does not
+// pay or the system has none.
+void use_huge_pages(const Tensor& t);
+
 // An uninitialised (B, channels, *S) tensor in channels-last memory.
 Tensor empty_channels_last(const Tensor& like, int64_t channels);
+
+// An uninitialised tensor of the same sizes in NCHW memory.
+Tensor empty_channels_second(const Tensor& like);
+
+Tensor copy_channels_last(const Tensor& t, const Grid& grid);
 
 // The tensor itself where its channels lie one beside the other, else a channels-last copy.
 Tensor channels_last(const Tensor& t, const Grid& grid);

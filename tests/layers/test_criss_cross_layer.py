@@ -37,6 +37,30 @@ def test_loops_share_weights(dims, sizes, recurrence):
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("recurrence", [1, 2, 3])
+def test_maps_between_loops_are_channels_last(recurrence, channels_last):
+    """So is not the layer's result, nor the gradient of its input, where the input is not."""
+    if available_backends()["compiled"] is not None:
+        pytest.skip(available_backends()["compiled"])
+    maps = []
+
+    class Recording(RCCA):
+        def attend(self, x, **kwargs):
+            maps.append(super().attend(x, **kwargs))
+            return maps[-1]
+
+    layer = with_gamma(Recording(16, recurrence))
+    x = torch.randn(2, 16, 5, 6)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    out = layer(x.requires_grad_())
+    (grad,) = torch.autograd.grad(out.square().sum(), x)
+    assert out.stride() == grad.stride() == x.stride()
+    assert len(maps) == recurrence
+    assert all(between.is_contiguous(memory_format=torch.channels_last) for between in maps[:-1])
+
+
 def influence(layer, sizes, position):
     """Which inputs the output at `position` depends on, by gradient."""
     x = torch.randn(1, layer.channels, *sizes, requires_grad=True)

@@ -74,6 +74,33 @@ def test_values_and_gradients(loop, sizes, batch, channels_last, grad_last):
         assert out.stride() == inputs[0].stride()
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("x_last", [False, True])
+@pytest.mark.parametrize("out_last", [False, True])
+@pytest.mark.parametrize("grad_last", [False, True])
+def test_the_layout_of_the_result_can_be_chosen(batch, dtype, x_last, out_last, grad_last):
+    """The gradient of the input lies in memory like the input, whatever comes in."""
+    inputs = draw(9, 11, batch=batch, channels_last=x_last, dtype=dtype)
+    grad = draw(9, 11, batch=batch, channels_last=grad_last, dtype=dtype)[0].detach().flip(2)
+    if grad_last:
+        grad = grad.movedim(1, -1).contiguous().movedim(-1, 1)
+
+    def loop(*inputs):
+        return criss_cross_loop(*inputs, KEY_CHANNELS, channels_last=out_last)
+
+    out, got = gradients(loop, inputs, grad)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    wanted_out, wanted = gradients(written_out, exact, grad.double())
+    unit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    for g, w in zip((out, *got), (wanted_out, *wanted), strict=True):
+        assert (g.double() - w).norm() <= unit * w.norm()
+    like = draw(9, 11, batch=batch, channels_last=out_last, dtype=dtype)[0]
+    assert out.stride() == like.stride() and got[0].stride() == inputs[0].stride()
+    with torch.no_grad():
+        assert torch.equal(loop(*inputs), out) and loop(*inputs).stride() == like.stride()
+
+
 @pytest.mark.parametrize("loop", ALL)
 def test_gradcheck(loop):
     assert torch.autograd.gradcheck(loop, draw(2, 3, batch=1, channels=20))

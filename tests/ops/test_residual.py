@@ -24,7 +24,8 @@ def draw(shape, dtype, *, channels_last):
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("attended_last", [True, False])
 @pytest.mark.parametrize("x_last", [True, False])
-def test_values_and_gradients(shape, dtype, attended_last, x_last):
+@pytest.mark.parametrize("out_last", [True, False, None])
+def test_values_and_gradients(shape, dtype, attended_last, x_last, out_last):
     torch.manual_seed(0)
     attended = draw(shape, dtype, channels_last=attended_last).requires_grad_()
     x = draw(shape, dtype, channels_last=x_last).requires_grad_()
@@ -32,7 +33,7 @@ def test_values_and_gradients(shape, dtype, attended_last, x_last):
     gamma.requires_grad_()
     grad = draw(shape, dtype, channels_last=x_last)
 
-    out = gated_residual(attended, gamma, x)
+    out = gated_residual(attended, gamma, x, channels_last=out_last)
     grads = torch.autograd.grad(out, (attended, gamma, x), grad)
 
     wanted = x.double() + 0.75 * attended.double()
@@ -42,16 +43,17 @@ def test_values_and_gradients(shape, dtype, attended_last, x_last):
     total = (grad.double() * attended.double()).sum().reshape(1)
     torch.testing.assert_close(grads[1].double(), total, rtol=1e-5, atol=1e-4)
     assert torch.equal(grads[2], grad)
-    assert out.dtype == dtype and out.stride() == x.stride()
+    like = x if out_last is None else draw(shape, dtype, channels_last=out_last)
+    assert out.dtype == dtype and out.stride() == like.stride()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_attention_beside_fp32(dtype):
-    attended, x = (
-        draw((2, 70, 9, 11), dtype, channels_last=True),
-        draw((2, 70, 9, 11), torch.float32, channels_last=False),
-    )
-    out = gated_residual(attended, torch.tensor([0.5]), x)
+@pytest.mark.parametrize("x_last", [True, False])
+@pytest.mark.parametrize("out_last", [True, False])
+def test_half_precision_attention_beside_fp32(dtype, x_last, out_last):
+    attended = draw((2, 70, 9, 11), dtype, channels_last=True)
+    x = draw((2, 70, 9, 11), torch.float32, channels_last=x_last)
+    out = gated_residual(attended, torch.tensor([0.5]), x, channels_last=out_last)
     torch.testing.assert_close(out, x + 0.5 * attended.float(), rtol=1e-6, atol=1e-6)
 
 
@@ -65,8 +67,19 @@ def test_bf16_is_rounded_as_pytorch_rounds():
     gamma = torch.tensor([2.0**-8])
     wanted = (x.float() + gamma * attended.float()).to(torch.bfloat16)
     for layout in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
-        out = gated_residual(attended, gamma, layout)
-        torch.testing.assert_close(out, wanted, rtol=0, atol=0, equal_nan=True)
+        for out_last in (True, False):
+            out = gated_residual(attended, gamma, layout, channels_last=out_last)
+            torch.testing.assert_close(out, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("out_last", [True, False])
+def test_layout_where_the_library_does_not_go(out_last):
+    attended = draw((2, 8, 6, 5), torch.float32, channels_last=True).transpose(2, 3)
+    x = draw((2, 8, 5, 6), torch.float32, channels_last=True).requires_grad_()
+    out = gated_residual(attended, torch.tensor([0.75]), x, channels_last=out_last)
+    torch.testing.assert_close(out, x + 0.75 * attended)
+    assert out.stride() == draw(x.shape, x.dtype, channels_last=out_last).stride()
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.ones_like(x))
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)

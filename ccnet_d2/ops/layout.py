@@ -1,0 +1,47 @@
+"""How (B, C, *S) maps lie in memory, NCHW or channels-last, and copies between the two."""
+
+import torch
+from torch import Tensor, library
+
+from . import compiled
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether (B, C, *S) lies in memory as (B, *S, C), without gaps."""
+    return x.movedim(1, -1).is_contiguous()
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether (B, C, *S) lies in memory as NCHW or channels-last, without gaps."""
+    return x.is_contiguous() or is_channels_last(x)
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """(B, C, *S) itself where it is channels-last without gaps, else a copy that is; differentiable."""
+    if is_channels_last(x):
+        return x
+    if _uses_library(x):
+        copy: Tensor = torch.ops.ccnet_d2.to_channels_last(x)
+        return copy
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def on_huge_pages(x: Tensor) -> Tensor:
+    """The same new tensor without gaps, with its memory on pages of 2 MiB where it is large and the system has them.
+
+    Memory of large tensors goes back to the system when they are freed; given out again page by page, 4 KiB each, it
+    takes as long as a good part of the work on CPUs.
+    """
+    if _uses_library(x) and not torch.compiler.is_compiling():
+        torch.ops.ccnet_d2.use_huge_pages(x)
+    return x
+
+
+def _uses_library(x: Tensor) -> bool:
+    return x.device.type == "cpu" and compiled.unsupported_reason("cpu", x.dtype) is None
+
+
+if compiled.is_available():
+    library.register_fake("ccnet_d2::to_channels_last", compiled.empty_channels_last)
+    library.register_autograd("ccnet_d2::to_channels_last", lambda ctx, grad: grad)
+    library.register_fake("ccnet_d2::use_huge_pages", lambda x: None)
