@@ -12,21 +12,10 @@ import torch
 from torch import Tensor
 
 from . import compiled, packed
+from .autocast import autocasts, compute_dtype
 from .backends import automatic_backend_on
 from .projection import add_input_gradient, bias_gradient, is_dense, project, weight_gradient
 from .residual import gated_residual, residual_gradients
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast would choose the dtype of a matrix product with x."""
-    device = x.device.type
-    castable = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return castable and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a matrix product with x runs in: x's own, or autocast's where that applies."""
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
 def supports_loop(x: Tensor, weight: Tensor, backend: str) -> bool:

@@ -141,6 +141,19 @@ def test_half_precision(loop, dtype, autocast):
 
 
 @pytest.mark.parametrize("loop", ALL)
+def test_backward_pass_inside_autocast_after_a_forward_pass_outside(loop):
+    inputs = draw(9, 11, dtype=torch.float32)
+    out = loop(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    wanted = gradients(written_out, inputs, torch.ones_like(out))[1]
+    for t, g, w in zip(inputs, got, wanted, strict=True):
+        assert g.dtype == t.dtype
+        # The plain loop's products are autocast's, as are those of PyTorch's own operations.
+        assert (g - w).norm() <= (2e-2 if loop is plain else 2e-6) * w.norm()
+
+
+@pytest.mark.parametrize("loop", ALL)
 def test_twice_through_one_graph(loop):
     inputs = draw(5, 6)
     out = loop(*inputs)
