@@ -16,9 +16,10 @@ from .autocast import autocasts, compute_dtype
 from .backends import automatic_backend_on
 from .projection import add_input_gradient, bias_gradient, is_dense, project, weight_gradient
 from .residual import gated_residual, residual_gradients
+from .transforms import is_transformed
 
 
-def supports_loop(x: Tensor, weight: Tensor, backend: str) -> bool:
+def supports_loop(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, backend: str) -> bool:
     """Whether `criss_cross_loop` computes the loop for these tensors where this backend is asked for."""
     device = x.device.type
     if (
@@ -33,6 +34,7 @@ def supports_loop(x: Tensor, weight: Tensor, backend: str) -> bool:
         and (backend == "compiled" or automatic_backend_on(device, dtype) == "compiled")
         and x.dtype in (dtype, torch.float32)
         and (weight.dtype == x.dtype or autocasts(x))
+        and not is_transformed(x, weight, bias, gamma)
     )
 
 

@@ -22,6 +22,7 @@ from .loop import loop_without_gradients, projection_gradients, refusing_second_
 from .packed import split
 from .projection import is_dense, project
 from .residual import gated_residual, residual_gradients
+from .transforms import is_transformed
 
 _CHUNK_MULTIPLE = 16  # channels; fewer do not fill the vectors of the kernels
 
@@ -54,9 +55,15 @@ def recomputed_loop(
         dtype, and their gradients too.
 
     Raises:
-        RuntimeError: a second derivative is asked for, or the named backend cannot run here.
+        RuntimeError: a second or forward-mode derivative or a transform of torch.func is asked for, or the named
+            backend cannot run here.
         ValueError: dtypes do not fit together, or the backend is unknown.
     """
+    if is_transformed(x, weight, bias, gamma):
+        raise RuntimeError(
+            "A layer with recompute has no forward-mode derivative and follows no transform of torch.func: "
+            "use recompute=False there."
+        )
     dtype = compute_dtype(x)
     if backend == "auto":
         backend = automatic_backend_on(x.device.type, dtype)
