@@ -26,6 +26,8 @@ _DTYPES = {
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
 
+_LEAST_CAPABILITY = 8  # of a GPU, its first number
+
 _CPU_REASON = _library.load("_C_cpu")
 _CUDA_REASON = _library.load(
     "_C_cuda",
@@ -45,8 +47,24 @@ def unavailable_reason(device: str = "cpu") -> str | None:
     if device == "cpu":
         return _CPU_REASON
     if device == "cuda":
-        return _CUDA_REASON
+        return _CUDA_REASON if _CUDA_REASON is not None else _old_gpu_reason()
     return f"the compiled operator runs on CPU and CUDA, not on {device!r}."
+
+
+def _old_gpu_reason() -> str | None:
+    """Why the kernels do not run on the current GPU; None as well where none is in use yet.
+
+    And None while torch.compile traces, which would have to follow this; an old GPU is named by the operator then.
+    """
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return None
+    gpu = torch.cuda.get_device_properties()
+    if gpu.major >= _LEAST_CAPABILITY:
+        return None
+    return (
+        f"the CUDA extension needs a GPU of compute capability {_LEAST_CAPABILITY}.0 or later, "
+        f"the {gpu.name} has {gpu.major}.{gpu.minor}."
+    )
 
 
 def instruction_set(dtype: torch.dtype) -> str | None:

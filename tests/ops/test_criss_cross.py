@@ -1,13 +1,14 @@
 """The op against a dense oracle built from an explicit neighbour mask, in float64."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ccnet_d2.ops import available_backends, compiled, criss_cross_attention, criss_cross_weights
-from ccnet_d2.ops.backends import automatic_backend
+from ccnet_d2.ops.backends import automatic_backend, automatic_backend_on
 
 SIZES = [(5,), (1,), (4, 6), (1, 6), (6, 1), (7, 7), (3, 4, 5), (1, 4, 5), (3, 1, 1), (1, 1, 1)]
 BACKENDS = [name for name, reason in available_backends().items() if reason is None]
@@ -213,6 +214,15 @@ def test_auto_chooses_by_device_and_dtype(monkeypatch, device, dtype, backend):
     with FakeTensorMode():
         x = torch.empty(1, 8, 4, 4, device=device, dtype=dtype)
         assert automatic_backend(x, x, x) == backend
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for major in (7, 8):
+        gpu = SimpleNamespace(name="Tesla", major=major, minor=5)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu=gpu: gpu)
+        assert automatic_backend_on(device, dtype) == (
+            "matmul" if device == "cuda" and major < 8 else backend
+        )
+        reason = compiled.unavailable_reason("cuda")
+        assert reason is None if major == 8 else "8.0 or later, the Tesla has 7.5" in reason
     monkeypatch.setattr(compiled, "_CUDA_REASON", "it is not built.")
     monkeypatch.setattr(compiled, "_CPU_REASON", "it is not built.")
     assert automatic_backend(x, x, x) == "matmul"
