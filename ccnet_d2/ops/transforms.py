@@ -13,4 +13,6 @@ def is_transformed(*tensors: Tensor) -> bool:
     """
     if torch._C._are_functorch_transforms_active():
         return True
+    if forward_ad._current_level < 0:  # the rule, and this is asked in every call
+        return False
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
