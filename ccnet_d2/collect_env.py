@@ -9,7 +9,7 @@ import torch
 
 import ccnet_d2
 from ccnet_d2.ops import available_backends, compiled
-from ccnet_d2.ops.backends import automatic_backend
+from ccnet_d2.ops.backends import automatic_backend_on
 
 _DISTRIBUTIONS = ("torchvision", "detectron2", "fvcore", "omegaconf", "numpy", "Pillow")
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -61,9 +61,9 @@ def _gpus() -> list[tuple[str, str]]:
 
 
 def _backends() -> list[str]:
-    lines = [f'backend="auto" on cpu: {_automatic("cpu", torch.float32)}']
+    lines = [f'backend="auto" on cpu: {automatic_backend_on("cpu", torch.float32)}']
     if torch.cuda.is_available():
-        half, single = (_automatic("cuda", dtype) for dtype in (torch.bfloat16, torch.float32))
+        half, single = (automatic_backend_on("cuda", dtype) for dtype in (torch.bfloat16, torch.float32))
         lines.append(f'backend="auto" on cuda: {half} in half precision, {single} in float32')
     for name, reason in available_backends().items():
         if name != "compiled":
@@ -73,19 +73,18 @@ def _backends() -> list[str]:
         if reason is not None:
             lines.append(f"compiled on {device}: not available: {reason}")
         elif device == "cpu":
-            sets = ", ".join(
-                f"{str(dtype).removeprefix('torch.')} {compiled.instruction_set(dtype)}"
-                for dtype in _CPU_DTYPES
-            )
-            lines.append(f"compiled on cpu: available; instruction sets: {sets}")
+            lines.append(f"compiled on cpu: {_instruction_sets()}")
         else:
             lines.append("compiled on cuda: available")
     return lines
 
 
-def _automatic(device: str, dtype: torch.dtype) -> str:
-    x = torch.zeros(1, 1, 1, 1, device=device, dtype=dtype)
-    return automatic_backend(x, x, x)
+def _instruction_sets() -> str:
+    try:
+        sets = [f"{str(d).removeprefix('torch.')} {compiled.instruction_set(d)}" for d in _CPU_DTYPES]
+    except RuntimeError as error:  # the library does not know the value of CCNET_CPU_ISA
+        return f"fails: {error}"
+    return f"available; instruction sets: {', '.join(sets)}"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
+from ccnet_d2.collect_env import collect_env_info
 from ccnet_d2.ops import available_backends, compiled
 
 
@@ -19,3 +21,10 @@ def test_report_names_versions_and_backends():
         assert f"compiled on cpu: not available: {reason}" in done.stdout
     cuda = compiled.unavailable_reason("cuda")
     assert cuda is None or f"compiled on cuda: not available: {cuda}" in done.stdout
+
+
+@pytest.mark.skipif(not compiled.is_available(), reason=str(compiled.unavailable_reason()))
+def test_report_names_an_instruction_set_that_does_not_exist(monkeypatch):
+    monkeypatch.setenv("CCNET_CPU_ISA", "AVX2")
+    report = collect_env_info()
+    assert "compiled on cpu: fails: " in report and "CCNET_CPU_ISA=AVX2 is unknown: choose portable" in report

@@ -92,7 +92,7 @@ class CrissCrossAttention(nn.Module):
             )
         # Compiled for any image size, the loop in one step would keep the projection as a view on four axes, on which
         # torch 2.14's compiler fails; query, key and value apart are views that it makes again.
-        if not torch.compiler.is_compiling() and supports_loop(x, weight, self.backend):
+        if not torch.compiler.is_compiling() and supports_loop(x, weight, bias, self.gamma, self.backend):
             return criss_cross_loop(
                 x, weight, bias, self.gamma, self.key_channels, channels_last=channels_last
             )

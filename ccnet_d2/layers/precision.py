@@ -1,17 +1,11 @@
 """Full precision where half precision overflows: attention energies and losses."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
+from ccnet_d2.ops.autocast import autocast_disabled
 
-def autocast_disabled(device: torch.device) -> AbstractContextManager[None]:
-    """A context in which operations on `device` run in the dtypes of their inputs, inside autocast too."""
-    if not torch.amp.is_autocast_available(device.type):  # such as meta, on which costs are counted
-        return nullcontext()
-    disabled: AbstractContextManager[None] = torch.autocast(device.type, enabled=False)
-    return disabled
+__all__ = ["at_least_float32", "autocast_disabled"]
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -45,7 +45,8 @@ def require_compiled(device: str, dtype: torch.dtype) -> None:
 
 def automatic_backend(query: Tensor, key: Tensor, value: Tensor) -> str:
     """The name of the backend that "auto" stands for with these inputs."""
-    return automatic_backend_on(query.device.type, query.dtype)
+    name = automatic_backend_on(query.device.type, query.dtype)
+    return name if name != "compiled" or compiled.supports(query, key, value) is None else "matmul"
 
 
 def automatic_backend_on(device: str, dtype: torch.dtype) -> str:

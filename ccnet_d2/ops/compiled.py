@@ -19,11 +19,14 @@ import torch
 from torch import Tensor, library
 
 from . import _library
+from .transforms import is_transformed
 
 _DTYPES = {
     "cpu": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
+
+_LEAST_CAPABILITY = 8  # of a GPU, its first number
 
 _CPU_REASON = _library.load("_C_cpu")
 _CUDA_REASON = _library.load(
@@ -44,8 +47,24 @@ def unavailable_reason(device: str = "cpu") -> str | None:
     if device == "cpu":
         return _CPU_REASON
     if device == "cuda":
-        return _CUDA_REASON
+        return _CUDA_REASON if _CUDA_REASON is not None else _old_gpu_reason()
     return f"the compiled operator runs on CPU and CUDA, not on {device!r}."
+
+
+def _old_gpu_reason() -> str | None:
+    """Why the kernels do not run on the current GPU; None as well where none is in use yet.
+
+    And None while torch.compile traces, which would have to follow this; an old GPU is named by the operator then.
+    """
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return None
+    gpu = torch.cuda.get_device_properties()
+    if gpu.major >= _LEAST_CAPABILITY:
+        return None
+    return (
+        f"the CUDA extension needs a GPU of compute capability {_LEAST_CAPABILITY}.0 or later, "
+        f"the {gpu.name} has {gpu.major}.{gpu.minor}."
+    )
 
 
 def instruction_set(dtype: torch.dtype) -> str | None:
@@ -65,22 +84,34 @@ def unsupported_reason(device: str, dtype: torch.dtype) -> str | None:
     return reason
 
 
-def supports(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+def supports(*inputs: Tensor) -> str | None:
     """Why the compiled operator does not run for these inputs, as one sentence; None where it does."""
-    return unsupported_reason(query.device.type, query.dtype)
+    reason = unsupported_reason(inputs[0].device.type, inputs[0].dtype)
+    if reason is None and is_transformed(*inputs):
+        reason = (
+            "the compiled operator has no forward-mode derivative and follows no transform of torch.func: "
+            "use backend='matmul' there."
+        )
+    return reason
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """See `ccnet_d2.ops.criss_cross_attention`; the output is channels-last in memory.
 
     Raises:
-        RuntimeError: the library is missing, the inputs do not fit together, or a second derivative is asked for.
+        RuntimeError: the library is missing, the inputs do not fit together, or a second or forward-mode derivative or
+            a transform of torch.func is asked for.
     """
-    reason = supports(query, key, value)
-    if reason is not None:
-        raise RuntimeError(reason)
+    refuse_unsupported(query, key, value)
     out: Tensor = torch.ops.ccnet_d2.criss_cross_forward(query, key, value)[0]
     return out
+
+
+def refuse_unsupported(*inputs: Tensor) -> None:
+    """Raises a RuntimeError where the compiled operator does not run for these inputs."""
+    reason = supports(*inputs)
+    if reason is not None:
+        raise RuntimeError(reason)
 
 
 def attention_with_pullback(
@@ -93,6 +124,7 @@ def attention_with_pullback(
     out, lse = torch.ops.ccnet_d2.criss_cross_forward(query, key, value)
 
     def pullback(grad: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor]:
+        refuse_unsupported(grad)
         grads: tuple[Tensor, Tensor] = torch.ops.ccnet_d2.criss_cross_backward_into(
             grad, query, key, value, out, lse, grad_value
         )
@@ -149,6 +181,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor,
 def _differentiate(ctx: Any, grad_out: Tensor | None, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return None, None, None
+    refuse_unsupported(grad_out)
     query, key, value, out, lse = ctx.saved_tensors
     grads: tuple[Tensor, Tensor, Tensor] = torch.ops.ccnet_d2.criss_cross_backward(
         grad_out, query, key, value, out, lse

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from .autocast import autocasts, compute_dtype
 from .backends import select_backend
 
 _MAX_SPATIAL_DIMS = 3
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, backend: str = "auto") -> Tensor:
@@ -36,12 +38,9 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, backend: st
 
 
 def _together_under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    device = query.device.type
-    dtypes = {query.dtype, key.dtype, value.dtype}
-    castable = dtypes <= {torch.float16, torch.bfloat16, torch.float32}
-    if len(dtypes) == 1 or not castable or not torch.is_autocast_enabled(device):
+    if query.dtype == key.dtype == value.dtype or not all(autocasts(x) for x in (query, key, value)):
         return query, key, value
-    dtype = torch.get_autocast_dtype(device)
+    dtype = compute_dtype(query)
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
@@ -65,9 +64,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
             "channels and spatial sizes must be at least 1, "
             f"got query {tuple(query.shape)} and value {tuple(value.shape)}."
         )
-    if not (query.dtype == key.dtype == value.dtype) or not query.is_floating_point():
+    if not (query.dtype == key.dtype == value.dtype) or query.dtype not in _DTYPES:
         raise ValueError(
-            "query, key and value must share one floating dtype, "
+            "query, key and value must share one floating dtype out of fp16, bf16, fp32 and fp64, "
             f"got {query.dtype}, {key.dtype} and {value.dtype}."
         )
     if not (query.device == key.device == value.device):

@@ -14,27 +14,17 @@ import torch
 from torch import Tensor
 
 from . import compiled, packed
+from .autocast import autocasts, compute_dtype
 from .backends import automatic_backend_on
 from .layout import is_channels_last, is_dense, on_huge_pages, to_channels_last
 from .projection import add_input_gradient, bias_gradient, input_gradient, project, weight_gradient
 from .residual import gated_residual, residual_gradients
+from .transforms import is_transformed
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast would choose the dtype of a matrix product with x."""
-    device = x.device.type
-    castable = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return castable and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a matrix product with x runs in: x's own, or autocast's where that applies."""
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
-
-
-def supports_loop(x: Tensor, weight: Tensor, backend: str) -> bool:
+def supports_loop(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, backend: str) -> bool:
     """Whether `criss_cross_loop` computes the loop for these tensors where this backend is asked for."""
     device = x.device.type
     if (
@@ -49,6 +39,7 @@ def supports_loop(x: Tensor, weight: Tensor, backend: str) -> bool:
         and (backend == "compiled" or automatic_backend_on(device, dtype) == "compiled")
         and x.dtype in (dtype, torch.float32)
         and (weight.dtype == x.dtype or autocasts(x))
+        and not is_transformed(x, weight, bias, gamma)
     )
 
 

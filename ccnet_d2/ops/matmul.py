@@ -9,12 +9,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .autocast import autocast_disabled
+
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """See `ccnet_d2.ops.criss_cross_attention`."""
     compute_dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     # Autocast would run the energies in half precision, where they overflow.
-    with torch.autocast(query.device.type, enabled=False):
+    with autocast_disabled(query.device):
         q, k, v = (_channels_last(t) for t in (query.to(compute_dtype), key.to(compute_dtype), value))
         spatial = q.shape[1:-1]
         axes = [axis for axis, length in enumerate(spatial) if length > 1 or axis == len(spatial) - 1]
@@ -69,6 +71,8 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
         return torch.bmm(a.squeeze(1), b.squeeze(1)).unsqueeze(1)
     if a.shape[0] == 1:
         return torch.bmm(a[0], b[0]).unsqueeze(0)
+    if a.shape[0] == 0:  # a batch of no image: nothing to stack, and nothing to copy
+        return a @ b
     return torch.stack([torch.bmm(x, y) for x, y in _pairs(a, b)])
 
 

@@ -37,6 +37,7 @@ def forward(packed: Tensor, key_channels: int) -> tuple[Tensor, Tensor]:
 
 def backward(grad_out: Tensor, packed: Tensor, key_channels: int, out: Tensor, lse: Tensor) -> Tensor:
     """The gradient of `packed`, channels-last in memory; `out` and `lse` are what `forward` gave."""
+    compiled.refuse_unsupported(grad_out)
     grad: Tensor = torch.ops.ccnet_d2.criss_cross_packed_backward(grad_out, packed, key_channels, out, lse)
     return grad
 

@@ -16,18 +16,14 @@ import torch
 from torch import Tensor
 
 from . import compiled
+from .autocast import autocast_disabled, autocasts, compute_dtype
 from .backends import automatic_backend_on, require_compiled, select_backend
 from .layout import is_dense, on_huge_pages
-from .loop import (
-    autocasts,
-    compute_dtype,
-    loop_without_gradients,
-    projection_gradients,
-    refusing_second_derivatives,
-)
+from .loop import loop_without_gradients, projection_gradients, refusing_second_derivatives
 from .packed import split
 from .projection import project
 from .residual import gated_residual, residual_gradients
+from .transforms import is_transformed
 
 _CHUNK_MULTIPLE = 16  # channels; fewer do not fill the vectors of the kernels
 
@@ -60,9 +56,15 @@ def recomputed_loop(
         dtype, and their gradients too.
 
     Raises:
-        RuntimeError: a second derivative is asked for, or the named backend cannot run here.
+        RuntimeError: a second or forward-mode derivative or a transform of torch.func is asked for, or the named
+            backend cannot run here.
         ValueError: dtypes do not fit together, or the backend is unknown.
     """
+    if is_transformed(x, weight, bias, gamma):
+        raise RuntimeError(
+            "A layer with recompute has no forward-mode derivative and follows no transform of torch.func: "
+            "use recompute=False there."
+        )
     dtype = compute_dtype(x)
     if backend == "auto":
         backend = automatic_backend_on(x.device.type, dtype)
@@ -98,22 +100,28 @@ class _RecomputedLoop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, gamma = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_gamma, *_ = ctx.needs_input_grad
-        if not is_dense(grad):
-            grad = grad.contiguous()  # so that its chunks are read in place
-        x_low, w, b = x.to(ctx.dtype), weight.to(ctx.dtype), bias.to(ctx.dtype)
-        grads = None
-        if need_x or need_weight or need_bias:
-            grads = on_huge_pages(x_low.new_empty((x.shape[0], *x.shape[2:], w.shape[0]))).movedim(-1, 1)
-        grad_gamma = _attention_gradients(ctx, grad, x_low, w, b, gamma, grads)
-        grad_x = grad_weight = grad_bias = None
-        if grads is not None:
-            grad_x, grad_weight, grad_bias = projection_gradients(
-                (need_x, need_weight, need_bias), grad, grads, x_low, weight, bias.dtype
-            )
-        result = (grad_x, grad_weight, grad_bias, grad_gamma if need_gamma else None)
-        return *refusing_second_derivatives(result, (grad, x, weight, bias, gamma)), *(None,) * 4
+        # Here too the dtype is the forward pass's, whatever autocast says where the backward pass runs.
+        with autocast_disabled(grad.device):
+            return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, gamma = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_gamma, *_ = ctx.needs_input_grad
+    if not is_dense(grad):
+        grad = grad.contiguous()  # so that its chunks are read in place
+    x_low, w, b = x.to(ctx.dtype), weight.to(ctx.dtype), bias.to(ctx.dtype)
+    grads = None
+    if need_x or need_weight or need_bias:
+        grads = on_huge_pages(x_low.new_empty((x.shape[0], *x.shape[2:], w.shape[0]))).movedim(-1, 1)
+    grad_gamma = _attention_gradients(ctx, grad, x_low, w, b, gamma, grads)
+    grad_x = grad_weight = grad_bias = None
+    if grads is not None:
+        grad_x, grad_weight, grad_bias = projection_gradients(
+            (need_x, need_weight, need_bias), grad, grads, x_low, weight, bias.dtype
+        )
+    result = (grad_x, grad_weight, grad_bias, grad_gamma if need_gamma else None)
+    return *refusing_second_derivatives(result, (grad, x, weight, bias, gamma)), *(None,) * 4
 
 
 def _attention_gradients(

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .autocast import autocast_disabled
+
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """See `ccnet_d2.ops.criss_cross_attention`."""
@@ -10,7 +12,8 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     for axis, weights in enumerate(criss_cross_weights(query, key), start=2):
         lines = value.to(weights.dtype).movedim(axis, -1)  # (B, C, *others, L)
         weights = weights.movedim(axis - 1, -2)  # (B, *others, L, L): from position i to position j of a line
-        out = out + torch.einsum("bc...j,b...ij->bc...i", lines, weights).movedim(-1, axis)
+        with autocast_disabled(value.device):
+            out = out + torch.einsum("bc...j,b...ij->bc...i", lines, weights).movedim(-1, axis)
     return out.to(value.dtype)
 
 
@@ -37,7 +40,8 @@ def _line_energies(query: Tensor, key: Tensor, axis: int, mask_self: bool) -> Te
     dtype = _compute_dtype(query)
     q = query.to(dtype).movedim(axis, -1)
     k = key.to(dtype).movedim(axis, -1)
-    energy = torch.einsum("bc...i,bc...j->b...ij", q, k)
+    with autocast_disabled(query.device):  # it would run the energies in half precision, where they overflow
+        energy = torch.einsum("bc...i,bc...j->b...ij", q, k)
     if mask_self:
         diagonal = torch.eye(energy.shape[-1], dtype=torch.bool, device=energy.device)
         energy = energy.masked_fill(diagonal, float("-inf"))

@@ -30,7 +30,7 @@ def gated_residual(
     Returns:
         (B, C, *S).
     """
-    if not (_runs_compiled(attended, x) and is_dense(x)):
+    if not (_runs_compiled(attended, gamma, x) and is_dense(x)):
         out = gamma.to(attended.dtype) * attended + x
         if channels_last is None:
             return out
@@ -52,7 +52,7 @@ def residual_gradients(grad: Tensor, attended: Tensor, gamma: Tensor) -> tuple[T
     Returns:
         Those of attended and gamma, of their shapes and dtypes.
     """
-    if not _runs_compiled(attended, grad):
+    if not _runs_compiled(attended, gamma, grad):
         product = grad * attended
         total = product.sum(dtype=torch.promote_types(product.dtype, torch.float32))
         return (gamma.to(attended.dtype) * grad).to(attended.dtype), total.reshape(gamma.shape).to(
@@ -64,10 +64,10 @@ def residual_gradients(grad: Tensor, attended: Tensor, gamma: Tensor) -> tuple[T
     return grad_attended, grad_gamma.reshape(gamma.shape).to(gamma.dtype)
 
 
-def _runs_compiled(attended: Tensor, x: Tensor) -> bool:
+def _runs_compiled(attended: Tensor, gamma: Tensor, x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
-        and compiled.supports(x, x, x) is None
+        and compiled.supports(x, attended, gamma) is None
         and attended.shape == x.shape
         and is_dense(attended)
         and (attended.dtype == x.dtype or (x.dtype == torch.float32 and attended.dtype in _HALF))

@@ -47,7 +47,7 @@ def test_operations():
 
 
 def test_small_run(tmp_path, capsys):
-    report = tmp_path / "bench.json"
+    report = tmp_path / "folder" / "bench.json"
     command = ["--device", "cpu", "--sizes", "6x5", "--channels", "16", "--seconds", "0.001"]
     only = ["core", "module", "memory"]
     assert benchmark_op.main([*command, "--dtype", "float32", "--only", *only, "--json", str(report)]) == 0
@@ -86,3 +86,22 @@ def test_wrong_energies_are_refused(text, capsys):
     with pytest.raises(SystemExit):
         benchmark_op.parse_arguments(["--energy-std", text])
     assert "must be a finite number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("--batch 0", "'0' is no whole number from 1 on"),
+        ("--reduction 0", "'0' is no whole number from 1 on"),
+        ("--threads -1", "'-1' is no whole number from 1 on"),
+        ("--seconds 0", "must be a finite number above 0"),
+        ("--device meta", "'meta' is no device to measure"),
+        ("--device cpu:1", "'cpu:1' is not there"),
+        ("--plot a.xyz", "must end in one of .png, .svg, .pdf"),
+        ("--plot a.png --only memory", "--plot needs one of the sections"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(command, message, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_op.parse_arguments(command.split())
+    assert message in capsys.readouterr().err

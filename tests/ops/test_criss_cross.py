@@ -1,13 +1,14 @@
 """The op against a dense oracle built from an explicit neighbour mask, in float64."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ccnet_d2.ops import available_backends, compiled, criss_cross_attention, criss_cross_weights
-from ccnet_d2.ops.backends import automatic_backend
+from ccnet_d2.ops.backends import automatic_backend, automatic_backend_on
 
 SIZES = [(5,), (1,), (4, 6), (1, 6), (6, 1), (7, 7), (3, 4, 5), (1, 4, 5), (3, 1, 1), (1, 1, 1)]
 BACKENDS = [name for name, reason in available_backends().items() if reason is None]
@@ -99,6 +100,37 @@ def test_half_precision_keeps_energies_in_float32(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_keeps_energies_in_float32(backend):
+    query, key, value = draw((6, 5), key_channels=64, dtype=torch.float32, scale=40.0)
+    wanted = criss_cross_attention(query, key, value, backend=backend)
+    with torch.autocast("cpu", dtype=torch.float16):
+        got = criss_cross_attention(query, key, value, backend=backend)
+        weights = criss_cross_weights(query, key)
+    torch.testing.assert_close(got, wanted)
+    for got_weights, wanted_weights in zip(weights, criss_cross_weights(query, key), strict=True):
+        torch.testing.assert_close(got_weights, wanted_weights)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [(5,), (4, 6), (1, 6), (3, 4, 5)])
+def test_batch_of_no_image(backend, sizes):
+    inputs = draw(sizes, batch=0)
+    out = criss_cross_attention(*inputs, backend=backend)
+    assert out.shape == (0, 5, *sizes)
+    out.sum().backward()
+    assert all(x.grad.shape == x.shape for x in inputs)
+
+
+@pytest.mark.parametrize("backend", ["auto", "matmul", "reference"])
+def test_shapes_without_data(backend):
+    inputs = [x.detach().to("meta").requires_grad_() for x in draw((4, 6), dtype=torch.float32)]
+    out = criss_cross_attention(*inputs, backend=backend)
+    assert out.is_meta and out.shape == (2, 5, 4, 6)
+    out.sum().backward()
+    assert all(x.grad.shape == x.shape for x in inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_do_not_matter(backend):
     query, key, value = (x.detach() for x in draw((6, 8)))
     expected = criss_cross_attention(query, key, value, backend=backend)
@@ -157,6 +189,10 @@ def test_mixed_dtypes_and_unknown_backends_are_refused():
         criss_cross_attention(x, x, x.double())
     with pytest.raises(ValueError, match="one floating dtype"):
         criss_cross_attention(x.long(), x.long(), x.long())
+    with pytest.raises(ValueError, match="one floating dtype"):
+        criss_cross_attention(*(x.to(torch.float8_e4m3fn) for _ in range(3)))
+    with pytest.raises(ValueError, match="one floating dtype"):
+        criss_cross_attention(x.to("meta"), x.to("meta"), x.to("meta").double())
     with pytest.raises(ValueError, match="Unknown backend 'fast'"):
         criss_cross_attention(x, x, x, backend="fast")
 
@@ -178,6 +214,15 @@ def test_auto_chooses_by_device_and_dtype(monkeypatch, device, dtype, backend):
     with FakeTensorMode():
         x = torch.empty(1, 8, 4, 4, device=device, dtype=dtype)
         assert automatic_backend(x, x, x) == backend
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for major in (7, 8):
+        gpu = SimpleNamespace(name="Tesla", major=major, minor=5)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu=gpu: gpu)
+        assert automatic_backend_on(device, dtype) == (
+            "matmul" if device == "cuda" and major < 8 else backend
+        )
+        reason = compiled.unavailable_reason("cuda")
+        assert reason is None if major == 8 else "8.0 or later, the Tesla has 7.5" in reason
     monkeypatch.setattr(compiled, "_CUDA_REASON", "it is not built.")
     monkeypatch.setattr(compiled, "_CPU_REASON", "it is not built.")
     assert automatic_backend(x, x, x) == "matmul"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from ccnet_d2.ops import compiled, criss_cross_attention
@@ -168,6 +169,19 @@ def test_half_precision(loop, dtype, autocast):
 
 
 @pytest.mark.parametrize("loop", ALL)
+def test_backward_pass_inside_autocast_after_a_forward_pass_outside(loop):
+    inputs = draw(9, 11, dtype=torch.float32)
+    out = loop(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    wanted = gradients(written_out, inputs, torch.ones_like(out))[1]
+    for t, g, w in zip(inputs, got, wanted, strict=True):
+        assert g.dtype == t.dtype
+        # The plain loop's products are autocast's, as are those of PyTorch's own operations.
+        assert (g - w).norm() <= (2e-2 if loop is plain else 2e-6) * w.norm()
+
+
+@pytest.mark.parametrize("loop", ALL)
 def test_twice_through_one_graph(loop):
     inputs = draw(5, 6)
     out = loop(*inputs)
@@ -257,15 +271,23 @@ def test_what_is_kept_for_the_backward_pass(autocast):
 
 
 def test_what_the_loop_is_for():
-    x, weight, *_ = draw(5, 6, dtype=torch.float32)
-    assert supports_loop(x, weight, "auto") and supports_loop(x, weight, "compiled")
-    assert not supports_loop(x, weight, "matmul") and not supports_loop(x, weight, "reference")
-    assert not supports_loop(x.to("meta"), weight.to("meta"), "auto")
-    assert not supports_loop(x, weight.double(), "auto")  # an error, which the layer's own product raises
-    assert not supports_loop(x[:, :, :0], weight, "auto")
+    x, weight, *rest = draw(5, 6, dtype=torch.float32)
+
+    def supported(x, weight, backend="auto"):
+        return supports_loop(x, weight, *rest, backend)
+
+    assert supported(x, weight) and supported(x, weight, "compiled")
+    assert not supported(x, weight, "matmul") and not supported(x, weight, "reference")
+    assert not supported(x.to("meta"), weight.to("meta"))
+    assert not supported(x, weight.double())  # an error, which the layer's own product raises
+    assert not supported(x[:, :, :0], weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert supports_loop(x, weight, "auto") and supports_loop(x.bfloat16(), weight, "auto")
-        assert not supports_loop(x.half(), weight, "auto")
+        assert supported(x, weight) and supported(x.bfloat16(), weight)
+        assert not supported(x.half(), weight)
+    with forward_ad.dual_level():  # tangents would be lost
+        assert not supported(forward_ad.make_dual(x, x), weight)
+        assert not supported(x, forward_ad.make_dual(weight, weight))
+    assert supported(x, weight)
 
 
 def test_what_cannot_be_recomputed_is_named():

@@ -19,7 +19,7 @@ needs_library = pytest.mark.skipif(not compiled.is_available(), reason="the comp
 
 @needs_library
 def test_small_cases_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = tmp_path / "report.json"
+    report = tmp_path / "folder" / "report.json"
     arguments = ["--device", "cpu", "--small", "--dtype", "bfloat16", "--json", str(report)]
     assert check_cuda_op.main(arguments) == 0
     results = json.loads(report.read_text())

@@ -55,6 +55,7 @@ from gpu_timing import Recording, device_seconds
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SECTIONS = ("core", "module", "memory", "threads", "growth")
 PASSES = ("forward", "forward+backward")
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 GROWTH_SIZES = (32, 48, 64, 96, 128, 192, 256)
 MEGA = 1e6
 NCHW_CORE = "compiled, NCHW"
@@ -373,12 +374,12 @@ class Benchmark:
                 output = case.batch * case.channels * math.prod(case.sizes) * case.dtype.itemsize / MEGA
                 self.add("memory", case, name, what, mb=meter.peak(call), output_mb=output)
         loops = {
-            name: RecurrentModule(module, self.arguments.recurrence) if name != "non-local SDPA" else module
+            # Non-local attention sees everything at once.
+            name: module
+            if name.startswith("non-local")
+            else RecurrentModule(module, self.arguments.recurrence)
             for name, module in case.modules().items()
         }
-        for name, module in case.modules().items():
-            if name.startswith("non-local"):
-                loops[name] = module  # sees everything at once
         what = f"training step, R={self.arguments.recurrence} (non-local: once)"
         for name, call in case.module_calls(loops, backward=True).items():
             self.add("memory", case, name, what, mb=meter.peak(call))
@@ -516,8 +517,6 @@ def plot(benchmark: Benchmark, path: Path) -> None:
 
     panels = [section for section in ("core", "module") if section in benchmark.arguments.only]
     count = len(panels) + bool(benchmark.growth)
-    if not count:
-        raise SystemExit("benchmark_op: --plot needs one of the sections core, module and growth.")
     figure, axes = pyplot.subplots(1, count, figsize=(6.5 * count, 4.5), squeeze=False)
     for axis, section in zip(axes[0], panels, strict=False):
         rows = [row for row in benchmark.rows if row["section"] == section]
@@ -567,17 +566,40 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
+def parse_count(text: str) -> int:
+    """ "3" -> 3."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on.")
+    return int(text)
+
+
+def parse_device(text: str) -> str:
+    """The name of a device that this machine has: "cpu", "cuda" or "cuda:1"."""
+    kind, _, index = text.partition(":")
+    if kind not in ("cpu", "cuda") or not (index.isdecimal() or text == kind):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device to measure: write cpu, cuda or cuda:0.")
+    found = torch.cuda.device_count() if kind == "cuda" else 1
+    if int(index or 0) >= found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not there: torch sees {found} of this kind here.")
+    return text
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        type=parse_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:N",
+    )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     sizes = [(64, 64), (97, 97), (128, 256)]
     parser.add_argument("--sizes", nargs="+", type=parse_sizes, default=sizes, metavar="HxW", help="or TxHxW")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--channels", type=int, default=512)
-    parser.add_argument("--reduction", type=int, default=8, help="C' = channels / reduction")
+    parser.add_argument("--batch", type=parse_count, default=1)
+    parser.add_argument("--channels", type=parse_count, default=512)
+    parser.add_argument("--reduction", type=parse_count, default=8, help="C' = channels / reduction")
     parser.add_argument(
-        "--recurrence", type=int, default=2, help="R of the training step in the memory section"
+        "--recurrence", type=parse_count, default=2, help="R of the training step in the memory section"
     )
     parser.add_argument(
         "--energy-std",
@@ -588,20 +610,26 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="default: all that run here")
     parser.add_argument("--no-non-local", dest="non_local", action="store_false")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION")
-    parser.add_argument("--threads", type=int, help="CPU threads (torch's default otherwise)")
+    parser.add_argument("--threads", type=parse_count, help="CPU threads (torch's default otherwise)")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each comparison")
     parser.add_argument(
         "--eager", action="store_true", help="on a GPU: time with what Python takes to launch the kernels"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture there (.png, .svg, .pdf)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help=f"write a picture there ({', '.join(PLOT_SUFFIXES)})"
+    )
     arguments = parser.parse_args(argv)
     if arguments.channels % arguments.reduction:
         parser.error(
             f"--channels {arguments.channels} is not divisible by --reduction {arguments.reduction}."
         )
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here.")
+    if not 0 < arguments.seconds < math.inf:
+        parser.error(f"--seconds {arguments.seconds} must be a finite number above 0.")
+    if arguments.plot is not None and arguments.plot.suffix not in PLOT_SUFFIXES:
+        parser.error(f"--plot {arguments.plot} must end in one of {', '.join(PLOT_SUFFIXES)}.")
+    if arguments.plot is not None and not set(arguments.only) & {"core", "module", "growth"}:
+        parser.error("--plot needs one of the sections core, module and growth.")
     if not 0 <= arguments.energy_std < math.inf:
         parser.error(f"--energy-std {arguments.energy_std} must be a finite number, 0 or more.")
     reasons = backends_on(arguments.device)
@@ -633,6 +661,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     choose_device(arguments.device)
+    for path in (arguments.json, arguments.plot):  # before minutes are spent on what would then be lost
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
     benchmark = Benchmark(arguments)
     environment = benchmark.environment()
     print(

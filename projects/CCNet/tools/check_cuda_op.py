@@ -266,6 +266,8 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             print(f"--official: {error}", file=sys.stderr)
             return 2
+    if arguments.json is not None:  # before minutes are spent on what would then be lost
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
     if arguments.small:
         # An allocation for each tensor. Read by torch at the first one.
         os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"

@@ -1,0 +1,26 @@
+"""What autocast means for steps that choose their dtypes themselves."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast would choose the dtype of a matrix product with x."""
+    device = x.device.type
+    castable = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return castable and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a matrix product with x runs in: x's own, or autocast's where that applies."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
+def autocast_disabled(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which operations on `device` run in the dtypes of their inputs, inside autocast too."""
+    if not torch.amp.is_autocast_available(device.type):  # such as meta, on which costs are counted
+        return nullcontext()
+    disabled: AbstractContextManager[None] = torch.autocast(device.type, enabled=False)
+    return disabled

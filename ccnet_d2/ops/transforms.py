@@ -1,0 +1,18 @@
+"""Ways to differentiate that torch's custom operators do not follow."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether forward-mode differentiation or a transform of `torch.func` (grad, vmap, jvp, ...) works on them.
+
+    An operator whose gradient is written in Python would lose forward-mode tangents without an error there, and end
+    in one about `torch.autograd.Function` in most transforms; PyTorch's own operations follow all of them.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:  # the rule, and this is asked in every call
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
