@@ -38,7 +38,7 @@ def on_huge_pages(x: Tensor) -> Tensor:
 
 
 def _uses_library(x: Tensor) -> bool:
-    return x.device.type == "cpu" and compiled.unsupported_reason("cpu", x.dtype) is None
+    return x.device.type == "cpu" and compiled.supports(x) is None
 
 
 if compiled.is_available():
