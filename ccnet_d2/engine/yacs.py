@@ -10,7 +10,6 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.engine import DefaultTrainer, default_setup
-from detectron2.evaluation import SemSegEvaluator
 from detectron2.solver import LRMultiplier
 from torch import nn
 from torch.optim import Optimizer
@@ -19,6 +18,7 @@ from ccnet_d2.checkpoint import SafeCheckpointer, load_checkpoint
 from ccnet_d2.data import SemSegMapper, get_sem_seg_dataset_dicts
 from ccnet_d2.data.transforms import RandomPhotometricDistortion, RandomScaleCrop, ResizeToFit
 from ccnet_d2.errors import UserError
+from ccnet_d2.evaluation import CheckedSemSegEvaluator
 from ccnet_d2.inference import build_mode
 from ccnet_d2.model_zoo import config_path
 from ccnet_d2.modeling import add_ccnet_config
@@ -67,8 +67,8 @@ class YacsTrainer(DefaultTrainer):
         )
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> SemSegEvaluator:
-        return SemSegEvaluator(dataset_name)
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> CheckedSemSegEvaluator:
+        return CheckedSemSegEvaluator(dataset_name)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer):
