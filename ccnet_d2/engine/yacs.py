@@ -51,6 +51,7 @@ class YacsTrainer(DefaultTrainer):
             is_train=True,
             augmentations=train_augmentations(cfg),
             dataset_names=names,
+            num_classes=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
             image_format=cfg.INPUT.FORMAT,
         )
         return build_detection_train_loader(cfg, mapper=mapper, dataset=get_sem_seg_dataset_dicts(names))

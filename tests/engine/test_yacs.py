@@ -77,6 +77,8 @@ def test_train_resume_evaluate(train_net, tmp_path):
 
 
 def test_wrong_input_is_one_sentence(train_net, tmp_path):
+    status, error = train_net(MODEL__SEM_SEG_HEAD__NUM_CLASSES=54)
+    assert status == 1 and "num_classes is 54, but the data set has 4 classes" in error
     status, error = train_net(SOLVER__MAX_ITR=3)
     assert status == 1 and "SOLVER.MAX_ITR" in error
     status, error = train_net(MODEL__CCNET__CONTEXT="rca")

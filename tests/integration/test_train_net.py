@@ -122,6 +122,8 @@ def truncate_images(dataset):
         (remove_dataset, [], ["ccnet_synthetic"]),
         (label_out_of_range, [], ["labels/train", "77"]),
         (validation_label_out_of_range, [], ["labels/val", "value 5"]),
+        (damage_nothing, ["model.sem_seg_head.num_classes=6"], ["num_classes is 6", "has 4 classes"]),
+        (damage_nothing, ["model.sem_seg_head.num_classes=3"], ["num_classes is 3", "has 4 classes"]),
         (label_of_other_size, [], ["labels/train", "48x40", "48x48"]),
         (truncate_images, [], ["images/train"]),
         (truncate_images, ["dataloader.train.num_workers=1"], ["images/train"]),
