@@ -124,6 +124,11 @@ def truncate_images(dataset):
         (validation_label_out_of_range, [], ["labels/val", "value 5"]),
         (damage_nothing, ["model.sem_seg_head.num_classes=6"], ["num_classes is 6", "has 4 classes"]),
         (damage_nothing, ["model.sem_seg_head.num_classes=3"], ["num_classes is 3", "has 4 classes"]),
+        (
+            damage_nothing,
+            ["model.input_format=BGR"],
+            ["input_format is 'BGR'", "train.mapper.image_format is 'RGB'"],
+        ),
         (label_of_other_size, [], ["labels/train", "48x40", "48x48"]),
         (truncate_images, [], ["images/train"]),
         (truncate_images, ["dataloader.train.num_workers=1"], ["images/train"]),
