@@ -94,10 +94,16 @@ def train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
     """Those of INPUT.CROP, INPUT.CCNET and INPUT.RANDOM_FLIP.
 
     Raises:
-        UserError: INPUT.CROP is not of the type "absolute".
+        UserError: INPUT.CROP is not of the type "absolute", or it is off though INPUT.CCNET says how to scale and crop.
     """
     augmentations: list[T.Augmentation] = []
     crop, extra = cfg.INPUT.CROP, cfg.INPUT.CCNET
+    set_here = [key for key, value in extra.items() if key != "PHOTOMETRIC" and value]
+    if set_here and not crop.ENABLED:
+        raise UserError(
+            f"INPUT.CCNET.{set_here[0]} is set, but INPUT.CROP.ENABLED is False: images are scaled and cropped "
+            "together, so set that to True and INPUT.CROP.SIZE to [height, width] in pixels."
+        )
     if crop.ENABLED:
         if crop.TYPE != "absolute":
             raise UserError(
