@@ -213,7 +213,7 @@ def read_image(path: str, image_format: str = "RGB") -> np.ndarray:
 
 
 def read_label(path: str) -> np.ndarray:
-    """Read a label map: one channel of class indices, as gray values or as indices into a palette.
+    """Read a label map: one channel of class indices, as gray values (of 1 to 16 bits) or as indices into a palette.
 
     Args:
         path: any path that Detectron2's `PathManager` opens.
@@ -237,6 +237,9 @@ def read_label(path: str) -> np.ndarray:
         label = _decode_with_pillow(data, path, "label map")
         if label.dtype == bool:
             label = label.astype(np.uint8)
+        elif data.startswith(_PNG_SIGNATURE) and data[25] == _PNG_GRAY:
+            # Decoders spread 2 and 4 bits over 0 to 255, for which class 3, or 15, would be the usual void.
+            label = label // (255 // (2 ** data[24] - 1))
     if label.ndim != 2:
         raise SampleError(
             f"The label map '{path}' has {label.shape[2]} channels, but one channel of class indices is "

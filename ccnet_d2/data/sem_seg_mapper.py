@@ -83,7 +83,7 @@ class SemSegMapper:
             label files themselves.
         augmentations: Detectron2 augmentations or transforms, applied in order to image and label map.
         dataset_names: registered data sets from which the classes and the ignored label are taken.
-        num_classes: K, if `dataset_names` is not given.
+        num_classes: K, if `dataset_names` is not given; with it, the K of the model, which has to be theirs.
         ignore_label: value of void in the label files; default: that of the data sets, else 255.
         image_format: ``"RGB"`` or ``"BGR"``.
         flip_pairs: pairs of classes that change places whenever the augmentations, be it by `RandomFlip` or any other

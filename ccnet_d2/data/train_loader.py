@@ -105,7 +105,8 @@ class TrainLoader:
             loader_options: others of `torch.utils.data.DataLoader`.
 
         Raises:
-            DatasetError: the data set is empty, or the batch cannot be shared out evenly.
+            DatasetError: the data set is empty, or the batch cannot be shared out evenly; when a batch is asked for,
+                records to be grouped do not have "width" and "height".
         """
         self.size = len(dataset)  # type: ignore[arg-type]
         if self.size == 0:
@@ -222,6 +223,13 @@ class TrainLoader:
     def _wide(self, index: int) -> bool:
         if index not in self._is_wide:
             record = self._records[index] if self._records is not None else self._dataset[index]
+            if "width" not in record or "height" not in record:
+                # Detectron2 asks the mapped sample, which is too late to know what is in which batch.
+                raise DatasetError(
+                    "dataloader.train.aspect_ratio_grouping=True, Detectron2's default, needs 'width' and 'height' in "
+                    f"the data set's records, which '{record.get('file_name', index)}' lacks: set it to False, as "
+                    "suits crops of one size."
+                )
             self._is_wide[index] = record["width"] > record["height"]
         return self._is_wide[index]
 

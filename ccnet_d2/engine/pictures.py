@@ -11,7 +11,9 @@ from torch import nn
 
 from ccnet_d2.autocast import configured_autocast
 from ccnet_d2.data.image_files import read_image, read_label
+from ccnet_d2.inference.build import configured_mode
 from ccnet_d2.inference.classes import ClassTable
+from ccnet_d2.inference.mode import WholeImage
 from ccnet_d2.inference.visualize import save_prediction_grid
 
 
@@ -38,17 +40,17 @@ class PredictionPictures(HookBase):
 
 @torch.no_grad()
 def draw_predictions(cfg: DictConfig, model: nn.Module, path: Path) -> None:
-    """Write one picture of predictions on the first `train.num_pictures` images of `dataloader.test`."""
+    """Write one picture of predictions on the first `train.num_pictures` images of `dataloader.test`, in the test mode
+    and under the autocast setting that the run is evaluated in."""
     test = cfg.dataloader.test
     name = test.dataset.names if isinstance(test.dataset.names, str) else test.dataset.names[0]
     mapper = instantiate(test.mapper)
     records = DatasetCatalog.get(name)[: cfg.train.num_pictures]
     was_training = model.training
     model.eval()
+    mode = (configured_mode(cfg) or WholeImage()).bind(model, test.dataset.names)
     with configured_autocast(cfg):
-        predictions = [
-            model([mapper(dict(record))])[0]["sem_seg"].argmax(0).cpu().numpy() for record in records
-        ]
+        predictions = [mode.predict_labels([mapper(dict(record))])[0].numpy() for record in records]
     model.train(was_training)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_prediction_grid(

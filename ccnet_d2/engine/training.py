@@ -23,6 +23,7 @@ from ccnet_d2.errors import UserError
 from ccnet_d2.inference.build import configured_mode
 from ccnet_d2.modeling.compilation import compile_model
 
+from .agreement import check_agreement
 from .distributed import (
     any_process,
     check_batch_size,
@@ -71,6 +72,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
     if cfg.train.deterministic:
         _be_deterministic()
     check_batch_size(OmegaConf.select(cfg, "dataloader.train.total_batch_size"))
+    check_agreement(cfg)
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
     cfg.optimizer.params.model = model

@@ -10,7 +10,6 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.engine import DefaultTrainer, default_setup
-from detectron2.evaluation import SemSegEvaluator
 from detectron2.solver import LRMultiplier
 from torch import nn
 from torch.optim import Optimizer
@@ -19,6 +18,7 @@ from ccnet_d2.checkpoint import SafeCheckpointer, load_checkpoint
 from ccnet_d2.data import SemSegMapper, get_sem_seg_dataset_dicts
 from ccnet_d2.data.transforms import RandomPhotometricDistortion, RandomScaleCrop, ResizeToFit
 from ccnet_d2.errors import UserError
+from ccnet_d2.evaluation import CheckedSemSegEvaluator
 from ccnet_d2.inference import build_mode
 from ccnet_d2.model_zoo import config_path
 from ccnet_d2.modeling import add_ccnet_config
@@ -51,6 +51,7 @@ class YacsTrainer(DefaultTrainer):
             is_train=True,
             augmentations=train_augmentations(cfg),
             dataset_names=names,
+            num_classes=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
             image_format=cfg.INPUT.FORMAT,
         )
         return build_detection_train_loader(cfg, mapper=mapper, dataset=get_sem_seg_dataset_dicts(names))
@@ -67,8 +68,8 @@ class YacsTrainer(DefaultTrainer):
         )
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> SemSegEvaluator:
-        return SemSegEvaluator(dataset_name)
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> CheckedSemSegEvaluator:
+        return CheckedSemSegEvaluator(dataset_name)
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer):
@@ -93,10 +94,16 @@ def train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
     """Those of INPUT.CROP, INPUT.CCNET and INPUT.RANDOM_FLIP.
 
     Raises:
-        UserError: INPUT.CROP is not of the type "absolute".
+        UserError: INPUT.CROP is not of the type "absolute", or it is off though INPUT.CCNET says how to scale and crop.
     """
     augmentations: list[T.Augmentation] = []
     crop, extra = cfg.INPUT.CROP, cfg.INPUT.CCNET
+    set_here = [key for key, value in extra.items() if key != "PHOTOMETRIC" and value]
+    if set_here and not crop.ENABLED:
+        raise UserError(
+            f"INPUT.CCNET.{set_here[0]} is set, but INPUT.CROP.ENABLED is False: images are scaled and cropped "
+            "together, so set that to True and INPUT.CROP.SIZE to [height, width] in pixels."
+        )
     if crop.ENABLED:
         if crop.TYPE != "absolute":
             raise UserError(

@@ -4,5 +4,6 @@ import ccnet_d2.compat  # noqa: F401  first: it imports Detectron2 without its w
 
 from .clips import ClipSemSegEvaluator
 from .lip import LIPEvaluator
+from .sem_seg import CheckedSemSegEvaluator
 
-__all__ = ["ClipSemSegEvaluator", "LIPEvaluator"]
+__all__ = ["CheckedSemSegEvaluator", "ClipSemSegEvaluator", "LIPEvaluator"]

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from detectron2.evaluation import SemSegEvaluator
+from .sem_seg import CheckedSemSegEvaluator
 
 
-class ClipSemSegEvaluator(SemSegEvaluator):
-    """Detectron2's `SemSegEvaluator` on clips: each frame that a clip answers counts as an image.
+class ClipSemSegEvaluator(CheckedSemSegEvaluator):
+    """`CheckedSemSegEvaluator` on clips: each frame that a clip answers counts as an image.
 
     The metrics are those of the single frames of the data set, whatever clips they were cut into, provided that the
     clips answer every frame once, as those of `get_covering_clip_dicts` do.

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ccnet_d2.layers.precision import at_least_float32, autocast_disabled
 
-from .log_softmax import log_softmax
+from .log_likelihood import log_softmax, negative_log_likelihood
 from .reduction import mean_over_processes
 from .resize import upsample
 from .segmentation_loss import check_label_range, check_map_and_labels
@@ -65,9 +64,7 @@ class CrossEntropy(nn.Module):
             logits = at_least_float32(logits)
             weight = None if self.class_weight is None else self.class_weight.to(logits)
             full = upsample(logits, (target.shape[-2], target.shape[-1]), self.align_corners)
-            total = F.nll_loss(
-                log_softmax(full), target, weight, ignore_index=self.ignore_index, reduction="sum"
-            )
+            total = negative_log_likelihood(log_softmax(full), target, self.ignore_index, weight).sum()
             valid = target != self.ignore_index
             count = valid if weight is None else weight[target.masked_fill(~valid, 0)] * valid
             return mean_over_processes(total, count.sum())

@@ -4,12 +4,11 @@ Shapes: B batch, h w the logits' size, H W the labels' size.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ccnet_d2.layers.precision import at_least_float32, autocast_disabled
 
-from .log_softmax import log_softmax
+from .log_likelihood import log_softmax, negative_log_likelihood
 from .reduction import mean_over_processes
 from .resize import upsample
 from .segmentation_loss import check_label_range, check_map_and_labels
@@ -99,9 +98,7 @@ class EdgeCrossEntropy(nn.Module):
             full = upsample(
                 at_least_float32(logits), (target.shape[-2], target.shape[-1]), self.align_corners
             )
-            per_pixel = F.nll_loss(
-                log_softmax(full), target, ignore_index=self.ignore_index, reduction="none"
-            )
+            per_pixel = negative_log_likelihood(log_softmax(full), target, self.ignore_index)
             halves = []
             for kind in (0, 1):
                 pixels = target == kind

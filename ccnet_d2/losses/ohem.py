@@ -4,12 +4,11 @@ Shapes: B batch, K classes, h w the logits' size, H W the labels' size.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ccnet_d2.layers.precision import at_least_float32, autocast_disabled
 
-from .log_softmax import log_softmax
+from .log_likelihood import log_softmax, negative_log_likelihood
 from .reduction import mean_over_processes
 from .resize import sample_labels, upsample
 from .segmentation_loss import check_label_range, check_map_and_labels
@@ -85,13 +84,10 @@ class OHEMCrossEntropy(nn.Module):
             log_probability = log_softmax(full)
             with torch.no_grad():
                 hard = self._hard(log_probability, target)
-            loss = F.nll_loss(
-                log_probability,
-                target.masked_fill(~hard, self.ignore_index),
-                ignore_index=self.ignore_index,
-                reduction="sum",
+            loss = negative_log_likelihood(
+                log_probability, target.masked_fill(~hard, self.ignore_index), self.ignore_index
             )
-            return mean_over_processes(loss, hard.sum())
+            return mean_over_processes(loss.sum(), hard.sum())
 
     def _hard(self, log_probability: Tensor, target: Tensor) -> Tensor:
         """Which pixels are kept: (B, K, H, W), (B, H, W) -> bool (B, H, W)."""

@@ -76,6 +76,9 @@ class CCNet(nn.Module):
 
         Returns:
             In training a dict of scalar losses; in inference for each image {"sem_seg": (K, height, width) logits}.
+
+        Raises:
+            ValueError: in training, a label map does not have its image's size.
         """
         images, sizes = self._batch_images(batched_inputs)
         features = self.backbone(images)
@@ -105,6 +108,8 @@ class CCNet(nn.Module):
         return batch, sizes
 
     def _batch_targets(self, batched_inputs: list[dict], size: tuple[int, int]) -> Tensor:
+        if not torch.compiler.is_compiling():
+            _check_label_sizes(batched_inputs)
         targets = [x["sem_seg"].to(self.device, non_blocking=True) for x in batched_inputs]
         return torch.stack([_pad(target, size, self.ignore_value) for target in targets])
 
@@ -120,6 +125,18 @@ class CCNet(nn.Module):
             return logits
         align_corners = getattr(self.sem_seg_head, "align_corners", False)
         return F.interpolate(logits[None], output_size, mode="bilinear", align_corners=align_corners)[0]
+
+
+def _check_label_sizes(batched_inputs: list[dict]) -> None:
+    # Padding takes a label map of any size, and cuts off what is too much.
+    for x in batched_inputs:
+        (height, width), (rows, columns) = x["image"].shape[-2:], x["sem_seg"].shape[-2:]
+        if (height, width) != (rows, columns):
+            name = f" of '{x['file_name']}'" if "file_name" in x else ""
+            raise ValueError(
+                f"'sem_seg'{name} is {columns}x{rows}, but its 'image' is {width}x{height}: the mapper has to give "
+                "both the same transforms."
+            )
 
 
 def _pad(x: Tensor, size: tuple[int, int], value: float) -> Tensor:

@@ -152,6 +152,24 @@ def test_one_bit_masks_are_zero_and_one(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_label(path), (LABEL > 9).astype(np.uint8))
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_gray_labels_of_few_bits(tmp_path: Path, bits: int) -> None:
+    """Written by hand: neither Pillow nor OpenCV writes gray PNG files of 2 or 4 bits."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    label = LABEL % 2**bits
+    height, width = label.shape
+    samples = np.unpackbits(label[..., None], axis=2)[..., 8 - bits :]  # the lowest bits, highest first
+    rows = np.packbits(samples.reshape(height, -1), axis=1)
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    (tmp_path / "label.png").write_bytes(png)
+    np.testing.assert_array_equal(read_label(str(tmp_path / "label.png")), label)
+
+
 @pytest.mark.parametrize("channels", [2, 3, 4])
 def test_coloured_labels_are_refused(tmp_path: Path, channels: int) -> None:
     path = str(tmp_path / "label.png")

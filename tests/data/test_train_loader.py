@@ -120,6 +120,14 @@ def test_grouping_separates_wide_from_tall():
     assert len({batch[0]["width"] > 2 for batch in seen}) == 2
 
 
+def test_records_without_sizes_cannot_be_grouped():
+    """Folders of images and label maps have none; Detectron2 would take them from what the mapper returns."""
+    bare = [{"file_name": f"{i}.png", "bad": False} for i in range(4)]
+    made.append(TrainLoader(bare, mapper=mapper, total_batch_size=2, seed=7))
+    with pytest.raises(DatasetError, match=r"grouping=True.*needs 'width'.*'\d.png' lacks: set it to False"):
+        next(iter(made[-1]))
+
+
 def test_processes_share_the_samples_out(monkeypatch):
     from ccnet_d2.data import train_loader
 

@@ -77,12 +77,16 @@ def test_train_resume_evaluate(train_net, tmp_path):
 
 
 def test_wrong_input_is_one_sentence(train_net, tmp_path):
+    status, error = train_net(MODEL__SEM_SEG_HEAD__NUM_CLASSES=54)
+    assert status == 1 and "num_classes is 54, but the data set has 4 classes" in error
     status, error = train_net(SOLVER__MAX_ITR=3)
     assert status == 1 and "SOLVER.MAX_ITR" in error
     status, error = train_net(MODEL__CCNET__CONTEXT="rca")
     assert status == 1 and "'rca'" in error
     status, error = train_net(INPUT__CROP__ENABLED=True)
     assert status == 1 and "INPUT.CROP.TYPE" in error and "absolute" in error
+    status, error = train_net(INPUT__CCNET__SCALE_RANGE="(0.5,2.0)")
+    assert status == 1 and "INPUT.CCNET.SCALE_RANGE is set, but INPUT.CROP.ENABLED is False" in error
     assert train_net(TEST__CCNET__MODE="tiles")[0] == 1
     assert train_net("--eval-only") == (
         1,

@@ -115,7 +115,7 @@ def test_counts_of_several_processes_are_added(labels, monkeypatch):
     for index, (record, prediction) in enumerate(zip(DatasetCatalog.get(NAME), predictions, strict=True)):
         logits = torch.nn.functional.one_hot(torch.from_numpy(prediction).long(), 20).permute(2, 0, 1)
         both[index % 2].process([record], [{"sem_seg": logits}])
-    module = "ccnet_d2.evaluation.lip.comm"
+    module = "ccnet_d2.evaluation.sem_seg.comm"
     monkeypatch.setattr(f"{module}.get_world_size", lambda: 2)
     monkeypatch.setattr(f"{module}.synchronize", lambda: None)
     monkeypatch.setattr(f"{module}.all_gather", lambda own: [one.confusion for one in both])

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from ccnet_d2.inference import MultiScaleFlip, SlidingWindow, WholeImage
+from ccnet_d2.inference.build import configured_mode
 from ccnet_d2.inference.out_of_memory import is_out_of_memory
+from ccnet_d2.model_zoo import get_config
 
 TOO_MUCH = 1 << 62  # bytes that no machine has: the allocator really fails
 
@@ -113,6 +115,17 @@ def test_scales_that_do_not_fit_are_cut(hungry, random_image):
     mode = MultiScaleFlip(WholeImage(model, smallest_tile=8), scales=(0.5, 1.0, 2.0), flip=False)
     assert mode.logits(random_image(40, 40), (40, 40)).isfinite().all()
     assert model.failures == 1
+
+
+@pytest.mark.parametrize(
+    "run", ["cityscapes/ranet_R_101_D8_769x769_40k.py", "lip/ce2p_ccl_R_101_D16_384x384_48k.py"]
+)
+def test_runs_over_scales_cut_them_too(hungry, random_image, run):
+    """Their configs name no mode for the single scale."""
+    model = hungry(limit=270 * 270)
+    mode = configured_mode(get_config(run)).bind(model)
+    assert mode.logits(random_image(300, 300), (300, 300)).isfinite().all()
+    assert model.failures > 0
 
 
 def test_there_is_an_end(hungry, random_image):

@@ -101,6 +101,11 @@ def label_out_of_range(dataset):
         cv2.imwrite(str(path), np.full((48, 48), 77, np.uint8))
 
 
+def validation_label_out_of_range(dataset):
+    for path in (dataset / "labels/val").iterdir():
+        cv2.imwrite(str(path), np.full((48, 48), 5, np.uint8))
+
+
 def label_of_other_size(dataset):
     for path in (dataset / "labels/train").iterdir():
         cv2.imwrite(str(path), np.zeros((40, 48), np.uint8))
@@ -116,6 +121,14 @@ def truncate_images(dataset):
     [
         (remove_dataset, [], ["ccnet_synthetic"]),
         (label_out_of_range, [], ["labels/train", "77"]),
+        (validation_label_out_of_range, [], ["labels/val", "value 5"]),
+        (damage_nothing, ["model.sem_seg_head.num_classes=6"], ["num_classes is 6", "has 4 classes"]),
+        (damage_nothing, ["model.sem_seg_head.num_classes=3"], ["num_classes is 3", "has 4 classes"]),
+        (
+            damage_nothing,
+            ["model.input_format=BGR"],
+            ["input_format is 'BGR'", "train.mapper.image_format is 'RGB'"],
+        ),
         (label_of_other_size, [], ["labels/train", "48x40", "48x48"]),
         (truncate_images, [], ["images/train"]),
         (truncate_images, ["dataloader.train.num_workers=1"], ["images/train"]),

@@ -87,6 +87,19 @@ def test_padding_is_the_mean_and_carries_no_loss():
     assert (targets[0, 16:] == 255).all() and torch.equal(targets[0, :16, :20], small["sem_seg"])
 
 
+@pytest.mark.parametrize(("height", "width"), [(16, 24), (40, 32), (24, 20)])
+def test_labels_of_another_size_than_the_image_are_refused(height, width):
+    """As a mapper gives them that transforms the image alone."""
+    batch = [
+        sample(24, 32),
+        {**sample(24, 32), "sem_seg": sample(height, width)["sem_seg"], "file_name": "a.png"},
+    ]
+    with pytest.raises(
+        ValueError, match=f"'sem_seg' of 'a.png' is {width}x{height}, but its 'image' is 32x24"
+    ):
+        small_model()(batch)
+
+
 def test_images_of_one_size_and_of_several_are_normalised_alike():
     """Those of one size go together."""
     model = small_model()

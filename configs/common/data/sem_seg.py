@@ -5,10 +5,10 @@ from typing import Any
 
 from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.evaluation import SemSegEvaluator
 from omegaconf import DictConfig, OmegaConf
 
 from ccnet_d2.data import SemSegMapper, get_sem_seg_dataset_dicts
+from ccnet_d2.evaluation import CheckedSemSegEvaluator
 
 
 def sem_seg_dataloader(
@@ -18,7 +18,7 @@ def sem_seg_dataloader(
     augmentations: Sequence[Any],
     test_augmentations: Sequence[Any] = (),
     batch_size: int,
-    evaluator: Any = SemSegEvaluator,
+    evaluator: Any = CheckedSemSegEvaluator,
     num_workers: int = 4,
     test_workers: int | None = None,
 ) -> DictConfig:

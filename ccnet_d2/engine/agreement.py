@@ -1,0 +1,37 @@
+"""Whether what a run says about its model fits what it says about its data."""
+
+from omegaconf import DictConfig, OmegaConf
+
+from ccnet_d2.data.catalog import classes_of
+from ccnet_d2.errors import UserError
+
+__all__ = ["check_agreement"]
+
+
+def check_agreement(cfg: DictConfig) -> None:
+    """Compare the number of classes and the order of the channels, before the first step.
+
+    One class too few is a failed assertion within a kernel on a GPU; one too many is noticed by the evaluation only.
+    Channels in another order train and evaluate without a word, and `Predictor`, which asks the model for the order,
+    then gives it other images.
+
+    Runs whose training mapper names no data set (`dataloader.train.mapper.dataset_names`), such as Detectron2's, are
+    not looked at, and what is not said is not compared.
+
+    Raises:
+        UserError: model and data differ.
+    """
+    names = OmegaConf.select(cfg, "dataloader.train.mapper.dataset_names")
+    if names is None:
+        return
+    count = OmegaConf.select(cfg, "model.sem_seg_head.num_classes")
+    classes, _ = classes_of(names)
+    if count is not None and count != len(classes):
+        raise UserError(
+            f"model.sem_seg_head.num_classes is {count}, but the training set {names!r} has {len(classes)} classes."
+        )
+    wanted = OmegaConf.select(cfg, "model.input_format")
+    for key in ("dataloader.train.mapper.image_format", "dataloader.test.mapper.image_format"):
+        given = OmegaConf.select(cfg, key)
+        if wanted is not None and given is not None and given != wanted:
+            raise UserError(f"model.input_format is '{wanted}', but {key} is '{given}'.")

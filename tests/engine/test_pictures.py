@@ -1,0 +1,61 @@
+"""Pictures of predictions during training."""
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import instantiate
+from PIL import Image
+
+from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
+from ccnet_d2.engine import apply_overrides
+from ccnet_d2.engine.pictures import draw_predictions
+from ccnet_d2.model_zoo import get_config
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The toy run on a synthetic set of two validation images."""
+    generate_synthetic_dataset(tmp_path / "ccnet_synthetic", SyntheticConfig(train_images=1, val_images=2))
+    register_all(tmp_path)
+    yield lambda *overrides: apply_overrides(
+        get_config("toy/ccnet_synthetic.py"), ["train.num_pictures=2", *overrides]
+    )
+    register_all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "sizes"),
+    [
+        ("test.inference=whole", [(48, 48)] * 2),
+        ("test.inference=null", [(48, 48)] * 2),
+        # Four tiles of 32 each, as the images meet the model in the evaluation.
+        ("test.inference={_target_: ccnet_d2.inference.SlidingWindow, tile: 32, stride: 16}", [(32, 32)] * 8),
+    ],
+)
+def test_pictures_are_drawn_in_the_test_mode(run, tmp_path, mode, sizes):
+    cfg = run(mode)
+    model = instantiate(cfg.model).train()
+    seen = []
+    model.register_forward_pre_hook(lambda _, args: seen.extend(tuple(x["image"].shape[1:]) for x in args[0]))
+    draw_predictions(cfg, model, tmp_path / "pictures/one.png")
+    assert seen == sizes and model.training
+    with Image.open(tmp_path / "pictures/one.png") as picture:
+        assert np.ptp(np.asarray(picture)) > 100
+
+
+def test_predictions_are_the_models(run, tmp_path, monkeypatch):
+    cfg = run()
+    torch.manual_seed(0)
+    model = instantiate(cfg.model).eval()
+    drawn = {}
+    monkeypatch.setattr(
+        "ccnet_d2.engine.pictures.save_prediction_grid",
+        lambda path, images, predictions, *args, **kwargs: drawn.update(
+            images=images, predictions=predictions
+        ),
+    )
+    draw_predictions(cfg, model, tmp_path / "one.png")
+    for image, prediction in zip(drawn["images"], drawn["predictions"], strict=True):
+        with torch.no_grad():
+            logits = model([{"image": torch.from_numpy(image).permute(2, 0, 1)}])[0]["sem_seg"]
+        np.testing.assert_array_equal(prediction, logits.argmax(0).numpy())
