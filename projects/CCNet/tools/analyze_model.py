@@ -53,7 +53,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="HxW",
         help="such as 512x1024, or one side; default: the run's crop",
     )
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at once; default: 1")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="images, or clips, at once; default: 1"
+    )
     parser.add_argument(
         "--no-time", action="store_true", help="do not run the model to see how long it takes"
     )
