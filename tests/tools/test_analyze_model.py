@@ -164,6 +164,13 @@ def test_impossible_requests_show_the_usage(script, arguments, capsys):
     assert exit_status.value.code == 2 and "usage" in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_written_is_one_sentence(script, tmp_path, capsys):
+    run = ("--config-file", TOY, "--image-size=16", "--no-time")
+    assert script.main([*run, "--json", str(tmp_path)]) == 1
+    output = capsys.readouterr()
+    assert output.err == f"error: cannot write '{tmp_path}': Is a directory.\n" and "total" in output.out
+
+
 def test_help_from_the_command_line():
     run = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True)
     assert "--table" in run.stdout and run.stderr == ""

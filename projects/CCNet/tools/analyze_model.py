@@ -16,6 +16,7 @@ from ccnet_d2.analysis.ranet_table import format_ranet_table, ranet_table
 from ccnet_d2.analysis.run import analyze_run, format_run, image_size_of
 from ccnet_d2.engine import apply_overrides
 from ccnet_d2.engine.user_errors import one_sentence_errors
+from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import get_config
 
 _EPILOG = """
@@ -89,8 +90,15 @@ def run(args: argparse.Namespace) -> None:
         )
         print(format_run(args.config_file, result))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        _write(args.json, json.dumps(result, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror or error}.") from error
 
 
 def _size(text: str) -> tuple[int, int]:
