@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ccnet_d2.engine import build_model
 from ccnet_d2.errors import UserError
+from ccnet_d2.modeling import CCNet3D
 
 from .flops import CONVENTION, count_flops
 from .memory import LiveMemory, kept_for_backward
@@ -43,7 +44,7 @@ def analyze_run(
     time: bool = True,
     training_step: bool = False,
 ) -> dict[str, Any]:
-    """Measure a run's model on random images.
+    """Measure a run's model on random images, or, for a model of clips, on clips as long as the run trains on.
 
     FLOPs and the memory of inference are traced with fake CPU tensors, which costs neither memory nor time, except for
     models whose shapes depend on what they see (detection): those run for real. Time, and what a training step takes,
@@ -52,7 +53,7 @@ def analyze_run(
     Args:
         cfg: the run.
         image_size: height and width in pixels.
-        batch_size: number of images.
+        batch_size: number of images, or of clips.
         time: whether to run the model to see how long it takes.
         training_step: whether to run a training step (forward, loss, backward, in fp32) to see the memory it takes.
 
@@ -70,15 +71,18 @@ def analyze_run(
     try:
         with FakeTensorMode():
             model = settle(instantiate(cfg.model)).eval()
-            flops, peak = _inference_cost(model, random_images(image_size, batch_size))
+            frames = _clip_length(cfg, model)
+            flops, peak = _inference_cost(model, random_images(image_size, batch_size, frames))
         model_on_device = None
     except RuntimeError:  # of many kinds; a fault of the model itself comes up again in the real run
         model = model_on_device = settle(build_model(cfg)).eval()
-        flops, peak = _inference_cost(model, random_images(image_size, batch_size))
+        frames = _clip_length(cfg, model)
+        flops, peak = _inference_cost(model, random_images(image_size, batch_size, frames))
     root = type(model).__name__
     result: dict[str, Any] = {
         "image_size": list(image_size),
         "batch_size": batch_size,
+        **({} if frames is None else {"frames": frames}),
         "modules": {
             name or "total": {
                 "parameters": sum(parameter.numel() for parameter in module.parameters()),
@@ -93,7 +97,7 @@ def analyze_run(
         model_on_device = model_on_device or settle(build_model(cfg))
         result["device"] = _describe(torch.device(cfg.train.device))
     if training_step:
-        images = random_images(image_size, batch_size)
+        images = random_images(image_size, batch_size, frames)
         if "roi_heads" in cfg.model:
             images = label_objects(images, int(cfg.model.roi_heads.num_classes))
         if "sem_seg_head" in cfg.model:
@@ -102,7 +106,7 @@ def analyze_run(
             kept, peak = _training_cost(model_on_device, images)
         result |= {"training_kept_mb": kept / 1e6, "training_peak_mb": peak / 1e6}
     if time:
-        images = random_images(image_size, batch_size)
+        images = random_images(image_size, batch_size, frames)
         device = torch.device(cfg.train.device)
         model_on_device.eval()
         if device.type == "cuda":
@@ -123,6 +127,15 @@ _CONVENTIONS = {
     "training_peak_mb": "10^6 bytes of activations and gradients that live at once at most in a training step in fp32, "
     "beside the weights and the optimizer's state",
 }
+
+
+def _clip_length(cfg: DictConfig, model: nn.Module) -> int | None:
+    """T of the clips that a run of a model of clips trains on; None for a model of images."""
+    return (
+        OmegaConf.select(cfg, "dataloader.train.dataset.length", default=1)
+        if isinstance(model, CCNet3D)
+        else None
+    )
 
 
 @torch.no_grad()
@@ -191,8 +204,9 @@ def format_run(name: str, result: dict[str, Any]) -> str:
     rows = [("", "parameters (M)", "GFLOPs")]
     for module, cost in result["modules"].items():
         rows.append((module, f"{cost['parameters'] / 1e6:.2f}", f"{cost['gflops']:.2f}"))
-    height, width = result["image_size"]
-    lines = [f"{name}: {result['batch_size']} x 3 x {height} x {width}", "", columns(rows), ""]
+    clip = [result["frames"]] if "frames" in result else []
+    shape = " x ".join(map(str, (result["batch_size"], *clip, 3, *result["image_size"])))
+    lines = [f"{name}: {shape}", "", columns(rows), ""]
     memory = f"memory (MB): weights {result['weights_mb']:.0f}, inference {result['inference_peak_mb']:.0f}"
     if "training_peak_mb" in result:
         memory += (

@@ -32,11 +32,13 @@ def settle(model: nn.Module) -> nn.Module:
     return model
 
 
-def random_images(size: tuple[int, int], batch_size: int) -> list[dict[str, Any]]:
-    """Images of noise in Detectron2's format: uint8 (3, H, W), with the size of the answer."""
+def random_images(size: tuple[int, int], batch_size: int, frames: int | None = None) -> list[dict[str, Any]]:
+    """Images of noise in Detectron2's format: uint8 (3, H, W), with the size of the answer; or clips of so many
+    frames, (T, 3, H, W)."""
+    clip = () if frames is None else (frames,)
     return [
         {
-            "image": torch.randint(0, 256, (3, *size), dtype=torch.uint8),
+            "image": torch.randint(0, 256, (*clip, 3, *size), dtype=torch.uint8),
             "height": size[0],
             "width": size[1],
         }
@@ -45,9 +47,11 @@ def random_images(size: tuple[int, int], batch_size: int) -> list[dict[str, Any]
 
 
 def label_pixels(images: list[dict[str, Any]], classes: int) -> list[dict[str, Any]]:
-    """The same images with random class indices (H, W) for semantic segmentation."""
+    """The same images with random class indices (H, W) for semantic segmentation, (T, H, W) for clips."""
+    shapes = [tuple(image["image"].shape) for image in images]
     return [
-        image | {"sem_seg": torch.randint(0, classes, tuple(image["image"].shape[-2:]))} for image in images
+        image | {"sem_seg": torch.randint(0, classes, (*shape[:-3], *shape[-2:]))}
+        for image, shape in zip(images, shapes, strict=True)
     ]
 
 

@@ -42,7 +42,7 @@ def read_mat_label(path: str | os.PathLike[str], key: str) -> np.ndarray:
         if type(error).__module__ != "zlib":
             raise
         raise SampleError(f"The file '{path}' is damaged: {error}.", path) from error
-    if found is None or found.ndim != 2 or found.dtype.kind not in "ui":
+    if found is None or found.ndim != 2 or not found.size or found.dtype.kind not in "ui":
         raise SampleError(f"The file '{path}' has no label map '{key}' of integers.", path)
     return np.asarray(found)
 
@@ -68,15 +68,17 @@ def convert_labels(
         The number of files written.
 
     Raises:
-        SampleError: a file cannot be read, or holds a value of V or more.
+        SampleError: a file cannot be read, or holds a value outside the table.
+        DatasetError: a file cannot be written.
     """
     written = 0
     for done, (source, target) in enumerate(sources, start=1):
         if not target.exists():
             label = read_mat_label(source, key)
-            if label.size and (label.max() >= len(table) or label.min() < 0):
+            wrong = label[(label < 0) | (label >= len(table))]
+            if wrong.size:
                 raise SampleError(
-                    f"The file '{source}' holds the label {int(label.max())}, but {len(table) - 1} is the last.",
+                    f"The file '{source}' holds the label {wrong[0]}, but labels are 0 to {len(table) - 1}.",
                     source,
                 )
             _write_png(target, table[label])
@@ -87,13 +89,15 @@ def convert_labels(
 
 
 def write_list(path: Path, names: Sequence[str]) -> None:
-    """Write names, one a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write names, one a line.
+
+    Raises:
+        DatasetError: it cannot be written.
+    """
     _replace(path, "".join(f"{name}\n" for name in names).encode())
 
 
 def _write_png(path: Path, label: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     ok, data = cv2.imencode(".png", label)
     assert ok, path
     _replace(path, data.tobytes())
@@ -102,7 +106,11 @@ def _write_png(path: Path, label: np.ndarray) -> None:
 def _replace(path: Path, data: bytes) -> None:
     part = path.with_name(path.name + ".part")
     try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_bytes(data)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise DatasetError(f"'{path}' cannot be written: {error.strerror or error}.") from error

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ccnet_d2.errors import UserError
+
 from .label_bands import LabelBands, labels_of
 from .out_of_memory import MEMORY_ERRORS, is_out_of_memory, tell_and_free
 
@@ -33,6 +35,7 @@ def run_segmenter(segmenter: Segmenter, inputs: list[dict[str, Any]]) -> list[Te
 
     Raises:
         RuntimeError: the answer is not one `sem_seg` of the asked size for each input.
+        UserError: a model of clips answered for each frame of one.
     """
     outputs = segmenter(inputs)
     if not isinstance(outputs, Sequence) or len(outputs) != len(inputs):
@@ -44,6 +47,11 @@ def run_segmenter(segmenter: Segmenter, inputs: list[dict[str, Any]]) -> list[Te
     for given, output in zip(inputs, outputs, strict=True):
         sem_seg = output.get("sem_seg")
         size = (given["height"], given["width"])
+        if isinstance(sem_seg, Tensor) and sem_seg.dim() == given["image"].dim() == 4:
+            raise UserError(
+                f"a clip of {len(sem_seg)} frames cannot be tested in a mode for single images: clips are tested "
+                "whole, by WholeClip, so leave test.inference as runs on clips have it."
+            )
         if not isinstance(sem_seg, Tensor) or sem_seg.dim() != 3 or tuple(sem_seg.shape[1:]) != size:
             found = tuple(sem_seg.shape) if isinstance(sem_seg, Tensor) else type(sem_seg).__name__
             raise RuntimeError(

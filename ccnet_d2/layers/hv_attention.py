@@ -40,11 +40,11 @@ class LineAttention(ContextModule):
         # (B, lines, channels, positions on the line): a line is one small dense attention.
         order = (0, 2, 1, 3) if self.axis == "H" else (0, 3, 1, 2)
         lines = self.qkv(x).permute(order)
-        batch, number = lines.shape[:2]
+        batch, number, _, length = lines.shape
         query, key, value = lines.flatten(0, 1).split(
             [self.key_channels, self.key_channels, self.channels], dim=1
         )
-        out = attention_matmul(query, key, value).reshape(batch, number, self.channels, -1)
+        out = attention_matmul(query, key, value).reshape(batch, number, self.channels, length)
         out = out.permute((0, 2, 1, 3) if self.axis == "H" else (0, 2, 3, 1))
         return self.gamma.to(out.dtype) * out + x
 

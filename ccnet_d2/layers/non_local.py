@@ -115,13 +115,13 @@ def attention_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         (B, C, Nq), of value's dtype.
     """
-    batch, width, _ = query.shape
-    channels = value.shape[1]
+    batch, width, queries = query.shape
+    channels, keys = value.shape[1:]
     heads = -(-channels // width)
     if heads * width != channels:
         value = F.pad(value, (0, 0, 0, heads * width - channels))
     # (B, heads, N, C') with each position's channels adjacent: other strides send SDPA to its slow fallback.
-    value = value.reshape(batch, heads, width, -1).transpose(2, 3).contiguous()
+    value = value.reshape(batch, heads, width, keys).transpose(2, 3).contiguous()
     query, key = (t.transpose(1, 2).contiguous().unsqueeze(1).expand(-1, heads, -1, -1) for t in (query, key))
     out = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-    return out.transpose(2, 3).reshape(batch, heads * width, -1)[:, :channels]
+    return out.transpose(2, 3).reshape(batch, heads * width, queries)[:, :channels]

@@ -68,7 +68,7 @@ class NonLocalBlock(ContextModule):
         attention = attention_sdpa if self.backend == "sdpa" else attention_matmul
         for _ in range(self.recurrence):
             query, key, value = self.qkv(x).flatten(2).chunk(3, dim=1)
-            out = self.out(attention(query, key, value).reshape(x.shape[0], -1, *x.shape[2:]))
+            out = self.out(attention(query, key, value).reshape(x.shape[0], self.key_channels, *x.shape[2:]))
             x = x + (out if self.norm is None else self.norm(out))
         return x
 

@@ -57,7 +57,9 @@ class BoundaryLoss(nn.Module):
 
     Either the map is enlarged bilinearly to the labels' size, or the mask is brought to the size of the map, where a
     cell is a boundary if one passes through it. A map of stride 8 cannot tell which of a cell's pixels a thin boundary
-    lies on, and enlarged it learns the share of them: a fifth or so, where the boundary is certain.
+    lies on, and enlarged it learns the share of them: a fifth or so, where the boundary is certain. With
+    `align_corners` the pixels of a cell are those around where the enlargement puts it: the first and the last cell
+    stand at the corners, and have half as many.
 
     Takes the labels of the segmentation and makes the mask itself. Pixels without a label take no part; a batch
     without any gives zero with a graph. Computed in fp32, inside autocast too.
@@ -81,7 +83,7 @@ class BoundaryLoss(nn.Module):
                 both count the same; RANet does not.
             resolution: "labels" or "map": the size that map and mask are compared at.
             ignore_index: label of the pixels left out.
-            align_corners: of the enlargement.
+            align_corners: of the enlargement, and of where the cells of the map lie.
 
         Raises:
             ValueError: the radius is below 1, so no pixel would be near another; the resolution is unknown.
@@ -117,7 +119,9 @@ class BoundaryLoss(nn.Module):
         with autocast_disabled(logits.device):
             scores = at_least_float32(logits)
             if self.resolution == "map":
-                boundary, labelled = (_pooled(mask, scores.shape[-2:]) for mask in (boundary, labelled))
+                boundary, labelled = (
+                    _pooled(mask, scores.shape[-2:], self.align_corners) for mask in (boundary, labelled)
+                )
             else:
                 scores = upsample(scores, (target.shape[-2], target.shape[-1]), self.align_corners)
             scores = scores[:, 0]
@@ -137,6 +141,19 @@ class BoundaryLoss(nn.Module):
         )
 
 
-def _pooled(mask: Tensor, size: torch.Size) -> Tensor:
+def _pooled(mask: Tensor, size: torch.Size, align_corners: bool) -> Tensor:
     """(B, H, W) bool -> (B, h, w) bool: whether any of a cell's pixels is set."""
-    return F.adaptive_max_pool2d(mask.float(), (size[0], size[1])) > 0
+    pixels = mask.float()
+    if align_corners:
+        (top, bottom), (left, right) = map(_half_cells, mask.shape[-2:], size)
+        pixels = F.pad(pixels, (left, right, top, bottom))
+    return F.adaptive_max_pool2d(pixels, (size[0], size[1])) > 0
+
+
+def _half_cells(pixels: int, cells: int) -> tuple[int, int]:
+    """How far the first and the last of some cells reach beyond the pixels, where both stand at the corners."""
+    if cells == 1:
+        return 0, 0
+    step = (pixels - 1) / (cells - 1)
+    before = round(step / 2)
+    return before, max(round(step * cells) - pixels - before, 0)

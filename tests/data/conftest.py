@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ccnet_d2.data.datasets import folder, register_all
+# The fixtures register on import: here, so that the first test that needs one does not take it away with what it made.
+from ccnet_d2.data.datasets import coco_fixture, folder, lip_fixture, register_all  # noqa: F401
 
 
 @pytest.fixture

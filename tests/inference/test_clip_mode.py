@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ccnet_d2.errors import UserError
-from ccnet_d2.inference import WholeClip, WholeImage
+from ccnet_d2.inference import MODE_NAMES, WholeClip, WholeImage, build_mode
 
 
 class PerFrame(torch.nn.Module):
@@ -65,3 +65,15 @@ def test_a_clip_that_does_not_fit_into_memory_is_one_sentence():
 
     with pytest.raises(RuntimeError, match="something else"):
         WholeClip(Broken())([item])
+
+
+@pytest.mark.parametrize("name", MODE_NAMES)
+def test_a_clip_in_a_mode_of_images_is_one_sentence(name, make_segmenter, random_image):
+    """As with `--eval-only test.inference=ms` for a run on clips."""
+    clip = {"image": torch.stack([random_image(14, 18)] * 3), "height": 14, "width": 18}
+    mode = build_mode(name).bind(PerFrame(make_segmenter()))
+    for call in (mode, mode.predict_labels):
+        with pytest.raises(
+            UserError, match="a clip of 3 frames cannot be tested in a mode for single images"
+        ):
+            call([clip])

@@ -38,6 +38,11 @@ def test_every_size_keeps_its_shape(name, size):
 
 
 @pytest.mark.parametrize("name", CONTEXT_MODULES)
+def test_an_empty_batch_stays_empty(name):
+    assert small(name).eval()(torch.randn(0, 16, 4, 5)).shape == (0, 16, 4, 5)
+
+
+@pytest.mark.parametrize("name", CONTEXT_MODULES)
 @pytest.mark.parametrize("layout", ["channels_last", "strided"])
 def test_memory_format_does_not_matter(name, layout):
     module = open_gates(small(name)).eval()

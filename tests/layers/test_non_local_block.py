@@ -88,3 +88,8 @@ def test_parameters_of_the_published_block():
 def test_wrong_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         NonLocalBlock(**options)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "matmul"])
+def test_an_empty_batch_stays_empty(backend):
+    assert block(backend=backend)(torch.randn(0, 16, 3, 4)).shape == (0, 16, 3, 4)

@@ -83,6 +83,22 @@ def test_at_the_map_s_size_a_cell_is_a_boundary_if_one_passes_through(balanced):
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize(("pixels", "cells"), [(769, 97), (97, 13), (65, 17), (30, 5)])
+def test_with_aligned_corners_a_boundary_belongs_to_the_cell_that_stands_next_to_it(pixels, cells):
+    step = (pixels - 1) / (cells - 1)
+    loss = BoundaryLoss(radius=1, resolution="map", align_corners=True)
+    for first in range(1, pixels, max(pixels // 24, 1)):
+        target = torch.zeros(1, 4, pixels, dtype=torch.long)
+        target[..., first:] = 1
+        logits = torch.zeros(1, 1, 1, cells, requires_grad=True)
+        (gradient,) = torch.autograd.grad(loss(logits, target), logits)
+        found = (gradient[0, 0, 0] < 0).nonzero()[:, 0]  # cells that are to become boundaries
+        assert len(found) in (1, 2)
+        # Half a cell and the two pixels of the boundary; cells of fractional size share a pixel.
+        reach = step / 2 + (1 if step.is_integer() else 2)
+        assert ((found * step - (first - 0.5)).abs() <= reach).all(), (first, found)
+
+
 def test_a_thin_boundary_is_certain_at_the_map_s_size_alone():
     """What a map of stride 8 learns of a wall two pixels wide, of which it knows no more than the cell it is in."""
     target = torch.zeros(7, 32, 64, dtype=torch.long)

@@ -95,6 +95,24 @@ def test_the_paper_s_network_without_computing_it(script, tmp_path, capsys):
     assert "context" in capsys.readouterr().out
 
 
+def test_a_run_on_clips_is_measured_on_its_clips(script, tmp_path, capsys):
+    run = "camvid/ccnet3d_{}_R_18_D8_half.py"
+    measure = ("--no-time", "--training-step", "--image-size=32x40", "train.device=cpu")
+    clips = analyze(script, tmp_path, "--config-file", run.format("T5"), *measure)
+    assert "T5_R_18_D8_half.py: 1 x 5 x 3 x 32 x 40" in capsys.readouterr().out
+    single = analyze(script, tmp_path, "--config-file", run.format("T1"), *measure)
+    assert (clips["frames"], single["frames"]) == (5, 1)
+    gflops = {n: (clips["modules"][n]["gflops"], single["modules"][n]["gflops"]) for n in clips["modules"]}
+    for name in ("backbone", "sem_seg_head.conva"):
+        assert gflops[name][0] == pytest.approx(5 * gflops[name][1]), name
+    # Three loops at stride 8 over 4x5 positions of each frame: projections, and energies and sums of T + H + W keys.
+    for frames, found in zip((5, 1), gflops["sem_seg_head.context"], strict=True):
+        keys = (frames if frames > 1 else 0) + 4 + 5
+        loops = 3 * frames * 4 * 5 * (128 * (128 + 32) + keys * (128 + 16))
+        assert found == pytest.approx(2 * loops / 1e9, rel=0.05)
+    assert clips["training_kept_mb"] > 4 * single["training_kept_mb"]
+
+
 def test_a_detection_run(script, tmp_path):
     """Its shapes depend on what it sees, so it is not traced but run."""
     run = ("--config-file", "quick_schedules/mask_rcnn_rcca_R_18_FPN_overfit.py", "--image-size=64")
@@ -144,6 +162,13 @@ def test_impossible_requests_show_the_usage(script, arguments, capsys):
     with pytest.raises(SystemExit) as exit_status:
         script.main(arguments)
     assert exit_status.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(script, tmp_path, capsys):
+    run = ("--config-file", TOY, "--image-size=16", "--no-time")
+    assert script.main([*run, "--json", str(tmp_path)]) == 1
+    output = capsys.readouterr()
+    assert output.err == f"error: cannot write '{tmp_path}': Is a directory.\n" and "total" in output.out
 
 
 def test_help_from_the_command_line():

@@ -16,6 +16,7 @@ from ccnet_d2.analysis.ranet_table import format_ranet_table, ranet_table
 from ccnet_d2.analysis.run import analyze_run, format_run, image_size_of
 from ccnet_d2.engine import apply_overrides
 from ccnet_d2.engine.user_errors import one_sentence_errors
+from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import get_config
 
 _EPILOG = """
@@ -53,7 +54,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="HxW",
         help="such as 512x1024, or one side; default: the run's crop",
     )
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at once; default: 1")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="images, or clips, at once; default: 1"
+    )
     parser.add_argument(
         "--no-time", action="store_true", help="do not run the model to see how long it takes"
     )
@@ -87,8 +90,15 @@ def run(args: argparse.Namespace) -> None:
         )
         print(format_run(args.config_file, result))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        _write(args.json, json.dumps(result, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror or error}.") from error
 
 
 def _size(text: str) -> tuple[int, int]:

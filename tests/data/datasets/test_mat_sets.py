@@ -222,6 +222,18 @@ def _other_variable(voc: Path, annotations: Path) -> None:
     savemat(annotations / "2009_001110.mat", {"S": np.zeros(SIZE, np.uint8)})
 
 
+def _empty_map(voc: Path, annotations: Path) -> None:
+    savemat(annotations / "2009_001110.mat", {"LabelMap": np.zeros((0, 0), np.uint16)})
+
+
+def _negative_label(voc: Path, annotations: Path) -> None:
+    savemat(annotations / "2009_001110.mat", {"LabelMap": np.array([[7, -3]], np.int16)})
+
+
+def _file_in_the_way(voc: Path, annotations: Path) -> None:
+    (voc / "SegmentationClassContext59").write_text("")
+
+
 def _unknown_label(voc: Path, annotations: Path) -> None:
     savemat(annotations / "2009_001110.mat", {"LabelMap": np.full(SIZE, 460, np.uint16)})
 
@@ -233,7 +245,13 @@ def _unknown_label(voc: Path, annotations: Path) -> None:
         (_remove_an_annotation, r"no annotation of '2009_001110' \(1 of 4 are missing\)"),
         (_remove_the_list, "Main/val.txt' does not exist; unpack VOC 2010"),
         (_other_variable, "2009_001110.mat' has no label map 'LabelMap'"),
-        (_unknown_label, "2009_001110.mat' holds the label 460, but 459 is the last"),
+        (_empty_map, "2009_001110.mat' has no label map 'LabelMap'"),
+        (_unknown_label, "2009_001110.mat' holds the label 460, but labels are 0 to 459"),
+        (_negative_label, "2009_001110.mat' holds the label -3, but labels are 0 to 459"),
+        (
+            _file_in_the_way,
+            r"SegmentationClassContext59/.*\.png' cannot be written: (File exists|Not a directory)",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, damage, message):
