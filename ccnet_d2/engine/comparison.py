@@ -1,5 +1,6 @@
 """Training one run in several variants side by side, as the papers' ablation tables do."""
 
+import functools
 import json
 import os
 import statistics
@@ -15,8 +16,11 @@ import torch
 
 from ccnet_d2.errors import UserError
 
+from .parent import end_with_parent
+
 _POLL_SECONDS = 0.5
 _REPORT_SECONDS = 10.0
+_STOP_SECONDS = 20.0
 _EVALUATION, _FINISHED = "evaluation.json", "finished.json"
 _RESULT_FILES = ("metrics.json", _EVALUATION, _FINISHED)
 
@@ -126,6 +130,8 @@ def train_variants(
     finally:
         for process in running:
             process.popen.terminate()
+        for process in running:
+            process.wait_for_end()
     return runs
 
 
@@ -147,7 +153,22 @@ class _Process:
             variables["CUDA_VISIBLE_DEVICES"] = device
         command = [sys.executable, "-m", "ccnet_d2.engine.command_line", *run.arguments]
         with self._log.open("w") as log:
-            self.popen = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables)
+            self.popen = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=variables,
+                # A training left behind would write into the folder in which the next call trains again.
+                preexec_fn=functools.partial(end_with_parent, os.getpid()),
+            )
+
+    def wait_for_end(self) -> None:
+        """After it was asked to stop: it saves at the end of its step."""
+        try:
+            self.popen.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
 
     def finish(self) -> None:
         self.run.seconds = time.monotonic() - self._start
