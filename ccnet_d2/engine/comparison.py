@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -101,9 +102,9 @@ def train_variants(
     runs = []
     for variant in variants:
         folder = output_dir / variant.name
-        changes = [*overrides, *variant.overrides, f"train.output_dir={folder}"]
+        changes = [*overrides, *variant.overrides, f"train.output_dir={_quoted(str(folder))}"]
         runs.append(VariantRun(variant, folder, ["--config-file", config_file, *changes]))
-    devices: list[str | None] = [str(i) for i in range(torch.cuda.device_count())]
+    devices: list[str | None] = [*_gpus()]
     cores = len(os.sched_getaffinity(0))
     if not devices:
         devices = [None] * min(cores, len(runs))
@@ -179,9 +180,27 @@ class _Process:
                 f"Training of {self.run.variant.name} failed: {reason} (whole output in {self._log})."
             )
             return
-        self.run.metrics = json.loads((self.run.output_dir / _EVALUATION).read_text())
+        evaluation = self.run.output_dir / _EVALUATION
+        self.run.metrics = json.loads(evaluation.read_text()) if evaluation.is_file() else {}
+        if "mIoU" not in self.run.metrics.get("sem_seg", {}):
+            self.run.error = (
+                f"Training of {self.run.variant.name} ended without a mIoU, which is what is compared: {evaluation} "
+                f"{'holds ' + ', '.join(self.run.metrics) if self.run.metrics else 'is not there'}."
+            )
+            return
         finished = {"arguments": self.run.arguments, "seconds": self.run.seconds}
         (self.run.output_dir / _FINISHED).write_text(json.dumps(finished))
+
+
+def _gpus() -> list[str]:
+    """The GPUs to use, by the names that CUDA_VISIBLE_DEVICES has for them."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return [visible[i] if visible[0] else str(i) for i in range(torch.cuda.device_count())]
+
+
+def _quoted(text: str) -> str:
+    """As the value of an override, in which brackets, spaces, commas and the like have meanings of their own."""
+    return text if re.fullmatch(r"[A-Za-z0-9_./-]+", text) else '"' + text.replace('"', '\\"') + '"'
 
 
 def _was_finished(run: VariantRun) -> bool:

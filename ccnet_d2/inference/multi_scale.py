@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ccnet_d2.data.catalog import flip_pairs_of
 
-from .mode import InferenceMode, Segmenter
+from .mode import InferenceMode, Segmenter, WholeImage
 
 __all__ = ["DEFAULT_SCALES", "MultiScaleFlip"]
 
@@ -62,9 +62,14 @@ class MultiScaleFlip(InferenceMode):
         self.accumulate_on = None if accumulate_on is None else torch.device(accumulate_on)
 
     def bind(self, model: Segmenter, dataset_names: str | Sequence[str] | None = None) -> InferenceMode:
-        """See `InferenceMode.bind`; takes the `flip_pairs` of the data sets unless some were given."""
+        """See `InferenceMode.bind`; takes the `flip_pairs` of the data sets unless some were given.
+
+        A mode without one nested in it runs each scale as `WholeImage`, which goes on in tiles when memory runs out.
+        """
         bound = super().bind(model, dataset_names)
         assert isinstance(bound, MultiScaleFlip)
+        if self.model is None:
+            bound.model = WholeImage(align_corners=self.align_corners).bind(model)
         if self.flip_pairs is None and dataset_names:
             bound.flip_pairs = flip_pairs_of(dataset_names)
         return bound

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from ccnet_d2.engine import comparison
 from ccnet_d2.engine.comparison import Variant, train_variants
+from ccnet_d2.engine.overrides import apply_overrides
 from ccnet_d2.errors import UserError
+from ccnet_d2.model_zoo import get_config
 
 NAMES = ("a", "b")
 
@@ -72,3 +75,35 @@ def test_a_failure_waits_for_the_other_trainings_to_stop(stand_in, tmp_path, mon
     ):
         train(tmp_path)
     assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "words"),
+    [('{"bbox": {"AP": 1}, "segm": {"AP": 2}}', "holds bbox, segm"), (None, "is not there")],
+)
+def test_a_run_without_miou_is_a_failure(stand_in, tmp_path, evaluation, words):
+    stand_in(f"echo '{evaluation}' > $PLACE/out/a/evaluation.json" if evaluation else "exit 0")
+    (run,) = train_variants("run.py", [Variant("a", "a")], tmp_path / "out", stop_at_failure=False)
+    assert run.error.startswith("Training of a ended without a mIoU") and words in run.error
+
+
+@pytest.mark.parametrize(
+    ("variable", "gpus"),
+    [(None, ["0", "1"]), ("", ["0", "1"]), ("3,5", ["3", "5"]), ("GPU-8d, GPU-3c, -1", ["GPU-8d", "GPU-3c"])],
+)
+def test_gpus_are_those_that_the_user_allowed(monkeypatch, variable, gpus):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    monkeypatch.setattr(comparison.torch.cuda, "device_count", lambda: 2)
+    assert comparison._gpus() == gpus
+
+
+@pytest.mark.parametrize(
+    "name", ["plain-1.0", "a b", "a,b", "a=b", "run (1)", "ünï", "[x]", "it's", 'say "so"']
+)
+def test_folders_of_any_name(stand_in, tmp_path, name):
+    stand_in("exit 1")
+    (run,) = train_variants("run.py", [Variant("a", "a")], tmp_path / name, stop_at_failure=False)
+    cfg = apply_overrides(get_config("toy/ccnet_synthetic.py"), run.arguments[2:])
+    assert cfg.train.output_dir == str(tmp_path / name / "a")
