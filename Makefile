@@ -59,4 +59,4 @@ clean: ## delete what building and testing left behind; keeps .venv and output
 
 distclean: clean ## delete .venv and the compiled operator too
 	rm -rf .venv .venv-removed
-	find ccnet_d2 -name '*.so' -delete
+	find ccnet_d2 \( -name '*.so' -o -name '*.not_built' \) -delete

@@ -45,6 +45,11 @@ ARCHITECTURE_KERNELS = {"hopper_": ("9.0", "90a")}
 KERNELS_FOR_NEW_COMPILERS = ("kernel_amx.cpp", "kernel_amx_split.cpp", "kernel_avx512bf16.cpp")
 
 
+# Beside where the library would be: why it is not there. pip keeps a build's output to itself, and the package reads
+# this when it is asked (ccnet_d2/ops/_library.py).
+REASON_SUFFIX = ".not_built"
+
+
 class NotBuilt(Exception):
     """A library cannot be built here; the message says why."""
 
@@ -299,13 +304,16 @@ class BuildLibraries(build_ext):
         sources = [ROOT / name for name in ext.sources]
         headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / folder).glob("*.h"), *(ROOT / folder).glob("*.cuh")]
         library = Path(self.get_ext_fullpath(ext.name))
+        note = library.with_suffix(REASON_SUFFIX)
+        note.unlink(missing_ok=True)
         try:
             build = BUILDS[ext.name](ext.name.rpartition(".")[2], Path(self.build_temp).resolve())
             build.run(sources, headers, library.resolve())
         except NotBuilt as error:
             # A library of an earlier build would be of other sources than the Python beside it.
             library.unlink(missing_ok=True)
-            (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+            library.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(f"{error}\n", encoding="utf-8")
             if not ext.optional:
                 raise SetupError(
                     f"{folder} was not built, and CCNET_EXT=require asks for it: {error}"
@@ -314,6 +322,19 @@ class BuildLibraries(build_ext):
                 f"ccnet_d2: the compiled operator for {ext.name.rpartition('_')[2].upper()} is NOT built: {error}\n"
                 "The package works without it, on PyTorch's own operators."
             )
+
+    def copy_extensions_to_source(self) -> None:
+        """For an install in place: what was built goes beside the sources, and what was not built goes from there."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            name = self.get_ext_filename(ext.name)
+            built, in_place = Path(self.build_lib, name), ROOT / name
+            for suffix in (built.suffix, REASON_SUFFIX):
+                source, target = built.with_suffix(suffix), in_place.with_suffix(suffix)
+                if not source.exists():
+                    target.unlink(missing_ok=True)
+                elif suffix == REASON_SUFFIX:
+                    shutil.copyfile(source, target)
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"

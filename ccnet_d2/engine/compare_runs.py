@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import statistics
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,12 @@ def compare_runs(
     Raises:
         UserError: the key, a value or an override is unknown, or no run succeeded.
     """
+    values, seeds = list(dict.fromkeys(values)), list(dict.fromkeys(seeds))
     variants = {}
+    names = _folder_names(values)
     for value in values:
         for seed in seeds:
-            name = f"{re.sub(r'[^A-Za-z0-9.]+', '_', value)}_seed{seed}"
+            name = f"{names[value]}_seed{seed}"
             changes = (f"{key}={value}", f"train.seed={seed}")
             variants[value, seed] = Variant(name, f"{value}, seed {seed}", changes)
     # Fail on a wrong key at once, not in every process.
@@ -76,6 +79,16 @@ def compare_runs(
     atomic_write_text(output / "table.json", json.dumps(result, indent=2) + "\n")
     atomic_write_text(output / "table.md", format_table(result) + f"\n\n{_commands(runs)}\n")
     return result
+
+
+def _folder_names(values: Sequence[str]) -> dict[str, str]:
+    """A name for the folder of each value; of several that would have one name, each gets its checksum."""
+    plain = {value: re.sub(r"[^A-Za-z0-9.]+", "_", value) for value in values}
+    names: dict[str, str] = {}
+    for value, name in plain.items():
+        same = [other for other in plain if plain[other] == name]
+        names[value] = name if len(same) == 1 else f"{name}_{zlib.crc32(value.encode()):08x}"
+    return names
 
 
 def format_table(result: dict[str, Any]) -> str:

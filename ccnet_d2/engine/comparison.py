@@ -1,7 +1,9 @@
 """Training one run in several variants side by side, as the papers' ablation tables do."""
 
+import functools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -15,8 +17,11 @@ import torch
 
 from ccnet_d2.errors import UserError
 
+from .parent import end_with_parent
+
 _POLL_SECONDS = 0.5
 _REPORT_SECONDS = 10.0
+_STOP_SECONDS = 20.0
 _EVALUATION, _FINISHED = "evaluation.json", "finished.json"
 _RESULT_FILES = ("metrics.json", _EVALUATION, _FINISHED)
 
@@ -97,9 +102,9 @@ def train_variants(
     runs = []
     for variant in variants:
         folder = output_dir / variant.name
-        changes = [*overrides, *variant.overrides, f"train.output_dir={folder}"]
+        changes = [*overrides, *variant.overrides, f"train.output_dir={_quoted(str(folder))}"]
         runs.append(VariantRun(variant, folder, ["--config-file", config_file, *changes]))
-    devices: list[str | None] = [str(i) for i in range(torch.cuda.device_count())]
+    devices: list[str | None] = [*_gpus()]
     cores = len(os.sched_getaffinity(0))
     if not devices:
         devices = [None] * min(cores, len(runs))
@@ -126,6 +131,8 @@ def train_variants(
     finally:
         for process in running:
             process.popen.terminate()
+        for process in running:
+            process.wait_for_end()
     return runs
 
 
@@ -147,7 +154,22 @@ class _Process:
             variables["CUDA_VISIBLE_DEVICES"] = device
         command = [sys.executable, "-m", "ccnet_d2.engine.command_line", *run.arguments]
         with self._log.open("w") as log:
-            self.popen = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=variables)
+            self.popen = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=variables,
+                # A training left behind would write into the folder in which the next call trains again.
+                preexec_fn=functools.partial(end_with_parent, os.getpid()),
+            )
+
+    def wait_for_end(self) -> None:
+        """After it was asked to stop: it saves at the end of its step."""
+        try:
+            self.popen.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
 
     def finish(self) -> None:
         self.run.seconds = time.monotonic() - self._start
@@ -158,9 +180,27 @@ class _Process:
                 f"Training of {self.run.variant.name} failed: {reason} (whole output in {self._log})."
             )
             return
-        self.run.metrics = json.loads((self.run.output_dir / _EVALUATION).read_text())
+        evaluation = self.run.output_dir / _EVALUATION
+        self.run.metrics = json.loads(evaluation.read_text()) if evaluation.is_file() else {}
+        if "mIoU" not in self.run.metrics.get("sem_seg", {}):
+            self.run.error = (
+                f"Training of {self.run.variant.name} ended without a mIoU, which is what is compared: {evaluation} "
+                f"{'holds ' + ', '.join(self.run.metrics) if self.run.metrics else 'is not there'}."
+            )
+            return
         finished = {"arguments": self.run.arguments, "seconds": self.run.seconds}
         (self.run.output_dir / _FINISHED).write_text(json.dumps(finished))
+
+
+def _gpus() -> list[str]:
+    """The GPUs to use, by the names that CUDA_VISIBLE_DEVICES has for them."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return [visible[i] if visible[0] else str(i) for i in range(torch.cuda.device_count())]
+
+
+def _quoted(text: str) -> str:
+    """As the value of an override, in which brackets, spaces, commas and the like have meanings of their own."""
+    return text if re.fullmatch(r"[A-Za-z0-9_./-]+", text) else '"' + text.replace('"', '\\"') + '"'
 
 
 def _was_finished(run: VariantRun) -> bool:

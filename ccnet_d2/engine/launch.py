@@ -5,7 +5,6 @@ another machine dies, NCCL goes on waiting. Here a supervisor on each machine wa
 tell each other through a store that the first machine keeps.
 """
 
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -31,6 +30,7 @@ from ccnet_d2.errors import UserError
 from .distributed import TIMEOUT, is_lost_connection, joined_processes
 from .machines import MachineLostError, Machines
 from .network import choose_interface
+from .parent import end_with_parent
 from .user_errors import USER_ERRORS, sentence_of
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 1.0
 _STOP_SECONDS = 5.0
 _CAUSE_ORDER = {"user": 0, "fault": 0, "lost": 1, "exit": 2}
-_PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
 
 class ProcessFailedError(UserError):
@@ -181,7 +180,9 @@ class _Supervisor:
         for local_rank in range(self._processes.per_machine):
             ours, theirs = context.Pipe(duplex=False)
             rank = self._processes.machine_rank * self._processes.per_machine + local_rank
-            place = _Place(self._processes, local_rank, rank, self._machines.address, threads, timeout)
+            place = _Place(
+                self._processes, local_rank, rank, self._machines.address, threads, timeout, os.getpid()
+            )
             # Not daemonic: those may not have children, and data loaders do.
             process = context.Process(target=_child, args=(theirs, place, main, args), name=f"rank {rank}")
             process.start()
@@ -322,10 +323,11 @@ class _Place:
     address: tuple[str, int]
     threads: int
     timeout: timedelta
+    supervisor: int
 
 
 def _child(pipe: Connection, place: _Place, main: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    _end_with_parent()
+    end_with_parent(place.supervisor)
     if place.threads:
         torch.set_num_threads(place.threads)
         os.environ["OMP_NUM_THREADS"] = str(place.threads)
@@ -373,12 +375,3 @@ def _join_and_call(place: _Place, main: Callable[..., Any], args: tuple[Any, ...
 def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _end_with_parent() -> None:
-    """Have this process asked to stop when the supervisor dies, even by SIGKILL (Linux)."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == 1:  # it died before
-        os._exit(1)

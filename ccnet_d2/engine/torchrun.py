@@ -14,6 +14,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch.distributed.rendezvous import rendezvous
 
+from ccnet_d2.checkpoint import atomic_write_text
 from ccnet_d2.errors import UserError
 
 from .distributed import TIMEOUT, any_process, joined_processes
@@ -121,7 +122,8 @@ class ElasticRun:
     """Remembers in the output directory which torchrun run trains there, so that a restart goes on by itself.
 
     torchrun starts all processes anew after a failure, and when machines come or go; in the latter case it does not
-    count that as a restart.
+    count that as a restart. What lay in the directory when the run began is of another run, from which a restart does
+    not go on.
     """
 
     def __init__(self, process: TorchrunProcess, output_dir: str | os.PathLike[str]) -> None:
@@ -131,22 +133,39 @@ class ElasticRun:
             output_dir: of the run.
         """
         self._process = process
-        self._path = Path(output_dir) / "elastic_run_id"
+        self._folder = Path(output_dir)
+        self._path = self._folder / "elastic_run_id"
 
     def is_restart(self) -> bool:
-        """Whether this run was here before and did not end; all processes must ask, and get one answer."""
-        here = self._process.restarts > 0
-        if self._process.run_id != "none" and self._path.is_file():
-            here = here or self._path.read_text().strip() == self._process.run_id
-        return any_process(here)
+        """Whether this run was here before, has saved and did not end; all processes must ask, and get one answer."""
+        note = self._note()
+        return any_process(note is not None and note[1:] != self._last_checkpoint())
 
     def begin(self) -> None:
         """Note that the run is under way."""
-        if comm.is_main_process():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(self._process.run_id + "\n")
+        if comm.is_main_process() and self._note() is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(self._path, "\n".join([self._process.run_id, *self._last_checkpoint()]) + "\n")
 
     def end(self) -> None:
         """Note that the run is complete: the next one of the same id is a new one."""
         if comm.is_main_process():
             self._path.unlink(missing_ok=True)
+
+    def _note(self) -> list[str] | None:
+        """What this run wrote at an earlier start, if it did."""
+        if self._process.run_id == "none" and self._process.restarts == 0:
+            return None  # all runs without a name have this one
+        try:
+            note = self._path.read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            return None
+        return note if note[:1] == [self._process.run_id] else None
+
+    def _last_checkpoint(self) -> list[str]:
+        """What tells the last checkpoint from one that is saved later; empty where there is none."""
+        try:
+            tag = self._folder / "last_checkpoint"
+            return [tag.read_text(errors="replace").strip(), str(tag.stat().st_mtime_ns)]
+        except FileNotFoundError:
+            return []

@@ -26,10 +26,7 @@ def load(name: str, required: str | None = None) -> str | None:
         return f"the compiled operator needs torch 2.10 or newer, this is torch {torch.__version__}."
     found = [p for p in sorted(_FOLDER.glob(f"{name}.*")) if p.suffix in (".so", ".pyd", ".dylib")]
     if not found:
-        return (
-            f"the extension {name} is not built; with torch installed and a C++ compiler at hand, "
-            "`pip install --no-build-isolation .` builds it, or says why it does not."
-        )
+        return _why_not_built(name)
     # An in-place build beside an older one: the newest is the one that was meant.
     newest = max(found, key=lambda path: path.stat().st_mtime)
     try:
@@ -37,3 +34,17 @@ def load(name: str, required: str | None = None) -> str | None:
     except OSError as error:
         return f"{newest} cannot be loaded ({error}); build it again for this torch, {torch.__version__}."
     return None
+
+
+def _why_not_built(name: str) -> str:
+    """What the build wrote down (setup.py), where there was one."""
+    note = _FOLDER / f"{name}.not_built"
+    try:
+        reason, *details = note.read_text(encoding="utf-8").strip().splitlines()
+    except (OSError, ValueError):
+        return (
+            f"the extension {name} is not built; with torch installed and a C++ compiler at hand, "
+            "`pip install --no-build-isolation .` builds it."
+        )
+    more = f" (all of it is in {note})" if details else ""
+    return f"the extension {name} was not built when the package was installed: {reason.rstrip('.:')}{more}."

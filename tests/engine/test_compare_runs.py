@@ -1,11 +1,12 @@
 """Tables over values and seeds: real trainings of a few iterations, one of which fails."""
 
 import json
+import re
 
 import pytest
 
 from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset
-from ccnet_d2.engine.compare_runs import compare_runs, format_table
+from ccnet_d2.engine.compare_runs import _folder_names, compare_runs, format_table
 from ccnet_d2.errors import UserError
 
 TOY = "toy/ccnet_synthetic.py"
@@ -42,6 +43,14 @@ def test_wrong_values_stop_before_training(tmp_path):
     with pytest.raises(UserError, match="contxt"):
         compare_runs(TOY, "model.sem_seg_head.contxt", ["none"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_values_that_look_alike_get_folders_of_their_own():
+    names = _folder_names(["1e-3", "1e+3", "[64, 32]", "rcca"])
+    assert len(set(names.values())) == 4 and names["rcca"] == "rcca" and names["[64, 32]"] == "_64_32_"
+    assert all(re.fullmatch(r"[A-Za-z0-9._]+", name) for name in names.values())
+    again = _folder_names(["1e+3", "1e-3"])  # in another order, since finished runs are found by name
+    assert all(names[value] == name for value, name in again.items())
 
 
 def test_format_of_a_table():

@@ -1,5 +1,6 @@
 """Processes that torchrun starts, and starts anew."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -47,17 +48,44 @@ def test_a_process_that_does_not_come():
         agree_on_round(store, 0, 2, timedelta(seconds=0.3))
 
 
+def save(folder, name):
+    (folder / "last_checkpoint").write_text(name)
+
+
 def test_a_run_goes_on_after_a_restart_and_not_after_its_end(tmp_path):
     first = ElasticRun(process(run_id="job"), tmp_path)
     assert not first.is_restart()
     first.begin()
-    # Started anew because a machine left, which torchrun does not count.
-    assert ElasticRun(process(run_id="job"), tmp_path).is_restart()
+    save(tmp_path, "model_0000004.pth")
+    for _ in range(2):  # started anew, twice, because a machine left, which torchrun does not count
+        again = ElasticRun(process(run_id="job"), tmp_path)
+        assert again.is_restart()
+        again.begin()
     assert not ElasticRun(process(run_id="another"), tmp_path).is_restart()
     first.end()
     assert not ElasticRun(process(run_id="job"), tmp_path).is_restart()
 
     nameless = ElasticRun(process(), tmp_path)
     nameless.begin()
+    save(tmp_path, "model_0000009.pth")
     assert not ElasticRun(process(), tmp_path).is_restart()
     assert ElasticRun(process(restarts=1), tmp_path).is_restart()
+
+
+@pytest.mark.parametrize("run_id", ["job", "none"])
+def test_a_restart_does_not_go_on_from_what_another_run_left(tmp_path, run_id):
+    save(tmp_path, "model_final.pth")
+    first = ElasticRun(process(run_id=run_id), tmp_path)
+    assert not first.is_restart()
+    first.begin()
+    again = ElasticRun(process(run_id=run_id, restarts=1), tmp_path)
+    assert not again.is_restart()  # it failed before it saved anything
+    again.begin()
+    time.sleep(0.01)
+    save(tmp_path, "model_final.pth")  # of the same name, of this run
+    assert ElasticRun(process(run_id=run_id, restarts=2), tmp_path).is_restart()
+
+
+def test_a_restart_of_a_run_that_never_began(tmp_path):
+    save(tmp_path, "model_final.pth")
+    assert not ElasticRun(process(run_id="job", restarts=1), tmp_path).is_restart()

@@ -15,7 +15,8 @@ TORCH_IS_NEW_ENOUGH = tuple(int(part) for part in torch.__version__.split(".")[:
 
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None\n"
 RUN_SETUP = (
-    "import runpy, sys; sys.argv = ['setup.py', 'build_ext', '--build-lib', {lib!r}, '--build-temp', {temp!r}]\n"
+    "import runpy, sys; sys.argv = ['setup.py', 'build_ext', '--build-lib', {lib!r}, '--build-temp', {temp!r}, "
+    "*{options!r}]\n"
     "runpy.run_path('setup.py', run_name='__main__')\n"
 )
 
@@ -25,15 +26,15 @@ def build(tmp_path):
     """Runs setup.py on a copy of the sources with other environment variables."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    skipped = shutil.ignore_patterns("*.so", "__pycache__", "emulation")
+    skipped = shutil.ignore_patterns("*.so", "*.not_built", "__pycache__", "emulation")
     for name in ("csrc", "ccnet_d2", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=skipped)
 
-    def run(*, before="", **variables):
+    def run(*options, before="", **variables):
         environment = {k: v for k, v in os.environ.items() if k not in ("CCNET_EXT", "CXX", "CXXFLAGS")}
         environment |= {"FORCE_CUDA": "0", **variables}
         lib, temp = (str(tmp_path / name) for name in ("out", "temp"))
-        program = before + RUN_SETUP.format(lib=lib, temp=temp)
+        program = before + RUN_SETUP.format(lib=lib, temp=temp, options=list(options))
         done = subprocess.run(
             [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
@@ -97,6 +98,34 @@ def test_unknown_wish_is_refused(build):
     assert "CCNET_EXT=maybe is unknown" in done.stderr
 
 
+@pytest.mark.skipif(not TORCH_IS_NEW_ENOUGH, reason="the compiled op needs torch 2.10")
+def test_the_reason_stays_beside_the_package(build, tmp_path):
+    """pip shows nothing of what a build that succeeds says."""
+    folders = (
+        tmp_path / "ccnet_d2/ops",
+        tmp_path / "out/ccnet_d2/ops",
+    )  # sources, and what a wheel is made of
+
+    def reasons(name):
+        return [(folder / f"{name}.not_built").read_text() for folder in folders]
+
+    build("--inplace", CXXFLAGS="-include no_such_header.h")
+    assert all("the compiler failed" in text and "no_such_header.h" in text for text in reasons("_C_cpu"))
+    assert reasons("_C_cuda") == ["FORCE_CUDA=0 asks to leave it out.\n"] * 2
+    build("--inplace", CXX="/no/such/compiler")
+    assert all(text.startswith("the C++ compiler that CXX names") for text in reasons("_C_cpu"))
+
+
+def test_a_library_beside_the_sources(build, tmp_path):
+    """It is of an install in place: only another one of those takes it away."""
+    library = tmp_path / "ccnet_d2/ops/_C_cpu.so"
+    library.write_bytes(b"of an earlier build")
+    build(before=WITHOUT_TORCH)
+    assert library.exists() and not library.with_suffix(".not_built").exists()
+    build("--inplace", before=WITHOUT_TORCH)
+    assert not library.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not TORCH_IS_NEW_ENOUGH, reason="the compiled op needs torch 2.10")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
@@ -105,6 +134,7 @@ def test_build_and_load(build, tmp_path):
     assert done.returncode == 0, done.stderr
     assert libraries == ["_C_cpu.so"]
     assert "for CUDA is NOT built: FORCE_CUDA=0" in done.stderr
+    assert [path.name for path in tmp_path.rglob("*.not_built")] == ["_C_cuda.not_built"]
     assert "is left out" not in done.stderr  # a compiler of the last years knows all instructions
     program = (
         "import sys, torch; torch.ops.load_library(sys.argv[1])\n"

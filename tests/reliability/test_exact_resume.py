@@ -1,8 +1,11 @@
 """A run that was interrupted and resumed ends with the very bits of one that was not."""
 
 import json
+import multiprocessing
 import os
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -115,6 +118,24 @@ def test_sigterm_saves_and_ends(run, tmp_path, monkeypatch):
         json.loads(line)["iteration"] for line in (tmp_path / "parts/metrics.json").read_text().splitlines()
     ]
     assert lines == sorted(set(lines))
+
+
+def test_sigterm_to_all_processes_of_the_run(run, tmp_path, monkeypatch):
+    """As `timeout` and job schedulers send it: loader workers get it too, and may get it first."""
+
+    def to_all():
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        # From another process: a worker ends when its parent tells it to.
+        subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as context, pytest.raises(SystemExit) as stopped:
+        stop_after(context, 9, to_all)
+        run("dataloader.train.num_workers=2")
+    assert stopped.value.code == STOPPED_STATUS
+    assert (tmp_path / "output/last_checkpoint").read_text() == "model_0000009.pth"
 
 
 def test_sigterm_during_an_evaluation(run, tmp_path, monkeypatch):

@@ -366,3 +366,14 @@ def test_wheel_of_pip_from_a_package_that_is_not_installed(
 def test_no_wheel_of_pip_where_there_is_no_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert setup_environment.system_pip(tmp_path, tmp_path / "nothing") is None
+
+
+@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="pip refuses --user in virtual environments")
+def test_pip_told_to_install_for_the_user_installs_into_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_USER", "1")  # as the modules of some clusters do
+    (tmp_path / "constraints.txt").touch()
+    environment = Environment(tmp_path)
+    environment.python = Path(sys.executable)
+    environment.temporary.mkdir(parents=True)
+    environment.pip_install(["--dry-run", "--no-index", "pip"], "Installing what is there")
+    assert "already satisfied" in environment.log.read_text()

@@ -355,6 +355,11 @@ class Environment:
             if removed:
                 print(f"The last set-up was interrupted; cleared away: {', '.join(removed)}", flush=True)
 
+    def variables(self) -> dict[str, str]:
+        """Return the environment variables for what installs into the environment."""
+        # PIP_USER, which some clusters set for everybody, is refused in environments like this one.
+        return {"TMPDIR": str(self.temporary), "PIP_USER": "0"}
+
     def pip_install(self, arguments: Iterable[str], what: str) -> None:
         """Run pip install in the environment, within the constraints."""
         run_pip(
@@ -362,7 +367,7 @@ class Environment:
             what=what,
             python=self.python,
             log=self.log,
-            extra_env={"TMPDIR": str(self.temporary)},
+            extra_env=self.variables(),
         )
 
     def install_tools(self) -> None:
@@ -379,7 +384,7 @@ class Environment:
         run_command(
             [str(self.python), str(script), "--constraint", str(self.constraints), "--log", str(self.log)],
             what="Installing Detectron2",
-            environment={**os.environ, "TMPDIR": str(self.temporary)},
+            environment={**os.environ, **self.variables()},
         )
 
     def install_project(self) -> None:

@@ -1,0 +1,109 @@
+"""The processes of a comparison, with a program in the place of a training."""
+
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ccnet_d2.engine import comparison
+from ccnet_d2.engine.comparison import Variant, train_variants
+from ccnet_d2.engine.overrides import apply_overrides
+from ccnet_d2.errors import UserError
+from ccnet_d2.model_zoo import get_config
+
+NAMES = ("a", "b")
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Function that has a shell script run for each training; $PLACE is the folder of the test."""
+
+    def use(script):
+        program = tmp_path / "program"
+        program.write_text(f"#!/bin/sh\nPLACE={tmp_path}\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(program))
+
+    return use
+
+
+def train(folder):
+    variants = [Variant(name, name, (f"name={name}",)) for name in NAMES]
+    return train_variants("run.py", variants, folder / "out")
+
+
+def wait_for(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize("how", ["terminate", "kill"])
+def test_trainings_end_with_the_process_that_compares(stand_in, tmp_path, how):
+    stand_in("echo $$ > $PLACE/pid.partial; mv $PLACE/pid.partial $PLACE/pid; exec sleep 100")
+    process = multiprocessing.get_context("fork").Process(target=train, args=(tmp_path,))
+    process.start()
+    assert wait_for((tmp_path / "pid").exists)
+    pid = int((tmp_path / "pid").read_text())
+    getattr(process, how)()
+    process.join()
+    assert wait_for(lambda: not is_running(pid))
+
+
+def test_a_failure_waits_for_the_other_trainings_to_stop(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})  # both at once
+    stand_in(
+        "case $* in\n"
+        "*name=a*) while [ ! -e $PLACE/waits ]; do sleep 0.05; done; echo error: it broke.; exit 1;;\n"
+        "*) trap 'sleep 0.5; touch $PLACE/saved; exit 143' TERM; touch $PLACE/waits; while :; do sleep 0.05; done;;\n"
+        "esac"
+    )
+    with pytest.raises(
+        UserError, match=r"^Training of a failed: it broke \(whole output in .*train.log\)\.$"
+    ):
+        train(tmp_path)
+    assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "words"),
+    [('{"bbox": {"AP": 1}, "segm": {"AP": 2}}', "holds bbox, segm"), (None, "is not there")],
+)
+def test_a_run_without_miou_is_a_failure(stand_in, tmp_path, evaluation, words):
+    stand_in(f"echo '{evaluation}' > $PLACE/out/a/evaluation.json" if evaluation else "exit 0")
+    (run,) = train_variants("run.py", [Variant("a", "a")], tmp_path / "out", stop_at_failure=False)
+    assert run.error.startswith("Training of a ended without a mIoU") and words in run.error
+
+
+@pytest.mark.parametrize(
+    ("variable", "gpus"),
+    [(None, ["0", "1"]), ("", ["0", "1"]), ("3,5", ["3", "5"]), ("GPU-8d, GPU-3c, -1", ["GPU-8d", "GPU-3c"])],
+)
+def test_gpus_are_those_that_the_user_allowed(monkeypatch, variable, gpus):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    monkeypatch.setattr(comparison.torch.cuda, "device_count", lambda: 2)
+    assert comparison._gpus() == gpus
+
+
+@pytest.mark.parametrize(
+    "name", ["plain-1.0", "a b", "a,b", "a=b", "run (1)", "ünï", "[x]", "it's", 'say "so"']
+)
+def test_folders_of_any_name(stand_in, tmp_path, name):
+    stand_in("exit 1")
+    (run,) = train_variants("run.py", [Variant("a", "a")], tmp_path / name, stop_at_failure=False)
+    cfg = apply_overrides(get_config("toy/ccnet_synthetic.py"), run.arguments[2:])
+    assert cfg.train.output_dir == str(tmp_path / name / "a")

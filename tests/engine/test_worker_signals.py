@@ -1,0 +1,51 @@
+"""Loader workers and SIGTERM."""
+
+import functools
+import os
+import subprocess
+import time
+
+import torch
+from torch.utils.data import DataLoader
+
+from ccnet_d2.engine.worker_signals import leave_sigterm_to_parent
+
+
+def note(folder, worker):
+    (folder / str(worker)).touch()
+
+
+def test_workers_end_only_when_their_parent_says_so(tmp_path):
+    loader = DataLoader(
+        torch.arange(100),
+        num_workers=2,
+        worker_init_fn=functools.partial(leave_sigterm_to_parent, then=functools.partial(note, tmp_path)),
+    )
+    batches = iter(loader)
+    values = [int(next(batches))]
+    workers = batches._workers
+    subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)
+    time.sleep(0.3)
+    values += [int(value) for value in batches]
+    assert values == list(range(100))
+    assert sorted(os.listdir(tmp_path)) == ["0", "1"]  # the user's own function ran
+
+
+class Hanging:
+    """A data set whose second sample never comes."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        time.sleep(1000 * index)
+        return index
+
+
+def test_a_worker_that_hangs_is_ended():
+    batches = iter(DataLoader(Hanging(), num_workers=1, worker_init_fn=leave_sigterm_to_parent))
+    next(batches)
+    (worker,) = batches._workers
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
