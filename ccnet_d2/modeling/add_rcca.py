@@ -8,6 +8,7 @@ the new module as part of its block.
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any, TypeVar
 
 from detectron2.layers import CNNBlockBase
@@ -91,7 +92,9 @@ def add_rcca(
         if channels is None:
             channels = _channels(path, target, after=before is None, feature=feature)
         module = _build(module, channels, recurrence, options)
-        reference = next((p for p in target.parameters() if p.is_floating_point()), None)
+        # An activation, at the end of a Sequential for instance, has no parameters that tell device and dtype.
+        parameters = chain(target.parameters(), model.parameters())
+        reference = next((p for p in parameters if p.is_floating_point()), None)
         if reference is not None:
             module.to(reference.device, reference.dtype)
         module.train(target.training)

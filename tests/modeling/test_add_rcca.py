@@ -252,6 +252,13 @@ def test_blocks_that_are_sequences_themselves_run_it_once():
     assert_same(model(image()), attended(model[1][1].rcca, x))
 
 
+def test_beside_a_block_without_parameters_it_has_the_model_s_dtype():
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU())}).double()
+    add_rcca(model, "body", before=None, channels=16)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert model["body"](image(size=8).double()).dtype == torch.float64
+
+
 class Pyramid(Backbone):
     """Gives a dict of features, like a Swin or ViT backbone."""
 
