@@ -2,6 +2,8 @@
 
 import re
 import socket
+import subprocess
+import sys
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +60,17 @@ def test_every_place_that_takes_a_checkpoint(entry, tmp_path):
     assert cfg.train.init_checkpoint == f"ccnet://{entry.name}"
     prediction = Predictor(cfg)(image(48, 64).permute(1, 2, 0).numpy())
     assert prediction.labels.shape == (48, 64)
+
+
+@pytest.mark.parametrize("package", ["modeling", "checkpoint", "inference", "model_zoo"])
+def test_detectron2_knows_the_names_after_any_import(package):
+    """Its own checkpointer, in a program that imports nothing else of this project."""
+    program = (
+        f"import ccnet_d2.{package}\nfrom detectron2.utils.file_io import PathManager\n"
+        "PathManager.get_local_path('ccnet://nothing/of/this/name')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "UserError: There are no published weights for 'nothing/of/this/name'" in done.stderr, done.stderr
 
 
 def test_weights_to_train_on_other_classes_from(entry, server):

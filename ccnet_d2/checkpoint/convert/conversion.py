@@ -55,9 +55,7 @@ def convert_weights(
         *_fold_biases(weights, sources),
         *_take_inplace_abn_scale(weights, rules),
     ]
-    backbone_only = not any(
-        name.startswith(_HEAD) and not name.startswith(_OPTIONAL) for name in weights
-    )
+    backbone_only = not any(name.startswith(_HEAD) and not name.startswith(_OPTIONAL) for name in weights)
     if not backbone_only and _CLASSIFIER not in weights:
         raise CheckpointError("The weights are not whole: the head has no classifier.")
     expected = shapes_of(model or model_of(weights), backbone_only=backbone_only)
