@@ -213,6 +213,10 @@ def _channels(path: str, target: nn.Module, *, after: bool, feature: str | None)
             found = shapes[feature].channels
     elif after:
         found = getattr(target, "out_channels", None)
+        if found is None and hasattr(target, "output_shape"):
+            raise UserError(
+                f"{path} gives a dict of features: choose one with feature=, out of {_listed(target.output_shape())}."
+            )
     else:
         convolutions = (m.in_channels for m in target.modules() if isinstance(m, nn.Conv2d))
         found = getattr(target, "in_channels", None) or next(convolutions, None)
