@@ -1,6 +1,7 @@
 """Loading and saving checkpoints: Detectron2's formats, without running code from them."""
 
-import ccnet_d2.compat  # noqa: F401  first: it imports Detectron2 without its warnings
+import ccnet_d2.compat  # first: it imports Detectron2 without its warnings
+import ccnet_d2.path_handler  # noqa: F401  ccnet://NAME is a checkpoint
 
 from .atomic_file import DiskFullError, atomic_write, atomic_write_text, disk_full_reported
 from .checkpointer import CheckpointError, SafeCheckpointer, load_checkpoint

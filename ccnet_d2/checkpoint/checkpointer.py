@@ -20,6 +20,7 @@ from .safe_load import CheckpointError, check_weights, load_file
 logger = logging.getLogger(__name__)
 
 _TAG = "last_checkpoint"
+_BY_HEURISTICS = "?matching_heuristics=True"
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -55,6 +56,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.may_lack = tuple(may_lack)
         self.may_differ = tuple(may_differ)
         self.allow_pickle = allow_pickle
+        self._by_heuristics = False
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write `name`.pth and then the tag that names it; what was there before stays until the new one is whole.
@@ -142,14 +144,21 @@ class SafeCheckpointer(DetectionCheckpointer):
     def load(self, path: str, checkpointables: Iterable[str] | None = None) -> dict[str, Any]:
         """Load a file into the model and, unless `checkpointables` says otherwise, into all that is saved with it.
 
+        Args:
+            path: a file or address; with "?matching_heuristics=True" behind it, which only newer versions of Detectron2
+                know by themselves, names are matched by their ends, as for weights of a backbone alone.
+            checkpointables: names of what else to load; default: all.
+
         Returns:
             What else is in the file.
 
         Raises:
             CheckpointError: the file cannot be had or read, or does not fit the model.
         """
+        path = os.fspath(path or "")
+        self._by_heuristics = path.endswith(_BY_HEURISTICS)
         try:
-            rest = super().load(path, checkpointables=[])
+            rest = super().load(path.removesuffix(_BY_HEURISTICS), checkpointables=[])
         except UserError:
             raise
         except (OSError, URLError, AssertionError, RuntimeError) as error:
@@ -162,6 +171,9 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"Checkpoint {path} cannot be had: {reason}; name a local file with train.init_checkpoint=PATH, or "
                 "train.init_checkpoint='' to start from random weights."
             ) from error
+        finally:
+            # Newer versions of Detectron2 leave it behind where they fail, and then refuse to load anything.
+            self._parsed_url_during_load = None
         for key in self.checkpointables if checkpointables is None and path else checkpointables or ():
             if key not in rest:
                 raise CheckpointError(
@@ -189,6 +201,8 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"Checkpoint {filename} holds a {type(data).__name__} instead of a state dict."
             )
         data = _with_model(data, filename)
+        if self._by_heuristics:
+            data["matching_heuristics"] = True
         check_weights(data["model"], filename)
         return data
 

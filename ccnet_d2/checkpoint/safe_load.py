@@ -48,10 +48,20 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _array(
+    buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: Any, axes: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """How pickles of protocol 5 hold arrays: numpy's private `_frombuffer`, whose module differs between versions."""
+    flat = np.frombuffer(buffer, dtype)
+    return flat.reshape(shape, order=order) if axes is None else flat.reshape(shape).transpose(axes)
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):
             return _encode
+        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
+            return _array
         if (module, name) not in _PICKLE_GLOBALS:
             raise _WantsCode(f"it asks for {module}.{name}, which is not needed to hold weights")
         return super().find_class(module, name)

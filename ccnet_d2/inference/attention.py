@@ -259,7 +259,7 @@ def heat_over_image(image: np.ndarray, shares: np.ndarray, extent: tuple[float, 
         (H, W, 3) uint8.
     """
     heat = _on_image(shares, extent, *image.shape[:2])
-    return _blend(image, np.sqrt(heat / max(heat.max(), 1e-12)))
+    return _blend(image, np.sqrt(heat / max(shares.max(), 1e-12)))
 
 
 def _on_image(shares: np.ndarray, extent: tuple[float, float], height: int, width: int) -> np.ndarray:

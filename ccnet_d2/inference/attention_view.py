@@ -58,7 +58,7 @@ class AttentionView:
 
         Raises:
             ValueError: the model has no such layer.
-            UserError: its attention is over clips.
+            UserError: its attention is over clips, or it gives no semantic segmentation.
         """
         rcca = find_rcca(model, layer)
         if isinstance(rcca, ClipRCCA) or rcca.spatial_dims != 2:
@@ -67,6 +67,11 @@ class AttentionView:
         with torch.no_grad(), record_input(rcca) as features, record_input(backbone) as padded:
             # Not through torch.compile, if the model is: a graph does not call the hooks.
             output = model.forward([inputs])[0]
+        if output.get("sem_seg") is None:
+            raise UserError(
+                f"{type(model).__name__} gives no semantic segmentation: record the input of its RCCA with "
+                "`ccnet_d2.inference.attention.record_input` and give it to `pixel_attention`."
+            )
         # Models pad images at the right and below, so the image is the upper left part of the feature map.
         rows, columns = features[0].shape[-2:]
         given = inputs["image"].shape[-2:]

@@ -47,8 +47,8 @@ def weights_file(name: str, *, classifier: bool = True) -> Path:
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Other processes of the same job wait and find the file.
-        with file_lock(str(path)):
+        # Others wait: those of the same job find the file, those that want another variant of it download alone.
+        with file_lock(str(folder / entry.file)):
             if path.is_file():
                 return path
             source, downloaded = local_or_downloaded(entry, folder)

@@ -5,6 +5,7 @@ import logging
 import os
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import quote
 
@@ -59,7 +60,7 @@ def _download(entry: Published, address: str, folder: Path) -> Path:
         digest = _read_to(address, part, entry.file)
         _check(entry, part, digest, "it was not kept; try again, or get it elsewhere and see CCNET_D2_ZOO")
         os.replace(part, path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         if isinstance(error, UserError):
             raise
         reason = getattr(error, "reason", None) or error

@@ -1,6 +1,7 @@
 """What Detectron2 builds: backbones, heads and meta-architectures. Importing this registers them."""
 
-import ccnet_d2.compat  # noqa: F401  first: it imports Detectron2 without its warnings
+import ccnet_d2.compat  # first: it imports Detectron2 without its warnings
+import ccnet_d2.path_handler  # noqa: F401  ccnet://NAME is a checkpoint
 
 from .add_rcca import add_rcca
 from .backbone import PlainConvNet, build_resnet, rcca_resnet, resnet_output_shape

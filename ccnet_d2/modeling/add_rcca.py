@@ -8,6 +8,7 @@ the new module as part of its block.
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any, TypeVar
 
 from detectron2.layers import CNNBlockBase
@@ -91,7 +92,9 @@ def add_rcca(
         if channels is None:
             channels = _channels(path, target, after=before is None, feature=feature)
         module = _build(module, channels, recurrence, options)
-        reference = next((p for p in target.parameters() if p.is_floating_point()), None)
+        # An activation, at the end of a Sequential for instance, has no parameters that tell device and dtype.
+        parameters = chain(target.parameters(), model.parameters())
+        reference = next((p for p in parameters if p.is_floating_point()), None)
         if reference is not None:
             module.to(reference.device, reference.dtype)
         module.train(target.training)
@@ -210,6 +213,10 @@ def _channels(path: str, target: nn.Module, *, after: bool, feature: str | None)
             found = shapes[feature].channels
     elif after:
         found = getattr(target, "out_channels", None)
+        if found is None and hasattr(target, "output_shape"):
+            raise UserError(
+                f"{path} gives a dict of features: choose one with feature=, out of {_listed(target.output_shape())}."
+            )
     else:
         convolutions = (m.in_channels for m in target.modules() if isinstance(m, nn.Conv2d))
         found = getattr(target, "in_channels", None) or next(convolutions, None)

@@ -116,6 +116,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ):
         if getattr(args, option) is not None and needed not in (args.mode or ""):
             parser.error(f"--{option.replace('_', '-')} needs --mode {needed} or ms-slide")
+    if args.no_flip and "ms" not in (args.mode or ""):
+        parser.error("--no-flip needs --mode ms or ms-slide")
     return args
 
 

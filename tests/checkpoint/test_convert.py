@@ -1,6 +1,7 @@
 """Converted weights give the logits of the network that they come from; every name is accounted for."""
 
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -298,6 +299,7 @@ def test_what_does_not_fit_is_an_error(official, mmseg):
         ),
         (without(mmseg_weights, "decode_head.convs.1.bn.bias"), {}, "convb.norm.bias of the model cannot be"),
         (without(mmseg_weights, "decode_head.cca.key_conv.bias"), {}, "no key.bias"),
+        (without(mmseg_weights, "decode_head.conv_seg.weight"), {}, "the head has no classifier"),
         (without(official_weights, "head.cca.gamma"), {}, r"context\.gamma of the model"),
         (
             mmseg_weights | {"decode_head.norm.weight": torch.zeros(3)},
@@ -315,6 +317,27 @@ def test_what_does_not_fit_is_an_error(official, mmseg):
     ):
         with pytest.raises(CheckpointError, match=sentence):
             convert_weights(weights, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("decode_head.conv_seg.weight", (19,)),
+        ("decode_head.conv_seg.weight", (0, 64, 1, 1)),
+        ("decode_head.conv_seg.bias", ()),
+        ("decode_head.cca.query_conv.weight", (8, 64)),
+        ("decode_head.cca.value_conv.bias", (64, 1)),
+        ("decode_head.cca.gamma.scale", (1, 1)),
+        ("auxiliary_head.convs.0.conv.weight", ()),
+        ("backbone.stem.3.weight", ()),
+        ("backbone.stem.4.weight", (32, 1, 1, 1)),
+    ],
+)
+def test_a_tensor_that_can_be_no_weight_of_its_name_is_an_error(mmseg, name, shape):
+    weights = read_weights(mmseg[1])
+    assert name in weights
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(f'{name} has shape {shape}')}, which no "):
+        convert_weights(weights | {name: torch.zeros(shape)})
 
 
 def test_resnet_d_is_refused():

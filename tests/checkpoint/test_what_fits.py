@@ -155,6 +155,18 @@ def test_caffe2_and_pycls_files(tmp_path):
         load_checkpoint(other, path)
 
 
+def test_names_are_matched_by_their_ends_where_the_path_says_so(tmp_path):
+    path = tmp_path / "backbone.pth"
+    source = Net(7)
+    torch.save(source.backbone.state_dict(), path)
+    net = Net()
+    checkpointer = SafeCheckpointer(net)
+    checkpointer.load(f"{path}?matching_heuristics=True")
+    assert torch.equal(net.backbone[0].weight, source.backbone[0].weight)
+    with pytest.raises(CheckpointError, match="no parameter"):
+        checkpointer.load(str(path))
+
+
 @pytest.mark.parametrize("url", ["https://127.0.0.1:9/x.pth", "catalog://nothing"])
 def test_what_cannot_be_fetched(url):
     with pytest.raises(CheckpointError, match="cannot be had"):

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from ccnet_d2.errors import UserError
 from ccnet_d2.inference import AttentionMaps, Predictor, draw_attention, draw_clip_attention, pixel_attention
-from ccnet_d2.inference.attention import attention_weights, find_rcca, record_input
+from ccnet_d2.inference.attention import attention_weights, find_rcca, heat_over_image, record_input
 from ccnet_d2.layers import RCCA
 from ccnet_d2.ops import criss_cross_attention
 
@@ -241,6 +242,23 @@ def test_the_figure_shows_a_panel_for_each_loop_and_marks_the_pixel():
     assert titled.shape == one.shape
     with pytest.raises(ValueError, match="1 titles for 2 panels"):
         draw_attention(AttentionMaps(image, pixel, (3, 4), [cross], (12.0, 12.0)), titles=["a"])
+
+
+def test_brightness_is_relative_to_the_largest_share_even_in_the_padding():
+    image = np.full((8, 8, 3), 90, np.uint8)
+    shares = np.array([[0.2, 0.8]], np.float32)
+    whole = heat_over_image(np.concatenate([image, image], axis=1), shares, (1.0, 2.0))
+    left_half = heat_over_image(image, shares, (1.0, 1.0))  # the right cell is padding
+    assert np.array_equal(left_half, whole[:, :8])
+
+
+def test_a_model_without_semantic_segmentation_is_told():
+    class Detector(PaddingModel):
+        def forward(self, inputs):
+            return [{"instances": None} for _ in super().forward(inputs)]
+
+    with pytest.raises(UserError, match="Detector gives no semantic segmentation"):
+        Predictor(Detector()).attention(np.zeros((32, 32, 3), np.uint8), 0, 0)
 
 
 def test_the_figure_of_a_clip_has_a_row_for_each_frame():

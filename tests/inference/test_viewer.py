@@ -3,8 +3,10 @@
 import base64
 import io
 import json
+import socket
 import struct
 import threading
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -224,6 +226,39 @@ def test_mistakes_are_one_sentence(ask, path, status, message):
 
 def test_a_long_upload_is_refused_before_it_is_read(ask):
     assert ask("api/image", b"x", **{"Content-Length": str(10**9)})[0] == 413
+
+
+@pytest.mark.parametrize(
+    "request_text",
+    [
+        "GET /api/prediction?image=0&model=0 HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n",
+        "POST /api/image HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 1000\r\n\r\ncut short",
+        "GET /api/gall",
+    ],
+)
+def test_a_browser_that_goes_away_leaves_no_traceback(gallery, capfd, request_text):
+    server = make_server(gallery)
+    server.daemon_threads = False  # so that closing the server waits for them
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    client = socket.create_connection(server.server_address)
+    client.sendall(request_text.format(port=server.server_port).encode())
+    # Without lingering, closing resets the connection, as a browser does with what it no longer wants.
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    time.sleep(0.1)
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    assert capfd.readouterr().err == ""
+
+
+def test_faults_of_the_server_are_printed(server, capfd):
+    try:
+        raise KeyError("fault")
+    except KeyError:
+        server.handle_error(None, ("127.0.0.1", 1))
+    assert "KeyError" in capfd.readouterr().err
 
 
 def test_errors_before_serving(photo, server):

@@ -1,7 +1,12 @@
 """Published weights: fetched once, checked, converted, kept; and one clear sentence where that cannot be."""
 
 import re
+import socket
+import subprocess
+import sys
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +60,17 @@ def test_every_place_that_takes_a_checkpoint(entry, tmp_path):
     assert cfg.train.init_checkpoint == f"ccnet://{entry.name}"
     prediction = Predictor(cfg)(image(48, 64).permute(1, 2, 0).numpy())
     assert prediction.labels.shape == (48, 64)
+
+
+@pytest.mark.parametrize("package", ["modeling", "checkpoint", "inference", "model_zoo"])
+def test_detectron2_knows_the_names_after_any_import(package):
+    """Its own checkpointer, in a program that imports nothing else of this project."""
+    program = (
+        f"import ccnet_d2.{package}\nfrom detectron2.utils.file_io import PathManager\n"
+        "PathManager.get_local_path('ccnet://nothing/of/this/name')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "UserError: There are no published weights for 'nothing/of/this/name'" in done.stderr, done.stderr
 
 
 def test_weights_to_train_on_other_classes_from(entry, server):
@@ -144,6 +160,59 @@ def test_a_connection_that_breaks(entry, server, monkeypatch):
     with pytest.raises(UserError, match="broke after 1000 of"):
         weights_file(entry.name)
     assert files_in_cache() == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n100\r\nPK\x03\x04", "IncompleteRead"),
+        (b"no answer of a web server\r\n\r\n", "no answer of a web server"),
+    ],
+)
+def test_an_answer_that_is_none_is_one_sentence(entry, monkeypatch, answer, reason):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        monkeypatch.setenv("CCNET_D2_ZOO", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        with pytest.raises(UserError, match=rf"net\.pth cannot be downloaded .*{reason}"):
+            weights_file(entry.name)
+        thread.join()
+    assert files_in_cache() == []
+
+
+def test_a_mirror_whose_address_is_none_is_one_sentence(entry, monkeypatch):
+    monkeypatch.setenv("CCNET_D2_ZOO", "http://127.0.0.1:9/my folder")
+    with pytest.raises(UserError, match=r"my folder/net\.pth \(URL can't contain"):
+        weights_file(entry.name)
+
+
+def test_two_who_want_one_file_in_two_variants_do_not_meet(entry, server, monkeypatch):
+    handler = server._server.RequestHandlerClass.func
+    one_is_half_done, another_began = threading.Event(), threading.Event()
+
+    def slowly(self, source, target):
+        content = source.read()
+        target.write(content[:1000])
+        if one_is_half_done.is_set():
+            another_began.set()
+        one_is_half_done.set()
+        another_began.wait(timeout=1)  # nothing but the lock keeps the other from it
+        target.write(content[1000:])
+
+    monkeypatch.setattr(handler, "copyfile", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(weights_file, entry.name)
+        assert one_is_half_done.wait(timeout=30)
+        bare = pool.submit(weights_file, entry.name, classifier=False)
+        files = [whole.result(), bare.result()]
+    assert sorted(file.name for file in files) == files_in_cache()
 
 
 def test_code_in_a_published_file_is_not_run(entry, server, tmp_path, monkeypatch):

@@ -252,6 +252,13 @@ def test_blocks_that_are_sequences_themselves_run_it_once():
     assert_same(model(image()), attended(model[1][1].rcca, x))
 
 
+def test_beside_a_block_without_parameters_it_has_the_model_s_dtype():
+    model = activation().double()
+    add_rcca(model, "body", before=None, channels=16)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert model["body"](image(size=8).double()).dtype == torch.float64
+
+
 class Pyramid(Backbone):
     """Gives a dict of features, like a Swin or ViT backbone."""
 
@@ -292,6 +299,10 @@ def pyramid():
     return nn.ModuleDict({"backbone": Pyramid()})
 
 
+def activation():
+    return nn.ModuleDict({"body": nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU())})
+
+
 @pytest.mark.parametrize(
     ("make", "arguments", "words"),
     [
@@ -309,7 +320,12 @@ def pyramid():
         (resnet, {"feature": "res4"}, ["feature='res4'", "before=None"]),
         (resnet, {"name": "conv1"}, ["res4.2", "'conv1'", "name="]),
         (pyramid, {"where": "backbone", "before": None, "feature": "p9"}, ["'p9'", "p2, p3"]),
-        (pyramid, {"where": "backbone", "before": None}, ["after backbone", "channels="]),
+        (
+            pyramid,
+            {"where": "backbone", "before": None},
+            ["backbone gives a dict", "feature=, out of p2, p3"],
+        ),
+        (activation, {"where": "body", "before": None}, ["after body.1, a ReLU", "channels="]),
     ],
 )
 def test_wrong_arguments_are_named_and_change_nothing(make, arguments, words):

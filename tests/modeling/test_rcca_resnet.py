@@ -127,6 +127,7 @@ def test_run_is_detectron2_s_baseline_and_the_module(name, kind, depth, times):
 
     assert cfg.train.init_checkpoint == f"detectron2://ImageNetPretrained/MSRA/R-{depth}.pkl"
     assert cfg.train.max_iter == 90000 * times and cfg.train.num_pictures == 0
+    assert cfg.train.cudnn_benchmark == get_cfg().CUDNN_BENCHMARK
     assert (cfg.optimizer.lr, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (0.02, 0.9, 1e-4)
     cfg.optimizer.params.model = model
     assert sum(len(g["params"]) for g in instantiate(cfg.optimizer).param_groups) == sum(

@@ -19,6 +19,8 @@ from .write import write_checkpoint
 # InPlaceABN, in every version of its kernels, scales by |weight| + eps.
 _INPLACE_ABN_EPS = 1e-5
 _QKV = ("query", "key", "value")
+_HEAD = "sem_seg_head."
+_CLASSIFIER = "sem_seg_head.classifier.weight"
 _OPTIONAL = "sem_seg_head.auxiliary."  # not needed to predict
 
 
@@ -47,12 +49,15 @@ def convert_weights(
     rules = _layout(source, layout)
     sources, unused = _rename(source, rules)
     weights = {name: source[names[0]].clone() for name, names in sources.items()}
+    _check_axes(weights, sources)
     changes = [
         *_join_qkv(weights, sources),
         *_fold_biases(weights, sources),
         *_take_inplace_abn_scale(weights, rules),
     ]
-    backbone_only = "sem_seg_head.classifier.weight" not in weights
+    backbone_only = not any(name.startswith(_HEAD) and not name.startswith(_OPTIONAL) for name in weights)
+    if not backbone_only and _CLASSIFIER not in weights:
+        raise CheckpointError("The weights are not whole: the head has no classifier.")
     expected = shapes_of(model or model_of(weights), backbone_only=backbone_only)
     for name in [
         name for name in weights if name not in expected and not name.endswith("num_batches_tracked")
@@ -185,12 +190,26 @@ def _fold_biases(weights: dict[str, Tensor], sources: dict[str, tuple[str, ...]]
 
 def _take_inplace_abn_scale(weights: dict[str, Tensor], layout: Layout) -> list[str]:
     counted = any(name.endswith("num_batches_tracked") for name in weights)  # as ordinary batch norms do
-    if layout.name != "official" or counted or "sem_seg_head.classifier.weight" not in weights:
+    if layout.name != "official" or counted or _CLASSIFIER not in weights:
         return []
     names = [name for name in weights if name.endswith("norm.weight")]
     for name in names:
         weights[name] = weights[name].abs() + _INPLACE_ABN_EPS
     return [f"weight = |weight| + {_INPLACE_ABN_EPS:g} in {len(names)} norms, as InPlaceABN computes"]
+
+
+def _check_axes(weights: Mapping[str, Tensor], sources: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse what has the name of a weight and cannot be one, before anything is computed or concluded from it."""
+    for name, value in weights.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        convolution = name.endswith(".weight") and not name.endswith("norm.weight")
+        axes = {4} if convolution else {0, 1} if name.endswith("gamma") else {1}
+        if value.dim() not in axes or value.numel() == 0:
+            raise CheckpointError(
+                f"{sources[name][0]} has shape {tuple(value.shape)}, which no "
+                f"{'weight of a convolution' if convolution else 'vector of a layer'} has."
+            )
 
 
 def _check_shapes(

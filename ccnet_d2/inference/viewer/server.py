@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import urllib.parse
 from collections.abc import Callable
 from http import HTTPStatus
@@ -48,6 +49,11 @@ class ViewerServer(ThreadingHTTPServer):
     def __init__(self, gallery: Gallery, port: int) -> None:
         self.gallery = gallery
         super().__init__((_ADDRESS, port), _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print a traceback, except for a browser that went away, as it does when the page is loaded anew."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
@@ -95,6 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
             status, (body, kind) = refusal.status, _json({"error": str(refusal)})
         except (UserError, SampleError) as error:
             status, (body, kind) = HTTPStatus.BAD_REQUEST, _json({"error": str(error)})
+        except (ConnectionError, TimeoutError):
+            raise  # nobody is there to answer
         except Exception:
             # The thread of one request must not take the page's other requests with it.
             logger.exception("%s %s failed", self.command, self.path)

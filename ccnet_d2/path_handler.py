@@ -1,6 +1,7 @@
 """`ccnet://NAME` wherever Detectron2 takes a checkpoint: `train.init_checkpoint`, `MODEL.WEIGHTS`, --checkpoint.
 
-`ccnet://NAME/without-classifier` leaves out the last layer of each head, to train on other classes.
+`ccnet://NAME/without-classifier` leaves out the last layer of each head, to train on other classes. Importing this
+makes Detectron2 know such names, so that its own training loop and checkpointer take them too.
 """
 
 from pathlib import Path
@@ -8,8 +9,6 @@ from typing import IO, Any
 
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
-
-from .cache import weights_file
 
 PREFIX = "ccnet://"
 _WITHOUT_CLASSIFIER = "/without-classifier"
@@ -22,6 +21,9 @@ class PublishedWeightsHandler(PathHandler):
         return [PREFIX]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
+        # Here, as the model zoo is built upon packages that import this module.
+        from ccnet_d2.model_zoo import weights_file
+
         name = path.removeprefix(PREFIX)
         classifier = not name.endswith(_WITHOUT_CLASSIFIER)
         return str(weights_file(name.removesuffix(_WITHOUT_CLASSIFIER), classifier=classifier))
