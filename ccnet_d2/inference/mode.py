@@ -35,7 +35,7 @@ def run_segmenter(segmenter: Segmenter, inputs: list[dict[str, Any]]) -> list[Te
 
     Raises:
         RuntimeError: the answer is not one `sem_seg` of the asked size for each input.
-        UserError: a model of clips answered for each frame of one.
+        UserError: the model gives no semantic segmentation, or it is one of clips and answered for each frame of one.
     """
     outputs = segmenter(inputs)
     if not isinstance(outputs, Sequence) or len(outputs) != len(inputs):
@@ -47,6 +47,12 @@ def run_segmenter(segmenter: Segmenter, inputs: list[dict[str, Any]]) -> list[Te
     for given, output in zip(inputs, outputs, strict=True):
         sem_seg = output.get("sem_seg")
         size = (given["height"], given["width"])
+        if sem_seg is None:
+            gives = ", ".join(f"'{key}'" for key in output) or "nothing"
+            raise UserError(
+                f"{type(segmenter).__name__} gives {gives}, but no 'sem_seg': this is for semantic segmentation, so "
+                "take the model's answer as it is."
+            )
         if isinstance(sem_seg, Tensor) and sem_seg.dim() == given["image"].dim() == 4:
             raise UserError(
                 f"a clip of {len(sem_seg)} frames cannot be tested in a mode for single images: clips are tested "

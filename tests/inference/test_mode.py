@@ -4,6 +4,7 @@ from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 
+from ccnet_d2.errors import UserError
 from ccnet_d2.inference import MultiScaleFlip, SlidingWindow, WholeImage
 from ccnet_d2.inference.label_bands import LabelBands, labels_of
 
@@ -84,6 +85,11 @@ def test_a_model_in_training_mode_is_pointed_out(random_image):
         WholeImage(lambda inputs: {"loss": torch.zeros(())})(as_input(random_image(4, 4)))
     with pytest.raises(RuntimeError, match=r"where \(K, 4, 4\) was due"):
         WholeImage(lambda inputs: [{"sem_seg": torch.zeros(2, 3, 4)}])(as_input(random_image(4, 4)))
+
+
+def test_a_model_without_semantic_segmentation_is_told(random_image):
+    with pytest.raises(UserError, match="gives 'instances', but no 'sem_seg'"):
+        WholeImage(lambda inputs: [{"instances": ["a person"]}])(as_input(random_image(4, 4)))
 
 
 @pytest.mark.parametrize("align_corners", [False, True])

@@ -154,6 +154,7 @@ def test_wrong_input_is_one_sentence(script, arguments, message, capsys):
         [],
         ["--table", "ccnet", "--config-file", TOY],
         ["--table", "ccnet", "--image-size=64"],
+        ["--table", "ccnet", "--batch-size=2"],
         ["--config-file", TOY, "--image-size=64x"],
         ["--config-file", TOY, "--batch-size=0"],
     ],

@@ -67,7 +67,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error("--batch-size must be at least 1")
-    if args.table and (args.image_size or args.opts or args.training_step):
+    if args.table and (args.image_size or args.opts or args.training_step or args.batch_size != 1):
         parser.error("--table measures what the paper measured: it takes --json only")
     return args
 
