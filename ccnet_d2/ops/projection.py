@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from .layout import is_channels_last, on_huge_pages
+from .transforms import is_transformed
+
+_RUNS = 4
+_LONG_ENOUGH = 1024  # positions
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -25,7 +29,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     batch, _, *spatial = x.shape
     rows, outputs = _rows(x), weight.shape[0]
     out = None
-    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x, weight, bias)):
         out = on_huge_pages(rows.new_empty((*rows.shape[:-1], outputs)))
     if rows.dim() == 2:
         out = torch.addmm(bias, rows, weight.t(), out=out)
@@ -38,9 +42,25 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """Of the weight: (B, O, *S) channels-last and (B, C, *S) -> (O, C)."""
     # The operand with fewer columns is the one that is transposed: up to a fifth faster on CPUs than the other way.
     rows = _rows(x)
-    if rows.dim() == 2:
-        return (rows.t() @ _rows(grad)).t().contiguous()
-    return torch.bmm(rows.transpose(1, 2), _image_rows(grad)).sum(0).t().contiguous()
+    if rows.dim() == 3:
+        return torch.bmm(rows.transpose(1, 2), _image_rows(grad)).sum(0).t().contiguous()
+    half_on_cpu = x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16)
+    # Compiled graphs are to take any length.
+    if half_on_cpu and not (torch.compiler.is_compiling() or is_channels_last(x) or len(rows) < _LONG_ENOUGH):
+        return _product_in_runs(rows, _rows(grad)).t().contiguous()
+    return (rows.t() @ _rows(grad)).t().contiguous()
+
+
+def _product_in_runs(rows: Tensor, grad_rows: Tensor) -> Tensor:
+    """(N, C) and (N, O) -> (C, O), as the sum of products over four runs of positions.
+
+    Of half precision, where positions are the columns in memory, a third faster on CPUs than one long product.
+    """
+    length = len(rows) // _RUNS
+    whole = _RUNS * length
+    runs, grad_runs = (x[:whole].unflatten(0, (_RUNS, length)) for x in (rows, grad_rows))
+    total = torch.bmm(runs.transpose(1, 2), grad_runs).sum(0)
+    return total.addmm_(rows[whole:].t(), grad_rows[whole:]) if whole < len(rows) else total
 
 
 def bias_gradient(grad: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ def test_workers_end_only_when_their_parent_says_so(tmp_path):
     batches = iter(loader)
     values = [int(next(batches))]
     workers = batches._workers
+    while len(os.listdir(tmp_path)) < len(workers):  # the other one may not have begun
+        time.sleep(0.01)
     subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)
     time.sleep(0.3)
     values += [int(value) for value in batches]

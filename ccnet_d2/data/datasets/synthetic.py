@@ -13,6 +13,9 @@ Classes: 0 background, 1 cue, 2 … k + 1 the object classes.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import json
 import os
 import shutil
@@ -336,26 +339,35 @@ def generate_synthetic_dataset(root: str | os.PathLike[str], config: SyntheticCo
             f"Cannot write the synthetic data set to '{root}': {error.strerror or error}."
         ) from error
     try:
-        new, old = os.path.join(scratch, "new"), os.path.join(scratch, "old")
+        new = os.path.join(scratch, "new")
         os.mkdir(new)
         _write_set(new, config)
-        try:
-            if os.path.isdir(root):
-                os.rename(root, old)
-            os.rename(new, root)
-        except OSError:
-            # Another process may have put the same set there in the meantime; anything else is an error.
-            if _config_of(read_manifest(root)) != config or not _is_complete(root, config):
-                if os.path.isdir(old) and not os.path.lexists(root):
-                    os.rename(old, root)
-                raise
-            return False
+        return _put_in_place(new, root, scratch, config)
     except OSError as error:
         raise DatasetError(
             f"Cannot write the synthetic data set to '{root}': {error.strerror or error}."
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put_in_place(new: str, root: str, scratch: str, config: SyntheticConfig) -> bool:
+    """Move a new set to `root`, and what was there to `scratch`; False if another process put the same set there."""
+    for turn in itertools.count():
+        old = os.path.join(scratch, f"old{turn}")
+        with contextlib.suppress(FileNotFoundError):  # none so far, or another process is replacing it
+            os.rename(root, old)
+        try:
+            os.rename(new, root)
+            break
+        except OSError as error:
+            if _config_of(read_manifest(root)) == config and _is_complete(root, config):
+                return False
+            # Another process was quicker, and what it put there is replaced in its turn, or it is an error.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if os.path.isdir(old) and not os.path.lexists(root):
+                    os.rename(old, root)
+                raise
     return True
 
 
