@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import compiled, packed
-from .autocast import autocasts, compute_dtype
+from .autocast import autocast_disabled, autocasts, compute_dtype
 from .backends import automatic_backend_on
 from .layout import is_channels_last, is_dense, on_huge_pages, to_channels_last
 from .projection import add_input_gradient, bias_gradient, input_gradient, project, weight_gradient
@@ -133,9 +133,11 @@ class _Loop(torch.autograd.Function):
             grads = packed.backward(grad_attended, projected, ctx.key_channels, attended, lse)
             del grad_attended
             needed = (need_x, need_weight, need_bias)
-            grad_x, grad_weight, grad_bias = projection_gradients(
-                needed, grad, grads, x, weight, ctx.bias_dtype
-            )
+            # The dtype is the forward pass's, whatever autocast says where the backward pass runs.
+            with autocast_disabled(grad.device):
+                grad_x, grad_weight, grad_bias = projection_gradients(
+                    needed, grad, grads, x, weight, ctx.bias_dtype
+                )
         result = (grad_x, grad_weight, grad_bias, grad_gamma if need_gamma else None)
         return *refusing_second_derivatives(result, (grad, x, weight, gamma)), None, None, None
 
