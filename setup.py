@@ -10,8 +10,9 @@ Environment variables:
         library) is not built.
     FORCE_CUDA: "1" builds the CUDA library without a GPU, "0" does not build it at all.
     CUDA_HOME: the CUDA toolkit, for example /usr/local/cuda.
-    TORCH_CUDA_ARCH_LIST: the architectures to compile for, "8.0;9.0+PTX" if unset.
-    CXX, CXXFLAGS: the C++ compiler (c++, g++ or clang++ if unset) and more flags for it.
+    TORCH_CUDA_ARCH_LIST: the architectures to compile for, "8.0;9.0+PTX" if unset; those older than 8.0 are left out.
+    CXX, CXXFLAGS: the C++ compiler (c++, g++ or clang++ if unset) and more flags for it. nvcc takes the compiler of
+        CXX, too, unless NVCC_CCBIN names another.
     MAX_JOBS: how many files to compile at once, one for each processor if unset.
 """
 
@@ -36,6 +37,9 @@ OLDEST_TORCH = (2, 10)
 # The torch whose stable ABI the libraries are held to: 2.10.0 in torch's own encoding.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+OLDEST_CUDA_ARCHITECTURE = 8  # the first number: of asynchronous copies and bf16 products
+# What may stand before the compiler in CXX.
+COMPILER_LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 
 
 # Kernels whose instructions only one architecture has, by the beginning of their files' names: what
@@ -91,7 +95,7 @@ def import_torch():
 
 def find_compiler() -> list[str]:
     """The C++ compiler as a command."""
-    chosen = os.environ.get("CXX")
+    chosen = os.environ.get("CXX", "").strip()
     if chosen:
         command = shlex.split(chosen)
         if shutil.which(command[0]) is None:
@@ -121,23 +125,49 @@ def find_cuda_toolkit() -> Path:
     raise NotBuilt("no CUDA toolkit (nvcc) was found: set CUDA_HOME to its directory.")
 
 
+def job_count() -> int:
+    """How many files to compile at once."""
+    wanted = os.environ.get("MAX_JOBS") or "0"
+    if not wanted.isdecimal():
+        raise NotBuilt(f"MAX_JOBS={wanted} is no number of files to compile at once: write for example 4.")
+    # sched_getaffinity, where it exists, knows of a container's share of the machine.
+    share = getattr(os, "sched_getaffinity", None)
+    return int(wanted) or (len(share(0)) if share else os.cpu_count() or 1)
+
+
 def architecture_list(architectures: str) -> list[str]:
-    """The entries of TORCH_CUDA_ARCH_LIST, "8.0;9.0+PTX" for example."""
-    return re.split(r"[;,\s]+", architectures.strip())
+    """The entries of TORCH_CUDA_ARCH_LIST, "8.0;9.0+PTX" for example, that the kernels can be compiled for.
 
-
-def architecture_flags(architectures: str) -> list[str]:
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST."""
-    flags = []
-    for item in architecture_list(architectures):
-        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", item)
+    Images with PyTorch set it to all that PyTorch knows, older ones among them.
+    """
+    found, too_old = [], []
+    for item in re.split(r"[;,\s]+", architectures.strip()):
+        match = re.fullmatch(r"(\d+)\.\d+[af]?(\+PTX)?", item)
         if match is None:
             raise NotBuilt(
                 f"TORCH_CUDA_ARCH_LIST holds {item!r}, which is no architecture: write for example 8.0;9.0+PTX."
             )
-        number = match[1] + match[2]
+        (found if int(match[1]) >= OLDEST_CUDA_ARCHITECTURE else too_old).append(item)
+    if not found:
+        raise NotBuilt(
+            f"TORCH_CUDA_ARCH_LIST={architectures} holds nothing but architectures older than "
+            f"{OLDEST_CUDA_ARCHITECTURE}.0, the first that the kernels run on."
+        )
+    if too_old:
+        announce(
+            f"ccnet_d2: of TORCH_CUDA_ARCH_LIST, {', '.join(too_old)} are left out: the kernels run on architecture "
+            f"{OLDEST_CUDA_ARCHITECTURE}.0 and later. Older GPUs compute with PyTorch's own operators."
+        )
+    return found
+
+
+def architecture_flags(architectures: list[str]) -> list[str]:
+    """nvcc's flags for what architecture_list() gives."""
+    flags = []
+    for item in architectures:
+        number = item.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if match[3]:
+        if item.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
 
@@ -189,10 +219,7 @@ class Build:
             ):
                 continue
             commands.append((source, command, note, text))
-        # sched_getaffinity, where it exists, knows of a container's share of the machine.
-        share = getattr(os, "sched_getaffinity", None)
-        jobs = int(os.environ.get("MAX_JOBS") or 0) or (len(share(0)) if share else os.cpu_count() or 1)
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(job_count()) as pool:
             list(pool.map(self._compile, commands))
         partial = library.with_name(library.name + ".partial")
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -236,9 +263,11 @@ class CudaBuild(Build):
         self.check_toolkit()
         self.common += ["-DUSE_CUDA"]
         self.includes += ["-isystem", str(toolkit / "include")]
-        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES
+        architectures = architecture_list(
+            os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES
+        )
         self.architecture_flags = architecture_flags(architectures)
-        named = {re.sub(r"[af]?(\+PTX)?$", "", item) for item in architecture_list(architectures)}
+        named = {re.sub(r"[af]?(\+PTX)?$", "", item) for item in architectures}
         self.special = {
             prefix: nvcc_name for prefix, (name, nvcc_name) in ARCHITECTURE_KERNELS.items() if name in named
         }
@@ -260,6 +289,14 @@ class CudaBuild(Build):
                 "set CUDA_HOME to a toolkit of the same major version."
             )
 
+    def host_compiler(self) -> list[str]:
+        """nvcc's flags for the compiler that CXX names: by itself nvcc takes the g++ on PATH, which may be none that it
+        knows, or not there."""
+        if not os.environ.get("CXX", "").strip() or os.environ.get("NVCC_CCBIN"):
+            return []
+        words = [word for word in self.compiler if Path(word).name not in COMPILER_LAUNCHERS]
+        return ["-ccbin", words[0]] if words else []
+
     def is_wanted(self, source: Path) -> bool:
         return not source.name.startswith(tuple(ARCHITECTURE_KERNELS)) or source.name.startswith(
             tuple(self.special)
@@ -273,8 +310,8 @@ class CudaBuild(Build):
             if source.name.startswith(prefix):
                 flags = [f"-gencode=arch=compute_{name},code=sm_{name}"]
         return [
-            str(self.nvcc), *self.common, "-Xcompiler", "-fPIC", *flags, *self.includes, "-c", str(source), "-o",
-            str(target),
+            str(self.nvcc), *self.host_compiler(), *self.common, "-Xcompiler", "-fPIC", *flags, *self.includes, "-c",
+            str(source), "-o", str(target),
         ]  # fmt: skip
 
 

@@ -157,13 +157,43 @@ def setup_module():
 
 
 def test_architectures(setup_module):
-    assert setup_module.architecture_flags("8.0;9.0a+PTX") == [
+    assert setup_module.architecture_flags(setup_module.architecture_list("8.0;9.0a+PTX")) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_90a,code=compute_90a",
     ]
     with pytest.raises(setup_module.NotBuilt, match="'Hopper', which is no architecture"):
-        setup_module.architecture_flags("Hopper")
+        setup_module.architecture_list("Hopper")
+
+
+def test_architectures_that_the_kernels_do_not_run_on(setup_module, capfd):
+    """Images with PyTorch name every architecture that PyTorch knows."""
+    assert setup_module.architecture_list("7.0 7.5 8.0 10.0 12.0+PTX") == ["8.0", "10.0", "12.0+PTX"]
+    assert "7.0, 7.5 are left out" in capfd.readouterr().err
+    with pytest.raises(setup_module.NotBuilt, match="nothing but architectures older than 8"):
+        setup_module.architecture_list("6.1;7.5+PTX")
+    assert setup_module.architecture_list("8.0;9.0+PTX") and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("jobs", ["abc", "-1", "1.5"])
+def test_jobs_that_are_no_number(setup_module, monkeypatch, jobs):
+    monkeypatch.setenv("MAX_JOBS", jobs)
+    with pytest.raises(setup_module.NotBuilt, match=f"MAX_JOBS={jobs} is no number"):
+        setup_module.job_count()
+
+
+def test_jobs(setup_module, monkeypatch):
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert setup_module.job_count() == 3
+    for unset in ("", "0"):
+        monkeypatch.setenv("MAX_JOBS", unset)
+        assert setup_module.job_count() >= 1
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_compiler_named_by_nothing_but_a_space(setup_module, monkeypatch):
+    monkeypatch.setenv("CXX", " ")
+    assert setup_module.find_compiler() == ["c++"]
 
 
 # Stands in for a compiler that does not know an instruction: -c of a file that speaks of one fails.
@@ -216,11 +246,9 @@ def test_toolkit_that_is_none(setup_module, monkeypatch, tmp_path):
         setup_module.find_cuda_toolkit()
 
 
-@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
-@pytest.mark.parametrize(
-    ("architectures", "wanted"), [("8.0", False), ("8.0;9.0+PTX", True), ("9.0a", True), ("8.0 10.0", False)]
-)
-def test_kernels_of_one_architecture(setup_module, monkeypatch, tmp_path, architectures, wanted):
+@pytest.fixture
+def cuda_build(setup_module, monkeypatch, tmp_path):
+    """Makes a CudaBuild with a toolkit that has the version of torch's and nothing else."""
     (tmp_path / "bin").mkdir()
     release = torch.version.cuda
     nvcc = tmp_path / "bin" / "nvcc"
@@ -230,8 +258,23 @@ def test_kernels_of_one_architecture(setup_module, monkeypatch, tmp_path, archit
     (tmp_path / "include" / "cuda_runtime.h").touch()
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("FORCE_CUDA", "1")
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
-    build = setup_module.CudaBuild("library", tmp_path / "temp")
+    for name in ("CXX", "NVCC_CCBIN", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+
+    def make(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return setup_module.CudaBuild("library", tmp_path / "temp")
+
+    return make
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+@pytest.mark.parametrize(
+    ("architectures", "wanted"), [("8.0", False), ("8.0;9.0+PTX", True), ("9.0a", True), ("8.0 10.0", False)]
+)
+def test_kernels_of_one_architecture(cuda_build, tmp_path, architectures, wanted):
+    build = cuda_build(TORCH_CUDA_ARCH_LIST=architectures)
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     hopper = [source for source in sources if source.name.startswith("hopper_")]
     assert len(hopper) == 2 and [s for s in sources if not build.is_wanted(s)] == ([] if wanted else hopper)
@@ -242,3 +285,21 @@ def test_kernels_of_one_architecture(setup_module, monkeypatch, tmp_path, archit
         assert [word for word in command if "gencode" in word] == ["-gencode=arch=compute_90a,code=sm_90a"]
     general = build.compile_command(next(s for s in sources if s not in hopper), tmp_path / "object.o")
     assert "-gencode=arch=compute_90a,code=sm_90a" not in general or architectures == "9.0a"
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_nvcc_takes_the_compiler_of_cxx(cuda_build, tmp_path):
+    compiler, launcher = tmp_path / "own-g++", tmp_path / "ccache"
+    for path in (compiler, launcher):
+        path.write_text("#!/bin/sh\n")
+        path.chmod(0o755)
+
+    def host_compilers(**variables):
+        command = cuda_build(**variables).compile_command(Path("kernels_float.cu"), tmp_path / "object.o")
+        return [command[i + 1] for i, word in enumerate(command) if word == "-ccbin"]
+
+    assert host_compilers() == []
+    assert host_compilers(CXX=f"{compiler} -pipe") == [str(compiler)]
+    assert host_compilers(CXX=f"{launcher} {compiler}") == [str(compiler)]
+    assert host_compilers(NVCC_CCBIN="g++-13") == []
