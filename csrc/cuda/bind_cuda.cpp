@@ -76,14 +76,15 @@ void* current_stream(const Tensor& t) {
   return stream;
 }
 
-// The kernels count positions of a line and channels in 32 bits, with room for the last tile.
+// The kernels count positions of a line and channels in 32 bits, with room for the last tile, and divide by the latter.
 void check_counts(const Grid& grid, const Tensor& query, const Tensor& value) {
   constexpr int64_t kMost = std::numeric_limits<int>::max() - 1024;
   for (int a = 0; a < grid.axes; ++a) {
     STD_TORCH_CHECK(grid.size[a] <= kMost, "criss-cross attention takes at most ", kMost, " positions on an axis.");
   }
-  STD_TORCH_CHECK(query.size(1) <= kMost && value.size(1) <= kMost, "criss-cross attention takes at most ", kMost,
-                  " channels.");
+  for (const int64_t channels : {query.size(1), value.size(1)}) {
+    STD_TORCH_CHECK(channels >= 1 && channels <= kMost, "criss-cross attention takes 1 to ", kMost, " channels.");
+  }
 }
 
 // An uninitialised (B, channels, *S) tensor in channels-last memory.
