@@ -41,12 +41,18 @@ def default_colors(num_classes: int) -> list[tuple[int, int, int]]:
 
 
 def _files_by_stem(folder: str, suffix: str | None, kind: str, name: str, hint: str) -> dict[str, str]:
-    """Files under `folder`, searched recursively, by their relative path without `suffix`."""
+    """Files under `folder`, searched recursively but for what is hidden, by their relative path without `suffix`."""
     if not os.path.isdir(folder):
         raise DatasetError(f"Data set '{name}': the {kind} folder '{folder}' does not exist.{hint}")
+
+    def fail(error: OSError) -> None:  # os.walk would leave the folder out
+        raise DatasetError(
+            f"Data set '{name}': the folder '{error.filename}' cannot be read: {error.strerror or error}."
+        ) from error
+
     found: dict[str, str] = {}
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
+    for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and not _leads_back(parent, f))
         for file in sorted(files):
             if file.startswith("."):
                 continue
@@ -72,6 +78,15 @@ def _files_by_stem(folder: str, suffix: str | None, kind: str, name: str, hint: 
     return found
 
 
+def _leads_back(parent: str, folder: str) -> bool:
+    """Whether `folder` is a link to what it lies in, as ``ln -s`` leaves when it is called twice."""
+    path = os.path.join(parent, folder)
+    if not os.path.islink(path):
+        return False
+    target = os.path.realpath(path)
+    return os.path.commonpath([target, os.path.realpath(parent)]) == target
+
+
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(f"'{name}'" for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
@@ -80,8 +95,14 @@ def _some(names: Sequence[str]) -> str:
 def _read_split(split_file: str, name: str, hint: str) -> list[str]:
     if not os.path.isfile(split_file):
         raise DatasetError(f"Data set '{name}': the split list '{split_file}' does not exist.{hint}")
-    with open(split_file, encoding="utf-8") as stream:
-        stems = [line.strip() for line in stream if line.strip()]
+    try:
+        with open(split_file, encoding="utf-8-sig") as stream:
+            stems = [line.strip() for line in stream if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror or error if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DatasetError(
+            f"Data set '{name}': the split list '{split_file}' cannot be read: {reason}."
+        ) from error
     if not stems:
         raise DatasetError(f"Data set '{name}': the split list '{split_file}' is empty.{hint}")
     doubled = [stem for stem, count in Counter(stems).items() if count > 1]
@@ -118,7 +139,8 @@ def list_pairs(
         Detectron2 dicts with `file_name`, `sem_seg_file_name` and `image_id`, ordered by name (or as listed).
 
     Raises:
-        DatasetError: missing folder, split list, image or label map, or two files of one name.
+        DatasetError: a folder or split list is missing or cannot be read, an image or label map is missing, or two
+            files have one name.
     """
     hint = f" {hint}" if hint else ""
     images = _files_by_stem(image_dir, image_suffix, "image", name, hint)

@@ -1,7 +1,9 @@
 """Registration of two folders."""
 
+import errno
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,42 @@ def test_pairs_by_name_in_order(tmp_path: Path, write_pair: Callable) -> None:
     assert [s["image_id"] for s in samples] == ["a", "b", "c/d"]
 
 
+def test_hidden_folders_and_links_back_are_passed_over(tmp_path: Path, write_pair: Callable) -> None:
+    write_pair("street/a", LABEL)
+    write_pair("b", LABEL)
+    write_pair("elsewhere/c", LABEL)
+    for kind in ("images", "labels"):
+        folder = tmp_path / kind
+        (folder / ".thumbnails").mkdir()
+        shutil.copy(folder / "b.png", folder / ".thumbnails" / "b.png")
+        # What the second of two same `ln -s` leaves; followed, it would hold every sample again, forty times.
+        (folder / kind).symlink_to(folder)
+        (folder / "street" / "up").symlink_to(folder)
+        # A link to anywhere else is followed.
+        (folder / "elsewhere").rename(tmp_path / f"{kind} elsewhere")
+        (folder / "linked").symlink_to(tmp_path / f"{kind} elsewhere")
+    _register(tmp_path)
+    assert [s["image_id"] for s in DatasetCatalog.get("mine")] == ["b", "linked/c", "street/a"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(
+    tmp_path: Path, write_pair: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a/1", "b/2"):
+        write_pair(name, LABEL)
+    scandir = os.scandir
+
+    def without_rights(path: str) -> Iterator[os.DirEntry]:  # root has them whatever the mode of the folder
+        if Path(path).name == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", without_rights)
+    _register(tmp_path)
+    with pytest.raises(DatasetError, match=r"the folder '.*images/b' cannot be read: Permission denied\.$"):
+        DatasetCatalog.get("mine")
+
+
 def test_metadata(tmp_path: Path) -> None:
     _register(tmp_path, colors=[[1, 2, 3], [4, 5, 6]], ignore_label=7)
     metadata = MetadataCatalog.get("mine")
@@ -61,6 +99,18 @@ def test_split_list_chooses_and_orders(tmp_path: Path, write_pair: Callable) -> 
     ):
         (tmp_path / "some.txt").write_text(content)
         with pytest.raises(DatasetError, match=message):
+            DatasetCatalog.get("mine")
+    for content in (
+        "\ufeffc\r\na\r\n".encode(),
+        b"c\na",
+    ):  # as Windows editors write it; without a last newline
+        (tmp_path / "some.txt").write_bytes(content)
+        assert [s["image_id"] for s in DatasetCatalog.get("mine")] == ["c", "a"]
+    for content in ("ça\n".encode("latin-1"), "a\n".encode("utf-16")):
+        (tmp_path / "some.txt").write_bytes(content)
+        with pytest.raises(
+            DatasetError, match=r"split list '.*some.txt' cannot be read: it is not UTF-8 text"
+        ):
             DatasetCatalog.get("mine")
     (tmp_path / "some.txt").unlink()
     with pytest.raises(DatasetError, match=r"split list .*some.txt' does not exist"):
