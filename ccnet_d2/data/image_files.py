@@ -16,7 +16,7 @@ import struct
 import cv2
 import numpy as np
 from detectron2.utils.file_io import PathManager
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ccnet_d2.data.errors import SampleError
 
@@ -164,6 +164,8 @@ def _decode_with_pillow(data: bytes, path: str, kind: str, mode: str | None = No
                     f"The {kind} '{path}' holds {image.mode} values of Pillow, not 8 bits a channel; convert it.",
                     path,
                 )
+            if mode and image.format != "TIFF":  # which Pillow turns upright itself
+                image = ImageOps.exif_transpose(image)
             return np.asarray(image.convert(mode) if mode else image)
     except SampleError:
         raise

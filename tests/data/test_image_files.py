@@ -118,8 +118,12 @@ def test_gray_alpha_deep_and_rotated_images(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(path), PIXELS)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
+    upright = np.rot90(PIXELS, -1)
     Image.fromarray(PIXELS).save(path := str(tmp_path / "image.jpg"), exif=exif, quality=95)
-    assert read_image(path).shape == (PIXELS.shape[1], PIXELS.shape[0], 3)
+    assert read_image(path).shape == upright.shape
+    for lossless, options in (("image.webp", {"lossless": True}), ("image.tif", {}), ("image.png", {})):
+        Image.fromarray(PIXELS).save(path := str(tmp_path / lossless), exif=exif, **options)
+        np.testing.assert_array_equal(read_image(path), upright)
 
 
 LABEL = RNG.integers(0, 21, (10, 14), dtype=np.uint8)
