@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,7 +95,7 @@ def _values_sentence(values: Iterable[int]) -> str:
 def _judge_values(report: DatasetReport, seen: dict[int, tuple[int, str]]) -> None:
     """Add problems and notes about the values that occur: `seen` is value → (label maps, one of them)."""
     classes = len(report.classes)
-    if 255 in seen and set(seen) <= {0, 255}:
+    if set(seen) == {0, 255}:
         meaning = "void" if report.ignore_label == 255 else "no class"
         report.problems.append(
             "The label maps hold only 0 and 255, like black and white masks; store the white class as 1, "
@@ -184,7 +184,11 @@ def check_dataset(
             if progress is not None:
                 progress(done, len(samples))
     _judge_values(report, seen)
-    if all_void:
+    if len(all_void) == len(samples):
+        report.problems.append(
+            f"Every label map is void throughout: no pixel is of a class, all are {ignore_label}."
+        )
+    elif all_void:
         report.notes.append(
             f"{len(all_void)} label map{'s are' if len(all_void) > 1 else ' is'} void throughout, such as "
             f"'{all_void[0]}'."
@@ -192,20 +196,30 @@ def check_dataset(
     return report
 
 
-def check_coverage(train: DatasetReport, val: DatasetReport) -> tuple[list[str], list[str]]:
-    """Problems and notes about classes that occur in one of the two sets only."""
-    problems, notes = [], []
-    if train.classes != val.classes:
-        problems.append(f"'{train.name}' and '{val.name}' do not have the same classes.")
+def check_coverage(train: Sequence[DatasetReport], val: DatasetReport) -> tuple[list[str], list[str]]:
+    """Problems and notes about classes that occur only in training or only in validation.
+
+    Args:
+        train: reports of the sets that are trained on together, at least one.
+        val: report of the validation set.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    for report in train:
+        if report.classes != val.classes:
+            problems.append(f"'{report.name}' and '{val.name}' do not have the same classes.")
+    if problems:
         return problems, notes
-    for index, label in enumerate(train.classes):
-        in_train, in_val = bool(train.pixels[index]), bool(val.pixels[index])
+    names = " or ".join(f"'{report.name}'" for report in train)
+    for index, label in enumerate(val.classes):
+        in_train = any(report.pixels[index] for report in train)
+        in_val = bool(val.pixels[index])
         if in_val and not in_train:
-            problems.append(f"Class {index} '{label}' occurs in '{val.name}' but never in '{train.name}'.")
+            problems.append(f"Class {index} '{label}' occurs in '{val.name}' but never in {names}.")
         elif in_train and not in_val:
             notes.append(f"Class {index} '{label}' never occurs in '{val.name}', so its IoU is not known.")
         elif not in_train:
-            notes.append(f"Class {index} '{label}' occurs in neither set.")
+            notes.append(f"Class {index} '{label}' occurs in none of the sets.")
     return problems, notes
 
 

@@ -171,6 +171,14 @@ def test_void_maps_and_absent_classes_are_notes(
     assert "note: Class 2 'car' never occurs in 'checked_val'" in out
 
 
+def test_maps_of_nothing_but_void_are_a_problem(sets: Path) -> None:
+    for path in (sets / "train" / "labels").iterdir():
+        cv2.imwrite(str(path), np.full((8, 10), 255, np.uint8))
+    report = check_dataset("checked_train")
+    assert report.problems == ["Every label map is void throughout: no pixel is of a class, all are 255."]
+    assert not report.notes
+
+
 def test_labels_only_does_not_read_images(script: ModuleType, sets: Path) -> None:
     _break(sets / "train", "truncated")
     assert script.main([*NAMES, "--labels-only"]) == 0
@@ -214,6 +222,24 @@ def test_config_file_on_the_command_line(sets: Path) -> None:
     assert sound.returncode == 0 and "mine_val: 3 samples, 3 classes" in sound.stdout
     assert wrong.returncode == 1 and "The value 2 occurs in 3 label maps" in wrong.stdout
     assert "Traceback" not in sound.stderr + wrong.stderr
+
+
+def test_sets_trained_on_together_are_compared_together(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, values in (("day", [0, 1]), ("night", [2]), ("val", [0, 1, 2])):
+        _write(tmp_path / name, {"0": np.resize(np.array(values, np.uint8), (8, 10))})
+        register_sem_seg_folder(
+            f"parts_{name}", tmp_path / name / "images", tmp_path / name / "labels", ["sky", "road", "car"]
+        )
+    config = tmp_path / "my_run.py"
+    names = 'dict(train=dict(dataset=dict(names={})), test=dict(dataset=dict(names="parts_val")))'
+    config.write_text("dataloader = " + names.format(["parts_day", "parts_night"]))
+    assert script.main(["--config-file", str(config)]) == 0
+    assert "against" not in capsys.readouterr().out
+    config.write_text("dataloader = " + names.format(["parts_day"]))
+    assert script.main(["--config-file", str(config)]) == 1
+    assert "problem: Class 2 'car' occurs in 'parts_val' but never in 'parts_day'." in capsys.readouterr().out
 
 
 def test_config_file_that_is_not_there(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,17 +56,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def names_in_config(path: str) -> list[str]:
-    """Data sets of ``dataloader.train`` and ``dataloader.test``, the training one first."""
+def names_in_config(path: str) -> tuple[list[str], list[str]]:
+    """Data sets of ``dataloader.train``, and those of ``dataloader.test`` that are no training sets too."""
     cfg = LazyConfig.load(str(config_path(path)))
-    names: list[str] = []
+    names: dict[str, list[str]] = {}
     for split in ("train", "test"):
-        found = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")
-        if found is not None:
-            names += [found] if isinstance(found, str) else list(found)
-    if not names:
+        found = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names") or []
+        names[split] = [found] if isinstance(found, str) else list(dict.fromkeys(found))
+    train, test = names["train"], [name for name in names["test"] if name not in names["train"]]
+    if not train and not test:
         raise DatasetError(f"The config file '{path}' has no dataloader.train.dataset.names.")
-    return list(dict.fromkeys(names))
+    return train, test
 
 
 def run_check(name: str, args: argparse.Namespace) -> DatasetReport:
@@ -94,29 +94,35 @@ def print_findings(problems: list[str], notes: list[str], most: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     wrong = 0
-    reports: list[DatasetReport] = []
+    reports: dict[str, DatasetReport] = {}
     try:
-        names = args.datasets or names_in_config(args.config_file)
+        if args.datasets:
+            train, *test = dict.fromkeys(args.datasets)
+            trained = [train]
+        else:
+            trained, test = names_in_config(args.config_file)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for name in names:
+    for name in [*trained, *test]:
         try:
             report = run_check(name, args)
         except DatasetError as error:
             print(f"error: {error}", file=sys.stderr)
             wrong += 1
             continue
-        reports.append(report)
+        reports[name] = report
         print(format_report(report))
         print_findings(report.problems, report.notes, args.max_problems)
         wrong += len(report.problems)
-    # The first is the training set; if that one could not be read there is nothing to compare with.
-    if reports and reports[0].name == names[0]:
-        for other in reports[1:]:
-            problems, notes = check_coverage(reports[0], other)
+    # If a training set could not be read there is nothing to compare with.
+    if trained and all(name in reports for name in trained):
+        for name in test:
+            if name not in reports:
+                continue
+            problems, notes = check_coverage([reports[other] for other in trained], reports[name])
             if problems or notes:
-                print(f"{names[0]} against {other.name}")
+                print(f"{' and '.join(trained)} against {name}")
                 print_findings(problems, notes, args.max_problems)
             wrong += len(problems)
     print(f"{wrong} problem{'s' * (wrong != 1)} found." if wrong else "No problems found.")
