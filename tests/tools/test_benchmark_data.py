@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from detectron2.data import DatasetCatalog
@@ -10,11 +11,29 @@ from detectron2.data import DatasetCatalog
 SCRIPT = Path(__file__).parents[2] / "projects" / "CCNet" / "tools" / "benchmark_data.py"
 
 
-def test_prints_stages_and_rates(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("benchmark_data", SCRIPT)
     assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--images 0", "--crop 0", "--batch 0", "--workers 0 -1", "--seconds 0", "--seconds nan", "--size 64 63"],
+)
+def test_nothing_to_measure_is_refused_before_measuring(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], arguments: str
+) -> None:
+    with pytest.raises(SystemExit):
+        script.main(arguments.split())
+    option, *_, value = arguments.split()
+    assert f"argument {option}: '{value}' is no " in capsys.readouterr().err
+
+
+def test_prints_stages_and_rates(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "--size",
         "128",

@@ -38,6 +38,8 @@ from ccnet_d2.data.transforms import RandomPhotometricDistortion, RandomScaleCro
 
 NAME = "benchmark_data_street"
 CLASSES = 19
+COARSEST = 64
+"""Pixels across one region of the made-up label maps."""
 
 
 def write_street(root: str, images: int, height: int, width: int) -> None:
@@ -49,7 +51,7 @@ def write_street(root: str, images: int, height: int, width: int) -> None:
         coarse = rng.integers(0, 256, (height // 32, width // 32, 3), dtype=np.uint8)
         image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.float32)
         image = np.clip(np.rint(image + rng.normal(0, 0.8, image.shape)), 0, 255).astype(np.uint8)
-        regions = rng.integers(0, CLASSES, (height // 64, width // 64), dtype=np.uint8)
+        regions = rng.integers(0, CLASSES, (height // COARSEST, width // COARSEST), dtype=np.uint8)
         label = cv2.resize(regions, (width, height), interpolation=cv2.INTER_NEAREST)
         cv2.imwrite(os.path.join(root, "images", f"{index:03d}.png"), image)
         cv2.imwrite(os.path.join(root, "labels", f"{index:03d}.png"), label)
@@ -140,17 +142,54 @@ def images_per_second(
     return done / elapsed
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """Type of an argument that is a whole number from `least` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {least} on")
+        return value
+
+    return parse
+
+
+def positive_seconds(text: str) -> float:
+    """Type of an argument that is a time above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds above 0")
+    return value
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dataset", help="a registered data set (default: made-up images)")
     parser.add_argument(
-        "--size", type=int, nargs=2, default=(1024, 2048), metavar=("H", "W"), help="of made-up images"
+        "--size",
+        type=at_least(COARSEST),
+        nargs=2,
+        default=(1024, 2048),
+        metavar=("H", "W"),
+        help=f"of made-up images, {COARSEST} at least",
     )
-    parser.add_argument("--crop", type=int, default=769, help="side of the crop (default: 769)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="worker counts to measure")
-    parser.add_argument("--batch", type=int, default=4, help="images per batch (default: 4)")
-    parser.add_argument("--seconds", type=float, default=8.0, help="time of each measurement (default: 8)")
-    parser.add_argument("--images", type=int, default=24, help="images timed stage by stage (default: 24)")
+    parser.add_argument("--crop", type=at_least(1), default=769, help="side of the crop (default: 769)")
+    parser.add_argument(
+        "--workers", type=at_least(0), nargs="+", default=[0, 1, 2], help="worker counts to measure"
+    )
+    parser.add_argument("--batch", type=at_least(1), default=4, help="images per batch (default: 4)")
+    parser.add_argument(
+        "--seconds", type=positive_seconds, default=8.0, help="time of each measurement (default: 8)"
+    )
+    parser.add_argument(
+        "--images", type=at_least(1), default=24, help="images timed stage by stage (default: 24)"
+    )
     return parser.parse_args(argv)
 
 
