@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,8 +55,20 @@ def get_sem_seg_dataset_dicts(names: str | Sequence[str]) -> list[dict[str, Any]
             found = DatasetCatalog.get(name)
         except DatasetError:
             raise
-        except (OSError, AssertionError) as error:
-            # Detectron2's own loaders stop at the first file or folder that is not there, or assert it.
+        except json.JSONDecodeError as error:  # it does not know its file
+            start = error.doc[:30] + ("…" if len(error.doc) > 30 else "")
+            raise DatasetError(
+                f"Data set '{name}': a JSON file of {len(error.doc)} characters that begins with {start!r} is damaged: "
+                f"{error.msg} in line {error.lineno}. Copy or download it again."
+            ) from error
+        except AssertionError as error:
+            # Detectron2's own loaders assert that files are there, and that there are no others.
+            raise DatasetError(
+                f"Data set '{name}' is incomplete, or has a file too many: {str(error).rstrip('.')}. "
+                "projects/CCNet/datasets/README.md shows its tree."
+            ) from error
+        except OSError as error:
+            # They stop at the first file or folder that is not there.
             what = getattr(error, "filename", None)
             cause = (
                 f"'{what}' does not exist" if isinstance(error, FileNotFoundError) and what else str(error)

@@ -237,6 +237,23 @@ def test_incomplete_sets_name_what_is_missing(
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
+def test_files_that_detectron2s_loader_cannot_take_are_one_sentence(tmp_path: Path) -> None:
+    _cityscapes(tmp_path)
+    stray = tmp_path / "cityscapes/leftImg8bit/train/aachen/Thumbs.db"
+    stray.write_bytes(b"")
+    with pytest.raises(
+        DatasetError, match=r"'cityscapes_fine_sem_seg_train' .*has a file too many: Thumbs\.db\."
+    ):
+        get_sem_seg_dataset_dicts("cityscapes_fine_sem_seg_train")
+    stray.unlink()
+    polygons = next((tmp_path / "cityscapes/gtFine/train").rglob("*_polygons.json"))
+    polygons.write_text(polygons.read_text()[:9])
+    with pytest.raises(
+        DatasetError, match=r"a JSON file of 9 characters that begins with '\{\"imgHeig' is damaged"
+    ):
+        get_sem_seg_dataset_dicts("cityscapes_fine_sem_seg_train")
+
+
 def test_importing_registers_under_the_environments_folder_without_touching_it(tmp_path: Path) -> None:
     """A folder given as ~/…, which Detectron2 0.5 does not expand."""
     code = (
