@@ -25,6 +25,7 @@ from ccnet_d2.data.datasets.camvid import (
 from ccnet_d2.data.datasets.folder import IMAGE_SUFFIXES
 from ccnet_d2.data.errors import DatasetError, SampleError
 from ccnet_d2.data.image_files import read_image
+from ccnet_d2.data.mat_labels import write_list
 
 __all__ = [
     "ORIGINAL_CLASSES",
@@ -182,7 +183,7 @@ def convert_camvid(
         shutil.rmtree(part, ignore_errors=True)
     report = ConversionReport({split: len(listed) for split, listed in splits.items()})
     for split, listed in splits.items():
-        _write_list(root / f"{split}.txt", listed)
+        write_list(root / f"{split}.txt", listed)
         if len(listed) != SPLIT_SIZES[split]:
             report.notes.append(f"{split} has {len(listed)} frames, the release {SPLIT_SIZES[split]}.")
     if unknown_pixels:
@@ -200,8 +201,8 @@ def _names(root: Path) -> list[str]:
                 f"'{path}' does not exist: unpack CamVid's {path.name}.zip there; "
                 "projects/CCNet/datasets/README.md shows the tree."
             )
-    found = {path.stem for path in images.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
-    labelled = {path.name[: -len("_L.png")] for path in labels.iterdir() if path.name.endswith("_L.png")}
+    found = {path.stem for path in _visible(images) if path.suffix.lower() in IMAGE_SUFFIXES}
+    labelled = {path.name[: -len("_L.png")] for path in _visible(labels) if path.name.endswith("_L.png")}
     if not found and not labelled:
         raise DatasetError(f"'{images}' holds no images.")
     for missing, where in ((sorted(found - labelled), labels), (sorted(labelled - found), images)):
@@ -210,7 +211,9 @@ def _names(root: Path) -> list[str]:
     return sorted(found)
 
 
-def _write_list(path: Path, names: list[str]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    os.replace(part, path)
+def _visible(folder: Path) -> list[Path]:
+    """What `folder` holds, without hidden files such as the ``._NAME.png`` that macOS leaves on other file systems."""
+    try:
+        return [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        raise DatasetError(f"The folder '{folder}' cannot be read: {error.strerror or error}.") from error

@@ -133,6 +133,20 @@ def test_unknown_colours_are_void_up_to_one_percent(tmp_path):
     assert not list(tmp_path.glob(".*part"))
 
 
+def test_files_that_macos_leaves_are_no_frames(tmp_path):
+    write(tmp_path, "0016E5_07959", all_colors())
+    (tmp_path / "701_StillsRaw_full" / "._0016E5_07959.png").write_bytes(b"resource fork")
+    (tmp_path / "LabeledApproved_full" / "._0016E5_07959_L.png").write_bytes(b"resource fork")
+    assert convert_camvid(tmp_path).frames == {"train": 0, "val": 1, "test": 0}
+
+
+def test_a_list_that_cannot_be_written_is_one_sentence(tmp_path):
+    write(tmp_path, "0016E5_07959", all_colors())
+    (tmp_path / "val.txt").mkdir()
+    with pytest.raises(DatasetError, match=r"'.*val\.txt' cannot be written: Is a directory"):
+        convert_camvid(tmp_path)
+
+
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(
         DatasetError, match=r"701_StillsRaw_full' does not exist: unpack CamVid's 701_StillsRaw_full\.zip"
