@@ -40,7 +40,8 @@ class SampleError(DatasetError):
 
     def __init__(self, message: str, path: str | os.PathLike[str] | None = None) -> None:
         super().__init__(message)
-        quoted = re.search(r"'([^']+)'", str(self))
+        # Up to a quote that ends a word, so that an apostrophe inside the name is part of it.
+        quoted = re.search(r"'(.+?)'(?!\w)", str(self))
         self.path = os.fspath(path) if path is not None else (quoted.group(1) if quoted else "")
 
     def __reduce__(self) -> tuple[type[SampleError], tuple[str, str]]:

@@ -136,8 +136,9 @@ def test_damaged_and_missing_files(write_pair: Callable) -> None:
     assert "without a label map" in str(error)
 
 
-def test_errors_keep_sentence_and_path_through_loader_workers(write_pair: Callable) -> None:
-    pair = write_pair("a", np.full((40, 60), 200, np.uint8))
+@pytest.mark.parametrize("name", ["a", "l'été à la plage, d'abord"])
+def test_errors_keep_sentence_and_path_through_loader_workers(write_pair: Callable, name: str) -> None:
+    pair = write_pair(name, np.full((40, 60), 200, np.uint8))
     loader = build_detection_train_loader(
         [_sample(pair)],
         mapper=SemSegMapper(True, augmentations=[], num_classes=3),
