@@ -6,6 +6,7 @@ Colour says nothing about the class, shape does.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -100,6 +101,9 @@ def generate_coco_fixture(
     }
     try:
         os.makedirs(os.path.join(root, "images"), exist_ok=True)
+        # Those of another config: they would be taken for those of the images written below.
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(annotations)
         for index in range(config.images):
             rng = np.random.default_rng([config.seed, index])
             image, objects = _draw(config, rng)
@@ -113,7 +117,7 @@ def generate_coco_fixture(
                 data["annotations"].append(
                     _annotation(len(data["annotations"]) + 1, index + 1, category, polygon)
                 )
-        scratch = annotations + ".tmp"
+        scratch = f"{annotations}.{os.getpid()}.tmp"
         with open(scratch, "w", encoding="utf-8") as stream:
             json.dump(data, stream)
         os.replace(scratch, annotations)

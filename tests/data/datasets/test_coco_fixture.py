@@ -95,6 +95,19 @@ def test_unfinished_writing_leaves_no_annotations(tmp_path, monkeypatch):
     assert not (tmp_path / "set/annotations.json").exists()
 
 
+def test_unfinished_replacing_leaves_no_annotations_of_other_images(tmp_path, monkeypatch):
+    assert generate_coco_fixture(tmp_path, CocoFixtureConfig(images=2))
+    write = cv2.imwrite
+    monkeypatch.setattr(
+        coco_fixture.cv2, "imwrite", lambda path, image: "0001" not in path and write(path, image)
+    )
+    with pytest.raises(DatasetError, match="Cannot write the COCO fixture"):
+        generate_coco_fixture(tmp_path, CocoFixtureConfig(images=2, seed=1))
+    monkeypatch.undo()
+    # The first image is that of the other seed by now.
+    assert generate_coco_fixture(tmp_path, CocoFixtureConfig(images=2))
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("images", 0), ("size", 20), ("seed", -1), ("min_object_size", 60)]
 )
