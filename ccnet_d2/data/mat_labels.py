@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -35,13 +36,11 @@ def read_mat_label(path: str | os.PathLike[str], key: str) -> np.ndarray:
         raise DatasetError("Reading .mat files needs SciPy: install it with `pip install scipy`.") from error
     try:
         found = loadmat(path, variable_names=[key]).get(key)
-    # SciPy's reader raises these for files that it cannot make sense of; zlib.error is none of them.
+    except zlib.error as error:
+        raise SampleError(f"The file '{path}' is damaged: {error}.", path) from error
+    # SciPy's reader raises these for files that it cannot make sense of.
     except (OSError, ValueError, TypeError, MatReadError, NotImplementedError, EOFError, KeyError) as error:
         raise SampleError(f"The file '{path}' cannot be read: {error}.", path) from error
-    except Exception as error:
-        if type(error).__module__ != "zlib":
-            raise
-        raise SampleError(f"The file '{path}' is damaged: {error}.", path) from error
     if found is None or found.ndim != 2 or not found.size or found.dtype.kind not in "ui":
         raise SampleError(f"The file '{path}' has no label map '{key}' of integers.", path)
     return np.asarray(found)
