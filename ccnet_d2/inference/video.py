@@ -91,7 +91,8 @@ def write_video(
     Raises:
         UserError: the output cannot be written, or no frame can be read; nothing is left behind then.
     """
-    if os.path.exists(output) and os.path.exists(source.name) and os.path.samefile(output, source.name):
+    written, read = os.path.expanduser(output), os.path.expanduser(source.name)
+    if os.path.exists(written) and os.path.exists(read) and os.path.samefile(written, read):
         raise UserError(f"the result would overwrite '{source.name}': choose another output.")
     result = VideoResult()
     paint = VideoPainter()

@@ -8,6 +8,7 @@ from PIL import Image
 from ccnet_d2.inference import ClassTable, Predictor, SlidingWindow, WholeImage
 from ccnet_d2.inference.batch import write_pictures
 from ccnet_d2.model_zoo import get_config
+from ccnet_d2.inference.visualize import save_labels
 
 
 @pytest.fixture
@@ -207,11 +208,18 @@ def test_outputs_that_do_not_fit_are_refused_before_predicting(make_segmenter, p
     jpg = path.with_name("street.jpg")
     Image.fromarray(array).save(jpg)
     (tmp_path / "taken").write_text("")
+    truth = tmp_path / "truth" / "street.png"
+    save_labels(truth, array[:, :, 0])
     cases = [
         (([path, jpg], tmp_path / "one.png"), {}, "2 images cannot all be written to"),
         (([path, jpg], tmp_path / "out"), {}, "would both be written to"),
-        ((path, path.parent), {}, "would overwrite it"),
-        ((path, path), {}, "would overwrite it"),
+        ((path, path.parent), {}, r"would overwrite '.*street\.png'"),
+        ((path, path), {}, r"would overwrite '.*street\.png'"),
+        (
+            (jpg, truth.parent),
+            {"ground_truth": truth.parent, "picture": "side-by-side"},
+            r"would overwrite '.*truth/street\.png'",
+        ),
         ((path, tmp_path / "taken"), {}, "is a file without an image suffix"),
         ((path, tmp_path / "o.jpg"), {"picture": "labels"}, r"label maps are written as \.png"),
         ((path, tmp_path), {"picture": "drawing"}, "unknown picture 'drawing'"),
