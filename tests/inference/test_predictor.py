@@ -7,8 +7,8 @@ from PIL import Image
 
 from ccnet_d2.inference import ClassTable, Predictor, SlidingWindow, WholeImage
 from ccnet_d2.inference.batch import write_pictures
-from ccnet_d2.model_zoo import get_config
 from ccnet_d2.inference.visualize import save_labels
+from ccnet_d2.model_zoo import get_config
 
 
 @pytest.fixture
@@ -130,6 +130,18 @@ def test_two_lines_from_a_run_and_a_checkpoint(toy_checkpoint, photograph):
     configured = Predictor(cfg)
     assert isinstance(configured.mode, SlidingWindow) and configured.mode.tile == (16, 16)
     assert isinstance(Predictor(cfg, mode="whole").mode, WholeImage)
+
+
+def test_names_are_held_against_the_models_classes_where_only_labels_are_asked_for(toy_checkpoint, photograph):
+    path, _ = photograph
+    model = instantiate(get_config("toy/ccnet_synthetic.py").model)
+    count = model.sem_seg_head.num_classes
+    numbered = Predictor(model, toy_checkpoint, mode="slide")
+    # Not as many as occur in this image: a video's next frame may hold others, under the same legend.
+    assert len(numbered(path, labels_only=True).classes) == count
+    misnamed = Predictor(model, toy_checkpoint, classes=[f"name {i}" for i in range(count + 2)])
+    with pytest.raises(ValueError, match=f"the model gives {count} classes, but {count + 2} class names are known"):
+        misnamed(path, labels_only=True)
 
 
 def test_half_precision(toy_checkpoint, photograph):
