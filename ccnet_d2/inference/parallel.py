@@ -96,6 +96,7 @@ def _work(
 ) -> None:
     # Ended by the parent: leave through the "finally"s, which remove half-written files.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent then ends this one as above
     try:
         torch.set_num_threads(threads)
         cfg.train.device = device

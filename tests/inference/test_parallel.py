@@ -1,6 +1,7 @@
 """Pictures written by several processes: the same files, and their troubles told."""
 
 import os
+import signal
 import threading
 import time
 
@@ -95,3 +96,22 @@ def test_a_killed_process_is_reported(weights, photos, tmp_path):
         write_pictures_on(TWO_CPUS, get_config(TOY), weights, jobs, progress=False)
     killer.join()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_left_to_the_parent(weights, photos, tmp_path, capfd):
+    """A terminal sends it to every process: each child would print a traceback of its own."""
+    import torch.multiprocessing as multiprocessing
+
+    def interrupt():
+        while not (tmp_path / "out").is_dir():  # until then it may still be importing
+            time.sleep(0.01)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    jobs = plan_pictures(photos, tmp_path / "out")
+    slow = build_mode("ms", scales=[1] * 40)
+    result = write_pictures_on(TWO_CPUS[:1], get_config(TOY), weights, jobs, mode=slow, progress=False)
+    interrupter.join()
+    assert len(result.written) == len(jobs) and "Traceback" not in capfd.readouterr().err
