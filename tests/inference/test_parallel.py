@@ -111,7 +111,7 @@ def test_ctrl_c_is_left_to_the_parent(weights, photos, tmp_path, capfd):
     interrupter = threading.Thread(target=interrupt)
     interrupter.start()
     jobs = plan_pictures(photos, tmp_path / "out")
-    slow = build_mode("ms", scales=[1] * 40)
+    slow = build_mode("ms", scales=[1] * 15)
     result = write_pictures_on(TWO_CPUS[:1], get_config(TOY), weights, jobs, mode=slow, progress=False)
     interrupter.join()
     assert len(result.written) == len(jobs) and "Traceback" not in capfd.readouterr().err
