@@ -66,7 +66,7 @@ class VideoPainter:
 
     def _fitted(self, present: list[int], classes: ClassTable, width: int) -> np.ndarray:
         drawn = legend(classes, present, width, size=_text_size(width))[: self._height]
-        area = np.full((self._height, width, 3), PAPER, np.uint8)
+        area = np.full((self._height, drawn.shape[1], 3), PAPER, np.uint8)
         area[: len(drawn)] = drawn
         return area
 
