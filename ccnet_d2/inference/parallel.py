@@ -57,8 +57,7 @@ def write_pictures_on(
     context = multiprocessing.get_context("spawn")
     upcoming, results = context.Value("l", 0), context.Queue()
     devices = devices[: len(jobs)]
-    cpus = max(sum(device.type == "cpu" for device in devices), 1)
-    threads = max((os.cpu_count() or 1) // cpus, 1) if cpus > 1 else torch.get_num_threads()
+    threads = _threads_each(devices)
     workers = [
         context.Process(
             target=_work,
@@ -82,6 +81,14 @@ def write_pictures_on(
     for index, job in enumerate(jobs):
         result.add(job, problems[index])
     return result
+
+
+def _threads_each(devices: Sequence[torch.device]) -> int:
+    """The threads that torch may use here, shared among the processes on the CPU.
+
+    Not the machine's cores, of which a job may have been given a few (affinity, OMP_NUM_THREADS).
+    """
+    return max(torch.get_num_threads() // max(sum(device.type == "cpu" for device in devices), 1), 1)
 
 
 def _work(

@@ -15,7 +15,7 @@ from ccnet_d2.errors import UserError
 from ccnet_d2.inference import Predictor
 from ccnet_d2.inference.batch import plan_pictures, write_pictures
 from ccnet_d2.inference.build import build_mode
-from ccnet_d2.inference.parallel import write_pictures_on
+from ccnet_d2.inference.parallel import _threads_each, write_pictures_on
 from ccnet_d2.model_zoo import get_config
 
 TOY = "toy/ccnet_synthetic.py"
@@ -58,6 +58,19 @@ def test_two_processes_write_what_one_writes(weights, photos, tmp_path):
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
         f"{index}.png" for index in range(5)
     ]
+
+
+@pytest.mark.parametrize(
+    ("devices", "threads"), [("cpu", 7), ("cpu cpu", 3), ("cpu " * 8, 1), ("cuda:0 cuda:1", 7)]
+)
+def test_processes_share_the_threads_of_this_one_and_not_the_machines(devices, threads, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(7)
+    try:
+        assert _threads_each([torch.device(device) for device in devices.split()]) == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow
