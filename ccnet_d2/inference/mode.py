@@ -157,7 +157,7 @@ class InferenceMode(nn.Module):
         if self.model is None:
             name = type(self).__name__
             raise RuntimeError(f"{name} has no model: give {name}(model=...) or use .bind(model).")
-        # Images resized or padded are float: they would raise a model of half precision to fp32 before its first weight.
+        # Images resized or padded are float: they would raise what a model of half precision computes to fp32.
         half = _half_dtype(innermost(self.model))
         if half is not None:
             images = [image.to(half) if image.is_floating_point() else image for image in images]

@@ -132,7 +132,9 @@ def test_two_lines_from_a_run_and_a_checkpoint(toy_checkpoint, photograph):
     assert isinstance(Predictor(cfg, mode="whole").mode, WholeImage)
 
 
-def test_names_are_held_against_the_models_classes_where_only_labels_are_asked_for(toy_checkpoint, photograph):
+def test_names_are_held_against_the_models_classes_where_only_labels_are_asked_for(
+    toy_checkpoint, photograph
+):
     path, _ = photograph
     model = instantiate(get_config("toy/ccnet_synthetic.py").model)
     count = model.sem_seg_head.num_classes
@@ -140,7 +142,9 @@ def test_names_are_held_against_the_models_classes_where_only_labels_are_asked_f
     # Not as many as occur in this image: a video's next frame may hold others, under the same legend.
     assert len(numbered(path, labels_only=True).classes) == count
     misnamed = Predictor(model, toy_checkpoint, classes=[f"name {i}" for i in range(count + 2)])
-    with pytest.raises(ValueError, match=f"the model gives {count} classes, but {count + 2} class names are known"):
+    with pytest.raises(
+        ValueError, match=f"the model gives {count} classes, but {count + 2} class names are known"
+    ):
         misnamed(path, labels_only=True)
 
 

@@ -228,7 +228,9 @@ class Gallery:
             return entry.source
         image = self._reduced(read_image(str(entry.source)))
         if image.shape[:2] != (entry.height, entry.width):
-            raise UserError(f"{entry.source} has another size than when the viewer was started: start it again.")
+            raise UserError(
+                f"{entry.source} has another size than when the viewer was started: start it again."
+            )
         return image
 
     def _prediction(self, number: int, model: int) -> Prediction:
