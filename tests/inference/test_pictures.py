@@ -262,6 +262,8 @@ def test_unwritable_places_are_named(tmp_path):
         write_image(tmp_path / "file" / "picture.png", np.zeros((2, 2, 3), np.uint8))
     with pytest.raises(ImageFileError, match=r"unknown image type '.xyz', take .png or .jpg"):
         write_image(tmp_path / "picture.xyz", np.zeros((2, 2, 3), np.uint8))
+    with pytest.raises(ImageFileError, match=r"cannot write '.*long\.webp': .*limit of 16383 pixels\.$"):
+        write_image(tmp_path / "long.webp", np.zeros((17000, 1, 3), np.uint8))
 
 
 def test_finding_images(tmp_path, monkeypatch):
@@ -312,3 +314,5 @@ def test_arrays_and_pillow_images_become_rgb():
         as_rgb(Image.new("I;16", (2, 2)))
     with pytest.raises(TypeError, match="got list"):
         as_rgb([1, 2])
+    with pytest.raises(ValueError, match="an image must have pixels, got 0x3"):
+        as_rgb(Image.new("RGB", (0, 3)))
