@@ -10,9 +10,11 @@ positions.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,9 +64,15 @@ def find_rcca(model: nn.Module, name: str | None = None) -> RCCA:
 
 @contextmanager
 def record_input(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Within the block, collect the first argument of every call of `module`."""
+    """Within the block, collect the first argument of every call of `module` in this thread."""
     inputs: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    owner = threading.get_ident()  # others may run the same model on other images meanwhile
+
+    def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if threading.get_ident() == owner:
+            inputs.append(args[0].detach())
+
+    handle = module.register_forward_pre_hook(keep)
     try:
         yield inputs
     finally:

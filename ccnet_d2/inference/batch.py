@@ -121,9 +121,9 @@ def write_pictures(
         progress: show a progress bar on stderr.
 
     Raises:
-        UserError: nothing to predict, an output that does not fit the inputs, a missing label map, a pixel
-            outside an image, or an output that cannot be written. All that can be known before the first
-            image is checked then.
+        UserError: nothing to predict, an output that does not fit the inputs or would overwrite one of them or
+            its label map, a missing label map, a pixel outside an image, or an output that cannot be written. All
+            that can be known before the first image is checked then.
     """
     jobs = plan_pictures(inputs, output, picture=picture, pixel=pixel, ground_truth=ground_truth)
     result = BatchResult()
@@ -156,7 +156,7 @@ def plan_pictures(
     if picture == "labels" and any(target.suffix.lower() != ".png" for target in targets):
         raise UserError(f"label maps are written as .png, which keeps their values; got '{output}'.")
     truths = _truth_files(paths, ground_truth) if ground_truth is not None else [None] * len(paths)
-
+    _check_kept(paths, targets, truths)
     return [
         PictureJob(path, target, truth, picture, None if pixel is None else tuple(pixel))
         for path, target, truth in zip(paths, targets, truths, strict=True)
@@ -183,10 +183,17 @@ def _targets(paths: Sequence[Path], output: Path) -> list[Path]:
     for path, target in zip(paths, targets, strict=True):
         if target in taken:
             raise UserError(f"'{taken[target]}' and '{path}' would both be written to '{target}'.")
-        if target.exists() and target.resolve() == path.resolve():
-            raise UserError(f"the picture of '{path}' would overwrite it: choose another output.")
         taken[target] = path
     return targets
+
+
+def _check_kept(paths: Sequence[Path], targets: Sequence[Path], truths: Sequence[Path | None]) -> None:
+    """Nothing that is read may be overwritten, under whatever name it is known."""
+    read = {file.resolve(): file for file in (*paths, *truths) if file is not None}
+    for path, target in zip(paths, targets, strict=True):
+        kept = read.get(target.resolve())
+        if kept is not None:
+            raise UserError(f"the picture of '{path}' would overwrite '{kept}': choose another output.")
 
 
 def _truth_files(paths: Sequence[Path], folder: str | os.PathLike[str]) -> list[Path]:

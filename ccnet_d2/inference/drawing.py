@@ -87,12 +87,13 @@ def legend(
     Args:
         classes: names and colours.
         present: class indices in the order wanted; the ignored label's index may be among them.
-        width: of the picture in pixels.
+        width: of the picture in pixels; for a narrow one the legend is wider, so that its words can be read.
         size: of the text in pixels.
         notes: a short text after each name, for instance its share of the picture.
     """
     if not present:
         return np.empty((0, width, 3), np.uint8)
+    width = max(width, _MIN_SIDE)
     font = _font(size)
     texts = []
     for position, index in enumerate(present):

@@ -74,6 +74,8 @@ def as_rgb(image: object) -> np.ndarray:
         ValueError: an array of another shape or dtype, or an empty one.
     """
     if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(f"an image must have pixels, got {image.width}x{image.height}.")
         return _to_rgb(image)
     if not isinstance(image, np.ndarray):
         raise TypeError(f"expected a path, a Pillow image or a numpy array, got {type(image).__name__}.")
@@ -112,8 +114,9 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
     try:
         Image.fromarray(np.ascontiguousarray(image)).save(part, format=formats[suffix])
         os.replace(part, path)
-    except OSError as error:
-        raise ImageFileError(f"cannot write '{path}': {error.strerror or error}.") from error
+    except (OSError, ValueError) as error:  # the latter: larger than the format allows
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise ImageFileError(f"cannot write '{path}': {reason.rstrip('.')}.") from error
     finally:
         part.unlink(missing_ok=True)
 

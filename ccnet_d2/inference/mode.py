@@ -85,6 +85,12 @@ def innermost(model: Segmenter | None) -> Segmenter | None:
     return model
 
 
+def _half_dtype(model: Segmenter | None) -> torch.dtype | None:
+    """The dtype of a model's weights where that is one of 16 bits."""
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return first.dtype if first is not None and first.dtype in (torch.float16, torch.bfloat16) else None
+
+
 class InferenceMode(nn.Module):
     """A way of running a segmenter on an image; itself a segmenter.
 
@@ -151,6 +157,10 @@ class InferenceMode(nn.Module):
         if self.model is None:
             name = type(self).__name__
             raise RuntimeError(f"{name} has no model: give {name}(model=...) or use .bind(model).")
+        # Images resized or padded are float: they would raise what a model of half precision computes to fp32.
+        half = _half_dtype(innermost(self.model))
+        if half is not None:
+            images = [image.to(half) if image.is_floating_point() else image for image in images]
         inputs = [
             {"image": image, "height": size[0], "width": size[1]}
             for image, size in zip(images, sizes, strict=True)

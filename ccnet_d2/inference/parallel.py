@@ -57,8 +57,7 @@ def write_pictures_on(
     context = multiprocessing.get_context("spawn")
     upcoming, results = context.Value("l", 0), context.Queue()
     devices = devices[: len(jobs)]
-    cpus = max(sum(device.type == "cpu" for device in devices), 1)
-    threads = max((os.cpu_count() or 1) // cpus, 1) if cpus > 1 else torch.get_num_threads()
+    threads = _threads_each(devices)
     workers = [
         context.Process(
             target=_work,
@@ -84,6 +83,14 @@ def write_pictures_on(
     return result
 
 
+def _threads_each(devices: Sequence[torch.device]) -> int:
+    """The threads that torch may use here, shared among the processes on the CPU.
+
+    Not the machine's cores, of which a job may have been given a few (affinity, OMP_NUM_THREADS).
+    """
+    return max(torch.get_num_threads() // max(sum(device.type == "cpu" for device in devices), 1), 1)
+
+
 def _work(
     device: str,
     threads: int,
@@ -96,6 +103,7 @@ def _work(
 ) -> None:
     # Ended by the parent: leave through the "finally"s, which remove half-written files.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent then ends this one as above
     try:
         torch.set_num_threads(threads)
         cfg.train.device = device

@@ -34,7 +34,7 @@ from .build import as_mode, configured_mode
 from .classes import ClassTable
 from .images import as_rgb, find_images
 from .label_bands import labels_of
-from .mode import InferenceMode
+from .mode import InferenceMode, innermost
 from .visualize import overlay
 
 __all__ = ["Prediction", "Predictor"]
@@ -279,6 +279,9 @@ class Predictor:
 
     def _class_table(self, num_classes: int | None, labels: Tensor) -> ClassTable:
         """The names given, once they are known to fit the model; without any, numbers."""
+        if num_classes is None:  # of labels alone: as the model says, if it does
+            head = getattr(innermost(self.model), "sem_seg_head", None)
+            num_classes = getattr(head, "num_classes", None)
         known = self._classes
         if known is None:
             return ClassTable.numbered(num_classes or int(labels.max()) + 1)

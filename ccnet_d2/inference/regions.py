@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import colorsys
 import os
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch import nn
 
 from ccnet_d2.data.image_files import read_image
 from ccnet_d2.errors import UserError
@@ -72,10 +74,17 @@ def find_regions(predictor: Predictor, image: str | os.PathLike[str] | np.ndarra
     rgb = read_image(os.fspath(image)) if isinstance(image, str | os.PathLike) else as_rgb(image)
     inputs = predictor._inputs(rgb)
     seen: list[Any] = []
-    handle = blocks[0].register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    owner = threading.get_ident()  # others may run the same model on other images meanwhile
+
+    def keep(_: nn.Module, args: Any, out: tuple[Any, ...]) -> None:
+        if threading.get_ident() == owner:
+            seen.append(out[0])
+
+    handle = blocks[0].register_forward_hook(keep)
     try:
         with torch.no_grad(), record_input(model.backbone) as padded:
-            model([inputs])
+            # Not through torch.compile, if the model is: a graph does not call the hooks.
+            model.forward([inputs])
     finally:
         handle.remove()
     if not seen:

@@ -66,7 +66,7 @@ class VideoPainter:
 
     def _fitted(self, present: list[int], classes: ClassTable, width: int) -> np.ndarray:
         drawn = legend(classes, present, width, size=_text_size(width))[: self._height]
-        area = np.full((self._height, width, 3), PAPER, np.uint8)
+        area = np.full((self._height, drawn.shape[1], 3), PAPER, np.uint8)
         area[: len(drawn)] = drawn
         return area
 
@@ -91,7 +91,8 @@ def write_video(
     Raises:
         UserError: the output cannot be written, or no frame can be read; nothing is left behind then.
     """
-    if os.path.exists(output) and os.path.exists(source.name) and os.path.samefile(output, source.name):
+    written, read = os.path.expanduser(output), os.path.expanduser(source.name)
+    if os.path.exists(written) and os.path.exists(read) and os.path.samefile(written, read):
         raise UserError(f"the result would overwrite '{source.name}': choose another output.")
     result = VideoResult()
     paint = VideoPainter()

@@ -73,7 +73,8 @@ def overlay(
         with_legend: add the legend (names with their share of the pixels, most frequent first).
 
     Returns:
-        A picture of the image's size times a whole factor that makes tiny images readable, plus the legend.
+        A picture of the image's size times a whole factor that makes tiny images readable, plus the legend, which is at
+        least 240 pixels wide.
 
     Raises:
         ValueError: image and labels differ in size.

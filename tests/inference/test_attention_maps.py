@@ -1,4 +1,5 @@
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -172,6 +173,18 @@ def test_finding_the_layer_and_recording_its_input():
     one(image)
     assert len(seen) == 1
     torch.testing.assert_close(seen[0], one[0](image))
+
+
+def test_what_another_thread_runs_meanwhile_is_not_recorded():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), RCCA(8))
+    own, other = torch.randn(2, 1, 3, 4, 4)
+    with record_input(model[1]) as seen:
+        thread = threading.Thread(target=model, args=(other,))
+        thread.start()
+        thread.join()
+        model(own)
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], model[0](own))
 
 
 class PaddingModel(nn.Module):

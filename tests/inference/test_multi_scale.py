@@ -124,6 +124,20 @@ def test_combined_with_tiles_each_scale_is_cut(make_segmenter, random_image):
     assert torch.equal(mode.bind(model).predict_labels(as_input(image))[0].long(), result.argmax(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_of_half_precision_takes_resized_and_padded_images(make_segmenter, random_image, dtype):
+    image = as_input(random_image(40, 56))
+    for mode in (
+        MultiScaleFlip(scales=(0.75, 1.0)),
+        MultiScaleFlip(SlidingWindow(tile=32), scales=(0.75, 1.0)),
+        SlidingWindow(tile=64, pad="mean"),
+    ):
+        full = mode.bind(make_segmenter())(image)[0]["sem_seg"].softmax(0)
+        half = mode.bind(make_segmenter().to(dtype))(image)[0]["sem_seg"].float().softmax(0)
+        assert full.std() > 0.02
+        torch.testing.assert_close(half, full, atol=0.01, rtol=0)
+
+
 def test_wrong_scales_are_refused():
     for scales in ([], [1.0, 0.0], [-1]):
         with pytest.raises(ValueError, match="scales must be one or more positive numbers"):

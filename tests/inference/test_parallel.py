@@ -1,6 +1,7 @@
 """Pictures written by several processes: the same files, and their troubles told."""
 
 import os
+import signal
 import threading
 import time
 
@@ -14,7 +15,7 @@ from ccnet_d2.errors import UserError
 from ccnet_d2.inference import Predictor
 from ccnet_d2.inference.batch import plan_pictures, write_pictures
 from ccnet_d2.inference.build import build_mode
-from ccnet_d2.inference.parallel import write_pictures_on
+from ccnet_d2.inference.parallel import _threads_each, write_pictures_on
 from ccnet_d2.model_zoo import get_config
 
 TOY = "toy/ccnet_synthetic.py"
@@ -59,6 +60,19 @@ def test_two_processes_write_what_one_writes(weights, photos, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("devices", "threads"), [("cpu", 7), ("cpu cpu", 3), ("cpu " * 8, 1), ("cuda:0 cuda:1", 7)]
+)
+def test_processes_share_the_threads_of_this_one_and_not_the_machines(devices, threads, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(7)
+    try:
+        assert _threads_each([torch.device(device) for device in devices.split()]) == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.slow
 def test_more_processes_than_images(weights, photos, tmp_path):
     jobs = plan_pictures(photos / "0.png", tmp_path / "out.png")
@@ -95,3 +109,22 @@ def test_a_killed_process_is_reported(weights, photos, tmp_path):
         write_pictures_on(TWO_CPUS, get_config(TOY), weights, jobs, progress=False)
     killer.join()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_left_to_the_parent(weights, photos, tmp_path, capfd):
+    """A terminal sends it to every process: each child would print a traceback of its own."""
+    import torch.multiprocessing as multiprocessing
+
+    def interrupt():
+        while not (tmp_path / "out").is_dir():  # until then it may still be importing
+            time.sleep(0.01)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    jobs = plan_pictures(photos, tmp_path / "out")
+    slow = build_mode("ms", scales=[1] * 15)
+    result = write_pictures_on(TWO_CPUS[:1], get_config(TOY), weights, jobs, mode=slow, progress=False)
+    interrupter.join()
+    assert len(result.written) == len(jobs) and "Traceback" not in capfd.readouterr().err

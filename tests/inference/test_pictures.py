@@ -19,6 +19,8 @@ from ccnet_d2.inference import (
 from ccnet_d2.inference.classes import distinct_colors
 from ccnet_d2.inference.drawing import legend, panel_grid, readable, resize_labels, resize_rgb, text_line
 from ccnet_d2.inference.images import as_rgb
+from ccnet_d2.inference.predictor import Prediction
+from ccnet_d2.inference.video import VideoPainter
 from ccnet_d2.inference.visualize import confidence_map, heat_colors
 
 RED, GREEN, BLUE = (200, 0, 0), (0, 180, 0), (0, 0, 220)
@@ -66,7 +68,24 @@ def test_tiny_pictures_are_enlarged_by_whole_pixels(classes, size, factor):
     picture = overlay(image, labels, classes, alpha=0, outlines=False, with_legend=False)
     assert np.array_equal(picture, image.repeat(factor, axis=0).repeat(factor, axis=1))
     with_legend = overlay(image, labels, classes)
-    assert with_legend.shape[1] == size[1] * factor
+    assert with_legend.shape[1] == max(size[1] * factor, 240)
+
+
+def test_the_legend_of_a_narrow_picture_can_be_read(classes):
+    labels = np.zeros((300, 5), np.uint8)
+    picture = overlay(np.full((300, 5, 3), 120, np.uint8), labels, classes)
+    expected = legend(classes, [0], 240, size=13, notes=["100 %"])
+    np.testing.assert_array_equal(picture[300:], expected)
+    assert (picture[:300, :100] == 255).all()  # the picture stands in the middle of paper
+
+    paint = VideoPainter()
+    many = ClassTable.numbered(150)
+    frames = [
+        Prediction(np.zeros((300, 20, 3), np.uint8), np.full((300, 20), k, np.uint8), None, many)
+        for k in (1, 9)
+    ]
+    assert {paint(frame).shape for frame in frames} == {paint(frames[0]).shape}
+    np.testing.assert_array_equal(paint(frames[1])[300:321], legend(many, [9], 240, size=13)[:21])
 
 
 def test_difference_tells_right_wrong_and_not_labelled_apart(classes):
@@ -243,6 +262,8 @@ def test_unwritable_places_are_named(tmp_path):
         write_image(tmp_path / "file" / "picture.png", np.zeros((2, 2, 3), np.uint8))
     with pytest.raises(ImageFileError, match=r"unknown image type '.xyz', take .png or .jpg"):
         write_image(tmp_path / "picture.xyz", np.zeros((2, 2, 3), np.uint8))
+    with pytest.raises(ImageFileError, match=r"cannot write '.*long\.webp': .*limit of 16383 pixels\.$"):
+        write_image(tmp_path / "long.webp", np.zeros((17000, 1, 3), np.uint8))
 
 
 def test_finding_images(tmp_path, monkeypatch):
@@ -293,3 +314,5 @@ def test_arrays_and_pillow_images_become_rgb():
         as_rgb(Image.new("I;16", (2, 2)))
     with pytest.raises(TypeError, match="got list"):
         as_rgb([1, 2])
+    with pytest.raises(ValueError, match="an image must have pixels, got 0x3"):
+        as_rgb(Image.new("RGB", (0, 3)))

@@ -7,6 +7,7 @@ from PIL import Image
 
 from ccnet_d2.inference import ClassTable, Predictor, SlidingWindow, WholeImage
 from ccnet_d2.inference.batch import write_pictures
+from ccnet_d2.inference.visualize import save_labels
 from ccnet_d2.model_zoo import get_config
 
 
@@ -131,6 +132,22 @@ def test_two_lines_from_a_run_and_a_checkpoint(toy_checkpoint, photograph):
     assert isinstance(Predictor(cfg, mode="whole").mode, WholeImage)
 
 
+def test_names_are_held_against_the_models_classes_where_only_labels_are_asked_for(
+    toy_checkpoint, photograph
+):
+    path, _ = photograph
+    model = instantiate(get_config("toy/ccnet_synthetic.py").model)
+    count = model.sem_seg_head.num_classes
+    numbered = Predictor(model, toy_checkpoint, mode="slide")
+    # Not as many as occur in this image: a video's next frame may hold others, under the same legend.
+    assert len(numbered(path, labels_only=True).classes) == count
+    misnamed = Predictor(model, toy_checkpoint, classes=[f"name {i}" for i in range(count + 2)])
+    with pytest.raises(
+        ValueError, match=f"the model gives {count} classes, but {count + 2} class names are known"
+    ):
+        misnamed(path, labels_only=True)
+
+
 def test_half_precision(toy_checkpoint, photograph):
     path, array = photograph
     full = Predictor("toy/ccnet_synthetic.py", toy_checkpoint)
@@ -207,11 +224,18 @@ def test_outputs_that_do_not_fit_are_refused_before_predicting(make_segmenter, p
     jpg = path.with_name("street.jpg")
     Image.fromarray(array).save(jpg)
     (tmp_path / "taken").write_text("")
+    truth = tmp_path / "truth" / "street.png"
+    save_labels(truth, array[:, :, 0])
     cases = [
         (([path, jpg], tmp_path / "one.png"), {}, "2 images cannot all be written to"),
         (([path, jpg], tmp_path / "out"), {}, "would both be written to"),
-        ((path, path.parent), {}, "would overwrite it"),
-        ((path, path), {}, "would overwrite it"),
+        ((path, path.parent), {}, r"would overwrite '.*street\.png'"),
+        ((path, path), {}, r"would overwrite '.*street\.png'"),
+        (
+            (jpg, truth.parent),
+            {"ground_truth": truth.parent, "picture": "side-by-side"},
+            r"would overwrite '.*truth/street\.png'",
+        ),
         ((path, tmp_path / "taken"), {}, "is a file without an image suffix"),
         ((path, tmp_path / "o.jpg"), {"picture": "labels"}, r"label maps are written as \.png"),
         ((path, tmp_path), {"picture": "drawing"}, "unknown picture 'drawing'"),

@@ -106,13 +106,15 @@ def test_a_failure_on_the_way_leaves_no_video(predictor, folder, tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_the_source_is_not_overwritten(predictor, folder, tmp_path):
+def test_the_source_is_not_overwritten(predictor, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     video = tmp_path / "video.mp4"
     with open_video(folder) as source:
         write_video(predictor, source, video, progress=False)
     data = video.read_bytes()
-    with open_video(video) as source, pytest.raises(UserError, match="would overwrite"):
-        write_video(predictor, source, video, progress=False)
+    for name in (video, "~/video.mp4"):
+        with open_video(name) as source, pytest.raises(UserError, match="would overwrite"):
+            write_video(predictor, source, name, progress=False)
     assert video.read_bytes() == data
 
 

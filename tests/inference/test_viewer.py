@@ -3,13 +3,16 @@
 import base64
 import io
 import json
+import shutil
 import socket
 import struct
+import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +20,10 @@ import torch
 from detectron2.config import instantiate
 from PIL import Image
 
+from ccnet_d2.data.errors import SampleError
 from ccnet_d2.engine import apply_overrides
 from ccnet_d2.errors import UserError
-from ccnet_d2.inference import Predictor
+from ccnet_d2.inference import Predictor, viewer
 from ccnet_d2.inference.viewer import Gallery, UploadError, make_server
 from ccnet_d2.model_zoo import get_config
 
@@ -165,6 +169,66 @@ def test_old_uploads_are_forgotten_and_given_images_are_not(photo):
         gallery.picture(1)
 
 
+def test_given_images_are_kept_as_files_and_not_in_memory(photo, tmp_path):
+    path = tmp_path / "photo.png"
+    path.write_bytes(photo.read_bytes())
+    gallery = Gallery([("a", make_predictor())], [path], longest_side=18)
+    assert opened(gallery.picture(0)).shape == (12, 18, 3)
+    Image.new("RGB", (36, 24), (9, 200, 30)).save(path)
+    assert (opened(gallery.picture(0)) == (9, 200, 30)).all()
+    Image.new("RGB", (24, 36)).save(path)
+    with pytest.raises(UserError, match=r"photo\.png has another size than when the viewer was started"):
+        gallery.picture(0)
+    path.unlink()
+    with pytest.raises(SampleError, match=r"photo\.png' cannot be read"):
+        gallery.attention(0, 0, 1, 1)
+
+
+# The page's script with a document of stubs and a server that answers when it is told to.
+PAGE = """
+const made = () => ({ value: "", textContent: "", dataset: { model: 0 }, style: { setProperty() {} }, children: [],
+  classList: { names: new Set(), add(name) { this.names.add(name); }, remove(name) { this.names.delete(name); },
+    toggle(name, on) { this[on ? "add" : "remove"](name); } },
+  addEventListener() {}, append() {}, replaceChildren() {}, querySelector: made, querySelectorAll: () => [] });
+const elements = {};
+const shown = made();
+globalThis.document = { body: made(), activeElement: { tagName: "BODY" }, addEventListener() {}, createElement: made,
+  getElementById: (id) => (elements[id] ??= made()), querySelectorAll: (which) => (which === ".row" ? [shown] : []) };
+let answer;
+globalThis.fetch = () => new Promise((resolve) => { answer = resolve; });
+const found = { cell: [0, 0], grid: [1, 1], extent: [1, 1], maps: [] };
+const reply = { ok: true, json: async () => found };
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="runs the page's script in node")
+@pytest.mark.parametrize("chosen", ["0", "1"])
+def test_another_image_chosen_while_maps_are_computed(chosen, tmp_path):
+    """What comes in then was asked for the image before, in which the pixel was."""
+    source = Path(viewer.__file__).with_name("viewer.js").read_text().replace("\nstart();", "")
+    program = f"""{source}
+    const images = [0, 1].map((id) => ({{ id, width: 9, height: 9 }}));
+    state.gallery = {{ models: [{{ name: "m", recurrence: 2 }}], images }};
+    element("image").value = "0";
+    restart();
+    const looking = choose(3, 4);
+    element("image").value = "{chosen}";
+    if ("{chosen}" !== "0") restart();
+    answer(reply);
+    looking.then(() => {{
+      const status = element("status");
+      console.log(JSON.stringify([status.textContent, status.classList.names.has("error"),
+        document.body.classList.names.has("busy")]));
+    }});
+    """
+    script = tmp_path / "page.js"
+    script.write_text(PAGE + program.replace('"use strict";', ""))
+    run = subprocess.run(["node", script], capture_output=True, text=True, timeout=30)
+    assert run.returncode == 0, run.stderr
+    text = "pixel 3, 4 · cell 0, 0 of 1×1" if chosen == "0" else "Click a pixel."
+    assert json.loads(run.stdout) == [text, False, False]
+
+
 def png_of_size(width, height):
     """A PNG of a few bytes that says it is large."""
 
@@ -195,12 +259,16 @@ def test_what_is_no_image_is_refused(ask, content, message):
     assert ask("api/gallery")[2] == before
 
 
-def test_pages_of_other_sites_are_kept_out(ask):
+def test_pages_of_other_sites_are_kept_out(ask, server):
     content = encoded(Image.new("RGB", (8, 8)))
     assert ask("api/gallery", Host="attacker.example")[0] == 403
     assert ask("api/gallery", Origin="http://attacker.example")[0] == 403
     assert ask("api/image", content, Origin="null")[0] == 403
-    assert ask("api/gallery", Host="localhost:1")[0] == 403
+    status, _, body = ask("api/gallery", Host="localhost:1")  # as of a tunnel from another port
+    port = server.server_port
+    assert (
+        status == 403 and f"127.0.0.1:{port} and localhost:{port} only; a tunnel" in json.loads(body)["error"]
+    )
 
 
 @pytest.mark.parametrize(

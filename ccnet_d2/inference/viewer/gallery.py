@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,16 @@ class UploadError(UserError):
     """An uploaded file is no image that can be taken."""
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """An image: what to call it, its size as shown, and its file or, of an upload, its pixels."""
+
+    name: str
+    height: int
+    width: int
+    source: Path | np.ndarray
+
+
 class Gallery:
     """Models by index and images by number; what they compute is kept for the next click."""
 
@@ -55,7 +66,7 @@ class Gallery:
         """
         Args:
             models: names and predictors; at least one has criss-cross attention.
-            images: files to begin with.
+            images: files to begin with; each is read at once, to know that it can be, and again when it is shown.
             longest_side: larger images are reduced to it.
 
         Raises:
@@ -75,12 +86,12 @@ class Gallery:
         self._lock = (
             threading.Lock()
         )  # requests come from several threads, and models are run by one at a time
-        self._images: OrderedDict[int, tuple[str, np.ndarray]] = OrderedDict()
+        self._images: OrderedDict[int, _Entry] = OrderedDict()
         self._views: OrderedDict[tuple[int, int], AttentionView | Prediction] = OrderedDict()
         self._next = 0
         self._given = len(images)
         for path in images:
-            self._add(path.name, read_image(str(path)))
+            self._add(path.name, read_image(str(path)), path)
 
     def describe(self) -> dict[str, Any]:
         """Models with their R (0: no criss-cross attention), images with their sizes, and the limits."""
@@ -90,7 +101,7 @@ class Gallery:
                     {"name": name, "recurrence": loops}
                     for (name, _), loops in zip(self.models, self._recurrences, strict=True)
                 ],
-                "images": [_described(number, *entry) for number, entry in self._images.items()],
+                "images": [_described(number, entry) for number, entry in self._images.items()],
                 "most_loops": MOST_LOOPS,
             }
 
@@ -115,7 +126,7 @@ class Gallery:
                 del self._images[old]
                 for key in [key for key in self._views if key[0] == old]:
                     del self._views[key]
-            return _described(number, *self._images[number])
+            return _described(number, self._images[number])
 
     def picture(self, number: int) -> bytes:
         """An image as PNG.
@@ -195,19 +206,32 @@ class Gallery:
             ],
         }
 
-    def _add(self, name: str, image: np.ndarray) -> int:
+    def _add(self, name: str, image: np.ndarray, path: Path | None = None) -> int:
         number, self._next = self._next, self._next + 1
-        shrink = self.longest_side / max(image.shape[:2])
-        if shrink < 1:
-            height, width = (max(round(side * shrink), 1) for side in image.shape[:2])
-            image = resize_rgb(image, height, width)
-        self._images[number] = name, image
+        image = self._reduced(image)
+        # Of a folder there may be thousands: they are read again when they are looked at.
+        self._images[number] = _Entry(name, image.shape[0], image.shape[1], path or image)
         return number
 
+    def _reduced(self, image: np.ndarray) -> np.ndarray:
+        shrink = self.longest_side / max(image.shape[:2])
+        if shrink >= 1:
+            return image
+        height, width = (max(round(side * shrink), 1) for side in image.shape[:2])
+        return resize_rgb(image, height, width)
+
     def _image(self, number: int) -> np.ndarray:
-        if number not in self._images:
+        entry = self._images.get(number)
+        if entry is None:
             raise UserError(f"there is no image {number} (any more): choose one again.")
-        return self._images[number][1]
+        if isinstance(entry.source, np.ndarray):
+            return entry.source
+        image = self._reduced(read_image(str(entry.source)))
+        if image.shape[:2] != (entry.height, entry.width):
+            raise UserError(
+                f"{entry.source} has another size than when the viewer was started: start it again."
+            )
+        return image
 
     def _prediction(self, number: int, model: int) -> Prediction:
         view = self._view(number, model)
@@ -217,11 +241,11 @@ class Gallery:
 
     def _view(self, number: int, model: int) -> AttentionView | Prediction:
         """The image within the model; what it predicts, where the model has no RCCA."""
-        image = self._image(number)
         if not 0 <= model < len(self.models):
             raise UserError(f"there is no model {model}: there are {len(self.models)}.")
         key = number, model
         if key not in self._views:
+            image = self._image(number)
             predictor = self.models[model][1]
             if self._recurrences[model]:
                 self._views[key] = predictor.look_into(image)
@@ -262,8 +286,8 @@ def _decode(content: bytes) -> np.ndarray:
         raise UploadError("the file is damaged or no image (PNG, JPEG, WebP, BMP, TIFF, GIF).") from error
 
 
-def _described(number: int, name: str, image: np.ndarray) -> dict[str, Any]:
-    return {"id": number, "name": name, "width": image.shape[1], "height": image.shape[0]}
+def _described(number: int, entry: _Entry) -> dict[str, Any]:
+    return {"id": number, "name": entry.name, "width": entry.width, "height": entry.height}
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -125,7 +125,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _check_origin(self) -> None:
         hosts = {f"{name}:{self.server.server_port}" for name in (_ADDRESS, "localhost")}
         if self.headers.get("Host") not in hosts:
-            raise _Refused(HTTPStatus.FORBIDDEN, "the viewer answers to 127.0.0.1 and localhost only.")
+            port = self.server.server_port
+            raise _Refused(
+                HTTPStatus.FORBIDDEN,
+                f"the viewer answers to 127.0.0.1:{port} and localhost:{port} only; a tunnel needs port {port} at both "
+                "ends.",
+            )
         origin = self.headers.get("Origin")
         if origin is not None and origin not in {f"http://{host}" for host in hosts}:
             raise _Refused(HTTPStatus.FORBIDDEN, "the viewer answers to its own page only.")

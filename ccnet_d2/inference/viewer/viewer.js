@@ -173,6 +173,8 @@ function restart() {
   }
   if (state.image !== next) state.pixel = null;
   state.image = next;
+  state.request += 1; // what is still being computed belongs to what was shown before
+  document.body.classList.remove("busy");
   document.body.style.setProperty("--panel", next.width > 1.4 * next.height ? "400px" : "300px");
   element("rows").replaceChildren(...models().map(row));
   if (state.pixel) look();
@@ -195,7 +197,8 @@ function move(event) {
   const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
   const step = steps[event.key];
   const typing = /^(select|input)$/i.test(document.activeElement.tagName);
-  if (!step || !state.pixel || !state.grid || typing) return;
+  const shortcut = event.altKey || event.ctrlKey || event.metaKey || event.shiftKey; // the browser's own
+  if (!step || !state.pixel || !state.grid || typing || shortcut) return;
   event.preventDefault();
   const sides = [state.image.width, state.image.height];
   const cells = [state.grid.extent[1], state.grid.extent[0]];
