@@ -117,11 +117,6 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
             else None,
             hooks.EvalHook(cfg.train.eval_period, evaluate_now),
             pictures,
-            hooks.PeriodicWriter(
-                default_writers(cfg.train.output_dir, cfg.train.max_iter), period=cfg.train.log_period
-            )
-            if is_main
-            else None,
         ]
     )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
@@ -138,6 +133,9 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
         )
     if is_main:
         drop_metrics_from(Path(cfg.train.output_dir, "metrics.json"), start_iter)
+        # Only now: the writers open metrics.json, and would go on writing to the file that was there before.
+        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+        trainer.register_hooks([hooks.PeriodicWriter(writers, period=cfg.train.log_period)])
     advice = "make room and go on from the last checkpoint with --resume"
     with disk_full_reported(cfg.train.output_dir, advice), saving.listening():
         trainer.train(start_iter, cfg.train.max_iter)

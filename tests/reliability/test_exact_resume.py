@@ -77,6 +77,23 @@ def test_after_a_crash(run, tmp_path, monkeypatch, workers):
     assert_equal(final(tmp_path / "whole"), final(tmp_path / "parts"))
 
 
+def logged(folder: Path) -> list[int]:
+    return [json.loads(line)["iteration"] for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def test_metrics_go_on_after_a_crash(run, tmp_path, monkeypatch):
+    """Also where iterations that were logged are done again, and where a run starts anew in a folder."""
+    assert run("train.log_period=1", output="whole")[0] == 0
+    with monkeypatch.context() as context, pytest.raises(Crash):
+        stop_after(context, 10, crash)
+        run("train.log_period=1", output="parts")
+    assert logged(tmp_path / "parts")[-1] == 10  # logged, but the last checkpoint is of iteration 7
+    assert run("--resume", "train.log_period=1", output="parts")[0] == 0
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole") == [*range(25)]
+    assert run("train.log_period=1", "train.max_iter=4", output="parts")[0] == 0
+    assert logged(tmp_path / "parts") == [*range(5)]
+
+
 def test_evaluations_and_other_optimizers(run, tmp_path, monkeypatch):
     """Evaluating in between, on which the crash falls, and SGD with momentum in bf16 with clipping."""
     options = [
@@ -114,9 +131,7 @@ def test_sigterm_saves_and_ends(run, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert run("--resume", output="parts")[0] == 0
     assert_equal(final(tmp_path / "whole"), final(tmp_path / "parts"))
-    lines = [
-        json.loads(line)["iteration"] for line in (tmp_path / "parts/metrics.json").read_text().splitlines()
-    ]
+    lines = logged(tmp_path / "parts")
     assert lines == sorted(set(lines))
 
 
