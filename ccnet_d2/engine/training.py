@@ -32,11 +32,13 @@ from .distributed import (
     own_model,
     share_model,
 )
+from .evaluate_periodically import EvaluatePeriodically
 from .metrics_file import drop_metrics_from
 from .non_finite import NonFiniteGuard
 from .param_groups import merge_param_groups
 from .pictures import PredictionPictures
 from .saving import ReportBadSamples, SaveCheckpoints
+from .settings import check_settings
 from .train_data import build_train_loader
 from .trainer import Trainer
 
@@ -68,6 +70,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
     Returns:
         The last evaluation's results, on the main process.
     """
+    check_settings(cfg)
     os.makedirs(cfg.train.output_dir, exist_ok=True)
     if cfg.train.deterministic:
         _be_deterministic()
@@ -115,7 +118,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
             ReportBadSamples(train_loader.bad_samples, cfg.train.output_dir)
             if isinstance(train_loader, TrainLoader)
             else None,
-            hooks.EvalHook(cfg.train.eval_period, evaluate_now),
+            EvaluatePeriodically(cfg.train.eval_period, evaluate_now),
             pictures,
         ]
     )

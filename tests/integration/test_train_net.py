@@ -136,6 +136,12 @@ def truncate_images(dataset):
         (damage_nothing, ["model.sem_seg_head.context=rcca_r0"], ["recurrence", "0"]),
         (damage_nothing, ["model.sem_seg_head.channels=20"], ["channels=20", "8"]),
         (damage_nothing, ["model.sem_seg_head.context=rca"], ["rca"]),
+        (damage_nothing, ["train.max_iter=0"], ["train.max_iter=0", "1 or more"]),
+        (damage_nothing, ["train.max_iter=1e1"], ["train.max_iter=10.0", "whole number"]),
+        (damage_nothing, ["train.log_period=0"], ["train.log_period=0", "1 or more"]),
+        (damage_nothing, ["train.eval_period=-1"], ["train.eval_period=-1", "0 or more"]),
+        (damage_nothing, ["train.clip_grad_norm=-1"], ["train.clip_grad_norm=-1", "null"]),
+        (damage_nothing, ["train.clip_grad_norm=0"], ["train.clip_grad_norm=0", "null"]),
         (damage_nothing, ["--eval-only"], ["train.init_checkpoint"]),
         (damage_nothing, ["train.init_checkpoint=/nowhere/x.pth"], ["/nowhere/x.pth"]),
     ],
@@ -146,6 +152,12 @@ def test_wrong_input_is_one_sentence(train_net, dataset, damage, arguments, word
     assert status == 1
     assert all(word in error for word in words), error
     assert "Traceback" not in error
+
+
+def test_unknown_test_mode_is_told_before_training(train_net, tmp_path):
+    status, error = train_net("test.inference=slidd")
+    assert status == 1 and "unknown test mode 'slidd'" in error
+    assert not list((tmp_path / "output").glob("*.pth"))
 
 
 def test_unknown_config(train_net):

@@ -1,0 +1,33 @@
+"""The values of `train` that no part of the loop refuses by itself, or only after hours."""
+
+from omegaconf import DictConfig
+
+from ccnet_d2.errors import UserError
+from ccnet_d2.inference.build import configured_mode
+
+__all__ = ["check_settings"]
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Look at them before anything is built.
+
+    A limit of the gradients' norm below 0 turns them round, and one of 0 leaves nothing of them; neither fails. The
+    test mode is asked for by the first evaluation only.
+
+    Args:
+        cfg: a run.
+
+    Raises:
+        UserError: a value cannot be used.
+        ValueError: the test mode is unknown or cannot be made.
+    """
+    for key, lowest in (("max_iter", 1), ("log_period", 1), ("eval_period", 0)):
+        value = cfg.train[key]
+        if not isinstance(value, int) or value < lowest:
+            raise UserError(f"train.{key}={value} has to be a whole number, {lowest} or more.")
+    limit = cfg.train.clip_grad_norm
+    if limit is not None and not limit > 0:
+        raise UserError(
+            f"train.clip_grad_norm={limit} has to be above 0; train.clip_grad_norm=null does not clip."
+        )
+    configured_mode(cfg)
