@@ -153,8 +153,15 @@ class Trainer(SimpleTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Raises:
+            UserError: the state is of another optimizer.
+        """
+        configured = [dict(group) for group in self.optimizer.param_groups]
         super().load_state_dict(state_dict)
-        self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        _compare_settings(self.optimizer, configured)
+        if scale := state_dict.get("grad_scaler"):  # empty where the run was not in fp16 before
+            self.grad_scaler.load_state_dict(scale)
         self.guard.dropped = state_dict.get("batches_dropped", 0)
         processes = state_dict.get("processes")
         if processes is None:
@@ -205,6 +212,33 @@ class Trainer(SimpleTrainer):
         shared = flag.to(torch.int32)
         dist.all_reduce(shared, op=dist.ReduceOp.MIN)
         return shared
+
+
+def _compare_settings(optimizer: torch.optim.Optimizer, configured: list[dict[str, Any]]) -> None:
+    """Tell what differs between an optimizer that has loaded its state, settings included, and the config."""
+    for group in optimizer.param_groups:
+        lacking = sorted(optimizer.defaults.keys() - group.keys())
+        if lacking:
+            raise UserError(
+                f"The checkpoint's optimizer is no {type(optimizer).__name__}, as it has no {', '.join(lacking)}: go "
+                "on with the optimizer it was saved with, or start a new run with its weights as "
+                "train.init_checkpoint."
+            )
+    differences = {}
+    for group, own in zip(optimizer.param_groups, configured, strict=True):
+        # A scheduler changes "lr", and keeps what it started from.
+        saved = {**group, "lr": group.get("initial_lr", group["lr"])}
+        differences.update(
+            {key: (own[key], saved[key]) for key in optimizer.defaults if own[key] != saved[key]}
+        )
+    for key, (own, saved) in differences.items():
+        logger.warning(
+            "The run goes on with the checkpoint's optimizer.%s=%s, not with %s of the config: a resumed run keeps "
+            "its optimizer's settings.",
+            key,
+            saved,
+            own,
+        )
 
 
 @contextmanager

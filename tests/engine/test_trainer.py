@@ -1,0 +1,67 @@
+"""What a trainer takes from the state of another one."""
+
+import logging
+
+import pytest
+import torch
+from detectron2.solver import LRMultiplier
+from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
+from torch import nn
+
+from ccnet_d2.engine import Trainer
+from ccnet_d2.errors import UserError
+
+
+def trainer(make=torch.optim.SGD, amp_dtype=None, **settings):
+    """One on a single weight."""
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = make(model.parameters(), **{"lr": 0.1, **settings})
+    return Trainer(model, [[]], optimizer, amp_dtype=amp_dtype)
+
+
+def state(**arguments):
+    """Of a trainer in the middle of its schedule."""
+    made = trainer(**arguments)
+    schedule = LRMultiplier(made.optimizer, PolynomialDecayParamScheduler(1.0, 0.9), max_iter=4)
+    made.optimizer.step()
+    schedule.step()
+    return made.state_dict()
+
+
+def test_same_settings_are_no_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer(momentum=0.9).load_state_dict(state(momentum=0.9))
+    assert not caplog.records
+
+
+def test_other_settings_are_told(caplog):
+    resumed = trainer(lr=0.5, weight_decay=0.01)
+    with caplog.at_level(logging.WARNING):
+        resumed.load_state_dict(state())
+    assert resumed.optimizer.param_groups[0]["initial_lr"] == 0.1
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert "optimizer.lr=0.1, not with 0.5" in told[0]
+    assert "optimizer.weight_decay=0, not with 0.01" in told[1]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "lacking"),
+    [(torch.optim.SGD, torch.optim.AdamW, "betas"), (torch.optim.AdamW, torch.optim.SGD, "momentum")],
+)
+def test_another_optimizer_is_refused(before, after, lacking):
+    with pytest.raises(UserError, match=f"is no {after.__name__}.*{lacking}"):
+        trainer(after).load_state_dict(state(make=before))
+
+
+def test_fp16_from_here_on():
+    """The state of a run without loss scaling has none to go on with."""
+    resumed = trainer(amp_dtype=torch.float16)
+    scale = resumed.grad_scaler.get_scale()
+    resumed.load_state_dict(state())
+    assert resumed.grad_scaler.get_scale() == scale
+    again = trainer(amp_dtype=torch.float16)
+    resumed.grad_scaler.scale(torch.ones(()))  # which makes its scale a tensor
+    resumed.grad_scaler.update(8.0)
+    again.load_state_dict(resumed.state_dict())
+    assert again.grad_scaler.get_scale() == 8.0
