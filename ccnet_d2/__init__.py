@@ -14,6 +14,7 @@ _SUBPACKAGES = (
     "checkpoint",
     "data",
     "engine",
+    "evaluation",
     "export",
     "inference",
     "layers",

@@ -66,7 +66,10 @@ def get_config(name: str, trained: bool = False) -> DictConfig:
     """
     path = config_path(name)
     if path.suffix != ".py":
-        raise UserError(f"{path} is not a LazyConfig (.py) file.")
+        raise UserError(
+            f"{path} is not a LazyConfig (.py) file. yacs (.yaml) configs are for train_net.py, and for Detectron2's "
+            "DefaultPredictor."
+        )
     config = LazyConfig.load(str(path))
     missing = [key for key in _RUN_KEYS if key not in config]
     if missing:

@@ -106,6 +106,7 @@ class CCNetHead(ContextBlock):
         self.align_corners = align_corners
         self.stride = input_shape[in_feature].stride
         self.num_classes = num_classes
+        self.ignore_value = ignore_value  # read by Detectron2's SemanticSegmentor and PanopticFPN
 
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(channels, num_classes, kernel_size=1)

@@ -175,6 +175,7 @@ class RANetHead(nn.Module):
         self.fuse = convolution(2 * channels)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(channels, num_classes, kernel_size=1)
+        self.ignore_value = ignore_value  # read by Detectron2's SemanticSegmentor
         self.loss = CrossEntropy(ignore_index=ignore_value, align_corners=align_corners)
 
     @classmethod

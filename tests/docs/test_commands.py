@@ -370,5 +370,6 @@ def test_api_reference(tmp_path):
     for name in ("ops", "layers", "losses", "modeling", "inference", "model_zoo", "checkpoint/convert"):
         page = (tmp_path / f"ccnet_d2/{name}.html").read_text(encoding="utf-8")
         module = importlib.import_module(f"ccnet_d2.{name.replace('/', '.')}")
+        assert ":paper:" not in page, f"{name}: a title of a paper as it stands in the source"
         for exported in module.__all__:
             assert f'id="{exported}"' in page or f"{exported}.html" in page, f"{name}: {exported}"

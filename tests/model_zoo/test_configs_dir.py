@@ -27,6 +27,11 @@ def test_unknown_name():
         get_config("toy/ccnet_sintetic")
 
 
+def test_a_yacs_config_is_told_where_it_works():
+    with pytest.raises(UserError, match=r"not a LazyConfig.*train_net\.py.*DefaultPredictor"):
+        get_config("yacs/toy/ccnet_synthetic.yaml")
+
+
 def test_a_part_is_not_a_run():
     with pytest.raises(UserError, match="is not a run"):
         get_config("common/optim.py")

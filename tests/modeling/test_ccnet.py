@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model
+from detectron2.modeling import SemanticSegmentor, build_model
 
 from ccnet_d2.layers import RCCA
 from ccnet_d2.modeling import CCNet, CCNetHead, PlainConvNet, add_ccnet_config
@@ -167,6 +167,17 @@ def test_every_context_trains(context):
 def test_wrong_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         small_model(**options)
+
+
+def test_head_works_in_detectron2_s_own_segmentor():
+    ours = small_model(dropout=0.0, ignore_value=3)
+    ours.ignore_value = 3
+    parts = {"backbone": ours.backbone, "sem_seg_head": ours.sem_seg_head}
+    theirs = SemanticSegmentor(**parts, pixel_mean=[127.5] * 3, pixel_std=[64.0] * 3)
+    batch = [sample(), sample(height=16, width=20, seed=1)]  # of two sizes: padded with labels to ignore
+    torch.testing.assert_close(theirs.train()(batch), ours.train()(batch))
+    for one, other in zip(theirs.eval()(batch), ours.eval()(batch), strict=True):
+        torch.testing.assert_close(one["sem_seg"], other["sem_seg"])
 
 
 def test_yacs_config_builds_and_trains():

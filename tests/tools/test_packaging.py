@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import ccnet_d2
 import setup_environment
 
 if sys.version_info >= (3, 11):
@@ -49,6 +50,11 @@ def test_every_package_is_listed(pyproject: dict[str, Any]) -> None:
     listed = pyproject["tool"]["setuptools"]["packages"]
     assert sorted(in_tree | {"ccnet_d2.model_zoo.configs"}) == sorted(listed)
     assert pyproject["tool"]["setuptools"]["package-dir"] == {"ccnet_d2.model_zoo.configs": "configs"}
+
+
+def test_every_subpackage_is_an_attribute_of_the_package() -> None:
+    in_tree = {path.parent.name for path in (ROOT / "ccnet_d2").glob("*/__init__.py")}
+    assert in_tree == set(ccnet_d2.__all__) - {"__version__", "add_rcca"}
 
 
 def test_version_can_be_read_without_importing(pyproject: dict[str, Any]) -> None:

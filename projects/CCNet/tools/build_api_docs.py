@@ -2,6 +2,7 @@
 """Write the API reference, made of the docstrings: a page for each package with what it exports."""
 
 import argparse
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -52,7 +53,12 @@ def build(output: Path) -> list[Path]:
         reached = pdoc.extract.walk_specs(["ccnet_d2"])
         rest = [name for name in packages() if name not in reached]
         pdoc.pdoc("ccnet_d2", *rest, output_directory=output)
-    return sorted(output.rglob("*.html"))
+    pages = sorted(output.rglob("*.html"))
+    for page in pages:
+        # Detectron2's role for the titles of papers, which pdoc does not know.
+        text = page.read_text(encoding="utf-8")
+        page.write_text(re.sub(r":paper:<code>(.*?)</code>", r"<cite>\1</cite>", text), encoding="utf-8")
+    return pages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
