@@ -1,5 +1,6 @@
 """The CCNet meta-architecture: a semantic segmentor in Detectron2's input and output format."""
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -7,6 +8,8 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_sem_seg_head
 from torch import Tensor, nn
+
+from ccnet_d2.errors import UserError
 
 
 @META_ARCH_REGISTRY.register()
@@ -51,10 +54,21 @@ class CCNet(nn.Module):
 
     @classmethod
     def from_config(cls, cfg):
+        if "CCNET" not in cfg.MODEL:
+            raise UserError(
+                "MODEL.META_ARCHITECTURE CCNet has keys of its own: call ccnet_d2.modeling.add_ccnet_config(cfg) "
+                "before the config's files are merged."
+            )
         backbone = build_backbone(cfg)
+        head = build_sem_seg_head(cfg, backbone.output_shape())
+        if len(inspect.signature(head.forward).parameters) < 3:
+            raise UserError(
+                f"MODEL.SEM_SEG_HEAD.NAME {cfg.MODEL.SEM_SEG_HEAD.NAME} is a head of Detectron2's SemanticSegmentor, "
+                "which is not told the size to answer in: choose CCNetHead for MODEL.META_ARCHITECTURE CCNet."
+            )
         return {
             "backbone": backbone,
-            "sem_seg_head": build_sem_seg_head(cfg, backbone.output_shape()),
+            "sem_seg_head": head,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,

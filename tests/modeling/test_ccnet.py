@@ -7,6 +7,7 @@ from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import SemanticSegmentor, build_model
 
+from ccnet_d2.errors import UserError
 from ccnet_d2.layers import RCCA
 from ccnet_d2.modeling import CCNet, CCNetHead, PlainConvNet, add_ccnet_config
 
@@ -201,3 +202,17 @@ def test_yacs_config_builds_and_trains():
     assert isinstance(model, CCNet) and model.sem_seg_head.context.recurrence == 1
     losses = model.train()([sample(64, 64, 7), sample(64, 64, 7, seed=1)])
     sum(losses.values()).backward()
+
+
+def test_yacs_configs_that_lack_something_say_what():
+    cfg = get_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "CCNet"
+    cfg.MODEL.DEVICE = "cpu"
+    with pytest.raises(UserError, match=r"call ccnet_d2.modeling.add_ccnet_config\(cfg\)"):
+        build_model(cfg)
+    add_ccnet_config(cfg)
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"  # what Detectron2's default head reads
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    with pytest.raises(UserError, match="SemSegFPNHead is a head of Detectron2's SemanticSegmentor"):
+        build_model(cfg)
