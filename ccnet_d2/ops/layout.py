@@ -5,6 +5,8 @@ from torch import Tensor, library
 
 from . import compiled
 
+_ALWAYS_NEW = 2**25  # bytes; glibc's largest threshold of what it keeps for the next call
+
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether (B, C, *S) lies in memory as (B, *S, C), without gaps."""
@@ -27,12 +29,12 @@ def to_channels_last(x: Tensor) -> Tensor:
 
 
 def on_huge_pages(x: Tensor) -> Tensor:
-    """The same new tensor without gaps, with its memory on pages of 2 MiB where it is large and the system has them.
+    """The same new tensor without gaps, from 32 MiB on with its memory on pages of 2 MiB if the system has them.
 
-    Memory of large tensors goes back to the system when they are freed; given out again page by page, 4 KiB each, it
+    From that size on, the C library takes memory from the system at every call. Given out page by page, 4 KiB each, it
     takes as long as a good part of the work on CPUs.
     """
-    if _uses_library(x) and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and x.nbytes >= _ALWAYS_NEW and _uses_library(x):
         torch.ops.ccnet_d2.use_huge_pages(x)
     return x
 

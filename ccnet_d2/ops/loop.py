@@ -21,8 +21,6 @@ from .projection import add_input_gradient, bias_gradient, input_gradient, proje
 from .residual import gated_residual, residual_gradients
 from .transforms import is_transformed
 
-_HALF = (torch.float16, torch.bfloat16)
-
 
 def supports_loop(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, backend: str) -> bool:
     """Whether `criss_cross_loop` computes the loop for these tensors where this backend is asked for."""
@@ -95,11 +93,7 @@ def _attend(
     x: Tensor, weight: Tensor, bias: Tensor, key_channels: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The projection, the attended map, and the log-sum-exps."""
-    x = x.to(dtype)
-    if x.device.type == "cpu" and dtype in _HALF:
-        # A product of half precision that reads NCHW takes longer than the copy and the product of channels-last.
-        x = to_channels_last(x)
-    projected = project(x, weight.to(dtype), bias.to(dtype))
+    projected = project(x.to(dtype), weight.to(dtype), bias.to(dtype))
     return projected, *packed.forward(projected, key_channels)
 
 

@@ -72,7 +72,9 @@ Tensor empty_channels_last(const Tensor& like, int64_t channels) {
 
 Tensor empty_channels_second(const Tensor& like) {
   const Tensor t = torch::stable::new_empty(like, like.sizes());
-  use_huge_pages(t);
+  // Smaller ones are mostly given what a call before gave back, which is there already.
+  constexpr int64_t always_new = int64_t(32) << 20;
+  if (t.numel() * static_cast<int64_t>(t.element_size()) >= always_new) use_huge_pages(t);
   return t;
 }
 
