@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ccnet_d2.data.bad_samples import BadSample, BadSamples, load_sample
 from ccnet_d2.data.errors import DatasetError, SampleError
 from ccnet_d2.data.randomness import seed_of, seeded
+from ccnet_d2.data.worker_signals import leave_sigterm_to_parent, sigterm_held_back
 
 __all__ = ["EpochShuffle", "TrainLoader"]
 
@@ -190,7 +192,12 @@ class TrainLoader:
             collate_fn=_as_list,
             # The loader draws a seed for its workers; not from the generator that the model draws from.
             generator=torch.Generator().manual_seed(0),
-            **self._options,
+            **self._options
+            | {
+                "worker_init_fn": functools.partial(
+                    leave_sigterm_to_parent, then=self._options.get("worker_init_fn")
+                )
+            },
         )
         for batch in _closing_workers(loader):
             self.batches += 1
@@ -313,7 +320,8 @@ def _closing_workers(loader: DataLoader) -> Iterator[list[_Loaded]]:
     The frames in an error's traceback keep the loader's iterator alive; left to the garbage collector, it waits five
     seconds for each worker. The message has the traceback from the worker, which is the one that tells something.
     """
-    batches = iter(loader)
+    with sigterm_held_back():
+        batches = iter(loader)
     while True:
         try:
             batch = next(batches)

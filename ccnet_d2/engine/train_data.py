@@ -14,8 +14,6 @@ from omegaconf import DictConfig
 from ccnet_d2.data.bad_samples import BadSamples
 from ccnet_d2.data.train_loader import TrainLoader
 
-from .worker_signals import leave_sigterm_to_parent
-
 logger = logging.getLogger(__name__)
 
 
@@ -39,9 +37,6 @@ def build_train_loader(cfg: DictConfig) -> Any:
     arguments = {key: instantiate(value) for key, value in node.items() if key not in ("_target_", "sampler")}
     # Batches in page-locked memory go to a GPU while it computes.
     arguments.setdefault("pin_memory", torch.device(cfg.train.device).type == "cuda")
-    arguments["worker_init_fn"] = functools.partial(
-        leave_sigterm_to_parent, then=arguments.get("worker_init_fn")
-    )
     seed = cfg.train.seed
     return TrainLoader(
         **arguments,

@@ -3,7 +3,26 @@
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_CAN_WAIT = hasattr(signal, "sigwaitinfo")  # not on macOS
+
+
+@contextmanager
+def sigterm_held_back() -> Iterator[None]:
+    """Within the block, SIGTERM is blocked in this thread and in all that it starts: workers, for which see below.
+
+    A worker that blocks it for itself is too late for threads that libraries start when a process is forked.
+    """
+    if not _CAN_WAIT:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_sigterm_to_parent(worker: int, then: Callable[[int], object] | None = None) -> None:
@@ -16,7 +35,7 @@ def leave_sigterm_to_parent(worker: int, then: Callable[[int], object] | None = 
         worker: number of the worker.
         then: another `worker_init_fn`, called afterwards.
     """
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+    if _CAN_WAIT:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
     if then is not None:

@@ -2,26 +2,42 @@
 
 import functools
 import os
+import signal
 import subprocess
+import threading
 import time
 
+import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ccnet_d2.engine.worker_signals import leave_sigterm_to_parent
+from ccnet_d2.data.worker_signals import leave_sigterm_to_parent, sigterm_held_back
 
 
 def note(folder, worker):
     (folder / str(worker)).touch()
 
 
-def test_workers_end_only_when_their_parent_says_so(tmp_path):
+at_fork = []  # what threads to start in a new process; cannot be taken back once registered
+os.register_at_fork(after_in_child=lambda: [start() for start in at_fork])
+
+
+def start_thread():
+    threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+
+
+@pytest.mark.parametrize("library", [None, start_thread])
+def test_workers_end_only_when_their_parent_says_so(tmp_path, monkeypatch, library):
+    """Whether or not a library starts a thread of its own in every new process."""
+    if library is not None:
+        monkeypatch.setattr(f"{__name__}.at_fork", [library])
     loader = DataLoader(
         torch.arange(100),
         num_workers=2,
         worker_init_fn=functools.partial(leave_sigterm_to_parent, then=functools.partial(note, tmp_path)),
     )
-    batches = iter(loader)
+    with sigterm_held_back():
+        batches = iter(loader)
     values = [int(next(batches))]
     workers = batches._workers
     while len(os.listdir(tmp_path)) < len(workers):  # the other one may not have begun
@@ -31,6 +47,7 @@ def test_workers_end_only_when_their_parent_says_so(tmp_path):
     values += [int(value) for value in batches]
     assert values == list(range(100))
     assert sorted(os.listdir(tmp_path)) == ["0", "1"]  # the user's own function ran
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 class Hanging:
