@@ -11,8 +11,8 @@ positions.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ccnet_d2.layers import RCCA
 from ccnet_d2.ops import criss_cross_weights
@@ -62,19 +63,31 @@ def find_rcca(model: nn.Module, name: str | None = None) -> RCCA:
     return layers[name]
 
 
-@contextmanager
-def record_input(module: nn.Module) -> Iterator[list[Tensor]]:
+def record_input(module: nn.Module) -> AbstractContextManager[list[Tensor]]:
     """Within the block, collect the first argument of every call of `module` in this thread."""
-    inputs: list[Tensor] = []
+    return _recorded(module.register_forward_pre_hook, lambda args: args[0].detach())
+
+
+def record_output(module: nn.Module) -> AbstractContextManager[list[Any]]:
+    """Within the block, collect what every call of `module` in this thread returns."""
+    return _recorded(module.register_forward_hook, lambda out: out)
+
+
+@contextmanager
+def _recorded(
+    register: Callable[[Callable[..., None]], RemovableHandle], take: Callable[[Any], Any]
+) -> Iterator[list[Any]]:
+    """Collect what `take` makes of the last argument of a hook."""
+    seen: list[Any] = []
     owner = threading.get_ident()  # others may run the same model on other images meanwhile
 
-    def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def keep(*arguments: Any) -> None:
         if threading.get_ident() == owner:
-            inputs.append(args[0].detach())
+            seen.append(take(arguments[-1]))
 
-    handle = module.register_forward_pre_hook(keep)
+    handle = register(keep)
     try:
-        yield inputs
+        yield seen
     finally:
         handle.remove()
 

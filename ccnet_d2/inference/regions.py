@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import colorsys
 import os
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import nn
 
 from ccnet_d2.data.image_files import read_image
 from ccnet_d2.errors import UserError
 from ccnet_d2.layers import RegionConstruction
 
-from .attention import record_input
+from .attention import record_input, record_output
 from .drawing import panel_grid, readable, resize_labels, resize_rgb, stack, text_line
 from .images import as_rgb
 from .visualize import _edges, heat_colors
@@ -73,23 +71,12 @@ def find_regions(predictor: Predictor, image: str | os.PathLike[str] | np.ndarra
         )
     rgb = read_image(os.fspath(image)) if isinstance(image, str | os.PathLike) else as_rgb(image)
     inputs = predictor._inputs(rgb)
-    seen: list[Any] = []
-    owner = threading.get_ident()  # others may run the same model on other images meanwhile
-
-    def keep(_: nn.Module, args: Any, out: tuple[Any, ...]) -> None:
-        if threading.get_ident() == owner:
-            seen.append(out[0])
-
-    handle = blocks[0].register_forward_hook(keep)
-    try:
-        with torch.no_grad(), record_input(model.backbone) as padded:
-            # Not through torch.compile, if the model is: a graph does not call the hooks.
-            model.forward([inputs])
-    finally:
-        handle.remove()
+    with torch.no_grad(), record_output(blocks[0]) as seen, record_input(model.backbone) as padded:
+        # Not through torch.compile, if the model is: a graph does not call the hooks.
+        model.forward([inputs])
     if not seen:
         raise UserError("the model did not make regions: its head's `output` is 'coarse'; take output=fine.")
-    regions = seen[0]
+    regions = seen[0][0]  # of the one image
     size = regions.size
     given, full = inputs["image"].shape[-2:], padded[0].shape[-2:]
     cells = regions.representatives.tolist()

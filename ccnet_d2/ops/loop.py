@@ -83,9 +83,8 @@ def loop_without_gradients(
     channels_last: bool | None = None,
 ) -> Tensor:
     """`criss_cross_loop`, its projection and attention in `dtype`."""
-    attended = _attend(x, weight, bias, key_channels, dtype)[
-        1
-    ]  # the projection is freed before the result is made
+    # Nothing else of it is held: the projection is freed before the result is made.
+    attended = _attend(x, weight, bias, key_channels, dtype)[1]
     return gated_residual(attended, gamma, x, channels_last=channels_last)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import library
 
 from ccnet_d2.ops import compiled
 from ccnet_d2.ops.layout import is_channels_last, is_dense, on_huge_pages, to_channels_last
@@ -50,7 +51,7 @@ def test_copy_is_differentiable():
 @pytest.mark.skipif(not compiled.is_available(), reason=str(compiled.unavailable_reason()))
 def test_copy_in_torch():
     x = torch.randn(2, 5, 3, 4, requires_grad=True)
-    torch.library.opcheck(torch.ops.ccnet_d2.to_channels_last.default, (x,))
+    library.opcheck(torch.ops.ccnet_d2.to_channels_last.default, (x,))
     with pytest.raises(RuntimeError, match=r"x must be a CPU tensor \(B, C, \*S\)"):
         torch.ops.ccnet_d2.to_channels_last(x[0, 0])
 
