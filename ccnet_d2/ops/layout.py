@@ -5,8 +5,6 @@ from torch import Tensor, library
 
 from . import compiled
 
-_ALWAYS_NEW = 2**25  # bytes; glibc's largest threshold of what it keeps for the next call
-
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether (B, C, *S) lies in memory as (B, *S, C), without gaps."""
@@ -34,7 +32,7 @@ def on_huge_pages(x: Tensor) -> Tensor:
     From that size on, the C library takes memory from the system at every call. Given out page by page, 4 KiB each, it
     takes as long as a good part of the work on CPUs.
     """
-    if not torch.compiler.is_compiling() and x.nbytes >= _ALWAYS_NEW and _uses_library(x):
+    if not torch.compiler.is_compiling() and _uses_library(x):
         torch.ops.ccnet_d2.use_huge_pages(x)
     return x
 

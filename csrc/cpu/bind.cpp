@@ -176,7 +176,7 @@ STABLE_TORCH_LIBRARY_IMPL(ccnet_d2, CPU, m) {
   m.impl("criss_cross_packed_forward", TORCH_BOX(&ccnet::cpu::packed_forward));
   m.impl("criss_cross_packed_backward", TORCH_BOX(&ccnet::cpu::packed_backward));
   m.impl("to_channels_last", TORCH_BOX(&ccnet::cpu::to_channels_last));
-  m.impl("use_huge_pages", TORCH_BOX(&ccnet::cpu::use_huge_pages));
+  m.impl("use_huge_pages", TORCH_BOX(&ccnet::cpu::use_huge_pages_if_new));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ccnet_d2, CompositeExplicitAutograd, m) {

@@ -29,22 +29,6 @@ int isa_cap() {
   return rank;
 }
 
-}  // namespace
-
-const Kernels& select_kernels(DType dtype) {
-  const int cap = isa_cap();
-  if (dtype != DType::kDouble) {
-    if (cap >= 4) {
-      const Kernels* amx = dtype == DType::kBFloat16 ? amx_kernels() : amx_split_kernels();
-      if (amx != nullptr) return *amx;
-    }
-    if (dtype == DType::kBFloat16 && cap >= 3 && avx512bf16_kernels() != nullptr) return *avx512bf16_kernels();
-    if (cap >= 2 && avx512_kernels() != nullptr) return *avx512_kernels();
-    if (cap >= 1 && avx2_kernels() != nullptr) return *avx2_kernels();
-  }
-  return *portable_kernels();
-}
-
 // Nothing depends on it: lines along the slow axes touch a page for every position, and first touching a large result
 // in 4 KiB pages costs as much as a good part of the arithmetic. The huge pages are touched here, each by one thread:
 // along those lines all threads would come to the same page at once, and the system would clear it for each of them.
@@ -64,17 +48,37 @@ void use_huge_pages(const Tensor& t) {
 #endif
 }
 
+}  // namespace
+
+const Kernels& select_kernels(DType dtype) {
+  const int cap = isa_cap();
+  if (dtype != DType::kDouble) {
+    if (cap >= 4) {
+      const Kernels* amx = dtype == DType::kBFloat16 ? amx_kernels() : amx_split_kernels();
+      if (amx != nullptr) return *amx;
+    }
+    if (dtype == DType::kBFloat16 && cap >= 3 && avx512bf16_kernels() != nullptr) return *avx512bf16_kernels();
+    if (cap >= 2 && avx512_kernels() != nullptr) return *avx512_kernels();
+    if (cap >= 1 && avx2_kernels() != nullptr) return *avx2_kernels();
+  }
+  return *portable_kernels();
+}
+
 Tensor empty_channels_last(const Tensor& like, int64_t channels) {
   const Tensor t = empty_positions_first(like, channels, like.scalar_type());
   use_huge_pages(t);
   return with_channels_second(t);
 }
 
-Tensor empty_channels_second(const Tensor& like) {
-  const Tensor t = torch::stable::new_empty(like, like.sizes());
-  // Smaller ones are mostly given what a call before gave back, which is there already.
+void use_huge_pages_if_new(const Tensor& t) {
+  // glibc's largest threshold of what it keeps for the next call.
   constexpr int64_t always_new = int64_t(32) << 20;
   if (t.numel() * static_cast<int64_t>(t.element_size()) >= always_new) use_huge_pages(t);
+}
+
+Tensor empty_channels_second(const Tensor& like) {
+  const Tensor t = torch::stable::new_empty(like, like.sizes());
+  use_huge_pages_if_new(t);
   return t;
 }
 

@@ -22,9 +22,9 @@ void use_all_threads(Args* args) {
 // Raises an error where the kernels do not know the dtype.
 DType kernel_dtype(const Tensor& t);
 
-// Asks the system for huge pages for a new tensor without gaps, and has it give them out; does nothing where it does not
-// pay or the system has none.
-void use_huge_pages(const Tensor& t);
+// Asks the system for huge pages for a new tensor without gaps of 32 MiB or more, and has it give them out; smaller ones
+// are mostly given what a call before gave back, which is there already. Does nothing where the system has none.
+void use_huge_pages_if_new(const Tensor& t);
 
 // An uninitialised (B, channels, *S) tensor in channels-last memory.
 Tensor empty_channels_last(const Tensor& like, int64_t channels);
