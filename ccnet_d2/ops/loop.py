@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiled, packed
+from . import compiled, fp32_products, packed
 from .autocast import autocast_disabled, autocasts, compute_dtype
 from .backends import automatic_backend_on
 from .layout import is_channels_last, is_dense, on_huge_pages, to_channels_last
@@ -168,6 +168,8 @@ def _input_gradient(grad: Tensor, grads: Tensor, weight: Tensor, x: Tensor) -> T
     """The sum of the residual's part, which is `grad`, and the projection's; on CPU laid out in memory like x."""
     # Elsewhere another layout is another pass, which whoever reads the gradient may not need.
     channels_last = is_channels_last(x if x.device.type == "cpu" and is_dense(x) else grad)
+    if grad.dtype == grads.dtype and fp32_products.pays(grads, weight):
+        return fp32_products.input_gradient(grads, weight, grad, channels_last=channels_last)
     same_layout = is_channels_last(grad) == channels_last
     if grad.dtype == grads.dtype and (same_layout or channels_last):
         total = on_huge_pages(torch.empty_like(grad)).copy_(grad) if same_layout else to_channels_last(grad)

@@ -7,6 +7,7 @@ Shapes: B batch, C channels of the input, O of the output, S spatial sizes, N nu
 import torch
 from torch import Tensor
 
+from . import fp32_products
 from .layout import is_channels_last, on_huge_pages
 from .transforms import is_transformed
 
@@ -26,6 +27,8 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         (B, O, *S), channels-last in memory whatever x is, as the attention reads it; a convolution would answer in the
         layout it is given.
     """
+    if fp32_products.pays(x, weight, bias):
+        return fp32_products.project(x, weight, bias)
     batch, _, *spatial = x.shape
     rows, outputs = _rows(x), weight.shape[0]
     out = None
@@ -40,6 +43,8 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """Of the weight: (B, O, *S) channels-last and (B, C, *S) -> (O, C)."""
+    if fp32_products.pays_for_weight(grad, x):
+        return fp32_products.weight_gradient(grad, x)
     # The operand with fewer columns is the one that is transposed: up to a fifth faster on CPUs than the other way.
     rows = _rows(x)
     if rows.dim() == 3:

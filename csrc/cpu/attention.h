@@ -47,22 +47,23 @@ struct CopyArgs {
   Parallel parallel;
 };
 
-// The layer's last step and its backward on (B, C, N) maps, N the positions.
+// A (B, C, N) map, N the positions: strides in numbers; channels or positions lie side by side.
+struct FlatMap {
+  void* data;
+  int64_t batch, channel, position;
+};
+
+// The layer's last step and its backward.
 struct ResidualArgs {
-  // Strides in numbers; channels or positions lie side by side.
-  struct Map {
-    void* data;
-    int64_t batch, channel, position;
-  };
   int64_t batch, channels, positions;
   int64_t piece_channels, piece_positions;  // worked on at once
   DType attended_dtype;  // of attended and its gradient
   DType dtype;           // of x, the result and its gradient: attended_dtype, or kFloat
   double gamma;
-  Map attended;  // channels side by side
-  Map x;         // backward: the gradient of the result
-  Map out;       // forward: the result; backward: the gradient of attended, channels side by side
-  double* sums;  // backward: sum_n x * attended of each of residual_items(args) pieces
+  FlatMap attended;  // channels side by side
+  FlatMap x;         // backward: the gradient of the result
+  FlatMap out;       // forward: the result; backward: the gradient of attended, channels side by side
+  double* sums;      // backward: sum_n x * attended of each of residual_items(args) pieces
   int workers;
   Parallel parallel;
 };
@@ -73,6 +74,24 @@ inline int64_t residual_items(const ResidualArgs& args) {
          ((args.positions + args.piece_positions - 1) / args.piece_positions);
 }
 
+// An fp32 matrix: strides in numbers, one of row and column is 1.
+struct MatrixRef {
+  void* data;
+  int64_t batch, row, column;
+};
+
+// Products of fp32 matrices.
+struct MatmulArgs {
+  int64_t batch, rows, depth, columns;
+  MatrixRef left;     // (batch, rows, depth)
+  MatrixRef right;    // (batch or 1, depth, columns)
+  MatrixRef out;      // (batch or 1, rows, columns)
+  MatrixRef added;    // like out, or null
+  const float* bias;  // (columns), or null
+  int workers;
+  Parallel parallel;
+};
+
 struct Kernels {
   const char* name;
   void (*to_channels_last)(const CopyArgs&);
@@ -80,6 +99,9 @@ struct Kernels {
   void (*backward)(const BackwardArgs&);
   void (*residual_forward)(const ResidualArgs&);
   void (*residual_backward)(const ResidualArgs&);
+  // Null where PyTorch's products are as fast:
+  void (*matmul)(const MatmulArgs&);      // out[b] = left[b] right + bias + added[b]
+  void (*matmul_sum)(const MatmulArgs&);  // out = sum_b left[b] right[b]
 };
 
 // Each returns nullptr where this build or this processor lacks the instruction set.

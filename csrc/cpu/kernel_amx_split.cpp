@@ -23,6 +23,8 @@ namespace {
 #include "work.h"
 #include "line_kernels.h"
 #include "line_kernels_split.h"
+#include "split_matmul.h"
+#include "split_matmul_sum.h"
 
 void forward(const ForwardArgs& args) {
   args.dtype == DType::kHalf ? split_forward_typed<Half>(args) : split_forward_typed<float>(args);
@@ -49,7 +51,12 @@ const Kernels* amx_split_kernels() {
   static const Kernels* const usable = [] {
     const Kernels* plain = avx512_kernels();
     if (plain == nullptr || !matrix_units_usable()) return static_cast<const Kernels*>(nullptr);
-    static const Kernels kernels = with_passes("amx", forward, backward, *plain);
+    static const Kernels kernels = [plain] {
+      Kernels split = with_passes("amx", forward, backward, *plain);
+      split.matmul = split_matmul;
+      split.matmul_sum = split_matmul_sum;
+      return split;
+    }();
     return &kernels;
   }();
   return usable;

@@ -11,20 +11,6 @@ namespace ccnet {
 namespace cpu {
 namespace {
 
-// t as (B, C, N); an error where its positions are not evenly spaced or neither axis is dense.
-ResidualArgs::Map flat(const Tensor& t, const char* name) {
-  int64_t step = 0, count = 1;
-  for (int64_t d = t.dim() - 1; d >= 2; --d) {
-    if (t.size(d) == 1) continue;
-    if (count == 1) step = t.stride(d);
-    STD_TORCH_CHECK(t.stride(d) == step * count, name, " must have evenly spaced positions.");
-    count *= t.size(d);
-  }
-  const int64_t channel = t.size(1) == 1 ? 1 : t.stride(1), position = count == 1 ? 1 : step;
-  STD_TORCH_CHECK(channel == 1 || position == 1, name, " must be dense over channels or positions.");
-  return {t.data_ptr(), t.stride(0), channel, position};
-}
-
 void check(const Tensor& a, const Tensor& b, const Tensor& gamma, ScalarType computed) {
   STD_TORCH_CHECK(a.is_cpu() && b.is_cpu() && gamma.is_cpu(), "the residual takes CPU tensors.");
   STD_TORCH_CHECK(a.dim() == b.dim() && a.dim() >= 3 && a.dim() <= 2 + kMaxAxes,
@@ -51,9 +37,9 @@ ResidualArgs arguments(const Tensor& attended, const Tensor& gamma, const Tensor
                   "the residual takes attended and x of one floating dtype, or x of float32.");
   args.gamma = args.dtype == DType::kDouble ? static_cast<const double*>(gamma.data_ptr())[0]
                                             : static_cast<const float*>(gamma.data_ptr())[0];
-  args.attended = flat(attended, "attended");
-  args.x = flat(x, "x");
-  args.out = flat(out, "the result");
+  args.attended = flat_map(attended, "attended");
+  args.x = flat_map(x, "x");
+  args.out = flat_map(out, "the result");
   // Channels-last maps are worked through as they lie in memory; with an NCHW one beside them, in long rows of that and
   // two cache lines of attended at once.
   const bool nchw = args.x.position == 1 || args.out.position == 1;

@@ -18,7 +18,7 @@ struct ResidualPiece {
   }
 
   template <class S>
-  S* in(const ResidualArgs::Map& map) const {
+  S* in(const FlatMap& map) const {
     return static_cast<S*>(map.data) + batch * map.batch + channel * map.channel + position * map.position;
   }
 };
@@ -43,7 +43,7 @@ void for_vectors(const ResidualPiece& piece, const F& body) {
 // Asks for `count` rows of a piece, from this position on: rows of channels-last maps, and rows of an NCHW one, are far
 // apart, which no hardware prefetcher follows.
 template <class S>
-void ask(const ResidualPiece& piece, const ResidualArgs::Map& map, const S* first, int64_t position, int64_t count) {
+void ask(const ResidualPiece& piece, const FlatMap& map, const S* first, int64_t position, int64_t count) {
   if (map.position == 1) {
     for (int64_t c = 0; c < piece.channels; ++c) CCNET_PREFETCH(first + c * map.channel + position);
     return;
@@ -92,6 +92,7 @@ void residual_forward_typed(const ResidualArgs& args) {
     const auto ask_for = [&](int64_t n, int64_t count) {
       ask(piece, args.attended, attended, n, count);
       ask(piece, args.x, x, n, count);
+      ask(piece, args.out, out, n, count);
     };
     for_squares<V>(piece, ask_for, [&](int64_t c, int64_t n) {
       const int64_t channels = piece.channels - c, positions = piece.positions - n;
@@ -145,6 +146,7 @@ void residual_backward_typed(const ResidualArgs& args) {
       const auto ask_for = [&](int64_t n, int64_t count) {
         ask(piece, args.attended, attended, n, count);
         ask(piece, args.x, grad, n, count);
+        ask(piece, args.out, out, n, count);
       };
       for_squares<V>(piece, ask_for, [&](int64_t c, int64_t n) {
         const int64_t rows = piece.positions - n, cols = piece.channels - c;

@@ -3,11 +3,11 @@
 
 constexpr int64_t kProducts = 6;  // of parts, for each product of tiles
 
-// C[16 * MT, 16 * NT] = A B, or C += A B.
+// C[16 * MT, 16 * NT] = A B, or C += A B, over so many steps; the operands' tiles have `row` of them.
 template <int MT, int NT>
 void multiply_tiles(int64_t steps, const BFloat16* a, const BFloat16* b, float* c, int64_t ldc, bool add,
-                    Background* background) {
-  const int64_t next = steps * kTriple;
+                    Background* background, int64_t row) {
+  const int64_t next = row * kTriple;
   constexpr int64_t kRow = kTileRow * 2;  // bytes
   if (add) {
     const int64_t stride = ldc * static_cast<int64_t>(sizeof(float));
@@ -55,10 +55,10 @@ void multiply_tiles(int64_t steps, const BFloat16* a, const BFloat16* b, float* 
 }
 
 inline void multiply_block(bool tall, bool wide, int64_t steps, const BFloat16* a, const BFloat16* b, float* c,
-                           int64_t ldc, bool add, Background* background) {
+                           int64_t ldc, bool add, Background* background, int64_t row) {
   const auto run = tall ? (wide ? multiply_tiles<2, 2> : multiply_tiles<2, 1>)
                         : (wide ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
-  run(steps, a, b, c, ldc, add, background);
+  run(steps, a, b, c, ldc, add, background, row);
 }
 
 // C = A B, or C += A B, of so many tiles.
@@ -67,7 +67,7 @@ void multiply(int64_t m_tiles, int64_t n_tiles, const TileMatrix& a, const TileM
   for (int64_t n = 0; n < n_tiles; n += 2) {
     for (int64_t m = 0; m < m_tiles; m += 2) {
       multiply_block(m + 1 < m_tiles, n + 1 < n_tiles, a.steps, a.at(m, 0), b.at(n, 0),
-                     c + m * kTile * ldc + n * kTile, ldc, add, background);
+                     c + m * kTile * ldc + n * kTile, ldc, add, background, a.steps);
     }
   }
 }
@@ -165,7 +165,7 @@ class FinishedProduct {
       for (int64_t m = 0; m < rows; m += 2 * kTile) {
         float* block = blocks_[which_];
         multiply_block(m + kTile < rows, n + 1 < n_tiles, a.steps, a.at(m / kTile, 0), b.at(n, 0), block, 2 * kTile,
-                       false, background);
+                       false, background, a.steps);
         background->finish_rows();
         row_ = m;
         rows_ = rows - m < 2 * kTile ? rows - m : 2 * kTile;

@@ -98,6 +98,19 @@ DType kernel_dtype(const Tensor& t) {
   }
 }
 
+FlatMap flat_map(const Tensor& t, const char* name) {
+  int64_t step = 0, count = 1;
+  for (int64_t d = t.dim() - 1; d >= 2; --d) {
+    if (t.size(d) == 1) continue;
+    if (count == 1) step = t.stride(d);
+    STD_TORCH_CHECK(t.stride(d) == step * count, name, " must have evenly spaced positions.");
+    count *= t.size(d);
+  }
+  const int64_t channel = t.size(1) == 1 ? 1 : t.stride(1), position = count == 1 ? 1 : step;
+  STD_TORCH_CHECK(channel == 1 || position == 1, name, " must be dense over channels or positions.");
+  return {t.data_ptr(), t.stride(0), channel, position};
+}
+
 Tensor copy_channels_last(const Tensor& t, const Grid& grid) {
   const Tensor copy = empty_channels_last(t, t.size(1));
   if (t.numel() == 0) return copy;

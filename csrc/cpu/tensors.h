@@ -32,6 +32,9 @@ Tensor empty_channels_last(const Tensor& like, int64_t channels);
 // An uninitialised tensor of the same sizes in NCHW memory.
 Tensor empty_channels_second(const Tensor& like);
 
+// t as (B, C, N); an error where its positions are not evenly spaced or neither axis is dense.
+FlatMap flat_map(const Tensor& t, const char* name);
+
 Tensor copy_channels_last(const Tensor& t, const Grid& grid);
 
 // The tensor itself where its channels lie one beside the other, else a channels-last copy.

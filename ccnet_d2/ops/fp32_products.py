@@ -1,0 +1,130 @@
+"""The 1x1 convolution and its gradients in fp32 on processors with matrix units, by the compiled library.
+
+The units multiply bf16 only. Every number is split into three that add up to it, and six products of such parts are as
+exact as fp32 arithmetic, in less time (docs/performance.md). Bitwise equal between runs; the weight's gradient may
+differ in its last bits with the number of threads. Parts below the smallest bf16 number are 0, and where a result would
+be Inf it is Inf or NaN.
+
+Shapes: B batch, C channels of the input, O of the output, S spatial sizes, N number of positions.
+"""
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, library
+
+from . import compiled
+from .autocast import autocasts
+from .layout import is_dense
+from .transforms import is_transformed
+
+_CHANNELS = range(192, 1537)  # with fewer or more, PyTorch's products are as fast
+_LEAST_POSITIONS = 256
+
+
+def pays(maps: Tensor, weight: Tensor, *others: Tensor) -> bool:
+    """Whether products of a map (B, ., *S) with the weight (O, C) run here, and faster than PyTorch's.
+
+    False as well where a gradient of them would be recorded: they have none.
+
+    Args:
+        maps: the map.
+        weight: the weight.
+        others: what else takes part (the bias).
+    """
+    return (
+        _pays(maps, *weight.shape)
+        and is_dense(maps)
+        and weight.is_contiguous()
+        and all(map(_is_usable, (maps, weight, *others)))
+    )
+
+
+def pays_for_weight(grad: Tensor, x: Tensor) -> bool:
+    """The same for the gradient of the weight, from maps (B, O, *S) and (B, C, *S)."""
+    return (
+        _pays(x, grad.shape[1], x.shape[1])
+        and is_dense(grad)
+        and is_dense(x)
+        and all(map(_is_usable, (grad, x)))
+    )
+
+
+def _pays(maps: Tensor, outputs: int, channels: int) -> bool:
+    return (
+        maps.device.type == "cpu"
+        and maps.dtype == torch.float32
+        and channels in _CHANNELS
+        and outputs < _CHANNELS.stop
+        and maps.shape[0] * prod(maps.shape[2:]) >= _LEAST_POSITIONS
+        and compiled.is_available()
+        and not torch.compiler.is_compiling()
+        and torch.ops.ccnet_d2.has_fp32_products()
+    )
+
+
+def _is_usable(x: Tensor) -> bool:
+    recorded = torch.is_grad_enabled() and x.requires_grad
+    return x.dtype == torch.float32 and not (recorded or autocasts(x) or is_transformed(x))
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(B, C, *S), (O, C) and (O,) -> (B, O, *S), channels-last."""
+    out: Tensor = torch.ops.ccnet_d2.projection_forward(x, weight, bias)
+    return out
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """(B, O, *S) and (B, C, *S) -> (O, C)."""
+    out: Tensor = torch.ops.ccnet_d2.projection_weight_gradient(grad, x)
+    return out
+
+
+def input_gradient(grad: Tensor, weight: Tensor, residual: Tensor, *, channels_last: bool) -> Tensor:
+    """(B, O, *S) and (O, C) -> (B, C, *S), to which `residual` is added; channels-last in memory or NCHW."""
+    out: Tensor = torch.ops.ccnet_d2.projection_input_gradient(grad, weight, residual, channels_last)
+    return out
+
+
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], *x.shape[2:], weight.shape[0])).movedim(-1, 1)
+
+
+def _weight_gradient_fake(grad: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty((grad.shape[1], x.shape[1]))
+
+
+def _input_gradient_fake(grad: Tensor, weight: Tensor, residual: Tensor, channels_last: bool) -> Tensor:
+    return compiled.empty_channels_last(residual) if channels_last else residual.new_empty(residual.shape)
+
+
+def _flops(maps: torch.Size, weight: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return 2 * maps[0] * prod(maps[2:]) * weight[0] * weight[1]
+
+
+def _weight_gradient_flops(grad: torch.Size, x: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return 2 * x[0] * prod(x[2:]) * grad[1] * x[1]
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "products of ccnet_d2.ops.fp32_products have no gradient: use ccnet_d2.ops.projection."
+    )
+
+
+def _register() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    for name, fake, flops in (
+        ("projection_forward", _forward_fake, _flops),
+        ("projection_weight_gradient", _weight_gradient_fake, _weight_gradient_flops),
+        ("projection_input_gradient", _input_gradient_fake, _flops),
+    ):
+        library.register_fake(f"ccnet_d2::{name}", fake)
+        library.register_autograd(f"ccnet_d2::{name}", _refuse)
+        register_flop_formula(getattr(torch.ops.ccnet_d2, name))(flops)
+
+
+if compiled.is_available():
+    _register()

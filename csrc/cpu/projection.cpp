@@ -1,0 +1,127 @@
+// The layer's 1x1 projection and its gradients in fp32, where the library's products are faster than PyTorch's.
+#include <torch/csrc/stable/library.h>
+
+#include "tensors.h"
+
+namespace ccnet {
+namespace cpu {
+namespace {
+
+using Product = void (*)(const MatmulArgs&);
+
+Product usable(Product product) {
+  STD_TORCH_CHECK(product != nullptr,
+                  "this processor has no matrix units for products of fp32: has_fp32_products is false.");
+  return product;
+}
+
+// A map (B, c, *S) and the projection's weight (O, C), or its gradient.
+void check(const Tensor& map, const char* name, int64_t channels, const Tensor& weight) {
+  STD_TORCH_CHECK(map.is_cpu() && map.dim() >= 3 && map.dim() <= 2 + kMaxAxes &&
+                      map.scalar_type() == ScalarType::Float,
+                  name, " must be a CPU tensor (B, C, *S) of float32 with one to three spatial axes.");
+  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && weight.scalar_type() == ScalarType::Float,
+                  "weight must be a CPU tensor (O, C) of float32.");
+  STD_TORCH_CHECK(map.size(1) == channels, name, " must have ", channels, " channels, got ", map.size(1), ".");
+}
+
+void check_alike(const Tensor& a, const Tensor& b) {
+  bool alike = a.dim() == b.dim() && a.size(0) == b.size(0);
+  for (int64_t d = 2; alike && d < a.dim(); ++d) alike = a.size(d) == b.size(d);
+  STD_TORCH_CHECK(alike, "both maps must have one batch and the same spatial sizes.");
+}
+
+// Positions as rows, channels as columns.
+MatrixRef positions_first(const Tensor& map, const char* name) {
+  const FlatMap flat = flat_map(map, name);
+  return {flat.data, flat.batch, flat.position, flat.channel};
+}
+
+MatrixRef transposed(const MatrixRef& m) { return {m.data, m.batch, m.column, m.row}; }
+
+MatrixRef matrix(const Tensor& weight) {
+  const int64_t row = weight.size(0) == 1 ? weight.size(1) : weight.stride(0);
+  const int64_t column = weight.size(1) == 1 ? 1 : weight.stride(1);
+  STD_TORCH_CHECK(column == 1, "weight must have its columns side by side.");
+  return {weight.data_ptr(), 0, row, column};
+}
+
+MatmulArgs arguments(int64_t batch, int64_t rows, int64_t depth, int64_t columns) {
+  MatmulArgs args{};
+  args.batch = batch;
+  args.rows = rows;
+  args.depth = depth;
+  args.columns = columns;
+  use_all_threads(&args);
+  return args;
+}
+
+Tensor forward(Tensor x, Tensor weight, Tensor bias) {
+  check(x, "x", weight.size(1), weight);
+  STD_TORCH_CHECK(bias.is_cpu() && bias.scalar_type() == ScalarType::Float && bias.dim() == 1 &&
+                      bias.size(0) == weight.size(0) && (bias.stride(0) == 1 || bias.size(0) == 1),
+                  "bias must be a dense CPU tensor (O,) of float32.");
+  const Tensor out = empty_channels_last(x, weight.size(0));
+  if (out.numel() == 0) return out;
+  MatmulArgs args = arguments(x.size(0), grid_of(x).positions(), weight.size(1), weight.size(0));
+  args.left = positions_first(x, "x");
+  args.right = transposed(matrix(weight));
+  args.out = positions_first(out, "the result");
+  args.bias = static_cast<const float*>(bias.data_ptr());
+  usable(select_kernels(DType::kFloat).matmul)(args);
+  return out;
+}
+
+// residual + the gradient of the input.
+Tensor input_gradient(Tensor grad, Tensor weight, Tensor residual, bool out_channels_last) {
+  check(grad, "grad", weight.size(0), weight);
+  check(residual, "residual", weight.size(1), weight);
+  check_alike(grad, residual);
+  const Tensor out =
+      out_channels_last ? empty_channels_last(residual, residual.size(1)) : empty_channels_second(residual);
+  if (out.numel() == 0) return out;
+  MatmulArgs args = arguments(grad.size(0), grid_of(grad).positions(), weight.size(0), weight.size(1));
+  args.left = positions_first(grad, "grad");
+  args.right = matrix(weight);
+  args.out = positions_first(out, "the result");
+  args.added = positions_first(residual, "residual");
+  usable(select_kernels(DType::kFloat).matmul)(args);
+  return out;
+}
+
+Tensor weight_gradient(Tensor grad, Tensor x) {
+  Tensor out = torch::stable::new_empty(x, {grad.size(1), x.size(1)});
+  check(grad, "grad", grad.size(1), out);
+  check(x, "x", x.size(1), out);
+  check_alike(grad, x);
+  if (grad.numel() == 0 || x.numel() == 0) return torch::stable::fill_(out, 0.0);
+  MatmulArgs args = arguments(x.size(0), grad.size(1), grid_of(x).positions(), x.size(1));
+  args.left = transposed(positions_first(grad, "grad"));
+  args.right = positions_first(x, "x");
+  args.out = matrix(out);
+  usable(select_kernels(DType::kFloat).matmul_sum)(args);
+  return out;
+}
+
+bool has_fp32_products() { return select_kernels(DType::kFloat).matmul != nullptr; }
+
+}  // namespace
+}  // namespace cpu
+}  // namespace ccnet
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ccnet_d2, m) {
+  m.def("projection_forward(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  m.def("projection_weight_gradient(Tensor grad, Tensor x) -> Tensor");
+  m.def("projection_input_gradient(Tensor grad, Tensor weight, Tensor residual, bool channels_last) -> Tensor");
+  m.def("has_fp32_products() -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ccnet_d2, CPU, m) {
+  m.impl("projection_forward", TORCH_BOX(&ccnet::cpu::forward));
+  m.impl("projection_weight_gradient", TORCH_BOX(&ccnet::cpu::weight_gradient));
+  m.impl("projection_input_gradient", TORCH_BOX(&ccnet::cpu::input_gradient));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ccnet_d2, CompositeExplicitAutograd, m) {
+  m.impl("has_fp32_products", TORCH_BOX(&ccnet::cpu::has_fp32_products));
+}

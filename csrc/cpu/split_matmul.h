@@ -1,0 +1,284 @@
+// Products of large fp32 matrices on matrix units that multiply bf16: the layer's 1x1 projection and its gradients.
+// Included inside an anonymous namespace, after split_products.h (see line_kernels_split.h).
+//
+// A worker takes 128 rows at a time. While it multiplies them, block after block of 32 columns, its vector units split
+// the next rows and hand on the results of the block before.
+
+constexpr int64_t kMatmulRows = 128;    // of the left operand and of the result, worked on at once
+constexpr int64_t kMatmulColumns = 32;  // of the result
+constexpr int64_t kMatmulSteps = 4;     // of k: a block's operands of so many stay in the first-level cache
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Packs a left operand whose columns lie without gaps, to[m, k] = src[k, m] for m < rows and k < cols, zeros beyond, a
+// quarter of a tile at a time.
+class LeftColumnPacker {
+ public:
+  LeftColumnPacker() = default;
+  LeftColumnPacker(const float* src, int64_t column, int64_t rows, int64_t cols, const TileMatrix& to)
+      : src_(src), column_(column), rows_(rows), cols_(cols), to_(to) {}
+
+  int64_t units() const { return tiles(rows_) * to_.steps * 4; }
+
+  void operator()(int64_t unit) const {
+    const int64_t quarter = unit % 4, tile = unit / 4 / to_.steps, s = unit / 4 % to_.steps;
+    const float* p = src_ + s * kStep * column_ + tile * kTile;
+    const int64_t rows = rows_ - tile * kTile, left = cols_ - s * kStep;
+    BFloat16* to = to_.at(tile, s);
+    if (rows >= kTile && left >= kStep) {
+      reg a[4], b[4];
+      load_transposed_quarter(p + quarter * 4, column_, a);
+      load_transposed_quarter(p + 16 * column_ + quarter * 4, column_, b);
+      CCNET_UNROLL
+      for (int r = 0; r < 4; ++r) split(a[r], b[r], to + (quarter * 4 + r) * kTileRow);
+      return;
+    }
+    if (quarter > 0) return;
+    reg a[16], b[16];
+    load_transposed<V>(p, column_, left, rows, a);
+    load_transposed<V>(p + 16 * column_, column_, left - 16, rows, b);
+    CCNET_UNROLL
+    for (int r = 0; r < 16; ++r) split(a[r], b[r], to + r * kTileRow);
+  }
+
+ private:
+  const float* src_ = nullptr;
+  int64_t column_ = 0, rows_ = 0, cols_ = 0;
+  TileMatrix to_{nullptr, 0};
+};
+
+// A packer for either layout of an operand in memory.
+template <class Rows, class Columns>
+class EitherPacker {
+ public:
+  EitherPacker() = default;
+  EitherPacker(bool rows, const Rows& of_rows, const Columns& of_columns)
+      : of_rows_(of_rows), of_columns_(of_columns), rows_(rows) {}
+
+  int64_t units() const { return rows_ ? of_rows_.units() : of_columns_.units(); }
+  void operator()(int64_t unit) const { rows_ ? of_rows_(unit) : of_columns_(unit); }
+
+ private:
+  Rows of_rows_;
+  Columns of_columns_;
+  bool rows_ = true;
+};
+
+using LeftEither = EitherPacker<LeftPacker<float>, LeftColumnPacker>;
+using RightEither = EitherPacker<RightPacker<float>, TransposedPacker<float>>;
+
+inline const float* element(const MatrixRef& m, int64_t batch, int64_t row, int64_t column) {
+  return static_cast<const float*>(m.data) + batch * m.batch + row * m.row + column * m.column;
+}
+
+LeftEither left_packer(const MatrixRef& m, int64_t batch, int64_t row, int64_t rows, int64_t k, int64_t depth,
+                       const TileMatrix& to) {
+  const float* src = element(m, batch, row, k);
+  return {m.column == 1, LeftPacker<float>(src, m.row, rows, depth, to),
+          LeftColumnPacker(src, m.column, rows, depth, to)};
+}
+
+RightEither right_packer(const MatrixRef& m, int64_t batch, int64_t k, int64_t depth, int64_t columns,
+                         const TileMatrix& to) {
+  const float* src = element(m, batch, k, 0);
+  return {m.column == 1, RightPacker<float>(src, m.row, depth, 0, columns, to),
+          TransposedPacker<float>(src, m.column, columns, depth, to)};
+}
+
+// Asks for rows x columns of a matrix ahead.
+void ask_for(Ahead* ahead, const MatrixRef& m, int64_t batch, int64_t row, int64_t rows, int64_t column,
+             int64_t columns) {
+  const float* first = element(m, batch, row, column);
+  if (m.column == 1) {
+    ahead->add(first, m.row, rows, columns);
+  } else {
+    ahead->add(first, m.column, columns, rows);
+  }
+}
+
+// Rows of one image that a worker takes at a time.
+struct RowBlock {
+  int64_t batch, row, rows;
+
+  RowBlock(const MatmulArgs& args, int64_t item) {
+    const int64_t blocks = (args.rows + kMatmulRows - 1) / kMatmulRows;
+    batch = item / blocks;
+    row = item % blocks * kMatmulRows;
+    rows = smaller(args.rows - row, kMatmulRows);
+  }
+};
+
+// What becomes of a block of results, kMatmulColumns wide: squares of 16 x 16 numbers, whose rows or columns are
+// vectors, as they lie in memory.
+class BlockTo {
+ public:
+  BlockTo() = default;
+  BlockTo(const MatmulArgs& args, const RowBlock& rows, int64_t column, const float* block, bool past_caches)
+      : args_(&args),
+        to_(const_cast<float*>(element(args.out, rows.batch, rows.row, column))),
+        added_(args.added.data != nullptr ? element(args.added, rows.batch, rows.row, column) : nullptr),
+        bias_(args.bias != nullptr ? args.bias + column : nullptr),
+        block_(block),
+        rows_(rows.rows),
+        columns_(smaller(args.columns - column, kMatmulColumns)),
+        past_caches_(past_caches) {}
+
+  int64_t units() const { return tiles(rows_) * (kMatmulColumns / kTile); }
+
+  void operator()(int64_t unit) const {
+    const int64_t r = unit / 2 * kTile, c = unit % 2 * kTile;
+    const int64_t rows = smaller(rows_ - r, kTile), columns = smaller(columns_ - c, kTile);
+    if (columns <= 0) return;
+    reg y[16];
+    CCNET_UNROLL
+    for (int i = 0; i < 16; ++i) y[i] = V::load(block_ + (r + i) * kMatmulColumns + c);
+    if (bias_ != nullptr) {
+      const reg bias = load_some<V>(bias_ + c, columns);
+      CCNET_UNROLL
+      for (int i = 0; i < 16; ++i) y[i] = V::add(y[i], bias);
+    }
+    const bool by_rows = args_->out.column == 1;
+    if (added_ == nullptr) {
+      if (!by_rows) V::transpose(y);
+    } else if (args_->added.column == 1) {
+      add(y, added_ + r * args_->added.row + c, args_->added.row, rows, columns);
+      if (!by_rows) V::transpose(y);
+    } else {
+      V::transpose(y);
+      add(y, added_ + r + c * args_->added.column, args_->added.column, columns, rows);
+      if (by_rows) V::transpose(y);
+    }
+    if (by_rows) {
+      put(y, to_ + r * args_->out.row + c, args_->out.row, rows, columns);
+    } else {
+      put(y, to_ + r + c * args_->out.column, args_->out.column, columns, rows);
+    }
+  }
+
+ private:
+  static void add(reg* y, const float* from, int64_t step, int64_t count, int64_t n) {
+    CCNET_UNROLL
+    for (int i = 0; i < 16; ++i) {
+      if (i < count) y[i] = V::add(y[i], load_some<V>(from + i * step, n));
+    }
+  }
+
+  void put(const reg* y, float* to, int64_t step, int64_t count, int64_t n) const {
+    CCNET_UNROLL
+    for (int i = 0; i < 16; ++i) {
+      if (i >= count) return;
+      if (past_caches_) {
+        V::stream(to + i * step, y[i]);
+      } else {
+        store_some<V>(to + i * step, y[i], n);
+      }
+    }
+  }
+
+  const MatmulArgs* args_ = nullptr;
+  float* to_ = nullptr;
+  const float* added_ = nullptr;
+  const float* bias_ = nullptr;
+  const float* block_ = nullptr;
+  int64_t rows_ = 0, columns_ = 0;
+  bool past_caches_ = false;
+};
+
+// Packed by all workers, for all of them.
+void pack_shared(const MatmulArgs& args, const RightEither& packer) {
+  constexpr int64_t at_once = 64;
+  const int64_t units = packer.units();
+  run_items(args, (units + at_once - 1) / at_once, [&](auto next) {
+    for (int64_t item; next(&item);) {
+      const int64_t last = smaller((item + 1) * at_once, units);
+      for (int64_t unit = item * at_once; unit < last; ++unit) packer(unit);
+    }
+    return true;
+  });
+}
+
+// Whether the result should be written past the caches (see outgrows_caches).
+bool streams(const MatmulArgs& args) {
+  const int64_t steps = args.out.row | args.out.batch | args.columns;
+  return args.out.column == 1 && args.batch * args.rows * args.columns * 4 > (8 << 20) && steps % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(args.out.data) % 64 == 0;
+}
+
+// What is asked for while the 32 columns from tile n on of a block are computed: the next columns' operand and what
+// they are added to, and a share of the rows that are packed beside the next block (`later`, where there is one).
+Ahead ahead_of_columns(const MatmulArgs& args, const TileMatrix& right, int64_t n, const RowBlock& block,
+                       const RowBlock* later, bool past_caches) {
+  const int64_t n_tiles = tiles(args.columns), next = n + 2 < n_tiles ? n + 2 : 0, column = next * kTile;
+  Ahead ahead;
+  ahead.add(right.at(next, 0), 0, 1, smaller(n_tiles - next, 2) * right.steps * kTriple);
+  if (next > 0) {
+    const int64_t columns = smaller(args.columns - column, kMatmulColumns);
+    for (const MatrixRef* m : {&args.added, &args.out}) {
+      if (m->data == nullptr || (m == &args.out && past_caches)) continue;
+      ask_for(&ahead, *m, block.batch, block.row, block.rows, column, columns);
+    }
+  }
+  if (later != nullptr) {
+    const int64_t panels = (n_tiles + 1) / 2, share = (args.depth + panels - 1) / panels, k = n / 2 * share;
+    ask_for(&ahead, args.left, later->batch, later->row, later->rows, k, smaller(args.depth - k, share));
+  }
+  return ahead;
+}
+
+// out[b] = left[b] right + bias + added[b].
+void split_matmul(const MatmulArgs& args) {
+  const int64_t steps = depth(args.depth), n_tiles = tiles(args.columns);
+  const int64_t row_tiles = tiles(smaller(args.rows, kMatmulRows)), result_size = row_tiles * kTile * kMatmulColumns;
+  const bool past_caches = streams(args);
+  Scratch<float> shared(tile_floats(n_tiles, steps));
+  if (!shared.ok()) throw std::bad_alloc();
+  const TileMatrix right = take_tiles(&shared, n_tiles, steps);
+  pack_shared(args, right_packer(args.right, 0, 0, args.depth, args.columns, right));
+
+  run_items(args, args.batch * ((args.rows + kMatmulRows - 1) / kMatmulRows), [&](auto next) {
+    Scratch<float> scratch(2 * tile_floats(row_tiles, steps) + 2 * result_size);
+    if (!scratch.ok()) return false;
+    const TileMatrix left[2] = {take_tiles(&scratch, row_tiles, steps), take_tiles(&scratch, row_tiles, steps)};
+    float* const results[2] = {scratch.take(result_size), scratch.take(result_size)};
+    [[maybe_unused]] const Tiles session;
+    const auto packer_of = [&](int64_t item, int which) {
+      const RowBlock block(args, item);
+      return left_packer(args.left, block.batch, block.row, block.rows, 0, args.depth, left[which]);
+    };
+    Background background;
+    LeftEither packer;
+    BlockTo done[2];
+    int which = 0, half = 0;
+    int64_t item, upcoming = 0, later = 0;
+    if (!next(&item)) return true;
+    pack(packer_of(item, which), &background.ahead);
+    for (bool more = next(&upcoming), still = false;; which ^= 1, item = upcoming, upcoming = later, more = still) {
+      still = more && next(&later);
+      const RowBlock block(args, item), block_later(args, later);
+      const int64_t m_tiles = tiles(block.rows), panel_steps = multiply_steps(m_tiles, 2, steps);
+      if (more) {
+        packer = packer_of(upcoming, which ^ 1);
+        background.add(&packer);
+      }
+      background.spread((n_tiles + 1) / 2 * panel_steps);
+      for (int64_t n = 0; n < n_tiles; n += 2, half ^= 1) {
+        background.ahead = ahead_of_columns(args, right, n, block, still ? &block_later : nullptr, past_caches);
+        background.ahead.spread(panel_steps);
+        for (int64_t s = 0; s < steps; s += kMatmulSteps) {
+          for (int64_t m = 0; m < m_tiles; m += 2) {
+            multiply_block(m + 1 < m_tiles, n + 1 < n_tiles, smaller(steps - s, kMatmulSteps), left[which].at(m, s),
+                           right.at(n, s), results[half] + m * kTile * kMatmulColumns, kMatmulColumns, s > 0,
+                           &background, steps);
+          }
+        }
+        background.finish_rows();
+        done[half] = BlockTo(args, block, n * kTile, results[half], past_caches);
+        background.hand_on(&done[half], done[half].units(), panel_steps);
+      }
+      background.finish();
+      if (!more) break;
+    }
+    V::fence();
+    return true;
+  });
+}

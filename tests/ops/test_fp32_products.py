@@ -1,0 +1,207 @@
+"""fp32 products on matrix units against double precision, held to what PyTorch's own fp32 products reach."""
+
+import pytest
+import torch
+from torch import library
+from torch.utils.flop_counter import FlopCounterMode
+
+from ccnet_d2.layers import RCCA
+from ccnet_d2.ops import compiled, fp32_products, projection
+
+if not compiled.is_available():
+    pytest.skip(str(compiled.unavailable_reason()), allow_module_level=True)
+if not torch.ops.ccnet_d2.has_fp32_products():
+    pytest.skip("this processor has no matrix units", allow_module_level=True)
+
+# Whole blocks of 128 positions, 32 columns and 32 steps, and remainders of each; several images; lines and volumes.
+CASES = [
+    (1, 192, 256, (16, 16)),
+    (1, 200, 33, (17, 19)),
+    (2, 193, 7, (11, 13)),
+    (3, 256, 320, (129,)),
+    (1, 512, 640, (3, 9, 11)),
+    (2, 333, 481, (1, 300)),
+    (1, 224, 1, (257,)),
+]
+# Positions of a sum that is folded several times.
+LONG = (1, 192, 48, (47, 101))
+
+
+def draw(batch, channels, sizes, *, channels_last):
+    x = torch.randn(batch, channels, *sizes)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
+
+
+def relative(got, wanted):
+    return ((got.double() - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.mark.parametrize("case", [*CASES, LONG], ids=str)
+@pytest.mark.parametrize("x_last", [True, False])
+@pytest.mark.parametrize("grad_last", [True, False])
+@pytest.mark.parametrize("out_last", [True, False])
+def test_values(case, x_last, grad_last, out_last):
+    torch.manual_seed(0)
+    batch, channels, outputs, sizes = case
+    x = draw(batch, channels, sizes, channels_last=x_last)
+    weight, bias = torch.randn(outputs, channels), torch.randn(outputs)
+    grad = draw(batch, outputs, sizes, channels_last=grad_last)
+    assert fp32_products.pays(x, weight, bias) and fp32_products.pays_for_weight(grad, x)
+
+    projected = fp32_products.project(x, weight, bias)
+    of_input = fp32_products.input_gradient(grad, weight, x, channels_last=out_last)
+    of_weight = fp32_products.weight_gradient(grad, x)
+
+    assert projected.movedim(1, -1).is_contiguous()
+    assert (of_input.movedim(1, -1) if out_last else of_input).is_contiguous()
+    assert of_weight.is_contiguous()
+
+    def computed(x, weight, bias, grad):
+        rows, grad_rows = (t.flatten(2).transpose(1, 2) for t in (x, grad))
+        return (
+            (rows @ weight.t() + bias).transpose(1, 2).reshape(projected.shape),
+            (rows + grad_rows @ weight).transpose(1, 2).reshape(x.shape),
+            (grad_rows.transpose(1, 2) @ rows).sum(0),
+        )
+
+    wanted = computed(*(t.double() for t in (x, weight, bias, grad)))
+    plain = computed(x, weight, bias, grad)
+    for got, exact, by_torch in zip((projected, of_input, of_weight), wanted, plain, strict=True):
+        assert relative(got, exact) <= max(1.5 * relative(by_torch, exact), 2e-7)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 7])
+def test_any_number_of_threads(threads):
+    torch.manual_seed(0)
+    x, grad = draw(2, 256, (15, 37), channels_last=False), draw(2, 320, (15, 37), channels_last=True)
+    weight, bias = torch.randn(320, 256), torch.randn(320)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first, second = (
+            (
+                fp32_products.project(x, weight, bias),
+                fp32_products.input_gradient(grad, weight, x, channels_last=False),
+                fp32_products.weight_gradient(grad, x),
+            )
+            for _ in range(2)
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, first, second))
+    assert torch.equal(first[0], fp32_products.project(x, weight, bias))
+    assert torch.equal(first[1], fp32_products.input_gradient(grad, weight, x, channels_last=False))
+    assert relative(first[2], torch.einsum("bohw,bchw->oc", grad.double(), x.double())) < 1e-6
+
+
+def test_numbers_of_every_size():
+    """Each number is split into parts of its own: small ones beside large ones lose nothing."""
+    torch.manual_seed(0)
+    scale = 10.0 ** torch.arange(-18, 19).repeat(7)[:256]
+    x = torch.randn(1, 256, 300) * scale.view(1, -1, 1)
+    weight = torch.randn(40, 256) / scale
+    got = fp32_products.project(x, weight, torch.zeros(40))
+    assert relative(got, torch.einsum("bcn,oc->bon", x.double(), weight.double())) < 4e-7
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_in_its_row(value):
+    x = torch.randn(1, 256, 300)
+    x[0, 3, 200] = value
+    got = fp32_products.project(x, torch.randn(40, 256), torch.randn(40))
+    assert not got[..., 200].isfinite().any()
+    others = torch.arange(300) != 200
+    assert got[..., others].isfinite().all()
+
+
+@pytest.mark.parametrize("recurrence", [1, 2])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("recompute", [False, 2])
+def test_layer(recurrence, channels_last, recompute, monkeypatch):
+    """The whole layer, whose gradients go through every product, against itself in double precision."""
+    torch.manual_seed(0)
+    layer = RCCA(256, recurrence, recompute=recompute)
+    with torch.no_grad():
+        layer.gamma.fill_(0.5)
+    x = draw(2, 256, (17, 21), channels_last=channels_last)
+    grad = draw(2, 256, (17, 21), channels_last=channels_last)
+    used = []
+    for name in ("project", "weight_gradient", "input_gradient"):
+        function = getattr(fp32_products, name)
+        monkeypatch.setattr(
+            fp32_products, name, lambda *a, _f=function, _n=name, **k: used.append(_n) or _f(*a, **k)
+        )
+
+    def gradients(layer, x, grad):
+        x = x.clone().requires_grad_()
+        out = layer(x)
+        return out, *torch.autograd.grad(out, [x, *layer.parameters()], grad)
+
+    got = gradients(layer, x, grad)
+    assert set(used) == {"project", "weight_gradient", "input_gradient"}
+    wanted = gradients(layer.double(), x.double(), grad.double())
+    for one, exact in zip(got, wanted, strict=True):
+        # What is left of rounding: the gradient of the key's bias is zero, and gamma's a sum of 180 thousand products
+        # that mostly cancel.
+        least = 1e-5 if one.numel() > 1 else 1e-3
+        assert (one.double() - exact).norm() <= 2e-6 * exact.norm() + least
+
+
+def test_where_they_are_left_alone(monkeypatch):
+    x, weight, bias = torch.randn(1, 256, 300), torch.randn(40, 256), torch.randn(40)
+    assert fp32_products.pays(x, weight, bias)
+    assert not fp32_products.pays(x.double(), weight.double())
+    assert not fp32_products.pays(x[:, :, ::2], weight)
+    assert not fp32_products.pays(x[..., :200], weight)
+    assert not fp32_products.pays(x[:, :128], weight[:, :128])
+    assert not fp32_products.pays(x, weight, bias.requires_grad_())
+    with torch.no_grad():
+        assert fp32_products.pays(x, weight, bias)
+    with torch.autocast("cpu"):
+        assert not fp32_products.pays(x, weight)
+    monkeypatch.setenv("CCNET_CPU_ISA", "avx512")
+    assert not fp32_products.pays(x, weight)
+    with pytest.raises(RuntimeError, match="has_fp32_products"):
+        fp32_products.project(x, weight, bias.detach())
+
+
+def test_projection_keeps_its_history():
+    """Where a gradient is recorded, PyTorch's products are used, which are differentiable twice."""
+    x, weight = torch.randn(1, 192, 300, requires_grad=True), torch.randn(24, 192, requires_grad=True)
+    out = projection.project(x, weight, torch.zeros(24))
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    assert torch.autograd.grad(first.square().sum(), weight)[0].abs().sum() > 0
+
+
+def test_refusals():
+    x, weight, bias = torch.randn(1, 256, 300), torch.randn(40, 256), torch.randn(40)
+    grad = torch.randn(1, 40, 300)
+    with pytest.raises(RuntimeError, match="x must have 256 channels, got 255"):
+        fp32_products.project(x[:, :255], weight, bias)
+    with pytest.raises(RuntimeError, match="float32"):
+        fp32_products.project(x.double(), weight, bias)
+    with pytest.raises(RuntimeError, match="bias"):
+        fp32_products.project(x, weight, bias[:-1])
+    with pytest.raises(RuntimeError, match="same spatial sizes"):
+        fp32_products.weight_gradient(grad, x[..., :299])
+    with pytest.raises(RuntimeError, match="same spatial sizes"):
+        fp32_products.input_gradient(grad, weight, x[..., :299], channels_last=True)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        fp32_products.project(x.requires_grad_(), weight, bias).sum().backward()
+
+
+def test_opcheck_and_flops():
+    x, weight, bias = torch.randn(2, 256, 5, 60), torch.randn(40, 256), torch.randn(40)
+    grad = torch.randn(2, 5, 60, 40).movedim(-1, 1)
+    ops = torch.ops.ccnet_d2
+    calls = [
+        (ops.projection_forward, (x, weight, bias)),
+        (ops.projection_weight_gradient, (grad, x)),
+        (ops.projection_input_gradient, (grad, weight, x, True)),
+        (ops.projection_input_gradient, (grad, weight, x, False)),
+    ]
+    for op, arguments in calls:
+        library.opcheck(op, arguments)
+        with FlopCounterMode(display=False) as counter:
+            op(*arguments)
+        assert counter.get_total_flops() == 2 * 2 * 300 * 40 * 256
