@@ -103,8 +103,19 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             a transform of torch.func is asked for.
     """
     refuse_unsupported(query, key, value)
-    out: Tensor = torch.ops.ccnet_d2.criss_cross_forward(query, key, value)[0]
+    # Copied here and not by the operators, NCHW inputs are copied once for both passes.
+    inputs = (_with_channels_side_by_side(x) for x in (query, key, value))
+    out: Tensor = torch.ops.ccnet_d2.criss_cross_forward(*inputs)[0]
     return out
+
+
+def _with_channels_side_by_side(x: Tensor) -> Tensor:
+    if x.stride(1) == 1 or x.shape[1] == 1 or x.dim() < 3:
+        return x
+    if x.device.type == "cpu":
+        copy: Tensor = torch.ops.ccnet_d2.to_channels_last(x)
+        return copy
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def refuse_unsupported(*inputs: Tensor) -> None:
@@ -233,6 +244,8 @@ def _register() -> None:
     library.register_kernel(f"{backward}_into", "cuda", backward_and_copy)
     library.register_autograd(forward, _differentiate, setup_context=_save)
     library.register_autograd(backward, refuse_second_derivative)
+    library.register_fake("ccnet_d2::to_channels_last", empty_channels_last)
+    library.register_autograd("ccnet_d2::to_channels_last", lambda ctx, grad: grad)
     register_flop_formula(torch.ops.ccnet_d2.criss_cross_forward)(_forward_formula)
     register_flop_formula(torch.ops.ccnet_d2.criss_cross_backward)(_backward_formula)
     register_flop_formula(torch.ops.ccnet_d2.criss_cross_backward_into)(_backward_formula)

@@ -42,6 +42,4 @@ def _uses_library(x: Tensor) -> bool:
 
 
 if compiled.is_available():
-    library.register_fake("ccnet_d2::to_channels_last", compiled.empty_channels_last)
-    library.register_autograd("ccnet_d2::to_channels_last", lambda ctx, grad: grad)
     library.register_fake("ccnet_d2::use_huge_pages", lambda x: None)
