@@ -150,7 +150,7 @@ struct Engine {
   struct Session {};
   static constexpr int64_t kRows = 1, kDepth = 2;
   static constexpr int64_t kColumns = 64;
-  static constexpr int64_t kEdgeColumns = 2;
+  static constexpr int64_t kEdgeColumns = 2, kEdgeDepth = 0;
   static constexpr int64_t kDepthAtOnce = 128;   // a panel of B this deep stays in the first-level cache
 
   static int64_t steps(int64_t M, int64_t N, int64_t depth) {
@@ -175,7 +175,8 @@ struct Engine {
 
   template <class Finish>
   static void product_to(int64_t M, int64_t rows, int64_t N, int64_t depth, const BFloat16* a, int64_t lda,
-                         const uint32_t* b, int64_t ldb, const Finish& finish, Ahead* ahead) {
+                         const uint32_t* b, int64_t ldb, const Finish& finish, Ahead* ahead,
+                         const DepthEdge&) {
     (void)M;  // rows are not padded
     int64_t n = 0;
     for (; n + 64 <= N; n += 64) {

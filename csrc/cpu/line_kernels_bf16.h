@@ -18,6 +18,7 @@
 //                     first-level cache until softmax, or its backward, is done with them
 //   kEdgeColumns      up to so many queries beyond the last 16 are better served by dot products than by a vector of
 //                     which most is padding; images of 8n + 1 pixels are the rule in segmentation (97 = 6 * 16 + 1)
+//   kEdgeDepth        up to so many k beyond whole kDepth are left to product_to's vectors, for the same reason
 //   Session           lives as long as the thread multiplies
 //   product           C[M, N] = A B, N a multiple of 16
 //   product_to        the same, N a multiple of 32, each result handed to finish(row, column, lo, hi): the numbers of
@@ -128,6 +129,28 @@ inline float dot_words(const BFloat16* a, const BFloat16* b, int64_t count) {
   return _mm512_reduce_add_ps(sum);
 }
 
+// The last k of a product where it is one more than whole kDepth, which would be mostly padding: what product_to hands
+// out is A B + weights[row * step] values[column].
+struct DepthEdge {
+  const BFloat16* values = nullptr;
+  int64_t cols = 0;
+  const BFloat16* weights = nullptr;
+  int64_t step = 0;
+
+  // 32 values, in the order of pack_pairs.
+  void columns(int64_t c, reg* lo, reg* hi) const {
+    const __m512i x = load_words(values + c, cols - c > 0 ? cols - c : 0), zero = _mm512_setzero_si512();
+    *lo = _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, x));
+    *hi = _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, x));
+  }
+};
+
+// How many of `depth` k are such an edge.
+template <class Engine>
+int64_t depth_edge(int64_t depth) {
+  return depth > Engine::kDepth && depth % Engine::kDepth <= Engine::kEdgeDepth ? depth % Engine::kDepth : 0;
+}
+
 // ---------------------------------------------------------------------------------------------------- storing
 
 inline __m512i words_in_order(reg lo, reg hi) {
@@ -231,9 +254,9 @@ struct GradientStore {
 // Engine::product_to, to a line of a gradient.
 template <class Engine>
 void product_to_gradient(int64_t M, int64_t rows, int64_t depth, const BFloat16* a, int64_t lda, const uint32_t* b,
-                         int64_t ldb, const GradientLine& line, Ahead* ahead) {
+                         int64_t ldb, const DepthEdge& edge, const GradientLine& line, Ahead* ahead) {
   with_store_way(line.store, line.cols, [&](auto way) {
-    Engine::product_to(M, rows, line.padded(), depth, a, lda, b, ldb, GradientStore<decltype(way)>{line}, ahead);
+    Engine::product_to(M, rows, line.padded(), depth, a, lda, b, ldb, GradientStore<decltype(way)>{line}, ahead, edge);
   });
 }
 
@@ -309,7 +332,8 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
   const int64_t block = block_rows(L), blocks = (L + block - 1) / block;
   const int64_t l32 = round_up(L, 32), l16 = round_up(L, 16), b16 = round_up(block, 16);
   const int64_t qk32 = round_up(QK, 32), c32 = round_up(C, 32);
-  const int64_t key_rows = round_up(L, Engine::kRows), key_depth = round_up(L, Engine::kDepth);
+  const int64_t key_edge = depth_edge<Engine>(L);
+  const int64_t key_rows = round_up(L, Engine::kRows), key_depth = round_up(L - key_edge, Engine::kDepth);
   const bool masked = !keeps_self(grid.axes, axis);
   const Strides stat = scalar_strides(grid);
   const int64_t stat_row = stat.axis[axis];
@@ -382,7 +406,9 @@ void forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
         pack_pairs(v + c, v_row, L, valid, key_depth, v_pairs, kPanel, &ahead);
         with_store_way(store, valid, [&](auto way) {
           const MeanStore<decltype(way)> to{o + c, o_row, valid, keep, fresh};
-          Engine::product_to(query_rows, rows, width, key_depth, p, p_ld, v_pairs, kPanel, to, &ahead);
+          DepthEdge edge;
+          if (key_edge > 0) edge = {v + key_depth * v_row + c, valid, p + key_depth, p_ld};
+          Engine::product_to(query_rows, rows, width, key_depth, p, p_ld, v_pairs, kPanel, to, &ahead, edge);
         });
       }
     }
@@ -405,7 +431,8 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
   const int64_t block = block_rows(L), blocks = (L + block - 1) / block;
   const int64_t l32 = round_up(L, 32), b32 = round_up(block, 32);
   const int64_t qk32 = round_up(QK, 32), c32 = round_up(C, 32);
-  const int64_t key_rows = round_up(L, Engine::kRows), key_depth = round_up(L, Engine::kDepth);
+  const int64_t key_edge = depth_edge<Engine>(L);
+  const int64_t key_rows = round_up(L, Engine::kRows), key_depth = round_up(L - key_edge, Engine::kDepth);
   const int64_t key_copy = LeftRows<Engine>::scratch(L, QK), value_copy = LeftRows<Engine>::scratch(L, C);
   const int64_t i_words = words_leading(b32), j_words = words_leading(l32);
   const int64_t qk_ld = leading<V>(qk32), c_ld = leading<V>(c32), i_ld = leading<V>(b32);
@@ -481,7 +508,9 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
       for (int64_t i0 = 0; i0 < L; i0 += block) {
         const int64_t rows = L - i0 < block ? L - i0 : block;
         const int64_t r32 = round_up(rows, 32), r16 = round_up(rows, 16);
-        const int64_t query_rows = round_up(rows, Engine::kRows), query_depth = round_up(rows, Engine::kDepth);
+        const int64_t query_edge = depth_edge<Engine>(rows);
+        const int64_t query_rows = round_up(rows, Engine::kRows);
+        const int64_t query_depth = round_up(rows - query_edge, Engine::kDepth);
         // Queries from here on are an edge, left to dot products.
         const int64_t inner = rows > 16 && rows % 16 <= Engine::kEdgeColumns ? rows - rows % 16 : r16;
         const BFloat16* q = line_data<BFloat16>(args.query, grid, axis, line) + i0 * q_row;
@@ -494,11 +523,13 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         pack_transposed(q, q_row, rows, QK, r16, q_transposed, i_ld, &ahead);
         pack_pairs(q, q_row, rows, QK, query_depth, q_pairs, qk_ld, &ahead);
         // As many rows of grad_out at once as stay in the first-level cache until all is done with them.
-        for (int64_t i = 0; i < query_depth; i += 16) {
+        for (int64_t i = 0; i < query_depth || i < r16; i += 16) {
           const int64_t here = rows - i < 16 ? rows - i : 16;
           if (i < r16) pack_transposed(g + i * g_row, g_row, here, C, 16, g_transposed + i, i_ld, &ahead);
-          pack_pairs(g + i * g_row, g_row, here, C, query_depth - i < 16 ? query_depth - i : 16, g_pairs + i / 2 * c_ld,
-                     c_ld, &ahead);
+          if (i < query_depth) {
+            pack_pairs(g + i * g_row, g_row, here, C, query_depth - i < 16 ? query_depth - i : 16,
+                       g_pairs + i / 2 * c_ld, c_ld, &ahead);
+          }
           for (int64_t n = i; n < i + here; ++n) {
             lse[n] = lse_in[n * stat_row];
             if (first) {
@@ -549,9 +580,16 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
                                   dk_row, QK, query_store, dk_sums, at};
         const GradientLine to_value{line_data<BFloat16>(args.grad_value, grid, axis, line),
                                     dv_row, C, value_store, dv_sums, at};
-        product_to_gradient<Engine>(query_rows, rows, key_depth, ds_rows, j_words, k_pairs, qk_ld, to_query, &ahead);
-        product_to_gradient<Engine>(key_rows, L, query_depth, ds, i_words, q_pairs, qk_ld, to_key, &ahead);
-        product_to_gradient<Engine>(key_rows, L, query_depth, p, i_words, g_pairs, c_ld, to_value, &ahead);
+        DepthEdge of_keys, of_queries, of_grads;
+        if (key_edge > 0) of_keys = {k + key_depth * k_row, QK, ds_rows + key_depth, j_words};
+        if (query_edge > 0) {
+          of_queries = {q + query_depth * q_row, QK, ds + query_depth, i_words};
+          of_grads = {g + query_depth * g_row, C, p + query_depth, i_words};
+        }
+        product_to_gradient<Engine>(query_rows, rows, key_depth, ds_rows, j_words, k_pairs, qk_ld, of_keys, to_query,
+                                    &ahead);
+        product_to_gradient<Engine>(key_rows, L, query_depth, ds, i_words, q_pairs, qk_ld, of_queries, to_key, &ahead);
+        product_to_gradient<Engine>(key_rows, L, query_depth, p, i_words, g_pairs, c_ld, of_grads, to_value, &ahead);
       }
     }
     V::fence();

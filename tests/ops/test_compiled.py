@@ -204,7 +204,7 @@ def test_half_precision_errors_are_those_of_plain_pytorch(dtype, sizes, instruct
         assert (g.double() - e).norm() <= factor * (p.double() - e).norm()
 
 
-@pytest.mark.parametrize("length", [300, 337, 673, 700])
+@pytest.mark.parametrize("length", [257, 300, 337, 673, 700])
 @pytest.mark.parametrize("channels", [40, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_long_lines_are_handled_in_blocks(dtype, channels, length, instruction_set):
