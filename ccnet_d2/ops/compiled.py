@@ -110,7 +110,7 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _with_channels_side_by_side(x: Tensor) -> Tensor:
-    if x.stride(1) == 1 or x.shape[1] == 1 or x.dim() < 3:
+    if x.dim() < 3 or x.stride(1) == 1 or x.shape[1] == 1:
         return x
     if x.device.type == "cpu":
         copy: Tensor = torch.ops.ccnet_d2.to_channels_last(x)
