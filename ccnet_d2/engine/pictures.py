@@ -1,6 +1,7 @@
 """A hook that draws predictions while training goes on."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import instantiate
@@ -15,6 +16,8 @@ from ccnet_d2.inference.build import configured_mode
 from ccnet_d2.inference.classes import ClassTable
 from ccnet_d2.inference.mode import WholeImage
 from ccnet_d2.inference.visualize import save_prediction_grid
+
+from .instance_pictures import draw_instances
 
 
 class PredictionPictures(HookBase):
@@ -41,17 +44,27 @@ class PredictionPictures(HookBase):
 @torch.no_grad()
 def draw_predictions(cfg: DictConfig, model: nn.Module, path: Path) -> None:
     """Write one picture of predictions on the first `train.num_pictures` images of `dataloader.test`, in the test mode
-    and under the autocast setting that the run is evaluated in."""
+    and under the autocast setting that the run is evaluated in: label maps, or instances where the test set has no
+    label maps."""
     test = cfg.dataloader.test
     name = test.dataset.names if isinstance(test.dataset.names, str) else test.dataset.names[0]
-    mapper = instantiate(test.mapper)
     records = DatasetCatalog.get(name)[: cfg.train.num_pictures]
     was_training = model.training
     model.eval()
-    mode = (configured_mode(cfg) or WholeImage()).bind(model, test.dataset.names)
     with configured_autocast(cfg):
-        predictions = [mode.predict_labels([mapper(dict(record))])[0].numpy() for record in records]
+        if "sem_seg_file_name" in records[0]:
+            _draw_label_maps(cfg, model, name, records, path)
+        else:
+            draw_instances(cfg, model, records, path)
     model.train(was_training)
+
+
+def _draw_label_maps(
+    cfg: DictConfig, model: nn.Module, name: str, records: list[dict[str, Any]], path: Path
+) -> None:
+    mapper = instantiate(cfg.dataloader.test.mapper)
+    mode = (configured_mode(cfg) or WholeImage()).bind(model, cfg.dataloader.test.dataset.names)
+    predictions = [mode.predict_labels([mapper(dict(record))])[0].numpy() for record in records]
     path.parent.mkdir(parents=True, exist_ok=True)
     save_prediction_grid(
         path,

@@ -36,7 +36,7 @@ train = dict(
     # Evaluate every so many iterations, and always after the last one; 0 for the end only.
     eval_period=5000,
     log_period=20,
-    # Pictures of predictions drawn after each evaluation; 0 for none.
+    # Pictures of predictions drawn after each evaluation, of label maps or of instances; 0 for none.
     num_pictures=4,
     device="cuda" if torch.cuda.is_available() else "cpu",
     # Any number from 0 makes data order, augmentation and initial weights repeat.
