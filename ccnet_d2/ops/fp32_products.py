@@ -8,6 +8,8 @@ be Inf it is Inf or NaN.
 Shapes: B batch, C channels of the input, O of the output, S spatial sizes, N number of positions.
 """
 
+import os
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -53,15 +55,23 @@ def pays_for_weight(grad: Tensor, x: Tensor) -> bool:
 
 def _pays(maps: Tensor, outputs: int, channels: int) -> bool:
     return (
-        maps.device.type == "cpu"
+        # Compiled and traced graphs are to take any size, and may run on another processor.
+        not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
+        and maps.device.type == "cpu"
         and maps.dtype == torch.float32
         and channels in _CHANNELS
         and outputs < _CHANNELS.stop
         and maps.shape[0] * prod(maps.shape[2:]) >= _LEAST_POSITIONS
         and compiled.is_available()
-        and not torch.compiler.is_compiling()
-        and torch.ops.ccnet_d2.has_fp32_products()
+        and _has_products(os.environ.get("CCNET_CPU_ISA"))
     )
+
+
+@cache
+def _has_products(instruction_set: str | None) -> bool:
+    """Whether the library has them, which is told to use this instruction set at most."""
+    has: bool = torch.ops.ccnet_d2.has_fp32_products()
+    return has
 
 
 def _is_usable(x: Tensor) -> bool:

@@ -165,6 +165,24 @@ def test_where_they_are_left_alone(monkeypatch):
         fp32_products.project(x, weight, bias.detach())
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("recorded", [True, False])
+def test_traces_hold_no_products_of_this_processor(recorded):
+    """They may run on another one."""
+    layer, x = RCCA(256, 1).eval().requires_grad_(recorded), torch.randn(1, 256, 17, 21)
+    torch.nn.init.ones_(layer.gamma)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    height, width = torch.export.Dim("height", min=2, max=64), torch.export.Dim("width", min=2, max=64)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({2: height, 3: width},))
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    kinds |= {str(node.target) for node in exported.graph.nodes}
+    assert any("criss_cross" in kind for kind in kinds) and not any("projection" in kind for kind in kinds)
+    for size in ((17, 21), (5, 7)):
+        x = torch.randn(1, 256, *size)
+        for run in (traced, exported.module()):
+            torch.testing.assert_close(run(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
 def test_projection_keeps_its_history():
     """Where a gradient is recorded, PyTorch's products are used, which are differentiable twice."""
     x, weight = torch.randn(1, 192, 300, requires_grad=True), torch.randn(24, 192, requires_grad=True)
