@@ -100,8 +100,8 @@ struct Kernels {
   void (*residual_forward)(const ResidualArgs&);
   void (*residual_backward)(const ResidualArgs&);
   // Null where PyTorch's products are as fast:
-  void (*matmul)(const MatmulArgs&);      // out[b] = left[b] right + bias + added[b]
-  void (*matmul_sum)(const MatmulArgs&);  // out = sum_b left[b] right[b]
+  void (*matmul)(const MatmulArgs&) = nullptr;      // out[b] = left[b] right + bias + added[b]
+  void (*matmul_sum)(const MatmulArgs&) = nullptr;  // out = sum_b left[b] right[b]
 };
 
 // Each returns nullptr where this build or this processor lacks the instruction set.
