@@ -102,3 +102,19 @@ def test_unused_output_of_a_no_grad_run_keeps_nothing():
     inputs = draw(5, 6, requires_grad=True)
     with torch.no_grad():
         assert not attend(*inputs).requires_grad
+
+
+def test_nchw_inputs_are_copied_once_for_both_passes():
+    query, key = (torch.randn(2, 4, 5, 6, requires_grad=True) for _ in range(2))
+    value = torch.randn(2, 7, 5, 6, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        out = criss_cross_attention(query, key, value, backend="compiled")
+    assert len(kept) == 5  # with the output and the statistic
+    assert all(x.movedim(1, -1).is_contiguous() for x in kept if x.dim() == 4)
+    grads = torch.autograd.grad(out.square().sum(), (query, key, value))
+    wanted = criss_cross_attention(query.double(), key.double(), value.double(), backend="reference")
+    for got, exact in zip(
+        grads, torch.autograd.grad(wanted.square().sum(), (query, key, value)), strict=True
+    ):
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
