@@ -49,6 +49,8 @@ def serving(*arguments):
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        # Jobs in the background of a shell inherit SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         line = program.stdout.readline()
