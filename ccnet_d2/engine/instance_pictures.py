@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import instantiate
-from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.utils.visualizer import Visualizer
-from omegaconf import DictConfig
 from torch import nn
 
 from ccnet_d2.data.image_files import read_image
@@ -16,23 +14,27 @@ from ccnet_d2.inference.images import write_image
 _LEAST_SCORE = 0.5  # of what is drawn; evaluation goes down to a twentieth, which covers a picture with boxes
 
 
-def draw_instances(cfg: DictConfig, model: nn.Module, records: list[dict[str, Any]], path: Path) -> None:
+def draw_instances(
+    model: nn.Module,
+    inputs: list[dict[str, Any]],
+    records: list[dict[str, Any]],
+    metadata: Metadata,
+    path: Path,
+) -> None:
     """Write one picture, a row for each image: the instances that are predicted with a score of a half at least, and
     those of the ground truth.
 
     Args:
-        cfg: the run; its test mapper prepares the images.
         model: in evaluation mode; gives "instances".
-        records: of the test set, in Detectron2's format.
+        inputs: what the model is given for each image.
+        records: the images in Detectron2's data set format.
+        metadata: of the data set.
         path: file to write.
     """
-    test = cfg.dataloader.test
-    name = test.dataset.names if isinstance(test.dataset.names, str) else test.dataset.names[0]
-    metadata, mapper = MetadataCatalog.get(name), instantiate(test.mapper)
     rows = []
-    for record in records:
+    for record, one in zip(records, inputs, strict=True):
         image = read_image(record["file_name"])
-        instances = model([mapper(dict(record))])[0]["instances"].to("cpu")
+        instances = model([one])[0]["instances"].to("cpu")
         likely = instances[instances.scores >= _LEAST_SCORE]
         found, truth = (Visualizer(image, metadata, scale=readable(image.shape)) for _ in range(2))
         rows.append(

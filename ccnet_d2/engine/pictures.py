@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.engine import HookBase
 from omegaconf import DictConfig
 from torch import nn
@@ -14,14 +15,15 @@ from ccnet_d2.autocast import configured_autocast
 from ccnet_d2.data.image_files import read_image, read_label
 from ccnet_d2.inference.build import configured_mode
 from ccnet_d2.inference.classes import ClassTable
-from ccnet_d2.inference.mode import WholeImage
+from ccnet_d2.inference.mode import InferenceMode, WholeImage
 from ccnet_d2.inference.visualize import save_prediction_grid
 
 from .instance_pictures import draw_instances
 
 
 class PredictionPictures(HookBase):
-    """Writes `pictures/iter_<N>.png` into the output directory: image, prediction, ground truth and difference."""
+    """Writes `pictures/iter_<N>.png` into the output directory: image, prediction, ground truth and difference, or a
+    detector's instances and the ground truth's."""
 
     def __init__(self, cfg: DictConfig, model: nn.Module) -> None:
         """
@@ -49,28 +51,33 @@ def draw_predictions(cfg: DictConfig, model: nn.Module, path: Path) -> None:
     test = cfg.dataloader.test
     name = test.dataset.names if isinstance(test.dataset.names, str) else test.dataset.names[0]
     records = DatasetCatalog.get(name)[: cfg.train.num_pictures]
+    mapper = instantiate(test.mapper)
+    inputs = [mapper(dict(record)) for record in records]
     was_training = model.training
     model.eval()
     with configured_autocast(cfg):
         if "sem_seg_file_name" in records[0]:
-            _draw_label_maps(cfg, model, name, records, path)
+            mode = (configured_mode(cfg) or WholeImage()).bind(model, test.dataset.names)
+            _draw_label_maps(mode, inputs, records, MetadataCatalog.get(name), path)
         else:
-            draw_instances(cfg, model, records, path)
+            draw_instances(model, inputs, records, MetadataCatalog.get(name), path)
     model.train(was_training)
 
 
 def _draw_label_maps(
-    cfg: DictConfig, model: nn.Module, name: str, records: list[dict[str, Any]], path: Path
+    mode: InferenceMode,
+    inputs: list[dict[str, Any]],
+    records: list[dict[str, Any]],
+    metadata: Metadata,
+    path: Path,
 ) -> None:
-    mapper = instantiate(cfg.dataloader.test.mapper)
-    mode = (configured_mode(cfg) or WholeImage()).bind(model, cfg.dataloader.test.dataset.names)
-    predictions = [mode.predict_labels([mapper(dict(record))])[0].numpy() for record in records]
+    predictions = [mode.predict_labels([one])[0].numpy() for one in inputs]
     path.parent.mkdir(parents=True, exist_ok=True)
     save_prediction_grid(
         path,
         [read_image(record["file_name"]) for record in records],
         predictions,
-        ClassTable.from_metadata(MetadataCatalog.get(name)),
+        ClassTable.from_metadata(metadata),
         [read_label(record["sem_seg_file_name"]) for record in records],
         row_titles=[Path(record["file_name"]).stem for record in records],
     )

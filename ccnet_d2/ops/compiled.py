@@ -95,6 +95,11 @@ def supports(*inputs: Tensor) -> str | None:
     return reason
 
 
+def runs_on_cpu(*inputs: Tensor) -> bool:
+    """Whether these are inputs that the CPU library's operators run for."""
+    return inputs[0].device.type == "cpu" and supports(*inputs) is None
+
+
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """See `ccnet_d2.ops.criss_cross_attention`; the output is channels-last in memory.
 
@@ -104,15 +109,17 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     refuse_unsupported(query, key, value)
     # Copied here and not by the operators, NCHW inputs are copied once for both passes.
-    inputs = (_with_channels_side_by_side(x) for x in (query, key, value))
+    inputs = (
+        x if x.dim() < 3 or x.stride(1) == 1 or x.shape[1] == 1 else channels_last_copy(x)
+        for x in (query, key, value)
+    )
     out: Tensor = torch.ops.ccnet_d2.criss_cross_forward(*inputs)[0]
     return out
 
 
-def _with_channels_side_by_side(x: Tensor) -> Tensor:
-    if x.dim() < 3 or x.stride(1) == 1 or x.shape[1] == 1:
-        return x
-    if x.device.type == "cpu":
+def channels_last_copy(x: Tensor) -> Tensor:
+    """(B, C, *S) channels-last in memory; differentiable."""
+    if runs_on_cpu(x):
         copy: Tensor = torch.ops.ccnet_d2.to_channels_last(x)
         return copy
     return x.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -58,7 +58,6 @@ def _pays(maps: Tensor, outputs: int, channels: int) -> bool:
         # Compiled and traced graphs are to take any size, and may run on another processor.
         not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
         and maps.device.type == "cpu"
-        and maps.dtype == torch.float32
         and channels in _CHANNELS
         and outputs < _CHANNELS.stop
         and maps.shape[0] * prod(maps.shape[2:]) >= _LEAST_POSITIONS

@@ -18,12 +18,7 @@ def is_dense(x: Tensor) -> bool:
 
 def to_channels_last(x: Tensor) -> Tensor:
     """(B, C, *S) itself where it is channels-last without gaps, else a copy that is; differentiable."""
-    if is_channels_last(x):
-        return x
-    if _uses_library(x):
-        copy: Tensor = torch.ops.ccnet_d2.to_channels_last(x)
-        return copy
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x if is_channels_last(x) else compiled.channels_last_copy(x)
 
 
 def on_huge_pages(x: Tensor) -> Tensor:
@@ -32,13 +27,9 @@ def on_huge_pages(x: Tensor) -> Tensor:
     From that size on, the C library takes memory from the system at every call. Given out page by page, 4 KiB each, it
     takes as long as a good part of the work on CPUs.
     """
-    if not torch.compiler.is_compiling() and _uses_library(x):
+    if not torch.compiler.is_compiling() and compiled.runs_on_cpu(x):
         torch.ops.ccnet_d2.use_huge_pages(x)
     return x
-
-
-def _uses_library(x: Tensor) -> bool:
-    return x.device.type == "cpu" and compiled.supports(x) is None
 
 
 if compiled.is_available():

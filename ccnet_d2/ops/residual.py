@@ -66,8 +66,7 @@ def residual_gradients(grad: Tensor, attended: Tensor, gamma: Tensor) -> tuple[T
 
 def _runs_compiled(attended: Tensor, gamma: Tensor, x: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
-        and compiled.supports(x, attended, gamma) is None
+        compiled.runs_on_cpu(x, attended, gamma)
         and attended.shape == x.shape
         and is_dense(attended)
         and (attended.dtype == x.dtype or (x.dtype == torch.float32 and attended.dtype in _HALF))

@@ -51,13 +51,10 @@ const Kernels* amx_split_kernels() {
   static const Kernels* const usable = [] {
     const Kernels* plain = avx512_kernels();
     if (plain == nullptr || !matrix_units_usable()) return static_cast<const Kernels*>(nullptr);
-    static const Kernels kernels = [plain] {
-      Kernels split = with_passes("amx", forward, backward, *plain);
-      split.matmul = split_matmul;
-      split.matmul_sum = split_matmul_sum;
-      return split;
-    }();
-    return &kernels;
+    static Kernels kernels = with_passes("amx", forward, backward, *plain);
+    kernels.matmul = split_matmul;
+    kernels.matmul_sum = split_matmul_sum;
+    return static_cast<const Kernels*>(&kernels);
   }();
   return usable;
 }

@@ -25,7 +25,7 @@ void check(const Tensor& map, const char* name, int64_t channels, const Tensor& 
   STD_TORCH_CHECK(map.size(1) == channels, name, " must have ", channels, " channels, got ", map.size(1), ".");
 }
 
-void check_alike(const Tensor& a, const Tensor& b) {
+void check_same_positions(const Tensor& a, const Tensor& b) {
   bool alike = a.dim() == b.dim() && a.size(0) == b.size(0);
   for (int64_t d = 2; alike && d < a.dim(); ++d) alike = a.size(d) == b.size(d);
   STD_TORCH_CHECK(alike, "both maps must have one batch and the same spatial sizes.");
@@ -76,7 +76,7 @@ Tensor forward(Tensor x, Tensor weight, Tensor bias) {
 Tensor input_gradient(Tensor grad, Tensor weight, Tensor residual, bool out_channels_last) {
   check(grad, "grad", weight.size(0), weight);
   check(residual, "residual", weight.size(1), weight);
-  check_alike(grad, residual);
+  check_same_positions(grad, residual);
   const Tensor out =
       out_channels_last ? empty_channels_last(residual, residual.size(1)) : empty_channels_second(residual);
   if (out.numel() == 0) return out;
@@ -93,7 +93,7 @@ Tensor weight_gradient(Tensor grad, Tensor x) {
   Tensor out = torch::stable::new_empty(x, {grad.size(1), x.size(1)});
   check(grad, "grad", grad.size(1), out);
   check(x, "x", x.size(1), out);
-  check_alike(grad, x);
+  check_same_positions(grad, x);
   if (grad.numel() == 0 || x.numel() == 0) return torch::stable::fill_(out, 0.0);
   MatmulArgs args = arguments(x.size(0), grad.size(1), grid_of(x).positions(), x.size(1));
   args.left = transposed(positions_first(grad, "grad"));

@@ -176,7 +176,7 @@ void split_backward_axis(const BackwardArgs& args, int axis, bool first) {
         }
         // What the last key and the last query have no part in is zero.
         for (int64_t j = L; j < l32; ++j) memset(ds + j * ld, 0, static_cast<size_t>(r32) * sizeof(float));
-        pack_left_transposed(ds, ld, queries, ds_transposed);
+        pack(LeftTransposedPacker(ds, ld, ds_transposed.steps * kStep, round_up(queries, kTile), ds_transposed), &none);
         FromRows<S> from_keys, from_queries;
         if (query_edge > 0) {
           from_keys.weights = last_query;

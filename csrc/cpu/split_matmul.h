@@ -8,45 +8,6 @@ constexpr int64_t kMatmulRows = 128;    // of the left operand and of the result
 constexpr int64_t kMatmulColumns = 32;  // of the result
 constexpr int64_t kMatmulSteps = 4;     // of k: a block's operands of so many stay in the first-level cache
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Packs a left operand whose columns lie without gaps, to[m, k] = src[k, m] for m < rows and k < cols, zeros beyond, a
-// quarter of a tile at a time.
-class LeftColumnPacker {
- public:
-  LeftColumnPacker() = default;
-  LeftColumnPacker(const float* src, int64_t column, int64_t rows, int64_t cols, const TileMatrix& to)
-      : src_(src), column_(column), rows_(rows), cols_(cols), to_(to) {}
-
-  int64_t units() const { return tiles(rows_) * to_.steps * 4; }
-
-  void operator()(int64_t unit) const {
-    const int64_t quarter = unit % 4, tile = unit / 4 / to_.steps, s = unit / 4 % to_.steps;
-    const float* p = src_ + s * kStep * column_ + tile * kTile;
-    const int64_t rows = rows_ - tile * kTile, left = cols_ - s * kStep;
-    BFloat16* to = to_.at(tile, s);
-    if (rows >= kTile && left >= kStep) {
-      reg a[4], b[4];
-      load_transposed_quarter(p + quarter * 4, column_, a);
-      load_transposed_quarter(p + 16 * column_ + quarter * 4, column_, b);
-      CCNET_UNROLL
-      for (int r = 0; r < 4; ++r) split(a[r], b[r], to + (quarter * 4 + r) * kTileRow);
-      return;
-    }
-    if (quarter > 0) return;
-    reg a[16], b[16];
-    load_transposed<V>(p, column_, left, rows, a);
-    load_transposed<V>(p + 16 * column_, column_, left - 16, rows, b);
-    CCNET_UNROLL
-    for (int r = 0; r < 16; ++r) split(a[r], b[r], to + r * kTileRow);
-  }
-
- private:
-  const float* src_ = nullptr;
-  int64_t column_ = 0, rows_ = 0, cols_ = 0;
-  TileMatrix to_{nullptr, 0};
-};
-
 // A packer for either layout of an operand in memory.
 template <class Rows, class Columns>
 class EitherPacker {
@@ -64,18 +25,18 @@ class EitherPacker {
   bool rows_ = true;
 };
 
-using LeftEither = EitherPacker<LeftPacker<float>, LeftColumnPacker>;
+using LeftEither = EitherPacker<LeftPacker<float>, LeftTransposedPacker>;
 using RightEither = EitherPacker<RightPacker<float>, TransposedPacker<float>>;
 
-inline const float* element(const MatrixRef& m, int64_t batch, int64_t row, int64_t column) {
-  return static_cast<const float*>(m.data) + batch * m.batch + row * m.row + column * m.column;
+inline float* element(const MatrixRef& m, int64_t batch, int64_t row, int64_t column) {
+  return static_cast<float*>(m.data) + batch * m.batch + row * m.row + column * m.column;
 }
 
 LeftEither left_packer(const MatrixRef& m, int64_t batch, int64_t row, int64_t rows, int64_t k, int64_t depth,
                        const TileMatrix& to) {
   const float* src = element(m, batch, row, k);
   return {m.column == 1, LeftPacker<float>(src, m.row, rows, depth, to),
-          LeftColumnPacker(src, m.column, rows, depth, to)};
+          LeftTransposedPacker(src, m.column, depth, rows, to)};
 }
 
 RightEither right_packer(const MatrixRef& m, int64_t batch, int64_t k, int64_t depth, int64_t columns,
@@ -115,7 +76,7 @@ class BlockTo {
   BlockTo() = default;
   BlockTo(const MatmulArgs& args, const RowBlock& rows, int64_t column, const float* block, bool past_caches)
       : args_(&args),
-        to_(const_cast<float*>(element(args.out, rows.batch, rows.row, column))),
+        to_(element(args.out, rows.batch, rows.row, column)),
         added_(args.added.data != nullptr ? element(args.added, rows.batch, rows.row, column) : nullptr),
         bias_(args.bias != nullptr ? args.bias + column : nullptr),
         block_(block),
@@ -197,11 +158,11 @@ void pack_shared(const MatmulArgs& args, const RightEither& packer) {
   });
 }
 
-// Whether the result should be written past the caches (see outgrows_caches).
+// Whether the result should be written past the caches.
 bool streams(const MatmulArgs& args) {
-  const int64_t steps = args.out.row | args.out.batch | args.columns;
-  return args.out.column == 1 && args.batch * args.rows * args.columns * 4 > (8 << 20) && steps % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(args.out.data) % 64 == 0;
+  const int64_t bytes = args.batch * args.rows * args.columns * 4;
+  const int64_t steps = (args.out.row | args.out.batch | args.columns) * 4;
+  return args.out.column == 1 && outgrows_caches(args.out.data, bytes, steps);
 }
 
 // What is asked for while the 32 columns from tile n on of a block are computed: the next columns' operand and what

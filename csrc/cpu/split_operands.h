@@ -109,6 +109,29 @@ inline void load_transposed_quarter(const float* p, int64_t row, reg* t) {
   t[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
 }
 
+// A quarter of a tile, or with the first one all of it where some of it is not there, from the transposes of two
+// squares: tile row r holds a[i, r] and b[i, r] for i < 16. Rows of both are `row` apart; b is there only where a is.
+template <class S>
+void split_transposed(int64_t quarter, const S* a, int64_t a_rows, int64_t a_cols, const S* b, int64_t b_rows,
+                      int64_t b_cols, int64_t row, BFloat16* to) {
+  if constexpr (std::is_same<S, float>::value) {
+    if (b_rows >= kTile && b_cols >= kTile) {
+      reg x[4], y[4];
+      load_transposed_quarter(a + quarter * 4, row, x);
+      load_transposed_quarter(b + quarter * 4, row, y);
+      CCNET_UNROLL
+      for (int r = 0; r < 4; ++r) split(x[r], y[r], to + (quarter * 4 + r) * kTileRow);
+      return;
+    }
+  }
+  if (quarter > 0) return;
+  reg x[16], y[16];
+  load_transposed<V>(a, row, a_cols > 0 ? a_rows : 0, a_cols, x);
+  load_transposed<V>(b, row, b_cols > 0 ? b_rows : 0, b_cols, y);
+  CCNET_UNROLL
+  for (int r = 0; r < 16; ++r) split(x[r], y[r], to + r * kTileRow);
+}
+
 // Packs a right operand, to[k, n] = src[n, k] for n < rows and k < cols, zeros beyond, a quarter of a tile at a time.
 template <class S>
 class TransposedPacker {
@@ -120,26 +143,9 @@ class TransposedPacker {
   int64_t units() const { return tiles(rows_) * to_.steps * 4; }
 
   void operator()(int64_t unit) const {
-    const int64_t quarter = unit % 4, tile = unit / 4 / to_.steps, s = unit / 4 % to_.steps, n = tile * kTile;
-    const S* p = src_ + n * row_ + s * kStep;
-    BFloat16* to = to_.at(tile, s);
-    const int64_t left = cols_ - s * kStep;
-    if constexpr (std::is_same<S, float>::value) {
-      if (rows_ - n >= kTile && left >= kStep) {
-        reg a[4], b[4];
-        load_transposed_quarter(p + quarter * 4, row_, a);
-        load_transposed_quarter(p + 16 + quarter * 4, row_, b);
-        CCNET_UNROLL
-        for (int r = 0; r < 4; ++r) split(a[r], b[r], to + (quarter * 4 + r) * kTileRow);
-        return;
-      }
-    }
-    if (quarter > 0) return;
-    reg a[16], b[16];
-    load_transposed<V>(p, row_, left > 0 ? rows_ - n : 0, left, a);
-    load_transposed<V>(p + 16, row_, left > 16 ? rows_ - n : 0, left - 16, b);
-    CCNET_UNROLL
-    for (int r = 0; r < 16; ++r) split(a[r], b[r], to + r * kTileRow);
+    const int64_t tile = unit / 4 / to_.steps, s = unit / 4 % to_.steps, n = tile * kTile, k = s * kStep;
+    const S* p = src_ + n * row_ + k;
+    split_transposed(unit % 4, p, rows_ - n, cols_ - k, p + 16, rows_ - n, cols_ - k - 16, row_, to_.at(tile, s));
   }
 
  private:
@@ -148,19 +154,27 @@ class TransposedPacker {
   TileMatrix to_{nullptr, 0};
 };
 
-// to[m, k] = src[k, m] for m < cols: src is dense scratch memory, padded with zeros to whole tiles.
-void pack_left_transposed(const float* src, int64_t row, int64_t cols, const TileMatrix& to) {
-  for (int64_t s = 0; s < to.steps; ++s) {
-    for (int64_t m = 0; m < cols; m += kTile) {
-      const float* p = src + s * kStep * row + m;
-      reg a[16], b[16];
-      load_transposed<V>(p, row, 16, 16, a);
-      load_transposed<V>(p + 16 * row, row, 16, 16, b);
-      CCNET_UNROLL
-      for (int r = 0; r < 16; ++r) split(a[r], b[r], to.at(m / kTile, s) + r * kTileRow);
-    }
+// Packs a left operand, to[m, k] = src[k, m] for k < rows and m < cols, zeros beyond, a quarter of a tile at a time.
+class LeftTransposedPacker {
+ public:
+  LeftTransposedPacker() = default;
+  LeftTransposedPacker(const float* src, int64_t row, int64_t rows, int64_t cols, const TileMatrix& to)
+      : src_(src), row_(row), rows_(rows), cols_(cols), to_(to) {}
+
+  int64_t units() const { return tiles(cols_) * to_.steps * 4; }
+
+  void operator()(int64_t unit) const {
+    const int64_t tile = unit / 4 / to_.steps, s = unit / 4 % to_.steps, m = tile * kTile, k = s * kStep;
+    const float* p = src_ + k * row_ + m;
+    split_transposed(unit % 4, p, rows_ - k, cols_ - m, p + 16 * row_, rows_ - k - 16, cols_ - m, row_,
+                     to_.at(tile, s));
   }
-}
+
+ private:
+  const float* src_ = nullptr;
+  int64_t row_ = 0, rows_ = 0, cols_ = 0;
+  TileMatrix to_{nullptr, 0};
+};
 
 // What is computed from a right operand's rows while they are at hand, each only where it is given:
 template <class S>

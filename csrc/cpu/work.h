@@ -3,6 +3,8 @@
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Row stride, in numbers, of a matrix of n columns: whole vectors, and an odd number of cache lines, since rows a
 // power of two apart would share a few sets of the first-level cache.
 template <class V>
@@ -91,14 +93,19 @@ S* line_data(const TensorRef& t, const Grid& grid, int axis, int64_t line) {
 // What becomes of a result: it takes the place of what is in memory, or joins it.
 enum class Store { kReplace, kPastCaches, kJoin };
 
-// Whether the first axis should write this tensor past the caches: it is too large to wait there for the next axis, and
-// written so it is not fetched from memory only to be overwritten. Only whole cache lines can be.
-inline bool outgrows_caches(const Grid& grid, const TensorRef& t, int64_t channels, int64_t size) {
+// Whether a result of so many bytes should be written past the caches: it is too large to wait there for whoever reads
+// it next, and written so it is not fetched from memory only to be overwritten. Only whole cache lines can be: `steps`
+// has the bits of all distances between rows, and of their length, in bytes.
+inline bool outgrows_caches(const void* data, int64_t bytes, int64_t steps) {
   constexpr int64_t line = 64, large = 8 << 20;
+  return bytes > large && steps % line == 0 && reinterpret_cast<uintptr_t>(data) % line == 0;
+}
+
+// The same of a tensor, which the first axis writes and the next one reads; `size` is a number's.
+inline bool outgrows_caches(const Grid& grid, const TensorRef& t, int64_t channels, int64_t size) {
   int64_t steps = channels | t.strides.batch;
   for (int a = 0; a < grid.axes; ++a) steps |= t.strides.axis[a];
-  return grid.batch * grid.positions() * channels * size > large && steps * size % line == 0 &&
-         reinterpret_cast<uintptr_t>(t.data) % line == 0;
+  return outgrows_caches(t.data, grid.batch * grid.positions() * channels * size, steps * size);
 }
 
 // Hands out items 0 .. count-1 to the workers of one parallel region: runs of neighbours, which share pages of memory,
