@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ccnet_d2.layers.precision import at_least_float32, autocast_disabled
 
-from .reduction import mean_over_processes
+from .reduction import balanced_mean_over_processes, mean_over_processes
 from .resize import upsample
 from .segmentation_loss import check_map_and_labels
 
@@ -62,7 +62,8 @@ class BoundaryLoss(nn.Module):
     stand at the corners, and have half as many.
 
     Takes the labels of the segmentation and makes the mask itself. Pixels without a label take no part; a batch
-    without any gives zero with a graph. Computed in fp32, inside autocast too.
+    without any gives zero with a graph. Computed in fp32, inside autocast too. In distributed training the mean is over
+    the pixels of all processes, see `mean_over_processes`.
 
     :paper:`RANet`, Sec. 4: "We use the cross-entropy loss to penalize all of the training error."
     """
@@ -79,8 +80,8 @@ class BoundaryLoss(nn.Module):
         """
         Args:
             radius: see `label_boundaries`.
-            balanced: weigh boundary pixels by the share of the others in the batch and the other way round, so that
-                both count the same; RANet does not.
+            balanced: weigh boundary pixels by the share of the others in the batch, that of all processes, and the
+                other way round, so that both count the same; RANet does not.
             resolution: "labels" or "map": the size that map and mask are compared at.
             ignore_index: label of the pixels left out.
             align_corners: of the enlargement, and of where the cells of the map lie.
@@ -125,14 +126,12 @@ class BoundaryLoss(nn.Module):
             else:
                 scores = upsample(scores, (target.shape[-2], target.shape[-1]), self.align_corners)
             scores = scores[:, 0]
-            weight = labelled.to(scores.dtype)
-            if self.balanced:
-                share = boundary.sum() / labelled.sum().clamp(min=1)
-                weight = weight * torch.where(boundary, 1 - share, share)
-            total = F.binary_cross_entropy_with_logits(
-                scores, boundary.to(scores.dtype), weight, reduction="sum"
+            per_pixel = F.binary_cross_entropy_with_logits(
+                scores, boundary.to(scores.dtype), reduction="none"
             )
-            return mean_over_processes(total, weight.sum())
+            if self.balanced:
+                return balanced_mean_over_processes(per_pixel, boundary, labelled & ~boundary)
+            return mean_over_processes((per_pixel * labelled).sum(), labelled.sum())
 
     def extra_repr(self) -> str:
         return (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ccnet_d2.layers.precision import at_least_float32, autocast_disabled
 
 from .log_likelihood import log_softmax, negative_log_likelihood
-from .reduction import mean_over_processes
+from .reduction import balanced_mean_over_processes
 from .resize import upsample
 from .segmentation_loss import check_label_range, check_map_and_labels
 
@@ -99,11 +99,7 @@ class EdgeCrossEntropy(nn.Module):
                 at_least_float32(logits), (target.shape[-2], target.shape[-1]), self.align_corners
             )
             per_pixel = negative_log_likelihood(log_softmax(full), target, self.ignore_index)
-            halves = []
-            for kind in (0, 1):
-                pixels = target == kind
-                halves.append(mean_over_processes((per_pixel * pixels).sum(), pixels.sum()))
-            return 0.5 * (halves[0] + halves[1])
+            return balanced_mean_over_processes(per_pixel, target == 0, target == 1)
 
     def extra_repr(self) -> str:
         return f"ignore_index={self.ignore_index}, align_corners={self.align_corners}"

@@ -28,3 +28,19 @@ def mean_over_processes(total: Tensor, mass: Tensor) -> Tensor:
             mass = mass.double()  # adding up counts stays exact
             dist.all_reduce(mass)
     return total * processes / torch.where(mass > 0, mass, 1.0).to(total.dtype)
+
+
+def balanced_mean_over_processes(values: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Half the mean over one kind of pixels plus half the mean over another, each as of `mean_over_processes`.
+
+    That is the mean weighted by the share that the other kind has. Of a kind without pixels nothing is left.
+
+    Args:
+        values: of each pixel.
+        first, second: bool, of the same shape.
+
+    Returns:
+        Scalar of `values`'s dtype.
+    """
+    halves = [mean_over_processes((values * kind).sum(), kind.sum()) for kind in (first, second)]
+    return 0.5 * (halves[0] + halves[1])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ccnet_d2.layers import RegionAttention
 from ccnet_d2.layers.norm_act import ACTIVATIONS, ConvNormAct
+from ccnet_d2.layers.precision import at_least_float32
 from ccnet_d2.losses import BoundaryLoss, CrossEntropy
 from ccnet_d2.losses.resize import upsample
 
@@ -240,7 +241,8 @@ class RANetHead(nn.Module):
         if boundary is None:
             context = self.context(x)
         else:
-            context = self.context(x, boundary[:, 0].float().sigmoid(), coarse.float().softmax(1))
+            scores, classes = at_least_float32(boundary), at_least_float32(coarse)
+            context = self.context(x, scores[:, 0].sigmoid(), classes.softmax(1))
         fused: Tensor = self.fuse(torch.cat([x, context], dim=1))
         return fused
 

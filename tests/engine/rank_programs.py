@@ -15,7 +15,7 @@ from torch import nn
 from ccnet_d2.engine.distributed import share_model
 from ccnet_d2.layers.sync_batch_norm import sync_batch_norm_on_cpu
 from ccnet_d2.losses import CategoryConsistentLoss, OHEMCrossEntropy
-from ccnet_d2.modeling import CCNet, CCNetHead, PlainConvNet
+from ccnet_d2.modeling import CCNet, CCNetHead, PlainConvNet, RANetHead
 
 CLASSES = 4
 IMAGES = 8
@@ -27,28 +27,17 @@ CASES = (
     "one class",
     "OHEM",
     "recompute",
+    "RANet",
 )
 
 
 def make_model(dtype: torch.dtype = torch.float64, case: str = "") -> nn.Module:
-    """Two convolutions, criss-cross attention at work (gamma is not 0), auxiliary head, synchronised batch norm."""
+    """Two convolutions, attention at work (gamma is not 0), auxiliary losses, synchronised batch norm."""
     torch.manual_seed(2)  # no activation so near the kink of a ReLU that fp32 puts it on the other side
     shapes = {"conv": ShapeSpec(channels=16, stride=2)}
     model = CCNet(
         backbone=PlainConvNet(channels=[16, 16], strides=[1, 2], norm="SyncBN"),
-        sem_seg_head=CCNetHead(
-            shapes,
-            in_feature="conv",
-            num_classes=CLASSES,
-            channels=16,
-            context="rcca_recompute" if case == "recompute" else "rcca",
-            norm="SyncBN",
-            dropout=0.0,
-            aux_feature="conv",
-            aux_channels=16,
-            # min_kept small enough that no process has to raise the threshold
-            loss=OHEMCrossEntropy(thresh=0.3, min_kept=1, factor=1) if case == "OHEM" else "cross_entropy",
-        ),
+        sem_seg_head=_make_ranet_head(shapes, case) if "RANet" in case else _make_head(shapes, case),
         pixel_mean=[127.5] * 3,
         pixel_std=[64.0] * 3,
     )
@@ -61,6 +50,36 @@ def make_model(dtype: torch.dtype = torch.float64, case: str = "") -> nn.Module:
         if isinstance(module, nn.Dropout2d):
             module.p = 0.0
     return sync_batch_norm_on_cpu(model).to(dtype).train()
+
+
+def _make_head(shapes: dict[str, ShapeSpec], case: str) -> CCNetHead:
+    return CCNetHead(
+        shapes,
+        in_feature="conv",
+        num_classes=CLASSES,
+        channels=16,
+        context="rcca_recompute" if case == "recompute" else "rcca",
+        norm="SyncBN",
+        dropout=0.0,
+        aux_feature="conv",
+        aux_channels=16,
+        # min_kept small enough that no process has to raise the threshold
+        loss=OHEMCrossEntropy(thresh=0.3, min_kept=1, factor=1) if case == "OHEM" else "cross_entropy",
+    )
+
+
+def _make_ranet_head(shapes: dict[str, ShapeSpec], case: str) -> RANetHead:
+    return RANetHead(
+        shapes,
+        in_feature="conv",
+        coarse_feature="conv",
+        num_classes=CLASSES,
+        channels=16,
+        variant="code" if case == "RANet as released" else "paper",
+        balanced_boundaries=case == "RANet",
+        norm="SyncBN",
+        dropout=0.0,
+    )
 
 
 def make_batch(case: str) -> list[dict]:
