@@ -109,7 +109,10 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
-        x = self.conv(x)
+        return self.normalize(self.conv(x))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Norm and activation, of what the convolution made: (B, out_channels, H, W) -> the same shape."""
         if self.norm is not None:
             lone = x.numel() == x.shape[1]  # one value per channel: no variance to train on
             if (

@@ -134,34 +134,44 @@ class CodeInteraction(nn.Module):
         """(B, M, h, w) features and each image's regions -> (B, M, h, w)."""
         queries = self.query(features).flatten(2).transpose(1, 2)
         values = self.value(features).flatten(2).transpose(1, 2)
-        out = [self._one(*parts) for parts in zip(queries, values, assignments, strict=True)]
-        context: Tensor = self.distribute(torch.stack(out).transpose(1, 2).reshape(features.shape))
-        return context
+        # In the order of the map, as in the code.
+        chosen = [where.representatives.sort().values for where in assignments]
+        scores = [where.score[own] for where, own in zip(assignments, chosen, strict=True)]
+        with autocast_disabled(features.device):
+            queries, values = at_least_float32(queries), at_least_float32(values)
+            local = [
+                _take(value[own], value * where.score[:, None], value)
+                for value, own, where in zip(values, chosen, assignments, strict=True)
+            ]
+        local = _on_lists(self.collect, local)
+        with autocast_disabled(features.device):
+            context = [_take(x, x * own[:, None], x) for x, own in zip(local, scores, strict=True)]
+        context = _on_lists(self.interact, context)
+        with autocast_disabled(features.device):
+            out = [
+                _take(query, x * own[:, None], x)
+                for query, x, own in zip(queries, context, scores, strict=True)
+            ]
+        distributed: Tensor = self.distribute(torch.stack(out).transpose(1, 2).reshape(features.shape))
+        return distributed
 
-    def _one(self, query: Tensor, value: Tensor, where: Assignment) -> Tensor:
-        """(P, M) queries and values of one image -> (P, M)."""
-        chosen = where.representatives.sort().values  # in the order of the map, as in the code
-        own = where.score[chosen]
-        with autocast_disabled(query.device):
-            query, value = at_least_float32(query), at_least_float32(value)
-            weights = (value[chosen] @ (value * where.score[:, None]).t()).softmax(1)
-            local = value[chosen] + weights @ value
-        local = at_least_float32(_on_list(self.collect, local))
-        with autocast_disabled(query.device):
-            weights = (local @ (local * own[:, None]).t()).softmax(1)
-            context = local + weights @ local
-        context = at_least_float32(_on_list(self.interact, context))
-        with autocast_disabled(query.device):
-            weights = (query @ (context * own[:, None]).t()).softmax(1)
-            return query + weights @ context
+
+def _take(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """(N, M) queries, and what each of them takes from (S, M) values by the softmax over all keys."""
+    return query + (query @ key.t()).softmax(1) @ value
 
 
-def _on_list(convolution: ConvNormAct, x: Tensor) -> Tensor:
-    """A convolution over (S, M) vectors as if they were the pixels of a column."""
+def _on_lists(convolution: ConvNormAct, lists: list[Tensor]) -> list[Tensor]:
+    """A convolution over each image's (S, M) vectors as if they were the pixels of a column, in at least fp32.
+
+    The norm is over the vectors of all images, as over the pixels of a batch.
+    """
+    columns = torch.cat([convolution.conv(x.t()[None, :, :, None]) for x in lists], dim=2)
     # A lone vector counts twice: batch norm cannot train on a single value of each channel.
-    rows = torch.cat([x, x]) if len(x) == 1 else x
-    out: Tensor = convolution(rows.t()[None, :, :, None])[0, :, :, 0].t()
-    return out[: len(x)]
+    lone = columns.shape[2] == 1
+    out = convolution.normalize(torch.cat([columns, columns], dim=2) if lone else columns)
+    rows = at_least_float32(out[0, :, :, 0].t())[: columns.shape[2]]
+    return list(rows.split([len(x) for x in lists]))
 
 
 def pair_grid(size: tuple[int, int], cells: int) -> tuple[int, int]:

@@ -28,6 +28,7 @@ CASES = (
     "OHEM",
     "recompute",
     "RANet",
+    "RANet as released",
 )
 
 
