@@ -259,9 +259,14 @@ class WholeImage(CuttingMode):
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
-        """See `InferenceMode.forward`; the images go through the model as one batch."""
+        """See `InferenceMode.forward`; images of one size go through the model as one batch.
+
+        Those of different sizes do not: a model pads them to the largest, and attention sees the padding, so that what
+        becomes of an image would depend on those beside it.
+        """
         items = [read_input(item) for item in batched_inputs]
-        if len(items) > 1 and sum(self.pixels(image) for image, _ in items) < self._too_large:
+        alike = len({image.shape for image, _ in items}) == 1
+        if len(items) > 1 and alike and sum(self.pixels(image) for image, _ in items) < self._too_large:
             try:
                 return [{"sem_seg": one} for one in self.run(*zip(*items, strict=True))]
             except MEMORY_ERRORS as error:

@@ -3,10 +3,12 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
+from detectron2.layers import ShapeSpec
 
 from ccnet_d2.errors import UserError
-from ccnet_d2.inference import MultiScaleFlip, SlidingWindow, WholeImage
+from ccnet_d2.inference import MultiScaleFlip, SlidingWindow, WholeClip, WholeImage
 from ccnet_d2.inference.label_bands import LabelBands, labels_of
+from ccnet_d2.modeling import CCNet, CCNetHead, PlainConvNet
 
 
 def as_input(image, height=None, width=None):
@@ -72,6 +74,33 @@ def test_several_images_of_a_batch(make_segmenter, random_image):
         together = mode(batch)
         assert torch.allclose(together[1]["sem_seg"], mode(batch[1:])[0]["sem_seg"], atol=1e-6)
     assert WholeImage(model)([]) == []
+
+
+def test_an_image_s_answer_does_not_depend_on_those_beside_it(random_image):
+    torch.manual_seed(0)
+    model = CCNet(
+        backbone=PlainConvNet(channels=[8], strides=[2], norm="BN"),
+        sem_seg_head=CCNetHead(
+            {"conv": ShapeSpec(channels=8, stride=2)},
+            in_feature="conv",
+            num_classes=5,
+            channels=8,
+            norm="BN",
+            aux_feature=None,
+        ),
+        pixel_mean=[127.5] * 3,
+        pixel_std=[64.0] * 3,
+    ).eval()
+    torch.nn.init.ones_(model.sem_seg_head.context.gamma)
+    batch = [as_input(random_image(*size))[0] for size in ((12, 20), (24, 16), (12, 20))]
+    for mode in (
+        WholeImage(model),
+        WholeClip(model),
+        SlidingWindow(model, tile=10),
+        MultiScaleFlip(model, scales=[1]),
+    ):
+        for item, together in zip(batch, mode(batch), strict=True):
+            torch.testing.assert_close(together["sem_seg"], mode([item])[0]["sem_seg"])
 
 
 def test_no_gradient_is_recorded(make_segmenter, random_image):
