@@ -14,7 +14,7 @@ from ccnet_d2.losses import CategoryConsistentLoss, CrossEntropy, OHEMCrossEntro
 from ccnet_d2.losses.resize import upsample
 
 from .config import head_arguments
-from .context_block import ContextBlock, category_consistent_branch, conv_norm_act
+from .context_block import ContextBlock, category_consistent_branch, conv_norm_act, weighted
 
 LOSSES: dict[str, Callable[..., SegmentationLoss]] = {"cross_entropy": CrossEntropy, "ohem": OHEMCrossEntropy}
 
@@ -60,6 +60,7 @@ class CCNetHead(ContextBlock):
         category_consistent: CategoryConsistentLoss | str | None = None,
         ignore_value: int = 255,
         align_corners: bool = False,
+        loss_weight: float = 1.0,
     ) -> None:
         """
         Args:
@@ -82,6 +83,7 @@ class CCNetHead(ContextBlock):
                 paper's weights; None for none.
             ignore_value: label that carries no loss.
             align_corners: of every upsampling of logits.
+            loss_weight: factor of all losses of this head, for models that have others beside it.
 
         Raises:
             ValueError: a feature, context, loss or activation name is unknown, or `category_consistent` is asked for
@@ -104,6 +106,7 @@ class CCNetHead(ContextBlock):
         self.aux_feature = aux_feature
         self.aux_loss_weight = aux_loss_weight
         self.align_corners = align_corners
+        self.loss_weight = loss_weight
         self.stride = input_shape[in_feature].stride
         self.num_classes = num_classes
         self.ignore_value = ignore_value  # read by Detectron2's SemanticSegmentor and PanopticFPN
@@ -171,7 +174,7 @@ class CCNetHead(ContextBlock):
         if self.auxiliary is not None:
             aux_logits = self.auxiliary(features[self.aux_feature])
             losses["loss_sem_seg_aux"] = self.aux_loss_weight * self.aux_loss(aux_logits, targets)
-        return None, losses
+        return None, weighted(losses, self.loss_weight)
 
     def predict(self, x: Tensor) -> Tensor:
         """(B, C_in, h, w) backbone features -> (B, K, h, w) logits."""

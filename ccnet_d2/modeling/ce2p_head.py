@@ -15,7 +15,7 @@ from ccnet_d2.losses import CategoryConsistentLoss, CrossEntropy, EdgeCrossEntro
 from ccnet_d2.losses.resize import upsample
 
 from .config import head_arguments
-from .context_block import ContextBlock, category_consistent_branch, conv_norm_act
+from .context_block import ContextBlock, category_consistent_branch, conv_norm_act, weighted
 
 _EDGE_CLASSES = 2
 
@@ -104,6 +104,7 @@ class CE2PHead(nn.Module):
         category_consistent: CategoryConsistentLoss | str | None = None,
         ignore_value: int = 255,
         align_corners: bool = True,
+        loss_weight: float = 1.0,
     ) -> None:
         """
         Args:
@@ -125,6 +126,7 @@ class CE2PHead(nn.Module):
                 paper's weights; None for none.
             ignore_value: label that carries no loss.
             align_corners: of every enlargement.
+            loss_weight: factor of all losses of this head, for models that have others beside it.
 
         Raises:
             ValueError: a feature, context, loss or activation name is unknown, fewer than two features are named, or
@@ -142,6 +144,7 @@ class CE2PHead(nn.Module):
         self.in_features = in_features
         self.num_classes = num_classes
         self.align_corners = align_corners
+        self.loss_weight = loss_weight
         self.ignore_value = ignore_value
         widths = [input_shape[feature].channels for feature in in_features]
         self.stride = input_shape[in_features[0]].stride
@@ -209,4 +212,4 @@ class CE2PHead(nn.Module):
         if self.category_features is not None:
             embedding = self.category_features(context)
             losses["loss_category_consistent"] = self.category_consistent_loss(embedding, targets)
-        return None, losses
+        return None, weighted(losses, self.loss_weight)

@@ -11,10 +11,10 @@ def add_ccnet_config(cfg: CfgNode) -> None:
     """Add this package's keys, with their defaults, to a Detectron2 config.
 
     `MODEL.CCNET` is for use with META_ARCHITECTURE "CCNet", BACKBONE.NAME "build_ccnet_resnet_backbone" and
-    SEM_SEG_HEAD.NAME "CCNetHead"; head width, norm, classes and ignored label are Detectron2's own MODEL.SEM_SEG_HEAD
-    keys. `MODEL.RCCA` is for use with BACKBONE.NAME "build_resnet_rcca_backbone" and "build_resnet_rcca_fpn_backbone"
-    in Detectron2's detection models. `INPUT.CCNET`, `TEST.CCNET` and `SOLVER.POLY_LR_*` are read by
-    `ccnet_d2.engine.yacs`.
+    SEM_SEG_HEAD.NAME "CCNetHead"; head width, norm, classes, ignored label and loss weight are Detectron2's own
+    MODEL.SEM_SEG_HEAD keys. `MODEL.RCCA` is for use with BACKBONE.NAME "build_resnet_rcca_backbone" and
+    "build_resnet_rcca_fpn_backbone" in Detectron2's detection models. `INPUT.CCNET`, `TEST.CCNET` and
+    `SOLVER.POLY_LR_*` are read by `ccnet_d2.engine.yacs`.
     """
     cfg.MODEL.CCNET = _ccnet_keys()
     cfg.MODEL.RANET = _ranet_keys()
@@ -35,6 +35,7 @@ def head_arguments(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[s
         "channels": head.CONVS_DIM,
         "norm": head.NORM,
         "ignore_value": head.IGNORE_VALUE,
+        "loss_weight": head.LOSS_WEIGHT,
         "dropout": ccnet.DROPOUT,
         "activation": ccnet.ACTIVATION,
         "align_corners": ccnet.ALIGN_CORNERS,

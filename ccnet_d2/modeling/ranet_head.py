@@ -19,7 +19,7 @@ from ccnet_d2.losses import BoundaryLoss, CrossEntropy
 from ccnet_d2.losses.resize import upsample
 
 from .config import head_arguments
-from .context_block import named_context
+from .context_block import named_context, weighted
 
 OUTPUTS = ("fine", "coarse")
 REGION = "region"
@@ -80,6 +80,7 @@ class RANetHead(nn.Module):
         ignore_value: int = 255,
         align_corners: bool = False,
         output: str = "fine",
+        loss_weight: float = 1.0,
     ) -> None:
         """
         Args:
@@ -106,6 +107,7 @@ class RANetHead(nn.Module):
             ignore_value: label that carries no loss.
             align_corners: of every upsampling of logits.
             output: what is predicted: "fine", or "coarse" for the logits of C (Tab. 4).
+            loss_weight: factor of all losses of this head, for models that have others beside it.
 
         Raises:
             ValueError: a feature, context, activation, variant or output is unknown.
@@ -124,6 +126,7 @@ class RANetHead(nn.Module):
         self.stride = input_shape[in_feature].stride
         self.num_classes = num_classes
         self.align_corners = align_corners
+        self.loss_weight = loss_weight
         self.output = output
         self.coarse_loss_weight = coarse_loss_weight
         self.boundary_loss_weight = boundary_loss_weight
@@ -234,7 +237,7 @@ class RANetHead(nn.Module):
                 losses["loss_boundary_fine"] = weight * fine
                 weight *= self.coarse_loss_weight
             losses["loss_boundary"] = weight * self.boundary_loss(boundary, targets)
-        return None, losses
+        return None, weighted(losses, self.loss_weight)
 
     def _fuse(self, x: Tensor, boundary: Tensor | None, coarse: Tensor) -> Tensor:
         """A (B, C, h, w), boundary logits (B, 1, h, w) and coarse logits (B, K, h, w) -> (B, C, h, w)."""

@@ -1,0 +1,34 @@
+"""What all segmentation heads read from a yacs config alike."""
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_sem_seg_head
+
+from ccnet_d2.modeling import add_ccnet_config
+
+STRIDES = {"res2": 4, "res3": 8, "res4": 8, "res5": 8}
+
+
+def losses_of(name: str, weight: float) -> dict[str, torch.Tensor]:
+    cfg = get_cfg()
+    add_ccnet_config(cfg)
+    head = cfg.MODEL.SEM_SEG_HEAD
+    head.NAME, head.NUM_CLASSES, head.CONVS_DIM, head.NORM = name, 3, 8, "BN"
+    head.IN_FEATURES, head.LOSS_WEIGHT = list(STRIDES), weight
+    cfg.MODEL.CCNET.DROPOUT = 0.0
+    torch.manual_seed(0)
+    module = build_sem_seg_head(cfg, {key: ShapeSpec(channels=8, stride=s) for key, s in STRIDES.items()})
+    features = {key: torch.randn(2, 8, 32 // stride, 32 // stride) for key, stride in STRIDES.items()}
+    return module.train()(features, torch.randint(0, 3, (2, 32, 32)))[1]
+
+
+@pytest.mark.parametrize("name", ["CCNetHead", "CE2PHead", "RANetHead"])
+def test_detectron2_s_weight_of_the_semantic_loss(name):
+    """Its configs of PanopticFPN say 0.5, which weighs a head against those of the boxes."""
+    whole, half = losses_of(name, 1.0), losses_of(name, 0.5)
+    assert len(whole) >= 2 and whole.keys() == half.keys()
+    for key, loss in whole.items():
+        assert loss > 0
+        torch.testing.assert_close(half[key], 0.5 * loss)
