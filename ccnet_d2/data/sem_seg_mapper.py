@@ -15,6 +15,7 @@ from ccnet_d2.data.catalog import classes_of, flip_pairs_of
 from ccnet_d2.data.errors import DatasetError, SampleError
 from ccnet_d2.data.image_files import read_image, read_label
 from ccnet_d2.data.transforms.mirror import is_mirroring, swap_labels
+from ccnet_d2.data.transforms.outside import outside_of
 
 __all__ = ["IGNORE_LABEL", "LabelMap", "SemSegMapper"]
 
@@ -92,7 +93,8 @@ class SemSegMapper:
     Returns (on call):
         dict: the sample's own entries (``file_name``, ``image_id``, …) and
             image: (3, H', W') tensor, uint8 unless an augmentation made it float32;
-            sem_seg: (H', W') long tensor with classes 0 to K - 1 and void 255 (training only);
+            sem_seg: (H', W') long tensor with classes 0 to K - 1 and void 255 (training only), void also where
+                augmentations leave the image, which Detectron2's fill with class 0;
             height, width: size of the image in the file.
 
     Raises:
@@ -174,7 +176,8 @@ class SemSegMapper:
         sample.update(height=height, width=width)
         sample["image"] = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
         if augmented.sem_seg is not None:
-            sem_seg = augmented.sem_seg
+            outside = outside_of(transforms, height, width)
+            sem_seg = np.where(outside, IGNORE_LABEL, augmented.sem_seg)
             if self.flip_pairs and is_mirroring(transforms, height, width):
                 sem_seg = swap_labels(sem_seg, self.flip_pairs)
             sample["sem_seg"] = torch.from_numpy(sem_seg.astype(np.int64))

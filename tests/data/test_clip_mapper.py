@@ -139,3 +139,8 @@ def test_classes_that_a_mirror_swaps_are_swapped_in_every_frame(clip):
     )(clip)["sem_seg"]
     swapped = torch.tensor([0, 3, 2, 1, 4])[plain]
     assert torch.equal(mirrored, swapped.flip(-1))
+
+
+def test_what_augmentations_show_beside_the_frames_is_void(clip):
+    mapped = ClipMapper(True, augmentations=[T.FixedSizeCrop((30, 32), pad_value=0.0)], num_classes=5)(clip)
+    assert (mapped["sem_seg"][:, 24:] == 255).all() and (mapped["sem_seg"][:, :24] < 5).all()

@@ -53,6 +53,36 @@ def test_augmentations_in_order_with_detectron2s_own(write_pair: Callable) -> No
     assert mapped["image"].shape == (3, 3, 2)
 
 
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        T.FixedSizeCrop((32, 36), pad_value=0.0),
+        T.RandomRotation([30, 30]),
+        T.RandomExtent((1.5, 1.5), (0, 0)),
+        T.PadTransform(2, 3, 4, 5),
+        RandomScaleCrop((32, 36), pad_value=(0, 0, 0)),
+    ],
+    ids=lambda augmentation: type(augmentation).__name__,
+)
+def test_what_augmentations_show_beside_the_image_is_void(write_pair: Callable, augmentation) -> None:
+    """Detectron2's fill label maps with 0 there, the first class; the image is black where there is none."""
+    pair = write_pair("a", np.full((20, 30), 3, np.uint8), np.full((20, 30, 3), 200, np.uint8))
+    mapped = SemSegMapper(True, augmentations=[augmentation, T.RandomFlip(1.0)], num_classes=5)(_sample(pair))
+    shown, beside = (mapped["image"] == 200).all(0), (mapped["image"] == 0).all(0)
+    assert shown.any() and beside.any()
+    assert (mapped["sem_seg"][shown] == 3).all() and (mapped["sem_seg"][beside] == 255).all()
+    assert set(mapped["sem_seg"].unique().tolist()) == {3, 255}
+
+
+def test_a_label_to_pad_with_that_is_asked_for_stays(write_pair: Callable) -> None:
+    pair = write_pair("a", np.full((20, 30), 3, np.uint8))
+    crop = RandomScaleCrop((32, 36), label_pad_value=0)
+    labels = SemSegMapper(True, augmentations=[crop, T.PadTransform(0, 0, 4, 0)], num_classes=5)(
+        _sample(pair)
+    )
+    assert labels["sem_seg"].unique(return_counts=True)[1].tolist() == [32 * 36 - 600, 600, 32 * 4]
+
+
 def test_float_images_of_other_augmentations_pass(write_pair: Callable) -> None:
     mapper = SemSegMapper(True, augmentations=[T.BlendTransform(0, 0.5, 0.5)], num_classes=6)
     image = mapper(_sample(write_pair("a", np.zeros((4, 6), np.uint8))))["image"]

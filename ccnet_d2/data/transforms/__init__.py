@@ -4,6 +4,7 @@ They are ordinary Detectron2 augmentations and mix with Detectron2's own, such a
 """
 
 from ccnet_d2.data.transforms.mirror import is_mirroring, swap_labels
+from ccnet_d2.data.transforms.outside import outside_of
 from ccnet_d2.data.transforms.photometric import PhotometricTransform, RandomPhotometricDistortion
 from ccnet_d2.data.transforms.resize import ResizeByScale, ResizeLinearTransform, ResizeTo, ResizeToFit
 from ccnet_d2.data.transforms.rotate_fit import RandomRotateFit, RotateFitTransform
@@ -21,5 +22,6 @@ __all__ = [
     "RotateFitTransform",
     "ScaleCropTransform",
     "is_mirroring",
+    "outside_of",
     "swap_labels",
 ]
