@@ -72,8 +72,16 @@ class EdgeCrossEntropy(nn.Module):
         Args:
             ignore_index: label of the pixels left out.
             align_corners: of the enlargement.
+
+        Raises:
+            ValueError: ignore_index is 0 or 1, which are the two classes.
         """
         super().__init__()
+        if ignore_index in (0, 1):
+            raise ValueError(
+                f"the ignored label {ignore_index} is one of the two classes of edges, 0 and 1: give void another "
+                "label, such as 255."
+            )
         self.ignore_index = ignore_index
         self.align_corners = align_corners
 

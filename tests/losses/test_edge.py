@@ -129,3 +129,11 @@ def test_full_precision_inside_autocast():
 def test_wrong_arguments(logits, target, message):
     with pytest.raises(ValueError, match=message):
         EdgeCrossEntropy()(logits, target)
+
+
+@pytest.mark.parametrize("ignore_index", [0, 1])
+def test_the_ignored_label_is_none_of_the_two_classes(ignore_index):
+    with pytest.raises(
+        ValueError, match=f"the ignored label {ignore_index} is one of the two classes of edges"
+    ):
+        EdgeCrossEntropy(ignore_index=ignore_index)
