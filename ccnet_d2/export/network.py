@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -106,3 +107,11 @@ def check_form(model: nn.Module) -> None:
             f"{name} does not export: it has no {' and no '.join(missing)}, as the segmentation networks of "
             "ccnet_d2.modeling have."
         )
+    head = model.sem_seg_head
+    try:
+        inspect.signature(head.forward).bind("features", None, "size")
+    except TypeError:
+        raise ExportError(
+            f"{name} with {type(head).__name__} does not export: its head takes other arguments (features, targets, "
+            "size) than those of the segmentation networks of ccnet_d2.modeling."
+        ) from None

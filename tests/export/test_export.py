@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from detectron2.config import instantiate
+from detectron2.config import get_cfg, instantiate
+from detectron2.modeling import build_model
 from torch import nn
 
 from ccnet_d2.engine import apply_overrides
@@ -179,6 +180,16 @@ def test_nan_is_not_a_small_difference(toy):
     assert difference.largest == float("inf")
 
 
+def detectron2_segmentor():
+    """Detectron2's own network, which has parts of the same names."""
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    return build_model(cfg)
+
+
 def test_what_does_not_export_is_one_sentence(tmp_path):
     detector = instantiate(get_config("coco/mask_rcnn_rcca_R_50_FPN_1x.py").model)
     for model, message in (
@@ -188,6 +199,10 @@ def test_what_does_not_export_is_one_sentence(tmp_path):
             "CCNet3D does not export: it segments",
         ),
         (detector, "GeneralizedRCNN does not export: detection networks (Mask R-CNN with or without RCCA)"),
+        (
+            detectron2_segmentor(),
+            "SemanticSegmentor with SemSegFPNHead does not export: its head takes other arguments",
+        ),
         (
             nn.Conv2d(3, 3, 1),
             "Conv2d does not export: it has no backbone and no sem_seg_head and no pixel_mean",
