@@ -5,6 +5,7 @@ Shapes: C channels, h w image, H W answer, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -51,11 +52,11 @@ class MultiScaleFlip(InferenceMode):
             align_corners: of the resize of the image; see `InferenceMode`.
 
         Raises:
-            ValueError: no scale, or one that is not positive.
+            ValueError: no scale, or one that is not positive and finite.
         """
         super().__init__(model, align_corners=align_corners)
         self.scales = tuple(float(scale) for scale in scales)
-        if not self.scales or min(self.scales) <= 0:
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"scales must be one or more positive numbers, got {list(scales)}.")
         self.flip = flip
         self.flip_pairs = None if flip_pairs is None else tuple((int(a), int(b)) for a, b in flip_pairs)

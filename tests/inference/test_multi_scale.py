@@ -139,7 +139,7 @@ def test_a_model_of_half_precision_takes_resized_and_padded_images(make_segmente
 
 
 def test_wrong_scales_are_refused():
-    for scales in ([], [1.0, 0.0], [-1]):
+    for scales in ([], [1.0, 0.0], [-1], [1.0, float("nan")], [float("inf")]):
         with pytest.raises(ValueError, match="scales must be one or more positive numbers"):
             MultiScaleFlip(scales=scales)
 
