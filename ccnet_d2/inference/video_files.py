@@ -111,6 +111,8 @@ class Camera(VideoSource):
             UserError: there is no such camera, or it gives no picture.
         """
         super().__init__()
+        if not 0 <= index < 2**31:  # OpenCV crashes on negative numbers, and cannot take larger ones
+            raise UserError(f"camera {index} cannot be opened: cameras are numbered from 0.")
         self.name = f"camera {index}"
         self.count = None
         _quiet()
@@ -224,6 +226,7 @@ class VideoWriter:
                     f"cannot write '{self.path}': folder '{self.path.parent}' cannot be made, "
                     f"{error.strerror or error}."
                 ) from error
+            _quiet()
             self._writer = cv2.VideoWriter(str(self._part), self._codec, self.fps, self._size[::-1])
             if not self._writer.isOpened():
                 self._writer = None

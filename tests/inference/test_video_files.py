@@ -1,5 +1,9 @@
 """Videos in and out, whole and damaged."""
 
+import os
+import subprocess
+import sys
+
 import cv2
 import numpy as np
 import pytest
@@ -141,3 +145,37 @@ def test_no_camera_is_one_sentence():
         pytest.skip("there is a camera 97")
     with pytest.raises(UserError, match="camera 97 cannot be opened"):
         Camera(number)
+
+
+@pytest.mark.parametrize("number", [-1, 2**31])
+def test_numbers_that_no_camera_has_do_not_reach_opencv(number):
+    with pytest.raises(UserError, match=f"camera {number} cannot be opened: cameras are numbered from 0"):
+        Camera(number)
+
+
+def test_ffmpeg_says_nothing_of_its_own_after_a_video_was_written(tmp_path):
+    """It takes its level of talk from the first video of a process, which may be one that is written."""
+    script = """
+import sys
+from pathlib import Path
+import numpy as np
+from ccnet_d2.errors import UserError
+from ccnet_d2.inference.video_files import VideoWriter, open_video
+
+video = Path(sys.argv[1], "video.mp4")
+with VideoWriter(video, 10) as writer:
+    for _ in range(3):
+        writer.write(np.zeros((32, 32, 3), np.uint8))
+data = video.read_bytes()
+video.write_bytes(data[: len(data) // 2])
+try:
+    open_video(video)
+except UserError as error:
+    print(error)
+"""
+    # The other tests have set it for this process.
+    environment = {key: value for key, value in os.environ.items() if key != "OPENCV_FFMPEG_LOGLEVEL"}
+    command = [sys.executable, "-c", script, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert "cannot be read as a video" in done.stdout
+    assert done.stderr == ""
