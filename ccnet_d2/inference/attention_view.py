@@ -16,7 +16,24 @@ from ccnet_d2.layers import RCCA, ClipRCCA
 
 from .attention import AttentionMaps, attention_weights, find_rcca, record_input, rows_of
 
-__all__ = ["AttentionView"]
+__all__ = ["AttentionView", "find_image_rcca"]
+
+
+def find_image_rcca(model: nn.Module, layer: str | None = None) -> RCCA:
+    """The model's RCCA layer on single images.
+
+    Args:
+        model: any module.
+        layer: see `find_rcca`.
+
+    Raises:
+        ValueError: as `find_rcca`.
+        UserError: its attention is over clips.
+    """
+    rcca = find_rcca(model, layer)
+    if isinstance(rcca, ClipRCCA) or rcca.spatial_dims != 2:
+        raise UserError("the model's attention is over clips, not single images: use `pixel_attention`.")
+    return rcca
 
 
 class AttentionView:
@@ -60,9 +77,7 @@ class AttentionView:
             ValueError: the model has no such layer.
             UserError: its attention is over clips, or it gives no semantic segmentation.
         """
-        rcca = find_rcca(model, layer)
-        if isinstance(rcca, ClipRCCA) or rcca.spatial_dims != 2:
-            raise UserError("the model's attention is over clips, not single images: use `pixel_attention`.")
+        rcca = find_image_rcca(model, layer)
         backbone = getattr(model, "backbone", rcca)
         with torch.no_grad(), record_input(rcca) as features, record_input(backbone) as padded:
             # Not through torch.compile, if the model is: a graph does not call the hooks.

@@ -332,6 +332,9 @@ def test_faults_of_the_server_are_printed(server, capfd):
 def test_errors_before_serving(photo, server):
     with pytest.raises(UserError, match="none of the models has criss-cross attention"):
         Gallery([("none", make_predictor("model.sem_seg_head.context=none"))])
+    clips = Predictor(instantiate(get_config("camvid/ccnet3d_T1_R_18_D8_half.py").model))
+    with pytest.raises(UserError, match="attention is over clips, not single images"):
+        Gallery([("R=2", make_predictor()), ("clips", clips)])
     with pytest.raises(UserError, match="needs a model"):
         Gallery([])
     with pytest.raises(UserError, match=f"port {server.server_port} cannot be used"):

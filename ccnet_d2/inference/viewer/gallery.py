@@ -21,8 +21,8 @@ from PIL import Image, ImageOps
 from ccnet_d2.data.image_files import read_image
 from ccnet_d2.errors import UserError
 
-from ..attention import find_rcca, heat_over_image
-from ..attention_view import AttentionView
+from ..attention import heat_over_image
+from ..attention_view import AttentionView, find_image_rcca
 from ..drawing import resize_rgb
 from ..images import as_rgb
 from ..predictor import Prediction, Predictor
@@ -70,7 +70,7 @@ class Gallery:
             longest_side: larger images are reduced to it.
 
         Raises:
-            UserError: no model, or none of them has criss-cross attention.
+            UserError: no model, none of them has criss-cross attention, or that of one is over clips.
             SampleError: a file is missing or no image.
         """
         if not models:
@@ -258,9 +258,9 @@ class Gallery:
 
 
 def _recurrence(predictor: Predictor) -> int:
-    """R of the model's RCCA, 0 where it has none; several are an error, as elsewhere."""
+    """R of the model's RCCA, 0 where it has none; several are an error, as elsewhere, and one over clips is."""
     try:
-        return find_rcca(predictor.model).recurrence
+        return find_image_rcca(predictor.model).recurrence
     except ValueError as error:
         if "has no criss-cross attention" in str(error):
             return 0
