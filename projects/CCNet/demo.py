@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _pixel(text: str) -> tuple[int, int]:
     x, comma, y = text.partition(",")
-    if not (comma and x.strip().isdigit() and y.strip().isdigit()):
+    if not (comma and x.strip().isdecimal() and y.strip().isdecimal()):
         raise argparse.ArgumentTypeError(f"'{text}' is not X,Y, for instance 120,80 (column and row from 0)")
     return int(x), int(y)
 

@@ -139,6 +139,7 @@ def test_weights_may_be_named_by_override(run, photos, tmp_path, checkpoint):
         ({"--opts": "model"}, "error: Override 'model' is not of the form key=value."),
         ({"--attention": "48,0"}, "error: pixel (48, 0) lies outside the image of 48x48"),
         ({"--attention": "20;30"}, "demo.py: error: argument --attention: '20;30' is not X,Y"),
+        ({"--attention": "2²,30"}, "demo.py: error: argument --attention: '2²,30' is not X,Y"),
         ({"--mode": "sliding"}, "argument --mode: invalid choice: 'sliding'"),
         (
             {"--mode": "slide", "--tile": "8", "--stride": "9"},
