@@ -18,6 +18,9 @@ import tempfile
 import time
 from collections.abc import Callable
 
+import ccnet_d2.compat  # noqa: F401  first: it imports Detectron2 without its warnings
+
+# isort: split
 import cv2
 import numpy as np
 import torch
