@@ -160,14 +160,14 @@ class VideoPredictor(Predictor):
             raise UserError(f"frames of a clip {clip_step} apart: give a clip step of at least 1.")
         self._merger()  # refuses what it cannot do before a video is opened
 
-    def video(self, frames: Iterable[np.ndarray]) -> Iterator[Prediction]:
+    def video(self, frames: Iterable[np.ndarray | Any]) -> Iterator[Prediction]:
         """Segment frames in their order; they are read as they are needed.
 
         With a clip step of n the frames 0, n, 2n, ... make clips, the frames 1, n + 1, ... others, and so on. Memory is
         that of 2T frames and T answers for each of these n streams, whatever the video's length.
 
         Args:
-            frames: (H, W, 3) uint8 RGB arrays of one size.
+            frames: arrays or Pillow images as `Predictor.__call__` takes them, of one size.
 
         Yields:
             A prediction without logits for every frame.
@@ -182,8 +182,9 @@ class VideoPredictor(Predictor):
         turn = 0  # the stream whose answer is due
         for number, frame in enumerate(frames):
             stream = number % self.clip_step
-            waiting.append(as_rgb(frame))
-            answers[stream].extend(streams[stream].push(self._inputs(frame)["image"]))
+            rgb = as_rgb(frame)
+            waiting.append(rgb)
+            answers[stream].extend(streams[stream].push(self._inputs(rgb)["image"]))
             while answers[turn]:
                 yield self._prediction(waiting.popleft(), answers[turn].popleft())
                 turn = (turn + 1) % self.clip_step

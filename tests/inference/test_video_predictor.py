@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
+from PIL import Image
 
 from ccnet_d2.engine import apply_overrides
 from ccnet_d2.errors import UserError
@@ -145,6 +146,21 @@ def test_videos_shorter_than_a_clip(run, weights, frames, count):
         logits = by_hand(predictor, frames[:count])
         for t in range(count):
             assert (found[t].labels == labels_of(logits[t], (45, 61))).mean() > 0.999
+
+
+def test_clips_take_the_images_that_single_predictions_take(run, weights, frames):
+    predictor = VideoPredictor(run, weights)
+    grey = [frame[:, :, 0] for frame in frames[:3]]
+    expected = list(predictor.video([frame[:, :, None].repeat(3, axis=2) for frame in grey]))
+    for given in (
+        grey,
+        [np.dstack([frame] * 4) for frame in grey],
+        [Image.fromarray(frame) for frame in grey],
+    ):
+        found = list(predictor.video(given))
+        assert len(found) == 3
+        for one, other in zip(found, expected, strict=True):
+            assert np.array_equal(one.labels, other.labels) and np.array_equal(one.image, other.image)
 
 
 def test_models_of_single_frames_go_frame_by_frame(make_segmenter, frames):
