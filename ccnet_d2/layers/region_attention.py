@@ -84,6 +84,9 @@ class RegionAttention(nn.Module):
         Returns:
             (B, M, h, w), O, in the dtype of `features`.
         """
+        if features.shape[0] == 0:
+            # No image to divide. The parameters' gradients are zeros, which distributed training waits for.
+            return features + 0 * sum(parameter.sum() for parameter in self.parameters())
         size = (features.shape[-2], features.shape[-1])
         grid = pair_grid(size, self.pair_cells)
         if grid != size:

@@ -206,7 +206,7 @@ class _LineMaximum(torch.autograd.Function):
             weight = weight.to(both.dtype)
             out.index_add_(0, (before * batch + images).flatten(), (both * (1 - weight)).flatten())
             out.index_add_(0, (after * batch + images).flatten(), (both * weight).flatten())
-        result = out.view(-1, batch).t().reshape(ctx.shape)
+        result = out.view(height * width, batch).t().reshape(ctx.shape)
         if ctx.ends:
             result = result + grad.diagonal(dim1=1, dim2=2).reshape(ctx.shape)
         return result, None, None
@@ -214,7 +214,7 @@ class _LineMaximum(torch.autograd.Function):
 
 def _lines_at_once(values: Tensor) -> int:
     """How many lines of each image of a batch (B, ...) are walked together."""
-    return max(1, _CHUNK * (1 if values.device.type == "cpu" else _TIMES_ON_GPU) // values.shape[0])
+    return max(1, _CHUNK * (1 if values.device.type == "cpu" else _TIMES_ON_GPU) // max(1, values.shape[0]))
 
 
 def _walk(flat: Tensor, points: Iterable[_Point], best: Tensor, at: Tensor) -> None:

@@ -68,8 +68,8 @@ class _Smooth(torch.autograd.Function):
 
 
 def _chunks(maps: Tensor) -> Iterator[slice]:
-    size = max(1, _CHUNK // maps[0].numel()) if maps.device.type == "cpu" else len(maps)
-    for start in range(0, len(maps), size):
+    size = _CHUNK // maps.shape[1:].numel() if maps.device.type == "cpu" else len(maps)
+    for start in range(0, len(maps), max(1, size)):
         yield slice(start, start + size)
 
 

@@ -341,6 +341,17 @@ def test_more_representatives_than_pixels():
         assert [found.tolist() for found in representatives(region, score, count)] == [first, second]
 
 
+@pytest.mark.parametrize("variant", ["paper", "code"])
+def test_a_batch_of_no_image(variant):
+    construction = RegionConstruction(variant=variant)
+    boundary, semantic = torch.rand(0, 4, 5, requires_grad=True), torch.rand(0, 3, 4, 5, requires_grad=True)
+    assert construction(boundary, semantic) == []
+    table = construction.attention(boundary, semantic)
+    assert table.shape == (0, 20, 20)
+    table.sum().backward()
+    assert boundary.grad.shape == boundary.shape and semantic.grad.shape == semantic.shape
+
+
 @pytest.mark.parametrize("chunk", [1 << 18, 25])
 def test_smoothing_is_a_convolution(chunk, monkeypatch):
     monkeypatch.setattr("ccnet_d2.layers.region_smoothing._CHUNK", chunk)

@@ -242,6 +242,17 @@ def test_odd_maps_train_without_nan(variant, case):
         assert features.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("options", [{}, {"variant": "code"}, {"pair_cells": 4}, {"use_boundary": False}])
+def test_an_empty_batch_stays_empty(options):
+    features, boundary, semantic = (x.detach()[:0].requires_grad_() for x in maps((4, 5)))
+    attention = RegionAttention(8, **options).train()
+    out = attention(features, boundary, semantic)
+    assert out.shape == (0, 8, 4, 5)
+    out.sum().backward()
+    assert features.grad.shape == features.shape
+    assert all((parameter.grad == 0).all() for parameter in attention.parameters())
+
+
 def test_half_precision_is_computed_in_full():
     features, boundary, semantic = maps((4, 5))
     attention = RegionAttention(8)
