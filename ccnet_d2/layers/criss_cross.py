@@ -73,8 +73,12 @@ class CrissCrossAttention(nn.Module):
         place and writes what the attention reads, whereas a convolution would answer in the layout it is given.
         """
         bias = self.qkv.bias
-        assert bias is not None
-        projected = project(x, self.qkv.weight.flatten(1), bias)
+        if bias is not None and self._projects_plainly():
+            projected = project(x, self.qkv.weight.flatten(1), bias)
+        else:
+            # A convolution of fewer axes than x, as that of `ClipRCCA`, takes the first ones as one.
+            last = x.dim() - self.spatial_dims
+            projected = self.qkv(x.flatten(2, last)).unflatten(2, x.shape[2 : last + 1])
         query, key, value = projected.split([self.key_channels, self.key_channels, self.channels], dim=1)
         return query, key, value
 
@@ -83,18 +87,27 @@ class CrissCrossAttention(nn.Module):
 
         `channels_last` says how the compiled operator's result is to lie in memory; like x if None.
         """
-        weight, bias = self.qkv.weight.flatten(1), self.qkv.bias
-        assert bias is not None
-        if self.recompute and torch.is_grad_enabled() and x.numel() > 0:
-            chunks = RECOMPUTED_CHUNKS if self.recompute is True else self.recompute
-            return recomputed_loop(
-                x, weight, bias, self.gamma, self.key_channels, chunks=chunks, backend=self.backend
-            )
-        # Compiled for any image size, the loop in one step would keep the projection as a view on four axes, on which
-        # torch 2.14's compiler fails; query, key and value apart are views that it makes again.
-        if not torch.compiler.is_compiling() and supports_loop(x, weight, bias, self.gamma, self.backend):
-            return criss_cross_loop(
-                x, weight, bias, self.gamma, self.key_channels, channels_last=channels_last
+        recompute = self.recompute and torch.is_grad_enabled() and x.numel() > 0
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            recompute = False  # a trace cannot hold a function written in Python
+        bias = self.qkv.bias
+        if bias is not None and self._projects_plainly():
+            weight = self.qkv.weight.flatten(1)
+            if recompute:
+                chunks = RECOMPUTED_CHUNKS if self.recompute is True else self.recompute
+                return recomputed_loop(
+                    x, weight, bias, self.gamma, self.key_channels, chunks=chunks, backend=self.backend
+                )
+            # Compiled for any image size, the loop in one step would keep the projection as a view on four axes, on
+            # which torch 2.14's compiler fails; query, key and value apart are views that it makes again.
+            if not torch.compiler.is_compiling() and supports_loop(x, weight, bias, self.gamma, self.backend):
+                return criss_cross_loop(
+                    x, weight, bias, self.gamma, self.key_channels, channels_last=channels_last
+                )
+        elif recompute:
+            raise RuntimeError(
+                "A layer with recompute takes the weight and the bias of its qkv alone, which has hooks (of pruning or "
+                "weight_norm, for instance), has no bias or was replaced: use recompute=False there."
             )
         out = criss_cross_attention(*self.project(x), backend=self.backend)
         if self.backend in ("auto", "compiled"):
@@ -106,6 +119,16 @@ class CrissCrossAttention(nn.Module):
         """(B, C, *S) -> (B, C, *S)."""
         self._check_input(x)
         return self.attend(x)
+
+    def _projects_plainly(self) -> bool:
+        """Whether the projection is what `qkv` has for weight and bias; else it has to be called, as a module is.
+
+        Pruning and weight_norm make the weight in a hook of each call, adapters put a module of theirs in its place.
+        """
+        qkv = self.qkv
+        hooks = (qkv._forward_pre_hooks, qkv._forward_hooks, qkv._backward_pre_hooks, qkv._backward_hooks)
+        forward = _CONVOLUTIONS[self.spatial_dims].forward
+        return not any(map(len, hooks)) and getattr(qkv.forward, "__func__", None) is forward
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() != self.spatial_dims + 2 or x.shape[1] != self.channels:

@@ -19,7 +19,7 @@ from .backends import automatic_backend_on
 from .layout import is_channels_last, is_dense, on_huge_pages, to_channels_last
 from .projection import add_input_gradient, bias_gradient, input_gradient, project, weight_gradient
 from .residual import gated_residual, residual_gradients
-from .transforms import is_transformed
+from .transforms import is_transformed, refuse_batches
 
 
 def supports_loop(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, backend: str) -> bool:
@@ -67,7 +67,9 @@ def criss_cross_loop(
         RuntimeError: a second derivative is asked for.
     """
     tensors = (x, weight, bias, gamma)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    # A trace cannot hold a function written in Python; the operators are differentiable one by one as well.
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and not traced:
         out: Tensor = _Loop.apply(*tensors, key_channels, compute_dtype(x), channels_last)
         return out
     return loop_without_gradients(*tensors, key_channels, compute_dtype(x), channels_last)
@@ -116,23 +118,32 @@ class _Loop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, gamma, projected, attended, lse = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_gamma, *_ = ctx.needs_input_grad
-        grad_x = grad_weight = grad_bias = grad_gamma = None
-        if not is_dense(grad):
-            grad = grad.contiguous()
-        grad_attended, grad_gamma = residual_gradients(grad, attended, gamma)
-        if need_x or need_weight or need_bias:
-            grads = packed.backward(grad_attended, projected, ctx.key_channels, attended, lse)
-            del grad_attended
-            needed = (need_x, need_weight, need_bias)
-            # The dtype is the forward pass's, whatever autocast says where the backward pass runs.
-            with autocast_disabled(grad.device):
-                grad_x, grad_weight, grad_bias = projection_gradients(
-                    needed, grad, grads, x, weight, ctx.bias_dtype
-                )
-        result = (grad_x, grad_weight, grad_bias, grad_gamma if need_gamma else None)
-        return *refusing_second_derivatives(result, (grad, x, weight, gamma)), None, None, None
+        refuse_batches(grad)
+        saved = ctx.saved_tensors  # asked for once: whoever keeps them elsewhere may give them once
+        with torch.no_grad():  # steps in place would have errors of their own for a second derivative
+            grads = _gradients(ctx, saved, grad)
+        x, weight, gamma, *_ = saved
+        return *refusing_second_derivatives(grads, (grad, x, weight, gamma)), None, None, None
+
+
+def _gradients(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Those of x, weight, bias and gamma."""
+    x, weight, gamma, projected, attended, lse = saved
+    need_x, need_weight, need_bias, need_gamma, *_ = ctx.needs_input_grad
+    grad_x = grad_weight = grad_bias = grad_gamma = None
+    if not is_dense(grad):
+        grad = grad.contiguous()
+    grad_attended, grad_gamma = residual_gradients(grad, attended, gamma)
+    if need_x or need_weight or need_bias:
+        grads = packed.backward(grad_attended, projected, ctx.key_channels, attended, lse)
+        del grad_attended
+        needed = (need_x, need_weight, need_bias)
+        # The dtype is the forward pass's, whatever autocast says where the backward pass runs.
+        with autocast_disabled(grad.device):
+            grad_x, grad_weight, grad_bias = projection_gradients(
+                needed, grad, grads, x, weight, ctx.bias_dtype
+            )
+    return grad_x, grad_weight, grad_bias, grad_gamma if need_gamma else None
 
 
 def projection_gradients(

@@ -32,7 +32,8 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     batch, _, *spatial = x.shape
     rows, outputs = _rows(x), weight.shape[0]
     out = None
-    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x, weight, bias)):
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if not (recorded or is_transformed(x, weight, bias)):
         out = on_huge_pages(rows.new_empty((*rows.shape[:-1], outputs)))
     if rows.dim() == 2:
         out = torch.addmm(bias, rows, weight.t(), out=out)

@@ -23,7 +23,7 @@ from .loop import loop_without_gradients, projection_gradients, refusing_second_
 from .packed import split
 from .projection import project
 from .residual import gated_residual, residual_gradients
-from .transforms import is_transformed
+from .transforms import is_transformed, refuse_batches
 
 _CHUNK_MULTIPLE = 16  # channels; fewer do not fill the vectors of the kernels
 
@@ -100,6 +100,7 @@ class _RecomputedLoop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_batches(grad)
         # Here too the dtype is the forward pass's, whatever autocast says where the backward pass runs.
         with autocast_disabled(grad.device):
             return _gradients(ctx, grad)

@@ -16,3 +16,12 @@ def is_transformed(*tensors: Tensor) -> bool:
     if forward_ad._current_level < 0:  # the rule, and this is asked in every call
         return False
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def refuse_batches(grad: Tensor) -> None:
+    """Raises a RuntimeError for a batch of gradients: `is_grads_batched` of `torch.autograd.grad`, and what uses it."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad):
+        raise RuntimeError(
+            "The criss-cross layer takes one gradient at a time (is_grads_batched=False; jacobian and hessian with "
+            "vectorize=False): use backend='matmul' and recompute=False for batches of them."
+        )

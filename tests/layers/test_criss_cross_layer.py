@@ -5,8 +5,10 @@ import sys
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import prune
 
-from ccnet_d2.layers import RCCA, CrissCrossAttention
+from ccnet_d2.layers import RCCA, ClipRCCA, CrissCrossAttention, clips_of
 from ccnet_d2.ops import BACKENDS, available_backends, criss_cross_attention
 
 
@@ -100,6 +102,101 @@ def test_runs_under_autocast():
     assert torch.isfinite(out).all()
     out.float().sum().backward()
     assert layer.gamma.grad is not None
+
+
+def train(layer, x):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(x).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["auto", "matmul"])
+@pytest.mark.parametrize("wrap", ["prune", "weight_norm"])
+def test_weights_that_a_hook_of_the_projection_makes(wrap, backend):
+    x, layer = torch.randn(2, 16, 5, 6), with_gamma(RCCA(16, backend=backend))
+    if wrap == "prune":
+        prune.l1_unstructured(layer.qkv, "weight", amount=0.5)
+        finish = prune.remove
+    else:
+        nn.utils.weight_norm(layer.qkv)
+        finish = nn.utils.remove_weight_norm
+    first = layer(x).detach()
+    train(layer, x)
+    trained = layer(x).detach()
+    assert not torch.allclose(trained, first, atol=1e-3)
+    finish(layer.qkv, "weight")
+    torch.testing.assert_close(layer(x), trained)
+
+
+class Adapter(nn.Module):
+    """Puts a convolution of low rank beside one, as LoRA does."""
+
+    def __init__(self, convolution):
+        super().__init__()
+        self.convolution = convolution
+        self.down = nn.Conv2d(convolution.in_channels, 2, 1, bias=False)
+        self.up = nn.Conv2d(2, convolution.out_channels, 1, bias=False)
+
+    @property
+    def weight(self):
+        return self.convolution.weight
+
+    @property
+    def bias(self):
+        return self.convolution.bias
+
+    def forward(self, x):
+        return self.convolution(x) + self.up(self.down(x))
+
+
+def test_a_module_in_place_of_the_projection():
+    x, layer = torch.randn(2, 16, 5, 6), with_gamma(RCCA(16))
+    same = RCCA(16)
+    same.load_state_dict(layer.state_dict())
+    layer.qkv = adapter = Adapter(layer.qkv)
+    with torch.no_grad():
+        same.qkv.weight += (adapter.up.weight.flatten(1) @ adapter.down.weight.flatten(1))[..., None, None]
+    torch.testing.assert_close(layer(x), same(x))
+    layer(x).sum().backward()
+    assert adapter.up.weight.grad.norm() > 0
+    layer.qkv = nn.Conv2d(16, 20, 1, bias=False)
+    same.qkv.load_state_dict({"weight": layer.qkv.weight, "bias": torch.zeros(20)})
+    torch.testing.assert_close(layer(x), same(x))
+
+
+def test_hooks_of_the_projection_are_called_in_clips_too():
+    layer, frames, seen = with_gamma(ClipRCCA(16)), torch.randn(6, 16, 4, 5), []
+    with clips_of(layer, 3):
+        expected = layer(frames)
+        layer.qkv.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+        torch.testing.assert_close(layer(frames), expected)
+    assert seen == [20] * layer.recurrence
+
+
+def test_recompute_refuses_hooks_of_the_projection():
+    layer, x = RCCA(16, recompute=True), torch.randn(1, 16, 4, 5)
+    layer.qkv.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"its qkv alone, which has hooks.*use recompute=False"):
+        layer(x)
+    with torch.no_grad():
+        layer(x)  # keeps nothing anyhow
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_trace_is_saved_and_trained(recorded, recompute, tmp_path):
+    layer, x = with_gamma(RCCA(16, recompute=recompute)), torch.randn(2, 16, 5, 6)
+    with torch.set_grad_enabled(recorded):
+        torch.jit.trace(layer, x).save(tmp_path / "layer.pt")
+    traced, other = torch.jit.load(tmp_path / "layer.pt"), torch.randn(1, 16, 8, 3)
+    torch.testing.assert_close(traced(other), layer(other))
+    traced(other).square().sum().backward()
+    layer(other).square().sum().backward()
+    for got, wanted in zip(traced.parameters(), layer.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

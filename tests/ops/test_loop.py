@@ -191,11 +191,23 @@ def test_twice_through_one_graph(loop):
 
 @pytest.mark.parametrize("loop", ALL)
 @pytest.mark.parametrize("wanted", range(4))
-def test_second_derivative_is_refused(loop, wanted):
-    inputs = draw(4, 5)
-    (grad,) = torch.autograd.grad(loop(*inputs).sum(), inputs[wanted], create_graph=True)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("loss", [torch.sum, torch.linalg.vector_norm])
+def test_second_derivative_is_refused(loop, wanted, batch, loss):
+    inputs = draw(4, 5, batch=batch)
+    (grad,) = torch.autograd.grad(loss(loop(*inputs)), inputs[wanted], create_graph=True)
     with pytest.raises(RuntimeError, match="has no second derivative"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("loop", ALL)
+def test_batches_of_gradients_are_refused(loop):
+    inputs = draw(4, 5)
+    out = loop(*inputs)
+    with pytest.raises(
+        RuntimeError, match=r"one gradient at a time.*use backend='matmul' and recompute=False"
+    ):
+        torch.autograd.grad(out, inputs, torch.randn(3, *out.shape), is_grads_batched=True)
 
 
 @pytest.mark.parametrize("loop", COMPILED)
