@@ -12,9 +12,9 @@ def add_ccnet_config(cfg: CfgNode) -> None:
 
     `MODEL.CCNET` is for use with META_ARCHITECTURE "CCNet", BACKBONE.NAME "build_ccnet_resnet_backbone" and
     SEM_SEG_HEAD.NAME "CCNetHead"; head width, norm, classes, ignored label and loss weight are Detectron2's own
-    MODEL.SEM_SEG_HEAD keys. `MODEL.RCCA` is for use with BACKBONE.NAME "build_resnet_rcca_backbone" and
-    "build_resnet_rcca_fpn_backbone" in Detectron2's detection models. `INPUT.CCNET`, `TEST.CCNET` and
-    `SOLVER.POLY_LR_*` are read by `ccnet_d2.engine.yacs`.
+    MODEL.SEM_SEG_HEAD keys. `MODEL.RCCA` is for use with BACKBONE.NAME "build_resnet_rcca_backbone",
+    "build_resnet_rcca_fpn_backbone" and "build_retinanet_resnet_rcca_fpn_backbone" in Detectron2's detection
+    models. `INPUT.CCNET`, `TEST.CCNET` and `SOLVER.POLY_LR_*` are read by `ccnet_d2.engine.yacs`.
     """
     cfg.MODEL.CCNET = _ccnet_keys()
     cfg.MODEL.RANET = _ranet_keys()

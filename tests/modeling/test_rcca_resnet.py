@@ -58,9 +58,10 @@ def test_yacs_resnet_is_detectron2_s_with_rcca():
         torch.testing.assert_close(built(x)[key], value, rtol=1e-5, atol=1e-5)
 
 
-def test_yacs_fpn_is_detectron2_s_with_rcca():
-    built = build_backbone(yacs("build_resnet_rcca_fpn_backbone"))
-    plain = build_backbone(yacs("build_resnet_fpn_backbone"))
+@pytest.mark.parametrize("kind", ["", "retinanet_"])
+def test_yacs_fpn_is_detectron2_s_with_rcca(kind):
+    built = build_backbone(yacs(f"build_{kind}resnet_rcca_fpn_backbone"))
+    plain = build_backbone(yacs(f"build_{kind}resnet_fpn_backbone"))
     assert isinstance(built, FPN) and built.output_shape() == plain.output_shape()
     assert plain.state_dict().keys() < built.state_dict().keys()
     plain.load_state_dict(built.state_dict(), strict=False)

@@ -2,7 +2,12 @@
 
 from .basic_block import DilatedBasicBlock
 from .plain import PlainConvNet
-from .rcca_resnet import build_resnet_rcca_backbone, build_resnet_rcca_fpn_backbone, rcca_resnet
+from .rcca_resnet import (
+    build_resnet_rcca_backbone,
+    build_resnet_rcca_fpn_backbone,
+    build_retinanet_resnet_rcca_fpn_backbone,
+    rcca_resnet,
+)
 from .resnet import build_ccnet_resnet_backbone, build_resnet, resnet_output_shape
 from .stem import DeepStem
 
@@ -14,6 +19,7 @@ __all__ = [
     "build_resnet",
     "build_resnet_rcca_backbone",
     "build_resnet_rcca_fpn_backbone",
+    "build_retinanet_resnet_rcca_fpn_backbone",
     "rcca_resnet",
     "resnet_output_shape",
 ]

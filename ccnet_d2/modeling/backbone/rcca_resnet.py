@@ -5,7 +5,7 @@ from typing import Any
 
 from detectron2.layers import CNNBlockBase
 from detectron2.modeling import BACKBONE_REGISTRY, ResNet, build_resnet_backbone
-from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
 from ccnet_d2.modeling.add_rcca import add_rcca
@@ -59,11 +59,23 @@ def build_resnet_rcca_backbone(cfg, input_shape) -> ResNet:
 @BACKBONE_REGISTRY.register()
 def build_resnet_rcca_fpn_backbone(cfg, input_shape) -> FPN:
     """`build_resnet_rcca_backbone` under Detectron2's FPN, with the keys of `build_resnet_fpn_backbone`."""
+    return _fpn(cfg, build_resnet_rcca_backbone(cfg, input_shape), LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_resnet_rcca_fpn_backbone(cfg, input_shape) -> FPN:
+    """The same with the levels p6 and p7 of RetinaNet, as `build_retinanet_resnet_fpn_backbone` has them."""
+    resnet = build_resnet_rcca_backbone(cfg, input_shape)
+    channels = resnet.output_shape()["res5"].channels
+    return _fpn(cfg, resnet, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS))
+
+
+def _fpn(cfg, bottom_up: ResNet, top_block: nn.Module) -> FPN:
     return FPN(
-        bottom_up=build_resnet_rcca_backbone(cfg, input_shape),
+        bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
+        top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
