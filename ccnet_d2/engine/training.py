@@ -125,21 +125,22 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start_iter = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     check_same_start(start_iter, cfg.train.output_dir)
+    advice = "make room and go on from the last checkpoint with --resume"
     if start_iter == cfg.train.max_iter and any_process(_final_evaluation_is_missing(cfg)):
         logger.info("Training is complete, but its evaluation is not.")
-        with saving.listening():
+        with disk_full_reported(cfg.train.output_dir, advice), saving.listening():
             return evaluate_now() or None
     if start_iter >= cfg.train.max_iter:
         raise UserError(
             f"Nothing to train: {cfg.train.output_dir} has a checkpoint of iteration {start_iter} and "
             f"train.max_iter is {cfg.train.max_iter}; raise it, or use --eval-only."
         )
-    if is_main:
-        drop_metrics_from(Path(cfg.train.output_dir, "metrics.json"), start_iter)
-        # Only now: the writers open metrics.json, and would go on writing to the file that was there before.
-        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
-        trainer.register_hooks([hooks.PeriodicWriter(writers, period=cfg.train.log_period)])
-    advice = "make room and go on from the last checkpoint with --resume"
+    with disk_full_reported(cfg.train.output_dir, advice if start_iter else ""):
+        if is_main:
+            drop_metrics_from(Path(cfg.train.output_dir, "metrics.json"), start_iter)
+            # Only now: the writers open metrics.json, and would go on writing to the file that was there before.
+            writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+            trainer.register_hooks([hooks.PeriodicWriter(writers, period=cfg.train.log_period)])
     with disk_full_reported(cfg.train.output_dir, advice), saving.listening():
         trainer.train(start_iter, cfg.train.max_iter)
     return results or None
@@ -200,7 +201,8 @@ def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any]
         raise UserError("--eval-only needs a checkpoint: name one with train.init_checkpoint=PATH.")
     model = build_model(cfg)
     load_checkpoint(model, path, allow_pickle=cfg.train.allow_pickle and not resume)
-    return evaluate(cfg, model)
+    with disk_full_reported(cfg.train.output_dir):
+        return evaluate(cfg, model)
 
 
 def _in_test_mode(cfg: DictConfig, model: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """A disk that is full: a clear error, and what was saved before is whole."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -67,6 +68,26 @@ def test_training_stops_and_goes_on(run, small_disk):
     ballast.unlink()
     options += ["--resume", f"train.max_iter={reached + 4}"]
     assert run(*options, output=small_disk)[0] == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+@pytest.mark.parametrize("room", [0, 4096])  # for nothing, or for the copy of the config alone
+def test_no_room_from_the_start(run, small_disk, room):
+    output = small_disk / "output"
+    output.mkdir()
+    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - room))
+    status, error = run(output=output)
+    (small_disk / "ballast").unlink()  # the log is written to until the end of the process
+    assert status == 1 and "No space left on device" in error and "--resume" not in error
+
+
+def test_no_room_for_the_results(run, small_disk, tmp_path):
+    assert run("train.max_iter=1")[0] == 0
+    (small_disk / "ballast").write_bytes(bytes(2 * 2**20 - 4096))
+    weights = f"train.init_checkpoint={tmp_path / 'output/model_final.pth'}"
+    status, error = run("--eval-only", weights, output=small_disk)
+    (small_disk / "ballast").unlink()
+    assert status == 1 and "No space left on device" in error
 
 
 def test_no_room_for_the_tag(tmp_path, monkeypatch):
