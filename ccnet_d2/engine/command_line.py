@@ -17,6 +17,7 @@ from ccnet_d2.model_zoo import config_path, get_config
 from . import yacs
 from .launch import Processes, launch
 from .overrides import apply_overrides
+from .settings import make_output_dir
 from .torchrun import ElasticRun, TorchrunProcess, joined_torchrun
 from .training import evaluate_only, train
 from .user_errors import one_sentence_errors
@@ -147,10 +148,12 @@ def _program(args: argparse.Namespace) -> tuple[Callable[[bool], Any], str, str]
     if args.config_file.endswith((".yaml", ".yml")):
         options = [*args.opts, *(["MODEL.DEVICE", "cpu"] if on_cpu else [])]
         cfg = yacs.load_config(args.config_file, options)
+        make_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
         return lambda resume: yacs.run(cfg, args, resume=resume), cfg.MODEL.DEVICE, cfg.OUTPUT_DIR
     options = [*args.opts, *(["train.device=cpu"] if on_cpu else [])]
     cfg = apply_overrides(get_config(args.config_file), options)
     args.config_file = str(config_path(args.config_file))
+    make_output_dir(cfg.train.output_dir, "train.output_dir")
 
     def program(resume: bool) -> None:
         default_setup(cfg, args)

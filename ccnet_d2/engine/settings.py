@@ -1,11 +1,15 @@
 """The values of `train` that no part of the loop refuses by itself, or only after hours."""
 
+import os
+import tempfile
+from typing import Any
+
 from omegaconf import DictConfig
 
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference.build import configured_mode
 
-__all__ = ["check_settings"]
+__all__ = ["check_settings", "make_output_dir"]
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -31,3 +35,25 @@ def check_settings(cfg: DictConfig) -> None:
             f"train.clip_grad_norm={limit} has to be above 0; train.clip_grad_norm=null does not clip."
         )
     configured_mode(cfg)
+
+
+def make_output_dir(folder: Any, key: str) -> None:
+    """Make the output directory, and see that files can be made in it, before a log is opened there.
+
+    Args:
+        folder: the value of the config.
+        key: its name there.
+
+    Raises:
+        UserError: it is no path, or files cannot be made there.
+    """
+    if not isinstance(folder, str) or not folder:
+        raise UserError(f"{key}={folder!r} is no folder: name the one that the run writes to.")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"The run cannot write to {key}={folder}: {error.strerror or error}; name another folder."
+        ) from error

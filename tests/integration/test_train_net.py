@@ -143,6 +143,14 @@ def truncate_images(dataset):
         (damage_nothing, ["train.clip_grad_norm=-1"], ["train.clip_grad_norm=-1", "null"]),
         (damage_nothing, ["train.clip_grad_norm=0"], ["train.clip_grad_norm=0", "null"]),
         (damage_nothing, ["--eval-only"], ["train.init_checkpoint"]),
+        (damage_nothing, ["train.output_dir=''"], ["train.output_dir=''", "no folder"]),
+        (damage_nothing, ["train.output_dir=null"], ["train.output_dir=None", "no folder"]),
+        (damage_nothing, ["train.output_dir=/dev/null"], ["train.output_dir=/dev/null", "File exists"]),
+        (
+            damage_nothing,
+            ["train.output_dir=/dev/null/x"],
+            ["train.output_dir=/dev/null/x", "Not a directory"],
+        ),
         (damage_nothing, ["train.init_checkpoint=/nowhere/x.pth"], ["/nowhere/x.pth"]),
     ],
 )
