@@ -5,7 +5,7 @@ from omegaconf import DictConfig, OmegaConf
 from ccnet_d2.data.catalog import classes_of
 from ccnet_d2.errors import UserError
 
-__all__ = ["check_agreement"]
+__all__ = ["check_agreement", "check_channel_order"]
 
 
 def check_agreement(cfg: DictConfig) -> None:
@@ -30,8 +30,22 @@ def check_agreement(cfg: DictConfig) -> None:
         raise UserError(
             f"model.sem_seg_head.num_classes is {count}, but the training set {names!r} has {len(classes)} classes."
         )
+    for split in ("train", "test"):
+        check_channel_order(cfg, split)
+
+
+def check_channel_order(cfg: DictConfig, split: str) -> None:
+    """Compare the order of the channels that the model expects with that of the images it is given.
+
+    Args:
+        cfg: a run.
+        split: whose images, "train" or "test".
+
+    Raises:
+        UserError: they differ.
+    """
     wanted = OmegaConf.select(cfg, "model.input_format")
-    for key in ("dataloader.train.mapper.image_format", "dataloader.test.mapper.image_format"):
-        given = OmegaConf.select(cfg, key)
-        if wanted is not None and given is not None and given != wanted:
-            raise UserError(f"model.input_format is '{wanted}', but {key} is '{given}'.")
+    key = f"dataloader.{split}.mapper.image_format"
+    given = OmegaConf.select(cfg, key)
+    if wanted is not None and given is not None and given != wanted:
+        raise UserError(f"model.input_format is '{wanted}', but {key} is '{given}'.")

@@ -23,7 +23,7 @@ from ccnet_d2.errors import UserError
 from ccnet_d2.inference.build import configured_mode
 from ccnet_d2.modeling.compilation import compile_model
 
-from .agreement import check_agreement
+from .agreement import check_agreement, check_channel_order
 from .distributed import (
     any_process,
     check_batch_size,
@@ -192,8 +192,9 @@ def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any]
     """Evaluate `train.init_checkpoint`, or with `resume` the last checkpoint of the output directory.
 
     Raises:
-        UserError: there is no checkpoint.
+        UserError: there is no checkpoint, or the test images' channels are in another order than the model's.
     """
+    check_channel_order(cfg, "test")
     path = cfg.train.init_checkpoint
     if resume:
         path = SafeCheckpointer(nn.Module(), cfg.train.output_dir).get_checkpoint_file()

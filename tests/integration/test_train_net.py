@@ -162,6 +162,16 @@ def test_wrong_input_is_one_sentence(train_net, dataset, damage, arguments, word
     assert "Traceback" not in error
 
 
+def test_evaluation_of_channels_in_another_order(train_net, tmp_path):
+    assert train_net()[0] == 0
+    checkpoint = f"train.init_checkpoint={tmp_path / 'output/model_final.pth'}"
+    status, error = train_net(
+        "--eval-only", checkpoint, "dataloader.test.mapper.image_format=BGR", output="x"
+    )
+    assert status == 1
+    assert "model.input_format is 'RGB', but dataloader.test.mapper.image_format is 'BGR'" in error
+
+
 def test_unknown_test_mode_is_told_before_training(train_net, tmp_path):
     status, error = train_net("test.inference=slidd")
     assert status == 1 and "unknown test mode 'slidd'" in error
