@@ -654,7 +654,7 @@ void backward_typed(const BackwardArgs& args) {
 // position are far apart, which no hardware prefetcher follows: the next block is asked for ahead.
 template <class V, class S>
 void copy_positions(const S* from, int64_t step, int64_t channel, S* to, int64_t row, int64_t count,
-                    int64_t channels) {
+                    int64_t channels, bool past_caches) {
   if (step != 1) {
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t c = 0; c < channels; ++c) to[i * row + c] = from[i * step + c * channel];
@@ -679,7 +679,7 @@ void copy_positions(const S* from, int64_t step, int64_t channel, S* to, int64_t
       for (int64_t r = 0; r < further; ++r) CCNET_PREFETCH(from + (c + V::W + r) * channel + i);
       typename V::reg t[V::W];
       load_transposed<V>(from + c * channel + i, channel, channels - c, rows, t);
-      for (int r = 0; r < rows; ++r) store_some<V>(to + (i + r) * row + c, t[r], channels - c);
+      for (int r = 0; r < rows; ++r) store_some<V>(to + (i + r) * row + c, t[r], channels - c, past_caches);
     }
   }
 }
@@ -695,6 +695,7 @@ void to_channels_last_typed(const CopyArgs& args) {
   }
   const int64_t step = args.from.strides.axis[last], row = args.to.strides.axis[last];
   const int64_t length = dense ? grid.positions() : grid.size[last];
+  const bool past_caches = outgrows_caches(grid, args.to, args.channels, sizeof(S));
   const int64_t chunk = length < 128 ? length : 128;
   const int64_t chunks = (length + chunk - 1) / chunk, runs = dense ? grid.batch : grid.lines(last);
   run_items(args, runs * chunks, [&](auto next) {
@@ -705,8 +706,9 @@ void to_channels_last_typed(const CopyArgs& args) {
       const int64_t to = dense ? run * args.to.strides.batch : line_offset(grid, args.to.strides, last, run);
       copy_positions<V, S>(static_cast<const S*>(args.from.data) + from + begin * step, step,
                            args.from.strides.channel, static_cast<S*>(args.to.data) + to + begin * row, row, count,
-                           args.channels);
+                           args.channels, past_caches);
     }
+    V::fence();
     return true;
   });
 }

@@ -24,10 +24,11 @@ struct ResidualPiece {
 };
 
 // Runs body(piece, item) for all pieces.
-template <class F>
+template <class V, class F>
 void for_pieces(const ResidualArgs& args, const F& body) {
   run_items(args, residual_items(args), [&](auto next) {
     for (int64_t item; next(&item);) body(ResidualPiece(args, item), item);
+    V::fence();
     return true;
   });
 }
@@ -64,12 +65,23 @@ void for_squares(const ResidualPiece& piece, const Ask& ask_for, const F& body) 
   }
 }
 
+// Whether the result, of numbers of type S, is to be written past the caches.
+template <class V, class S>
+bool result_outgrows_caches(const ResidualArgs& args) {
+  const FlatMap& out = args.out;
+  const int64_t row = out.position == 1 ? args.positions : args.channels, step = out.channel * out.position;
+  const int64_t numbers = args.batch * args.channels * args.positions, size = sizeof(S);
+  return std::is_same<S, typename V::T>::value &&
+         outgrows_caches(out.data, numbers * size, (out.batch | step | row) * size);
+}
+
 template <class V, class A, class X>
 void residual_forward_typed(const ResidualArgs& args) {
   using reg = typename V::reg;
   const reg gamma = V::set1(static_cast<typename V::T>(args.gamma));
   const bool x_nchw = args.x.position == 1, out_nchw = args.out.position == 1;
-  for_pieces(args, [&](const ResidualPiece& piece, int64_t) {
+  const bool past_caches = result_outgrows_caches<V, X>(args);
+  for_pieces<V>(args, [&](const ResidualPiece& piece, int64_t) {
     const A* attended = piece.in<const A>(args.attended);
     const X* x = piece.in<const X>(args.x);
     X* out = piece.in<X>(args.out);
@@ -81,7 +93,7 @@ void residual_forward_typed(const ResidualArgs& args) {
       return load_some<V>(x + n * args.x.position + c, cols);
     };
     const auto store_out = [&](int64_t n, int64_t c, int64_t cols, reg y) {
-      store_some<V>(out + n * args.out.position + c, y, cols);
+      store_some<V>(out + n * args.out.position + c, y, cols, past_caches);
     };
     if (!x_nchw && !out_nchw) {
       for_vectors<V>(piece, [&](int64_t c, int64_t n, int64_t cols) {
@@ -92,7 +104,7 @@ void residual_forward_typed(const ResidualArgs& args) {
     const auto ask_for = [&](int64_t n, int64_t count) {
       ask(piece, args.attended, attended, n, count);
       ask(piece, args.x, x, n, count);
-      ask(piece, args.out, out, n, count);
+      if (!past_caches) ask(piece, args.out, out, n, count);
     };
     for_squares<V>(piece, ask_for, [&](int64_t c, int64_t n) {
       const int64_t channels = piece.channels - c, positions = piece.positions - n;
@@ -117,7 +129,7 @@ void residual_forward_typed(const ResidualArgs& args) {
         if (r >= channels) break;
         const reg y =
             x_nchw ? V::fma(gamma, t[r], load_some<V>(x + (c + r) * args.x.channel + n, positions)) : t[r];
-        store_some<V>(out + (c + r) * args.out.channel + n, y, positions);
+        store_some<V>(out + (c + r) * args.out.channel + n, y, positions, past_caches);
       }
     });
   });
@@ -128,7 +140,8 @@ template <class V, class A, class X>
 void residual_backward_typed(const ResidualArgs& args) {
   using reg = typename V::reg;
   const reg gamma = V::set1(static_cast<typename V::T>(args.gamma));
-  for_pieces(args, [&](const ResidualPiece& piece, int64_t item) {
+  const bool past_caches = result_outgrows_caches<V, A>(args);
+  for_pieces<V>(args, [&](const ResidualPiece& piece, int64_t item) {
     const A* attended = piece.in<const A>(args.attended);
     const X* grad = piece.in<const X>(args.x);
     A* out = piece.in<A>(args.out);
@@ -136,7 +149,7 @@ void residual_backward_typed(const ResidualArgs& args) {
     const auto row = [&](reg g, int64_t n, int64_t c, int64_t cols) {
       const reg a = load_some<V>(attended + n * args.attended.position + c, cols);
       sums[n % 4] = V::fma(g, a, sums[n % 4]);
-      store_some<V>(out + n * args.out.position + c, V::mul(gamma, g), cols);
+      store_some<V>(out + n * args.out.position + c, V::mul(gamma, g), cols, past_caches);
     };
     if (args.x.position != 1) {
       for_vectors<V>(piece, [&](int64_t c, int64_t n, int64_t cols) {
@@ -146,7 +159,7 @@ void residual_backward_typed(const ResidualArgs& args) {
       const auto ask_for = [&](int64_t n, int64_t count) {
         ask(piece, args.attended, attended, n, count);
         ask(piece, args.x, grad, n, count);
-        ask(piece, args.out, out, n, count);
+        if (!past_caches) ask(piece, args.out, out, n, count);
       };
       for_squares<V>(piece, ask_for, [&](int64_t c, int64_t n) {
         const int64_t rows = piece.positions - n, cols = piece.channels - c;

@@ -69,6 +69,19 @@ void store_some(S* p, typename V::reg x, int64_t n) {
   }
 }
 
+// Whole vectors past the caches if so asked: numbers of their own type only, since those of two bytes, half as much to
+// write, gain nothing by it. See `outgrows_caches`; V::fence comes before anybody else reads.
+template <class V, class S>
+void store_some(S* p, typename V::reg x, int64_t n, bool past_caches) {
+  if constexpr (std::is_same<S, typename V::T>::value) {
+    if (past_caches && n >= V::W) {
+      V::stream(p, x);
+      return;
+    }
+  }
+  store_some<V>(p, x, n);
+}
+
 // The transpose of a square: t[c][r] = p[r * row + c] for r < rows and c < cols, zeros beyond.
 template <class V, class S>
 void load_transposed(const S* p, int64_t row, int64_t rows, int64_t cols, typename V::reg* t) {

@@ -35,6 +35,15 @@ def test_copy(shape, dtype):
     assert to_channels_last(copy) is copy
 
 
+@pytest.mark.parametrize("best", ["amx", "avx2", "portable"])
+@pytest.mark.parametrize("channels", [512, 520])  # whole cache lines, which are written past the caches, and others
+def test_large_copy(best, channels, monkeypatch):
+    monkeypatch.setenv("CCNET_CPU_ISA", best)
+    x = torch.randn(1, channels, 67, 71)
+    assert x.nbytes > 8 * 2**20
+    assert torch.equal(to_channels_last(x), x)
+
+
 def test_copy_of_a_slice():
     x = torch.randn(2, 40, 9, 11)[:, ::2, 1:, ::3]
     assert not is_dense(x)

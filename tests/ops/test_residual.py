@@ -11,6 +11,8 @@ if not compiled.is_available():
 
 # Channels and positions that fill tiles of 64, leave remainders of squares of 4, and are fewer than 4.
 SHAPES = [(2, 64, 8, 8), (1, 67, 9, 15), (2, 130, 3, 43), (1, 3, 1, 2), (3, 5, 70), (1, 9, 2, 3, 7)]
+# More than 8 MiB of fp32, in whole cache lines whatever the layout: such results are written past the caches.
+LARGE = (2, 272, 65, 80)
 # The computation is in fp32 (fp64 for fp64), so that only the result's own rounding remains.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
@@ -26,6 +28,18 @@ def draw(shape, dtype, *, channels_last):
 @pytest.mark.parametrize("x_last", [True, False])
 @pytest.mark.parametrize("out_last", [True, False, None])
 def test_values_and_gradients(shape, dtype, attended_last, x_last, out_last):
+    check_values_and_gradients(shape, dtype, attended_last, x_last, out_last)
+
+
+@pytest.mark.parametrize("best", ["amx", "avx2", "portable"])
+@pytest.mark.parametrize("x_last", [True, False])
+@pytest.mark.parametrize("out_last", [True, False])
+def test_large_results(best, x_last, out_last, monkeypatch):
+    monkeypatch.setenv("CCNET_CPU_ISA", best)
+    check_values_and_gradients(LARGE, torch.float32, True, x_last, out_last)
+
+
+def check_values_and_gradients(shape, dtype, attended_last, x_last, out_last):
     torch.manual_seed(0)
     attended = draw(shape, dtype, channels_last=attended_last).requires_grad_()
     x = draw(shape, dtype, channels_last=x_last).requires_grad_()
