@@ -36,7 +36,9 @@ def test_copy(shape, dtype):
 
 
 @pytest.mark.parametrize("best", ["amx", "avx2", "portable"])
-@pytest.mark.parametrize("channels", [512, 520])  # whole cache lines, which are written past the caches, and others
+@pytest.mark.parametrize(
+    "channels", [512, 520]
+)  # whole cache lines, which are written past the caches, and others
 def test_large_copy(best, channels, monkeypatch):
     monkeypatch.setenv("CCNET_CPU_ISA", best)
     x = torch.randn(1, channels, 67, 71)
