@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ccnet_d2.errors import UserError
 
+from .config import own_keys
+
 
 @META_ARCH_REGISTRY.register()
 class CCNet(nn.Module):
@@ -54,11 +56,7 @@ class CCNet(nn.Module):
 
     @classmethod
     def from_config(cls, cfg):
-        if "CCNET" not in cfg.MODEL:
-            raise UserError(
-                "MODEL.META_ARCHITECTURE CCNet has keys of its own: call ccnet_d2.modeling.add_ccnet_config(cfg) "
-                "before the config's files are merged."
-            )
+        ccnet = own_keys(cfg, "CCNET", "MODEL.META_ARCHITECTURE CCNet")
         backbone = build_backbone(cfg)
         head = build_sem_seg_head(cfg, backbone.output_shape())
         if len(inspect.signature(head.forward).parameters) < 3:
@@ -72,7 +70,7 @@ class CCNet(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
-            "size_divisibility": cfg.MODEL.CCNET.SIZE_DIVISIBILITY,
+            "size_divisibility": ccnet.SIZE_DIVISIBILITY,
             "ignore_value": cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
         }
 

@@ -134,9 +134,9 @@ class CCNetHead(ContextBlock):
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        ccnet = cfg.MODEL.CCNET
+        arguments, ccnet = head_arguments(cfg, input_shape), cfg.MODEL.CCNET
         return {
-            **head_arguments(cfg, input_shape),
+            **arguments,
             "in_feature": cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES[-1],
             "context": ccnet.CONTEXT,
             "aux_feature": ccnet.AUX_FEATURE or None,

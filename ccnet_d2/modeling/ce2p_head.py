@@ -169,9 +169,9 @@ class CE2PHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        ccnet = cfg.MODEL.CCNET
+        arguments, ccnet = head_arguments(cfg, input_shape), cfg.MODEL.CCNET
         return {
-            **head_arguments(cfg, input_shape),
+            **arguments,
             "in_features": cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES,
             "context": ccnet.CONTEXT,
             "category_consistent": ccnet.CATEGORY_CONSISTENT or None,

@@ -6,6 +6,8 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 
+from ccnet_d2.errors import UserError
+
 
 def add_ccnet_config(cfg: CfgNode) -> None:
     """Add this package's keys, with their defaults, to a Detectron2 config.
@@ -26,9 +28,29 @@ def add_ccnet_config(cfg: CfgNode) -> None:
     cfg.SOLVER.POLY_LR_MINIMUM = 0.0
 
 
+def own_keys(cfg: CfgNode, node: str, reader: str) -> CfgNode:
+    """`cfg.MODEL.<node>`, which `add_ccnet_config` adds, for a part of this package that a config names.
+
+    Args:
+        cfg: a Detectron2 config.
+        node: "CCNET", "RANET" or "RCCA".
+        reader: the key that names the part, and its value, for the error.
+
+    Raises:
+        UserError: the keys were not added.
+    """
+    if node not in cfg.MODEL:
+        raise UserError(
+            f"{reader} has keys of its own: call ccnet_d2.modeling.add_ccnet_config(cfg) before the config's files are "
+            "merged."
+        )
+    return cfg.MODEL[node]
+
+
 def head_arguments(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
     """The constructor arguments that all segmentation heads here take from the same keys."""
-    head, ccnet = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.CCNET
+    head = cfg.MODEL.SEM_SEG_HEAD
+    ccnet = own_keys(cfg, "CCNET", f"MODEL.SEM_SEG_HEAD.NAME {head.NAME}")
     return {
         "input_shape": input_shape,
         "num_classes": head.NUM_CLASSES,

@@ -184,9 +184,9 @@ class RANetHead(nn.Module):
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        ranet = cfg.MODEL.RANET
+        arguments, ranet = head_arguments(cfg, input_shape), cfg.MODEL.RANET
         return {
-            **head_arguments(cfg, input_shape),
+            **arguments,
             "in_feature": cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES[-1],
             "coarse_feature": ranet.COARSE_FEATURE or None,
             "context": ranet.CONTEXT,

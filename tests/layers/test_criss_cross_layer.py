@@ -112,6 +112,9 @@ def train(layer, x):
         optimizer.step()
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*weight_norm.* is deprecated:FutureWarning"
+)  # its successor needs no hook
 @pytest.mark.parametrize("backend", ["auto", "matmul"])
 @pytest.mark.parametrize("wrap", ["prune", "weight_norm"])
 def test_weights_that_a_hook_of_the_projection_makes(wrap, backend):

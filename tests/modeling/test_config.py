@@ -1,11 +1,12 @@
-"""What all segmentation heads read from a yacs config alike."""
+"""What our heads and backbones read from a yacs config alike."""
 
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_sem_seg_head
+from detectron2.modeling import build_backbone, build_sem_seg_head
 
+from ccnet_d2.errors import UserError
 from ccnet_d2.modeling import add_ccnet_config
 
 STRIDES = {"res2": 4, "res3": 8, "res4": 8, "res5": 8}
@@ -32,3 +33,31 @@ def test_detectron2_s_weight_of_the_semantic_loss(name):
     for key, loss in whole.items():
         assert loss > 0
         torch.testing.assert_close(half[key], 0.5 * loss)
+
+
+@pytest.mark.parametrize("name", ["CCNetHead", "CE2PHead", "RANetHead"])
+def test_heads_need_their_keys(name):
+    cfg = get_cfg()
+    cfg.MODEL.SEM_SEG_HEAD.NAME = name
+    with pytest.raises(
+        UserError, match=rf"SEM_SEG_HEAD.NAME {name} has keys of its own: call .*add_ccnet_config"
+    ):
+        build_sem_seg_head(cfg, {key: ShapeSpec(channels=8, stride=s) for key, s in STRIDES.items()})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "build_ccnet_resnet_backbone",
+        "build_resnet_rcca_backbone",
+        "build_resnet_rcca_fpn_backbone",
+        "build_retinanet_resnet_rcca_fpn_backbone",
+    ],
+)
+def test_backbones_need_their_keys(name):
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE.NAME = name
+    with pytest.raises(
+        UserError, match=rf"BACKBONE.NAME {name} has keys of its own: call .*add_ccnet_config"
+    ):
+        build_backbone(cfg)

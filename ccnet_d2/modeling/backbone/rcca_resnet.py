@@ -9,6 +9,7 @@ from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P
 from torch import nn
 
 from ccnet_d2.modeling.add_rcca import add_rcca
+from ccnet_d2.modeling.config import own_keys
 
 
 def rcca_resnet(
@@ -50,7 +51,7 @@ def rcca_resnet(
 @BACKBONE_REGISTRY.register()
 def build_resnet_rcca_backbone(cfg, input_shape) -> ResNet:
     """Detectron2's `build_resnet_backbone` with MODEL.RCCA.{MODULE,STAGE,BEFORE,RECURRENCE} inside."""
-    node = cfg.MODEL.RCCA
+    node = own_keys(cfg, "RCCA", f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME}")
     return add_rcca(
         build_resnet_backbone(cfg, input_shape), node.STAGE, node.BEFORE, node.RECURRENCE or None, node.MODULE
     )

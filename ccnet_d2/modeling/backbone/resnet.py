@@ -7,6 +7,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
 
+from ccnet_d2.modeling.config import own_keys
+
 from .basic_block import DilatedBasicBlock
 from .stem import DeepStem
 
@@ -102,7 +104,7 @@ def resnet_output_shape(
 def build_ccnet_resnet_backbone(cfg, input_shape) -> ResNet:
     """`build_resnet` for yacs configs: MODEL.RESNETS.{DEPTH,NORM,OUT_FEATURES}, MODEL.BACKBONE.FREEZE_AT and
     MODEL.CCNET.{OUTPUT_STRIDE,STEM,STEM_CHANNELS,CEIL_MODE,CONTRACT_DILATION}."""
-    ccnet = cfg.MODEL.CCNET
+    ccnet = own_keys(cfg, "CCNET", "MODEL.BACKBONE.NAME build_ccnet_resnet_backbone")
     return build_resnet(
         cfg.MODEL.RESNETS.DEPTH,
         output_stride=ccnet.OUTPUT_STRIDE,
