@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -65,12 +65,14 @@ def remove_temporary_files(folder: str | os.PathLike[str], pattern: str) -> None
 
 
 @contextmanager
-def disk_full_reported(folder: str | os.PathLike[str], advice: str = "") -> Iterator[None]:
+def disk_full_reported(
+    folder: str | os.PathLike[str], advice: Callable[[], str] = lambda: ""
+) -> Iterator[None]:
     """Turn the errors of a full disk, an exceeded quota or file size limit into one sentence.
 
     Args:
         folder: where the files go; its free space is reported.
-        advice: what to do, the end of the sentence.
+        advice: what to do, the end of the sentence, asked for when it is needed; "" if there is nothing special.
 
     Raises:
         DiskFullError: what is within met one of them.
@@ -83,7 +85,7 @@ def disk_full_reported(folder: str | os.PathLike[str], advice: str = "") -> Iter
         free = shutil.disk_usage(folder).free / 2**20
         reason = os.strerror(errno_of(error) or 0)
         raise DiskFullError(
-            f"Writing to {folder} failed: {reason} ({free:.1f} MiB are free); {advice or 'make room and try again'}."
+            f"Writing to {folder} failed: {reason} ({free:.1f} MiB are free); {advice() or 'make room and try again'}."
         ) from error
 
 

@@ -80,7 +80,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         remove_temporary_files(self.save_dir, "*.pth")
         last = self.get_checkpoint_file() if self.has_checkpoint() else ""
         advice = f"the last checkpoint, {last}, is whole; make room and go on with --resume" if last else ""
-        with disk_full_reported(self.save_dir, advice):
+        with disk_full_reported(self.save_dir, lambda: advice):
             with atomic_write(path) as file:
                 torch.save(data, file)
             self.tag_last_checkpoint(path.name)

@@ -125,7 +125,11 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start_iter = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     check_same_start(start_iter, cfg.train.output_dir)
-    advice = "make room and go on from the last checkpoint with --resume"
+
+    def advice() -> str:
+        has_one = checkpointer.has_checkpoint()
+        return "make room and go on from the last checkpoint with --resume" if has_one else ""
+
     if start_iter == cfg.train.max_iter and any_process(_final_evaluation_is_missing(cfg)):
         logger.info("Training is complete, but its evaluation is not.")
         with disk_full_reported(cfg.train.output_dir, advice), saving.listening():
@@ -135,14 +139,14 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
             f"Nothing to train: {cfg.train.output_dir} has a checkpoint of iteration {start_iter} and "
             f"train.max_iter is {cfg.train.max_iter}; raise it, or use --eval-only."
         )
-    with disk_full_reported(cfg.train.output_dir, advice if start_iter else ""):
+    with disk_full_reported(cfg.train.output_dir, advice):
         if is_main:
             drop_metrics_from(Path(cfg.train.output_dir, "metrics.json"), start_iter)
             # Only now: the writers open metrics.json, and would go on writing to the file that was there before.
             writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
             trainer.register_hooks([hooks.PeriodicWriter(writers, period=cfg.train.log_period)])
-    with disk_full_reported(cfg.train.output_dir, advice), saving.listening():
-        trainer.train(start_iter, cfg.train.max_iter)
+        with saving.listening():
+            trainer.train(start_iter, cfg.train.max_iter)
     return results or None
 
 
