@@ -127,8 +127,9 @@ class CrissCrossAttention(nn.Module):
         """
         qkv = self.qkv
         hooks = (qkv._forward_pre_hooks, qkv._forward_hooks, qkv._backward_pre_hooks, qkv._backward_hooks)
-        forward = _CONVOLUTIONS[self.spatial_dims].forward
-        return not any(map(len, hooks)) and getattr(qkv.forward, "__func__", None) is forward
+        # Not by the bound method's function, which torch.compile sees as another one.
+        convolves = type(qkv).forward is _CONVOLUTIONS[self.spatial_dims].forward
+        return convolves and "forward" not in qkv.__dict__ and not any(map(len, hooks))
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() != self.spatial_dims + 2 or x.shape[1] != self.channels:

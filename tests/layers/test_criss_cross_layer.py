@@ -178,6 +178,13 @@ def test_hooks_of_the_projection_are_called_in_clips_too():
     assert seen == [20] * layer.recurrence
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_compiled_graphs_take_the_projection_as_it_is(dims):
+    """A layer with recompute would refuse anything else."""
+    layer, x = with_gamma(RCCA(16, spatial_dims=dims, recompute=True)), torch.randn(1, 16, *(4, 5, 3)[:dims])
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+
+
 def test_recompute_refuses_hooks_of_the_projection():
     layer, x = RCCA(16, recompute=True), torch.randn(1, 16, 4, 5)
     layer.qkv.register_forward_hook(lambda *_: None)
