@@ -16,8 +16,6 @@ from detectron2.data import transforms as T
 from ccnet_d2.data.errors import DatasetError, SampleError
 from ccnet_d2.data.image_files import read_image
 from ccnet_d2.data.sem_seg_mapper import IGNORE_LABEL, SemSegMapper
-from ccnet_d2.data.transforms.mirror import is_mirroring, swap_labels
-from ccnet_d2.data.transforms.outside import outside_of
 
 __all__ = ["ClipMapper"]
 
@@ -97,13 +95,9 @@ class ClipMapper(SemSegMapper):
             _stacked([transforms.apply_image(image) for image in images]).permute(0, 3, 1, 2).contiguous()
         )
         if labels is not None:
-            outside = outside_of(transforms, clip["height"], clip["width"])
-            labels = [
-                np.where(outside, IGNORE_LABEL, transforms.apply_segmentation(label)) for label in labels
-            ]
-            if self.flip_pairs and is_mirroring(transforms, clip["height"], clip["width"]):
-                labels = [swap_labels(label, self.flip_pairs) for label in labels]
-            clip["sem_seg"] = _stacked(labels).long()
+            labels = [transforms.apply_segmentation(label) for label in labels]
+            completed = self._completed(labels, transforms, clip["height"], clip["width"])
+            clip["sem_seg"] = _stacked(completed).long()
         return clip
 
     def _read_images(self, frames: Sequence[dict[str, Any]]) -> list[np.ndarray]:

@@ -176,9 +176,17 @@ class SemSegMapper:
         sample.update(height=height, width=width)
         sample["image"] = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
         if augmented.sem_seg is not None:
-            outside = outside_of(transforms, height, width)
-            sem_seg = np.where(outside, IGNORE_LABEL, augmented.sem_seg)
-            if self.flip_pairs and is_mirroring(transforms, height, width):
-                sem_seg = swap_labels(sem_seg, self.flip_pairs)
+            (sem_seg,) = self._completed([augmented.sem_seg], transforms, height, width)
             sample["sem_seg"] = torch.from_numpy(sem_seg.astype(np.int64))
         return sample
+
+    def _completed(
+        self, labels: Sequence[np.ndarray], transforms: T.Transform, height: int, width: int
+    ) -> list[np.ndarray]:
+        """Transformed label maps of images of height x width, with what a transform does not know of classes: void is
+        beside the image, and the classes that a mirror swaps are swapped."""
+        outside = outside_of(transforms, height, width)
+        completed = [np.where(outside, IGNORE_LABEL, label) for label in labels]
+        if self.flip_pairs and is_mirroring(transforms, height, width):
+            completed = [swap_labels(label, self.flip_pairs) for label in completed]
+        return completed

@@ -8,6 +8,7 @@ from ccnet_d2.ops.loop import criss_cross_loop, supports_loop
 from ccnet_d2.ops.projection import project
 from ccnet_d2.ops.recompute import recomputed_loop
 from ccnet_d2.ops.residual import gated_residual
+from ccnet_d2.ops.transforms import is_traced
 
 RECOMPUTED_CHUNKS = 4
 """Chunks of channels that `recompute=True` works in."""
@@ -87,9 +88,7 @@ class CrissCrossAttention(nn.Module):
 
         `channels_last` says how the compiled operator's result is to lie in memory; like x if None.
         """
-        recompute = self.recompute and torch.is_grad_enabled() and x.numel() > 0
-        if torch.jit.is_tracing():  # type: ignore[attr-defined]
-            recompute = False  # a trace cannot hold a function written in Python
+        recompute = self.recompute and torch.is_grad_enabled() and x.numel() > 0 and not is_traced()
         bias = self.qkv.bias
         if bias is not None and self._projects_plainly():
             weight = self.qkv.weight.flatten(1)

@@ -19,7 +19,7 @@ from torch import Tensor, library
 from . import compiled
 from .autocast import autocasts
 from .layout import is_dense
-from .transforms import is_transformed
+from .transforms import is_traced, is_transformed
 
 _CHANNELS = range(192, 1537)  # with fewer or more, PyTorch's products are as fast
 _LEAST_POSITIONS = 256
@@ -56,7 +56,7 @@ def pays_for_weight(grad: Tensor, x: Tensor) -> bool:
 def _pays(maps: Tensor, outputs: int, channels: int) -> bool:
     return (
         # Compiled and traced graphs are to take any size, and may run on another processor.
-        not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
+        not (torch.compiler.is_compiling() or is_traced())
         and maps.device.type == "cpu"
         and channels in _CHANNELS
         and outputs < _CHANNELS.stop

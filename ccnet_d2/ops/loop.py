@@ -19,7 +19,7 @@ from .backends import automatic_backend_on
 from .layout import is_channels_last, is_dense, on_huge_pages, to_channels_last
 from .projection import add_input_gradient, bias_gradient, input_gradient, project, weight_gradient
 from .residual import gated_residual, residual_gradients
-from .transforms import is_transformed, refuse_batches
+from .transforms import is_traced, is_transformed, refuse_batches
 
 
 def supports_loop(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, backend: str) -> bool:
@@ -67,9 +67,8 @@ def criss_cross_loop(
         RuntimeError: a second derivative is asked for.
     """
     tensors = (x, weight, bias, gamma)
-    # A trace cannot hold a function written in Python; the operators are differentiable one by one as well.
-    traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and not traced:
+    # In a trace the operators are differentiable one by one as well.
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and not is_traced():
         out: Tensor = _Loop.apply(*tensors, key_channels, compute_dtype(x), channels_last)
         return out
     return loop_without_gradients(*tensors, key_channels, compute_dtype(x), channels_last)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import fp32_products
 from .layout import is_channels_last, on_huge_pages
-from .transforms import is_transformed
+from .transforms import is_traced, is_transformed
 
 _RUNS = 4
 _LONG_ENOUGH = 1024  # positions
@@ -32,7 +32,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     batch, _, *spatial = x.shape
     rows, outputs = _rows(x), weight.shape[0]
     out = None
-    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_traced()
     if not (recorded or is_transformed(x, weight, bias)):
         out = on_huge_pages(rows.new_empty((*rows.shape[:-1], outputs)))
     if rows.dim() == 2:

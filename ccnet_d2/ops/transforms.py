@@ -1,4 +1,4 @@
-"""Ways to differentiate that torch's custom operators do not follow."""
+"""Ways to differentiate and to record that torch's custom operators or functions written in Python do not follow."""
 
 import torch
 from torch import Tensor
@@ -16,6 +16,12 @@ def is_transformed(*tensors: Tensor) -> bool:
     if forward_ad._current_level < 0:  # the rule, and this is asked in every call
         return False
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` records what runs; it cannot hold a function written in Python."""
+    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return traced
 
 
 def refuse_batches(grad: Tensor) -> None:
