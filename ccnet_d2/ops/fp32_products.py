@@ -1,9 +1,11 @@
-"""The 1x1 convolution and its gradients in fp32 on processors with matrix units, by the compiled library.
+"""The 1x1 convolution and its gradients in fp32 by the compiled library, on processors where PyTorch's products are
+slower (docs/performance.md).
 
-The units multiply bf16 only. Every number is split into three that add up to it, and six products of such parts are as
-exact as fp32 arithmetic, in less time (docs/performance.md). Bitwise equal between runs; the weight's gradient may
-differ in its last bits with the number of threads. Parts below the smallest bf16 number are 0, and where a result would
-be Inf it is Inf or NaN.
+On matrix units, which multiply bf16 only: every number is split into three that add up to it, and six products of such
+parts are as exact as fp32 arithmetic, in less time. Parts below the smallest bf16 number are 0, and where a result
+would be Inf it is Inf or NaN. And on AVX-512 units that are not Intel's, of which Intel's library, PyTorch's, uses half.
+
+Bitwise equal between runs; the weight's gradient may differ in its last bits with the number of threads.
 
 Shapes: B batch, C channels of the input, O of the output, S spatial sizes, N number of positions.
 """
@@ -21,8 +23,10 @@ from .autocast import autocasts
 from .layout import is_dense
 from .transforms import is_traced, is_transformed
 
-_CHANNELS = range(192, 1537)  # with fewer or more, PyTorch's products are as fast
+# By instruction set: with fewer or more, PyTorch's products are as fast.
+_CHANNELS = {"amx": range(192, 1537), "avx512": range(32, 4097)}
 _LEAST_POSITIONS = 256
+_LEAST_NUMBERS = 2**15  # positions x channels
 
 
 def pays(maps: Tensor, weight: Tensor, *others: Tensor) -> bool:
@@ -54,23 +58,25 @@ def pays_for_weight(grad: Tensor, x: Tensor) -> bool:
 
 
 def _pays(maps: Tensor, outputs: int, channels: int) -> bool:
+    positions = maps.shape[0] * prod(maps.shape[2:])
     return (
         # Compiled and traced graphs are to take any size, and may run on another processor.
         not (torch.compiler.is_compiling() or is_traced())
         and maps.device.type == "cpu"
-        and channels in _CHANNELS
-        and outputs < _CHANNELS.stop
-        and maps.shape[0] * prod(maps.shape[2:]) >= _LEAST_POSITIONS
+        and positions >= _LEAST_POSITIONS
+        and positions * channels >= _LEAST_NUMBERS
         and compiled.is_available()
-        and _has_products(os.environ.get("CCNET_CPU_ISA"))
+        and channels in (paying := _channels(os.environ.get("CCNET_CPU_ISA")))
+        and outputs < paying.stop
     )
 
 
 @cache
-def _has_products(instruction_set: str | None) -> bool:
-    """Whether the library has them, which is told to use this instruction set at most."""
-    has: bool = torch.ops.ccnet_d2.has_fp32_products()
-    return has
+def _channels(instruction_set: str | None) -> range:
+    """Those that pay, if the library is told to use this instruction set at most."""
+    if not torch.ops.ccnet_d2.has_fp32_products():
+        return range(0)
+    return _CHANNELS[str(compiled.instruction_set(torch.float32))]
 
 
 def _is_usable(x: Tensor) -> bool:

@@ -99,9 +99,10 @@ struct Kernels {
   void (*backward)(const BackwardArgs&);
   void (*residual_forward)(const ResidualArgs&);
   void (*residual_backward)(const ResidualArgs&);
-  // Null where PyTorch's products are as fast:
+  // Null where PyTorch's products are as fast or faster on every processor:
   void (*matmul)(const MatmulArgs&) = nullptr;      // out[b] = left[b] right + bias + added[b]
   void (*matmul_sum)(const MatmulArgs&) = nullptr;  // out = sum_b left[b] right[b]
+  bool matmul_pays = false;                         // they are faster than PyTorch's on this processor
 };
 
 // Each returns nullptr where this build or this processor lacks the instruction set.

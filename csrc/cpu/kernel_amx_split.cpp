@@ -23,6 +23,8 @@ namespace {
 #include "work.h"
 #include "line_kernels.h"
 #include "line_kernels_split.h"
+#include "matmul_blocks.h"
+#include "matmul_sum.h"
 #include "split_matmul.h"
 #include "split_matmul_sum.h"
 
@@ -54,6 +56,7 @@ const Kernels* amx_split_kernels() {
     static Kernels kernels = with_passes("amx", forward, backward, *plain);
     kernels.matmul = split_matmul;
     kernels.matmul_sum = split_matmul_sum;
+    kernels.matmul_pays = true;
     return static_cast<const Kernels*>(&kernels);
   }();
   return usable;

@@ -21,9 +21,19 @@ namespace {
 #include "work.h"
 #include "line_kernels.h"
 #include "residual_kernels.h"
+#include "matmul_blocks.h"
+#include "matmul_sum.h"
+#include "vector_matmul.h"
+#include "vector_matmul_sum.h"
 
-const Kernels kKernels{"avx512", to_channels_last_any<Avx512>, forward_any<Avx512>, backward_any<Avx512>,
-                       residual_forward_any<Avx512>, residual_backward_any<Avx512>};
+const Kernels kKernels{"avx512",
+                       to_channels_last_any<Avx512>,
+                       forward_any<Avx512>,
+                       backward_any<Avx512>,
+                       residual_forward_any<Avx512>,
+                       residual_backward_any<Avx512>,
+                       vector_matmul<Avx512>,
+                       vector_matmul_sum<Avx512>};
 
 }  // namespace
 }  // namespace cpu
@@ -42,7 +52,14 @@ const Kernels* avx512_kernels() {
   const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                    __builtin_cpu_supports("fma");
-  return has ? &kKernels : nullptr;
+  if (!has) return nullptr;
+  static const Kernels kernels = [] {
+    Kernels found = kKernels;
+    // On others' processors Intel's library, which PyTorch's products are, keeps to vectors of half the length.
+    found.matmul_pays = !__builtin_cpu_is("intel");
+    return found;
+  }();
+  return &kernels;
 }
 }  // namespace cpu
 }  // namespace ccnet

@@ -11,7 +11,7 @@ using Product = void (*)(const MatmulArgs&);
 
 Product usable(Product product) {
   STD_TORCH_CHECK(product != nullptr,
-                  "this processor has no matrix units for products of fp32: has_fp32_products is false.");
+                  "the kernels for this processor have no products of fp32.");
   return product;
 }
 
@@ -103,7 +103,7 @@ Tensor weight_gradient(Tensor grad, Tensor x) {
   return out;
 }
 
-bool has_fp32_products() { return select_kernels(DType::kFloat).matmul != nullptr; }
+bool has_fp32_products() { return select_kernels(DType::kFloat).matmul_pays; }
 
 }  // namespace
 }  // namespace cpu

@@ -26,11 +26,8 @@ class EitherPacker {
 };
 
 using LeftEither = EitherPacker<LeftPacker<float>, LeftTransposedPacker>;
+using ResultTo = BlockTo<V, kMatmulColumns>;
 using RightEither = EitherPacker<RightPacker<float>, TransposedPacker<float>>;
-
-inline float* element(const MatrixRef& m, int64_t batch, int64_t row, int64_t column) {
-  return static_cast<float*>(m.data) + batch * m.batch + row * m.row + column * m.column;
-}
 
 LeftEither left_packer(const MatrixRef& m, int64_t batch, int64_t row, int64_t rows, int64_t k, int64_t depth,
                        const TileMatrix& to) {
@@ -44,125 +41,6 @@ RightEither right_packer(const MatrixRef& m, int64_t batch, int64_t k, int64_t d
   const float* src = element(m, batch, k, 0);
   return {m.column == 1, RightPacker<float>(src, m.row, depth, 0, columns, to),
           TransposedPacker<float>(src, m.column, columns, depth, to)};
-}
-
-// Asks for rows x columns of a matrix ahead.
-void ask_for(Ahead* ahead, const MatrixRef& m, int64_t batch, int64_t row, int64_t rows, int64_t column,
-             int64_t columns) {
-  const float* first = element(m, batch, row, column);
-  if (m.column == 1) {
-    ahead->add(first, m.row, rows, columns);
-  } else {
-    ahead->add(first, m.column, columns, rows);
-  }
-}
-
-// Rows of one image that a worker takes at a time.
-struct RowBlock {
-  int64_t batch, row, rows;
-
-  RowBlock(const MatmulArgs& args, int64_t item) {
-    const int64_t blocks = (args.rows + kMatmulRows - 1) / kMatmulRows;
-    batch = item / blocks;
-    row = item % blocks * kMatmulRows;
-    rows = smaller(args.rows - row, kMatmulRows);
-  }
-};
-
-// What becomes of a block of results, kMatmulColumns wide: squares of 16 x 16 numbers, whose rows or columns are
-// vectors, as they lie in memory.
-class BlockTo {
- public:
-  BlockTo() = default;
-  BlockTo(const MatmulArgs& args, const RowBlock& rows, int64_t column, const float* block, bool past_caches)
-      : args_(&args),
-        to_(element(args.out, rows.batch, rows.row, column)),
-        added_(args.added.data != nullptr ? element(args.added, rows.batch, rows.row, column) : nullptr),
-        bias_(args.bias != nullptr ? args.bias + column : nullptr),
-        block_(block),
-        rows_(rows.rows),
-        columns_(smaller(args.columns - column, kMatmulColumns)),
-        past_caches_(past_caches) {}
-
-  int64_t units() const { return tiles(rows_) * (kMatmulColumns / kTile); }
-
-  void operator()(int64_t unit) const {
-    const int64_t r = unit / 2 * kTile, c = unit % 2 * kTile;
-    const int64_t rows = smaller(rows_ - r, kTile), columns = smaller(columns_ - c, kTile);
-    if (columns <= 0) return;
-    reg y[16];
-    CCNET_UNROLL
-    for (int i = 0; i < 16; ++i) y[i] = V::load(block_ + (r + i) * kMatmulColumns + c);
-    if (bias_ != nullptr) {
-      const reg bias = load_some<V>(bias_ + c, columns);
-      CCNET_UNROLL
-      for (int i = 0; i < 16; ++i) y[i] = V::add(y[i], bias);
-    }
-    const bool by_rows = args_->out.column == 1;
-    if (added_ == nullptr) {
-      if (!by_rows) V::transpose(y);
-    } else if (args_->added.column == 1) {
-      add(y, added_ + r * args_->added.row + c, args_->added.row, rows, columns);
-      if (!by_rows) V::transpose(y);
-    } else {
-      V::transpose(y);
-      add(y, added_ + r + c * args_->added.column, args_->added.column, columns, rows);
-      if (by_rows) V::transpose(y);
-    }
-    if (by_rows) {
-      put(y, to_ + r * args_->out.row + c, args_->out.row, rows, columns);
-    } else {
-      put(y, to_ + r + c * args_->out.column, args_->out.column, columns, rows);
-    }
-  }
-
- private:
-  static void add(reg* y, const float* from, int64_t step, int64_t count, int64_t n) {
-    CCNET_UNROLL
-    for (int i = 0; i < 16; ++i) {
-      if (i < count) y[i] = V::add(y[i], load_some<V>(from + i * step, n));
-    }
-  }
-
-  void put(const reg* y, float* to, int64_t step, int64_t count, int64_t n) const {
-    CCNET_UNROLL
-    for (int i = 0; i < 16; ++i) {
-      if (i >= count) return;
-      if (past_caches_) {
-        V::stream(to + i * step, y[i]);
-      } else {
-        store_some<V>(to + i * step, y[i], n);
-      }
-    }
-  }
-
-  const MatmulArgs* args_ = nullptr;
-  float* to_ = nullptr;
-  const float* added_ = nullptr;
-  const float* bias_ = nullptr;
-  const float* block_ = nullptr;
-  int64_t rows_ = 0, columns_ = 0;
-  bool past_caches_ = false;
-};
-
-// Packed by all workers, for all of them.
-void pack_shared(const MatmulArgs& args, const RightEither& packer) {
-  constexpr int64_t at_once = 64;
-  const int64_t units = packer.units();
-  run_items(args, (units + at_once - 1) / at_once, [&](auto next) {
-    for (int64_t item; next(&item);) {
-      const int64_t last = smaller((item + 1) * at_once, units);
-      for (int64_t unit = item * at_once; unit < last; ++unit) packer(unit);
-    }
-    return true;
-  });
-}
-
-// Whether the result should be written past the caches.
-bool streams(const MatmulArgs& args) {
-  const int64_t bytes = args.batch * args.rows * args.columns * 4;
-  const int64_t steps = (args.out.row | args.out.batch | args.columns) * 4;
-  return args.out.column == 1 && outgrows_caches(args.out.data, bytes, steps);
 }
 
 // What is asked for while the 32 columns from tile n on of a block are computed: the next columns' operand and what
@@ -194,28 +72,28 @@ void split_matmul(const MatmulArgs& args) {
   Scratch<float> shared(tile_floats(n_tiles, steps));
   if (!shared.ok()) throw std::bad_alloc();
   const TileMatrix right = take_tiles(&shared, n_tiles, steps);
-  pack_shared(args, right_packer(args.right, 0, 0, args.depth, args.columns, right));
+  pack_shared(args, right_packer(args.right, 0, 0, args.depth, args.columns, right), 64);
 
-  run_items(args, args.batch * ((args.rows + kMatmulRows - 1) / kMatmulRows), [&](auto next) {
+  run_items(args, RowBlock::count(args, kMatmulRows), [&](auto next) {
     Scratch<float> scratch(2 * tile_floats(row_tiles, steps) + 2 * result_size);
     if (!scratch.ok()) return false;
     const TileMatrix left[2] = {take_tiles(&scratch, row_tiles, steps), take_tiles(&scratch, row_tiles, steps)};
     float* const results[2] = {scratch.take(result_size), scratch.take(result_size)};
     [[maybe_unused]] const Tiles session;
     const auto packer_of = [&](int64_t item, int which) {
-      const RowBlock block(args, item);
+      const RowBlock block(args, item, kMatmulRows);
       return left_packer(args.left, block.batch, block.row, block.rows, 0, args.depth, left[which]);
     };
     Background background;
     LeftEither packer;
-    BlockTo done[2];
+    ResultTo done[2];
     int which = 0, half = 0;
     int64_t item, upcoming = 0, later = 0;
     if (!next(&item)) return true;
     pack(packer_of(item, which), &background.ahead);
     for (bool more = next(&upcoming), still = false;; which ^= 1, item = upcoming, upcoming = later, more = still) {
       still = more && next(&later);
-      const RowBlock block(args, item), block_later(args, later);
+      const RowBlock block(args, item, kMatmulRows), block_later(args, later, kMatmulRows);
       const int64_t m_tiles = tiles(block.rows), panel_steps = multiply_steps(m_tiles, 2, steps);
       if (more) {
         packer = packer_of(upcoming, which ^ 1);
@@ -233,7 +111,7 @@ void split_matmul(const MatmulArgs& args) {
           }
         }
         background.finish_rows();
-        done[half] = BlockTo(args, block, n * kTile, results[half], past_caches);
+        done[half] = ResultTo(args, block, n * kTile, results[half], past_caches);
         background.hand_on(&done[half], done[half].units(), panel_steps);
       }
       background.finish();

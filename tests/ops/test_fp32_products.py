@@ -1,4 +1,9 @@
-"""fp32 products on matrix units against double precision, held to what PyTorch's own fp32 products reach."""
+"""fp32 products on matrix and on vector units against double precision, held to what PyTorch's own fp32 products reach.
+
+Those on vector units are tried where they do not pay as well.
+"""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +15,9 @@ from ccnet_d2.ops import compiled, fp32_products, projection
 
 if not compiled.is_available():
     pytest.skip(str(compiled.unavailable_reason()), allow_module_level=True)
-if not torch.ops.ccnet_d2.has_fp32_products():
-    pytest.skip("this processor has no matrix units", allow_module_level=True)
 
-# Whole blocks of 128 positions, 32 columns and 32 steps, and remainders of each; several images; lines and volumes.
+# Matrix units: whole blocks of 128 positions, 32 columns and 32 steps, and remainders of each. Vector units: the same of
+# 96, 64 and 128. Several images; lines and volumes.
 CASES = [
     (1, 192, 256, (16, 16)),
     (1, 200, 33, (17, 19)),
@@ -22,9 +26,23 @@ CASES = [
     (1, 512, 640, (3, 9, 11)),
     (2, 333, 481, (1, 300)),
     (1, 224, 1, (257,)),
+    (1, 256, 128, (18, 32)),
+    (1, 193, 129, (17, 17)),
 ]
+# Too few channels for matrix units.
+NARROW = [(1, 32, 40, (32, 40)), (2, 37, 5, (29, 31))]
 # Positions of a sum that is folded several times.
 LONG = (1, 192, 48, (47, 101))
+
+
+@pytest.fixture(params=["amx", "avx512"])
+def units(request, monkeypatch):
+    """Products by one instruction set, as on a processor where they pay."""
+    monkeypatch.setenv("CCNET_CPU_ISA", request.param)
+    if compiled.instruction_set(torch.float32) != request.param:
+        pytest.skip(f"this processor or build has no {request.param} kernels")
+    monkeypatch.setattr(fp32_products, "_channels", lambda _: fp32_products._CHANNELS[request.param])
+    return request.param
 
 
 def draw(batch, channels, sizes, *, channels_last):
@@ -36,11 +54,13 @@ def relative(got, wanted):
     return ((got.double() - wanted).norm() / wanted.norm()).item()
 
 
-@pytest.mark.parametrize("case", [*CASES, LONG], ids=str)
+@pytest.mark.parametrize("case", [*CASES, LONG, *NARROW], ids=str)
 @pytest.mark.parametrize("x_last", [True, False])
 @pytest.mark.parametrize("grad_last", [True, False])
 @pytest.mark.parametrize("out_last", [True, False])
-def test_values(case, x_last, grad_last, out_last):
+def test_values(case, x_last, grad_last, out_last, units):
+    if case in NARROW and units == "amx":
+        pytest.skip("matrix units are left alone")
     torch.manual_seed(0)
     batch, channels, outputs, sizes = case
     x = draw(batch, channels, sizes, channels_last=x_last)
@@ -71,7 +91,7 @@ def test_values(case, x_last, grad_last, out_last):
 
 
 @pytest.mark.parametrize("threads", [1, 3, 7])
-def test_any_number_of_threads(threads):
+def test_any_number_of_threads(threads, units):
     torch.manual_seed(0)
     x, grad = draw(2, 256, (15, 37), channels_last=False), draw(2, 320, (15, 37), channels_last=True)
     weight, bias = torch.randn(320, 256), torch.randn(320)
@@ -94,8 +114,8 @@ def test_any_number_of_threads(threads):
     assert relative(first[2], torch.einsum("bohw,bchw->oc", grad.double(), x.double())) < 1e-6
 
 
-def test_numbers_of_every_size():
-    """Each number is split into parts of its own: small ones beside large ones lose nothing."""
+def test_numbers_of_every_size(units):
+    """On matrix units each number is split into parts of its own: small ones beside large ones lose nothing."""
     torch.manual_seed(0)
     scale = 10.0 ** torch.arange(-18, 19).repeat(7)[:256]
     x = torch.randn(1, 256, 300) * scale.view(1, -1, 1)
@@ -105,7 +125,7 @@ def test_numbers_of_every_size():
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_what_is_not_finite_stays_in_its_row(value):
+def test_what_is_not_finite_stays_in_its_row(value, units):
     x = torch.randn(1, 256, 300)
     x[0, 3, 200] = value
     got = fp32_products.project(x, torch.randn(40, 256), torch.randn(40))
@@ -117,7 +137,7 @@ def test_what_is_not_finite_stays_in_its_row(value):
 @pytest.mark.parametrize("recurrence", [1, 2])
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("recompute", [False, 2])
-def test_layer(recurrence, channels_last, recompute, monkeypatch):
+def test_layer(recurrence, channels_last, recompute, units, monkeypatch):
     """The whole layer, whose gradients go through every product, against itself in double precision."""
     torch.manual_seed(0)
     layer = RCCA(256, recurrence, recompute=recompute)
@@ -147,27 +167,40 @@ def test_layer(recurrence, channels_last, recompute, monkeypatch):
         assert (one.double() - exact).norm() <= 2e-6 * exact.norm() + least
 
 
-def test_where_they_are_left_alone(monkeypatch):
+def test_where_they_are_left_alone(units):
     x, weight, bias = torch.randn(1, 256, 300), torch.randn(40, 256), torch.randn(40)
     assert fp32_products.pays(x, weight, bias)
     assert not fp32_products.pays(x.double(), weight.double())
     assert not fp32_products.pays(x[:, :, ::2], weight)
     assert not fp32_products.pays(x[..., :200], weight)
-    assert not fp32_products.pays(x[:, :128], weight[:, :128])
+    assert not fp32_products.pays(x[:, :31], weight[:, :31])
+    assert fp32_products.pays(x[:, :128].contiguous(), weight[:, :128].contiguous()) == (units == "avx512")
     assert not fp32_products.pays(x, weight, bias.requires_grad_())
     with torch.no_grad():
         assert fp32_products.pays(x, weight, bias)
     with torch.autocast("cpu"):
         assert not fp32_products.pays(x, weight)
+
+
+def test_where_no_kernels_have_them(monkeypatch):
+    monkeypatch.setenv("CCNET_CPU_ISA", "avx2")
+    x, weight, bias = torch.randn(1, 256, 300), torch.randn(40, 256), torch.randn(40)
+    assert not fp32_products.pays(x, weight, bias)
+    with pytest.raises(RuntimeError, match="have no products of fp32"):
+        fp32_products.project(x, weight, bias)
+
+
+def test_vector_units_pay_where_they_are_not_intel_s(monkeypatch):
     monkeypatch.setenv("CCNET_CPU_ISA", "avx512")
-    assert not fp32_products.pays(x, weight)
-    with pytest.raises(RuntimeError, match="has_fp32_products"):
-        fp32_products.project(x, weight, bias.detach())
+    info = Path("/proc/cpuinfo")
+    if compiled.instruction_set(torch.float32) != "avx512" or not info.exists():
+        pytest.skip("no AVX-512, or no telling whose it is")
+    assert torch.ops.ccnet_d2.has_fp32_products() == ("GenuineIntel" not in info.read_text())
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("recorded", [True, False])
-def test_traces_hold_no_products_of_this_processor(recorded):
+def test_traces_hold_no_products_of_this_processor(recorded, units):
     """They may run on another one."""
     layer, x = RCCA(256, 1).eval().requires_grad_(recorded), torch.randn(1, 256, 17, 21)
     torch.nn.init.ones_(layer.gamma)
@@ -191,7 +224,7 @@ def test_projection_keeps_its_history():
     assert torch.autograd.grad(first.square().sum(), weight)[0].abs().sum() > 0
 
 
-def test_refusals():
+def test_refusals(units):
     x, weight, bias = torch.randn(1, 256, 300), torch.randn(40, 256), torch.randn(40)
     grad = torch.randn(1, 40, 300)
     with pytest.raises(RuntimeError, match="x must have 256 channels, got 255"):
@@ -208,7 +241,7 @@ def test_refusals():
         fp32_products.project(x.requires_grad_(), weight, bias).sum().backward()
 
 
-def test_opcheck_and_flops():
+def test_opcheck_and_flops(units):
     x, weight, bias = torch.randn(2, 256, 5, 60), torch.randn(40, 256), torch.randn(40)
     grad = torch.randn(2, 5, 60, 40).movedim(-1, 1)
     ops = torch.ops.ccnet_d2
