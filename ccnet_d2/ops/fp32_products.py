@@ -3,7 +3,8 @@ slower (docs/performance.md).
 
 On matrix units, which multiply bf16 only: every number is split into three that add up to it, and six products of such
 parts are as exact as fp32 arithmetic, in less time. Parts below the smallest bf16 number are 0, and where a result
-would be Inf it is Inf or NaN. And on AVX-512 units that are not Intel's, of which Intel's library, PyTorch's, uses half.
+would be Inf it is Inf or NaN. And on vector units of 512 bits that are not Intel's: of these, PyTorch's library uses
+half.
 
 Bitwise equal between runs; the weight's gradient may differ in its last bits with the number of threads.
 

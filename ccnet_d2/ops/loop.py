@@ -17,7 +17,14 @@ from . import compiled, fp32_products, packed
 from .autocast import autocast_disabled, autocasts, compute_dtype
 from .backends import automatic_backend_on
 from .layout import is_channels_last, is_dense, on_huge_pages, to_channels_last
-from .projection import add_input_gradient, bias_gradient, input_gradient, project, weight_gradient
+from .projection import (
+    add_input_gradient,
+    better_in_fp32,
+    bias_gradient,
+    input_gradient,
+    project,
+    weight_gradient,
+)
 from .residual import gated_residual, residual_gradients
 from .transforms import is_traced, is_transformed, refuse_batches
 
@@ -176,6 +183,8 @@ def projection_gradients(
 
 def _input_gradient(grad: Tensor, grads: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     """The sum of the residual's part, which is `grad`, and the projection's; on CPU laid out in memory like x."""
+    if grad.dtype == grads.dtype and better_in_fp32(grad):
+        return _input_gradient(grad.float(), grads.float(), weight.float(), x).to(grad.dtype)
     # Elsewhere another layout is another pass, which whoever reads the gradient may not need.
     channels_last = is_channels_last(x if x.device.type == "cpu" and is_dense(x) else grad)
     if grad.dtype == grads.dtype and fp32_products.pays(grads, weight):

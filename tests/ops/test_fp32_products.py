@@ -16,8 +16,8 @@ from ccnet_d2.ops import compiled, fp32_products, projection
 if not compiled.is_available():
     pytest.skip(str(compiled.unavailable_reason()), allow_module_level=True)
 
-# Matrix units: whole blocks of 128 positions, 32 columns and 32 steps, and remainders of each. Vector units: the same of
-# 96, 64 and 128. Several images; lines and volumes.
+# Matrix units: whole blocks of 128 positions, 32 columns and 32 steps, and remainders of each. Vector units: of 96, 64
+# and 128. Several images; lines and volumes.
 CASES = [
     (1, 192, 256, (16, 16)),
     (1, 200, 33, (17, 19)),

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ccnet_d2.layers import RCCA
+from ccnet_d2.ops import compiled, projection
 from ccnet_d2.ops.projection import (
     add_input_gradient,
     bias_gradient,
@@ -57,3 +60,61 @@ def test_values(sizes, batch, dtype, channels_last, recorded):
     assert got["weight"].is_contiguous()
     for name in ("projected", "input"):
         assert got[name].movedim(1, -1).is_contiguous()
+
+
+class Products(TorchDispatchMode):
+    """The dtypes that PyTorch multiplies matrices of."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_"):
+            self.dtypes |= {x.dtype for x in args if isinstance(x, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not compiled.is_available(), reason=str(compiled.unavailable_reason()))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("recurrence", [1, 2])
+@pytest.mark.parametrize("recompute", [False, 2])
+def test_half_precision_that_the_processor_does_not_multiply(
+    dtype, channels_last, recurrence, recompute, monkeypatch
+):
+    """PyTorch does so number by number, which takes a hundred times as long as by way of fp32."""
+    torch.manual_seed(0)
+    layer = RCCA(32, recurrence, backend="compiled", recompute=recompute).to(dtype)
+    torch.nn.init.ones_(layer.gamma)
+    x, grad = (draw(2, 32, 9, 11, dtype=dtype, channels_last=channels_last) for _ in range(2))
+
+    def gradients(layer, x, grad):
+        x = x.clone().requires_grad_()
+        out = layer(x)
+        return out, *torch.autograd.grad(out, [x, *layer.parameters()], grad)
+
+    monkeypatch.setattr(projection, "_WITHOUT_PRODUCTS", {dtype})
+    with Products() as products:
+        got = gradients(layer, x, grad)
+    assert products.dtypes <= {torch.float32}
+    wanted = gradients(layer.double(), x.double(), grad.double())
+    for value, expected in zip(got, wanted, strict=True):
+        assert value.dtype == dtype
+        # Of the gradient of the key's bias, which is zero, rounding is left.
+        assert (value.double() - expected).norm() <= 4 * UNIT[dtype] * (expected.norm() + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_by_way_of_fp32_rounds_once(dtype, monkeypatch):
+    torch.manual_seed(0)
+    x, grad = draw(1, 24, 5, 6, dtype=dtype), draw(1, 30, 5, 6, dtype=dtype, channels_last=True)
+    weight, bias, total = draw(30, 24, dtype=dtype), draw(30, dtype=dtype), draw(1, 24, 5, 6, dtype=dtype)
+    monkeypatch.setattr(projection, "_WITHOUT_PRODUCTS", {dtype})
+    wide = [t.float() for t in (x, grad, weight, bias, total)]
+    assert torch.equal(project(x, weight, bias), project(wide[0], wide[2], wide[3]).to(dtype))
+    assert torch.equal(weight_gradient(grad, x), weight_gradient(wide[1], wide[0]).to(dtype))
+    assert torch.equal(input_gradient(grad, weight), input_gradient(wide[1], wide[2]).to(dtype))
+    add_input_gradient(total, grad, weight)
+    add_input_gradient(wide[4], wide[1], wide[2])
+    assert torch.equal(total, wide[4].to(dtype))
