@@ -21,7 +21,7 @@ from torch import Tensor, library
 
 from . import compiled
 from .autocast import autocasts
-from .layout import is_dense
+from .layout import is_channels_last, is_dense
 from .transforms import is_traced, is_transformed
 
 # By instruction set: with fewer or more, PyTorch's products are as fast.
@@ -33,7 +33,7 @@ _LEAST_NUMBERS = 2**15  # positions x channels
 def pays(maps: Tensor, weight: Tensor, *others: Tensor) -> bool:
     """Whether products of a map (B, ., *S) with the weight (O, C) run here, and faster than PyTorch's.
 
-    False as well where a gradient of them would be recorded: they have none.
+    False as well where a gradient of them would be recorded, but for compiled graphs.
 
     Args:
         maps: the map.
@@ -59,17 +59,20 @@ def pays_for_weight(grad: Tensor, x: Tensor) -> bool:
 
 
 def _pays(maps: Tensor, outputs: int, channels: int) -> bool:
-    positions = maps.shape[0] * prod(maps.shape[2:])
-    return (
-        # Compiled and traced graphs are to take any size, and may run on another processor.
-        not (torch.compiler.is_compiling() or is_traced())
-        and maps.device.type == "cpu"
-        and positions >= _LEAST_POSITIONS
-        and positions * channels >= _LEAST_NUMBERS
-        and compiled.is_available()
-        and channels in (paying := _channels(os.environ.get("CCNET_CPU_ISA")))
-        and outputs < paying.stop
-    )
+    # Traced and exported graphs may run on another processor.
+    if maps.device.type != "cpu" or not compiled.is_available() or is_traced():
+        return False
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return False
+        paying = _CHANNELS_HERE  # the graph is to take any size
+    else:
+        positions = maps.shape[0] * prod(maps.shape[2:])
+        if positions < _LEAST_POSITIONS or positions * channels < _LEAST_NUMBERS:
+            return False
+        paying = _channels(os.environ.get("CCNET_CPU_ISA"))
+    # Not `in`: of compiled graphs these may be symbols.
+    return paying.start <= channels < paying.stop and outputs < paying.stop
 
 
 @cache
@@ -81,12 +84,13 @@ def _channels(instruction_set: str | None) -> range:
 
 
 def _is_usable(x: Tensor) -> bool:
-    recorded = torch.is_grad_enabled() and x.requires_grad
+    # Differentiable once: enough for compiled graphs, while others are promised a second derivative.
+    recorded = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
     return x.dtype == torch.float32 and not (recorded or autocasts(x) or is_transformed(x))
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(B, C, *S), (O, C) and (O,) -> (B, O, *S), channels-last."""
+    """(B, C, *S), (O, C) and (O,) -> (B, O, *S), channels-last; differentiable once."""
     out: Tensor = torch.ops.ccnet_d2.projection_forward(x, weight, bias)
     return out
 
@@ -97,8 +101,8 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return out
 
 
-def input_gradient(grad: Tensor, weight: Tensor, residual: Tensor, *, channels_last: bool) -> Tensor:
-    """(B, O, *S) and (O, C) -> (B, C, *S), to which `residual` is added; channels-last in memory or NCHW."""
+def input_gradient(grad: Tensor, weight: Tensor, residual: Tensor | None, *, channels_last: bool) -> Tensor:
+    """(B, O, *S) and (O, C) -> (B, C, *S), to which `residual` is added if given; channels-last in memory or NCHW."""
     out: Tensor = torch.ops.ccnet_d2.projection_input_gradient(grad, weight, residual, channels_last)
     return out
 
@@ -111,8 +115,13 @@ def _weight_gradient_fake(grad: Tensor, x: Tensor) -> Tensor:
     return x.new_empty((grad.shape[1], x.shape[1]))
 
 
-def _input_gradient_fake(grad: Tensor, weight: Tensor, residual: Tensor, channels_last: bool) -> Tensor:
-    return compiled.empty_channels_last(residual) if channels_last else residual.new_empty(residual.shape)
+def _input_gradient_fake(
+    grad: Tensor, weight: Tensor, residual: Tensor | None, channels_last: bool
+) -> Tensor:
+    batch, _, *spatial = grad.shape
+    if channels_last:
+        return grad.new_empty((batch, *spatial, weight.shape[1])).movedim(-1, 1)
+    return grad.new_empty((batch, weight.shape[1], *spatial))
 
 
 def _flops(maps: torch.Size, weight: torch.Size, *args: Any, **kwargs: Any) -> int:
@@ -123,9 +132,19 @@ def _weight_gradient_flops(grad: torch.Size, x: torch.Size, *args: Any, **kwargs
     return 2 * x[0] * prod(x[2:]) * grad[1] * x[1]
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "products of ccnet_d2.ops.fp32_products have no gradient: use ccnet_d2.ops.projection."
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad
+    if not is_dense(grad):
+        grad = grad.contiguous()
+    return (
+        input_gradient(grad, weight, None, channels_last=is_channels_last(x)) if need_x else None,
+        weight_gradient(grad, x) if need_weight else None,
+        grad.flatten(2).sum((0, 2)) if need_bias else None,
     )
 
 
@@ -138,9 +157,13 @@ def _register() -> None:
         ("projection_input_gradient", _input_gradient_fake, _flops),
     ):
         library.register_fake(f"ccnet_d2::{name}", fake)
-        library.register_autograd(f"ccnet_d2::{name}", _refuse)
         register_flop_formula(getattr(torch.ops.ccnet_d2, name))(flops)
+    library.register_autograd("ccnet_d2::projection_forward", _differentiate, setup_context=_save)
+    for name in ("projection_weight_gradient", "projection_input_gradient"):
+        library.register_autograd(f"ccnet_d2::{name}", compiled.refuse_second_derivative)
 
 
+_CHANNELS_HERE = range(0)
 if compiled.is_available():
     _register()
+    _CHANNELS_HERE = _channels(os.environ.get("CCNET_CPU_ISA"))

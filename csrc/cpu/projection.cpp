@@ -1,6 +1,8 @@
 // The layer's 1x1 projection and its gradients in fp32, where the library's products are faster than PyTorch's.
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
+
 #include "tensors.h"
 
 namespace ccnet {
@@ -72,19 +74,21 @@ Tensor forward(Tensor x, Tensor weight, Tensor bias) {
   return out;
 }
 
-// residual + the gradient of the input.
-Tensor input_gradient(Tensor grad, Tensor weight, Tensor residual, bool out_channels_last) {
+// The gradient of the input, to which `residual` is added where there is one.
+Tensor input_gradient(Tensor grad, Tensor weight, std::optional<Tensor> residual, bool out_channels_last) {
   check(grad, "grad", weight.size(0), weight);
-  check(residual, "residual", weight.size(1), weight);
-  check_same_positions(grad, residual);
-  const Tensor out =
-      out_channels_last ? empty_channels_last(residual, residual.size(1)) : empty_channels_second(residual);
+  if (residual.has_value()) {
+    check(*residual, "residual", weight.size(1), weight);
+    check_same_positions(grad, *residual);
+  }
+  const Tensor out = out_channels_last ? empty_channels_last(grad, weight.size(1))
+                                       : empty_channels_second(grad, weight.size(1));
   if (out.numel() == 0) return out;
   MatmulArgs args = arguments(grad.size(0), grid_of(grad).positions(), weight.size(0), weight.size(1));
   args.left = positions_first(grad, "grad");
   args.right = matrix(weight);
   args.out = positions_first(out, "the result");
-  args.added = positions_first(residual, "residual");
+  if (residual.has_value()) args.added = positions_first(*residual, "residual");
   usable(select_kernels(DType::kFloat).matmul)(args);
   return out;
 }
@@ -112,7 +116,7 @@ bool has_fp32_products() { return select_kernels(DType::kFloat).matmul_pays; }
 STABLE_TORCH_LIBRARY_FRAGMENT(ccnet_d2, m) {
   m.def("projection_forward(Tensor x, Tensor weight, Tensor bias) -> Tensor");
   m.def("projection_weight_gradient(Tensor grad, Tensor x) -> Tensor");
-  m.def("projection_input_gradient(Tensor grad, Tensor weight, Tensor residual, bool channels_last) -> Tensor");
+  m.def("projection_input_gradient(Tensor grad, Tensor weight, Tensor? residual, bool channels_last) -> Tensor");
   m.def("has_fp32_products() -> bool");
 }
 

@@ -51,7 +51,7 @@ ResidualArgs arguments(const Tensor& attended, const Tensor& gamma, const Tensor
 
 Tensor residual_forward(Tensor attended, Tensor gamma, Tensor x, bool out_channels_last) {
   check(attended, x, gamma, computed_dtype(x.scalar_type()));
-  const Tensor out = out_channels_last ? empty_channels_last(x, x.size(1)) : empty_channels_second(x);
+  const Tensor out = out_channels_last ? empty_channels_last(x, x.size(1)) : empty_channels_second(x, x.size(1));
   if (x.numel() == 0) return out;
   attended = channels_last(attended, grid_of(attended));
   select_kernels(kernel_dtype(x)).residual_forward(arguments(attended, gamma, x, out));

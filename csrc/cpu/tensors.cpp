@@ -76,8 +76,11 @@ void use_huge_pages_if_new(const Tensor& t) {
   if (t.numel() * static_cast<int64_t>(t.element_size()) >= always_new) use_huge_pages(t);
 }
 
-Tensor empty_channels_second(const Tensor& like) {
-  const Tensor t = torch::stable::new_empty(like, like.sizes());
+Tensor empty_channels_second(const Tensor& like, int64_t channels) {
+  int64_t sizes[2 + kMaxAxes];
+  const int64_t dims = like.dim();
+  for (int64_t d = 0; d < dims; ++d) sizes[d] = d == 1 ? channels : like.size(d);
+  const Tensor t = torch::stable::new_empty(like, {sizes, static_cast<size_t>(dims)});
   use_huge_pages_if_new(t);
   return t;
 }

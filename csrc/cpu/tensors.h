@@ -29,8 +29,8 @@ void use_huge_pages_if_new(const Tensor& t);
 // An uninitialised (B, channels, *S) tensor in channels-last memory.
 Tensor empty_channels_last(const Tensor& like, int64_t channels);
 
-// An uninitialised tensor of the same sizes in NCHW memory.
-Tensor empty_channels_second(const Tensor& like);
+// The same in NCHW memory.
+Tensor empty_channels_second(const Tensor& like, int64_t channels);
 
 // t as (B, C, N); an error where its positions are not evenly spaced or neither axis is dense.
 FlatMap flat_map(const Tensor& t, const char* name);

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import library
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
 from ccnet_d2.layers import RCCA
@@ -237,8 +239,64 @@ def test_refusals(units):
         fp32_products.weight_gradient(grad, x[..., :299])
     with pytest.raises(RuntimeError, match="same spatial sizes"):
         fp32_products.input_gradient(grad, weight, x[..., :299], channels_last=True)
-    with pytest.raises(RuntimeError, match="no gradient"):
-        fp32_products.project(x.requires_grad_(), weight, bias).sum().backward()
+    (first,) = torch.autograd.grad(
+        fp32_products.project(x.requires_grad_(), weight.requires_grad_(), bias).square().sum(),
+        x,
+        create_graph=True,
+    )
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("needed", [(True, True, True), (True, False, False), (False, True, True)])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_gradients(needed, channels_last, units):
+    torch.manual_seed(0)
+    x, weight, bias = (
+        draw(2, 200, (11, 13), channels_last=channels_last),
+        torch.randn(40, 200),
+        torch.randn(40),
+    )
+    grad = torch.randn(2, 40, 11, 26)[..., ::2]
+    inputs = [t.requires_grad_(need) for t, need in zip((x, weight, bias), needed, strict=True)]
+    wanted = [t for t in inputs if t.requires_grad]
+    got = torch.autograd.grad(fp32_products.project(*inputs), wanted, grad)
+    doubles = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+    out = torch.einsum("bchw,oc->bohw", *doubles[:2]) + doubles[2].view(-1, 1, 1)
+    expected = torch.autograd.grad(out, [t for t in doubles if t.requires_grad], grad.double())
+    for value, exact in zip(got, expected, strict=True):
+        assert value.shape == exact.shape and relative(value, exact) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "channels_last", "recompute"),
+    [(True, False, False), (True, True, True), (False, False, False)],
+)
+def test_compiled_graphs(dynamic, channels_last, recompute, units, monkeypatch):
+    """They have the products, whatever the image's size, and the values of the layer as it is."""
+    monkeypatch.setattr(fp32_products, "_CHANNELS_HERE", fp32_products._CHANNELS[units])
+    layer = RCCA(256, 2, recompute=recompute)
+    torch.nn.init.ones_(layer.gamma)
+    torch.compiler.reset()
+    targets = set()
+
+    def keep(graph, _):
+        targets.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    compiled_layer = torch.compile(
+        layer, fullgraph=True, dynamic=dynamic, backend=aot_autograd(fw_compiler=keep)
+    )
+    for sizes in ((17, 21), (5, 7)):
+        x = draw(2, 256, sizes, channels_last=channels_last).requires_grad_()
+        inputs = [x, *layer.parameters()]
+        outs = [run(x) for run in (compiled_layer, layer)]
+        grads = [torch.autograd.grad(out.square().mean(), inputs) for out in outs]
+        for value, expected in zip((outs[0], *grads[0]), (outs[1], *grads[1]), strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    names = ("projection_forward", "projection_weight_gradient", "projection_input_gradient")
+    assert {f"ccnet_d2.{name}.default" for name in names} <= targets
+    assert not any(name in target for target in targets for name in (".mm.", ".addmm", ".bmm", ".baddbmm"))
 
 
 def test_opcheck_and_flops(units):
@@ -250,6 +308,8 @@ def test_opcheck_and_flops(units):
         (ops.projection_weight_gradient, (grad, x)),
         (ops.projection_input_gradient, (grad, weight, x, True)),
         (ops.projection_input_gradient, (grad, weight, x, False)),
+        (ops.projection_input_gradient, (grad, weight, None, True)),
+        (ops.projection_input_gradient, (grad, weight, None, False)),
     ]
     for op, arguments in calls:
         library.opcheck(op, arguments)
