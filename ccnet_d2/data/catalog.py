@@ -34,7 +34,7 @@ def _names(names: str | Sequence[str]) -> list[str]:
     return listed
 
 
-def get_sem_seg_dataset_dicts(names: str | Sequence[str]) -> list[dict[str, Any]]:
+def get_sem_seg_dataset_dicts(names: str | Sequence[str], *, labelled: bool = True) -> list[dict[str, Any]]:
     """Samples of one or several registered data sets, in their order.
 
     Like Detectron2's ``get_detection_dataset_dicts``, but a data set that is not on disk, Detectron2's own
@@ -42,6 +42,7 @@ def get_sem_seg_dataset_dicts(names: str | Sequence[str]) -> list[dict[str, Any]
 
     Args:
         names: names of registered data sets.
+        labelled: whether every sample has to have a label map. If not, one of each data set has to.
 
     Returns:
         Detectron2 dicts with `file_name` and `sem_seg_file_name`.
@@ -79,9 +80,9 @@ def get_sem_seg_dataset_dicts(names: str | Sequence[str]) -> list[dict[str, Any]
             ) from error
         if not found:
             raise DatasetError(f"Data set '{name}' is empty.")
-        without = next((sample for sample in found if "sem_seg_file_name" not in sample), None)
-        if without is not None:
-            raise DatasetError(f"Data set '{name}' has no label map for '{without['file_name']}'.")
+        without = [sample for sample in found if sample.get("sem_seg_file_name") is None]
+        if without and (labelled or len(without) == len(found)):
+            raise DatasetError(f"Data set '{name}' has no label map for '{without[0]['file_name']}'.")
         samples.extend(found)
     return samples
 

@@ -92,7 +92,7 @@ def get_clip_dataset_dicts(
     repeated frames carry no loss.
 
     Args:
-        names: registered data sets of single frames.
+        names: registered data sets of single frames, some of which may have no label map.
         length: T. 1 gives single frames in the format of clips.
         steps: distances between the frames of a clip, counted in frames of the data set (not of the video behind it).
         stride: distance between the starts of successive clips.
@@ -109,7 +109,9 @@ def get_clip_dataset_dicts(
     if not steps:
         raise DatasetError("steps is empty: give the distance between the frames of a clip, such as 1.")
     clips = []
-    for sequence in find_sequences(get_sem_seg_dataset_dicts(names), pattern=pattern, max_gap=max_gap):
+    for sequence in find_sequences(
+        get_sem_seg_dataset_dicts(names, labelled=False), pattern=pattern, max_gap=max_gap
+    ):
         for step in steps:
             reach = (length - 1) * step + 1
             if len(sequence) < reach:
@@ -153,7 +155,9 @@ def get_covering_clip_dicts(
     if stride > length:
         raise DatasetError(f"stride={stride} is above length={length}: frames would be left out.")
     clips = []
-    for sequence in find_sequences(get_sem_seg_dataset_dicts(names), pattern=pattern, max_gap=max_gap):
+    for sequence in find_sequences(
+        get_sem_seg_dataset_dicts(names, labelled=False), pattern=pattern, max_gap=max_gap
+    ):
         for first in range(min(step, len(sequence))):
             frames = sequence[first::step]
             starts = clip_starts(len(frames), length, stride)

@@ -7,11 +7,13 @@ from .sem_seg import CheckedSemSegEvaluator
 
 
 class ClipSemSegEvaluator(CheckedSemSegEvaluator):
-    """`CheckedSemSegEvaluator` on clips: each frame that a clip answers counts as an image.
+    """`CheckedSemSegEvaluator` on clips: each frame that a clip answers, and that has a label map, counts as an image.
 
     The metrics are those of the single frames of the data set, whatever clips they were cut into, provided that the
     clips answer every frame once, as those of `get_covering_clip_dicts` do.
     """
+
+    _all_labelled = False
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
         """
@@ -21,9 +23,14 @@ class ClipSemSegEvaluator(CheckedSemSegEvaluator):
             outputs: {"sem_seg": (T, K, H, W) logits} for each, or (K, H, W) for an image.
         """
         for clip, output in zip(inputs, outputs, strict=True):
-            if "frames" not in clip:
-                super().process([clip], [output])
-                continue
-            frames = clip["frames"]
-            for index in clip.get("answers", range(len(frames))):
-                super().process([frames[index]], [{"sem_seg": output["sem_seg"][index]}])
+            if "frames" in clip:
+                frames = clip["frames"]
+                answered = [
+                    (frames[index], output["sem_seg"][index])
+                    for index in clip.get("answers", range(len(frames)))
+                ]
+            else:
+                answered = [(clip, output["sem_seg"])]
+            for frame, answer in answered:
+                if self._label_files[frame["file_name"]] is not None:
+                    super().process([frame], [{"sem_seg": answer}])

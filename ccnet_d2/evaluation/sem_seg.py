@@ -31,6 +31,8 @@ class CheckedSemSegEvaluator(DatasetEvaluator):
     - Answers are counted and not kept, where Detectron2's encodes each as JSON.
     """
 
+    _all_labelled = True
+
     def __init__(self, dataset_name: str | Sequence[str], *, distributed: bool = True) -> None:
         """
         Args:
@@ -42,8 +44,8 @@ class CheckedSemSegEvaluator(DatasetEvaluator):
         """
         self.classes, ignore_label = classes_of(dataset_name)
         self._label_map = LabelMap(len(self.classes), ignore_label)
-        records = get_sem_seg_dataset_dicts(dataset_name)
-        self._label_files = {record["file_name"]: record["sem_seg_file_name"] for record in records}
+        records = get_sem_seg_dataset_dicts(dataset_name, labelled=self._all_labelled)
+        self._label_files = {record["file_name"]: record.get("sem_seg_file_name") for record in records}
         self._distributed = distributed
         self.reset()
 

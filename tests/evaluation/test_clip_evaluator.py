@@ -7,7 +7,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 from PIL import Image
 
-from ccnet_d2.data import get_covering_clip_dicts, register_sem_seg_folder
+from ccnet_d2.data import (
+    ClipMapper,
+    DatasetError,
+    get_clip_dataset_dicts,
+    get_covering_clip_dicts,
+    get_sem_seg_dataset_dicts,
+    register_sem_seg_folder,
+)
 from ccnet_d2.data.datasets import folder
 from ccnet_d2.evaluation import ClipSemSegEvaluator
 
@@ -58,3 +65,42 @@ def test_single_images_pass_through(frames):
     perfect = torch.nn.functional.one_hot(truth.clamp(max=2), 3).permute(2, 0, 1).float()
     evaluator.process([frames[0]], [{"sem_seg": perfect}])
     assert evaluator.evaluate()["sem_seg"]["mIoU"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("how", ["left out", "None"])
+def test_frames_without_label_maps_are_shown_to_the_network_and_not_counted(frames, how):
+    """As in a video of which every n-th frame is labelled: from the records to the metrics."""
+    for t, frame in enumerate(frames):
+        if t not in (2, 6):
+            frame["sem_seg_file_name"] = None
+            if how == "left out":
+                del frame["sem_seg_file_name"]
+    DatasetCatalog.pop(NAME)
+    DatasetCatalog.register(NAME, lambda: frames)
+    train = ClipMapper(True, augmentations=[], dataset_names=NAME)
+    mapped = train(get_clip_dataset_dicts(NAME, length=3)[0])
+    assert mapped["image"].shape[0] == 3
+    assert [(label != 255).any().item() for label in mapped["sem_seg"]] == [False, False, True]
+
+    torch.manual_seed(0)
+    evaluator = ClipSemSegEvaluator(NAME, distributed=False)
+    confusion = np.zeros((3, 3), int)
+    clips = get_covering_clip_dicts(NAME, length=3)
+    assert sum(len(clip["answers"]) for clip in clips) == len(frames)
+    for clip in clips:
+        answer = torch.randn(len(clip["frames"]), 3, 8, 9)
+        evaluator.process([clip], [{"sem_seg": answer}])
+        for index in clip["answers"]:
+            if (path := clip["frames"][index].get("sem_seg_file_name")) is not None:
+                label = np.asarray(Image.open(path))
+                for row, column in np.argwhere(label != 255):
+                    confusion[label[row, column], answer[index, :, row, column].argmax()] += 1
+    np.testing.assert_array_equal(evaluator.confusion, confusion)
+    assert confusion.sum() > 0
+    # Without any label map there is nothing to train on or to compare with; single images all need one.
+    with pytest.raises(DatasetError, match=r"has no label map for .*A_0\.png"):
+        get_sem_seg_dataset_dicts(NAME)
+    for frame in frames:
+        frame.pop("sem_seg_file_name", None)
+    with pytest.raises(DatasetError, match=r"has no label map for .*A_0\.png"):
+        get_clip_dataset_dicts(NAME, length=3)
