@@ -11,26 +11,38 @@ from ccnet_d2.data.datasets.camvid import register_camvid
 from ccnet_d2.data.datasets.coco_stuff import register_coco_stuff
 from ccnet_d2.data.datasets.lip import register_lip
 from ccnet_d2.data.datasets.pascal_context import register_pascal_context
-from ccnet_d2.data.datasets.paths import dataset_root
+from ccnet_d2.data.datasets.paths import ENV_VAR, dataset_root
 from ccnet_d2.data.datasets.synthetic import register_synthetic
 from ccnet_d2.data.datasets.voc12 import register_voc12
 
 __all__ = ["register_all"]
 
 
+_DETECTRON2_PREFIXES = ("coco_", "keypoints_coco_", "lvis_", "cityscapes_fine_", "voc_20", "ade20k_")
+
+
 def _expand_detectron2_root() -> None:
-    """Register Cityscapes and ADE20K again if their folder still begins with ``~``.
+    """Register Detectron2's own data sets again if their folders still begin with ``~``.
 
     Detectron2 0.5 takes ``$DETECTRON2_DATASETS`` as it stands; upstream expands it.
     """
     if not str(MetadataCatalog.get("ade20k_sem_seg_train").get("image_root", "")).startswith("~"):
         return
+    given = os.environ[ENV_VAR]
     for name in list(DatasetCatalog):
-        if name.startswith(("cityscapes_fine_sem_seg_", "cityscapes_fine_instance_seg_", "ade20k_sem_seg_")):
+        folders = [value for value in MetadataCatalog.get(name).as_dict().values() if isinstance(value, str)]
+        if name.startswith(_DETECTRON2_PREFIXES) and any(folder.startswith(given) for folder in folders):
             DatasetCatalog.pop(name)
             MetadataCatalog.pop(name)
-    detectron2_builtin.register_all_cityscapes(dataset_root())
-    detectron2_builtin.register_all_ade20k(dataset_root())
+    for register in (
+        detectron2_builtin.register_all_coco,
+        detectron2_builtin.register_all_lvis,
+        detectron2_builtin.register_all_cityscapes,
+        detectron2_builtin.register_all_cityscapes_panoptic,
+        detectron2_builtin.register_all_pascal_voc,
+        detectron2_builtin.register_all_ade20k,
+    ):
+        register(dataset_root())
 
 
 def register_all(root: str | os.PathLike[str] | None = None) -> None:

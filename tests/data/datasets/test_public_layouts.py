@@ -264,6 +264,9 @@ def test_importing_registers_under_the_environments_folder_without_touching_it(t
         "'ade20k_sem_seg_val'):\n"
         "    print(M.get(name).image_root)\n"
         "print(M.get('cityscapes_fine_sem_seg_val').image_dir)\n"
+        "for name in ('coco_2017_train', 'keypoints_coco_2017_val', 'lvis_v1_val', 'cityscapes_fine_panoptic_val'):\n"
+        "    print(M.get(name).image_root)\n"
+        "print(M.get('voc_2007_trainval').dirname)\n"
     )
     env = {**os.environ, "HOME": str(tmp_path), "DETECTRON2_DATASETS": "~/sets"}
     env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -275,6 +278,11 @@ def test_importing_registers_under_the_environments_folder_without_touching_it(t
         "ccnet_synthetic/images/train",
         "ADEChallengeData2016/images/validation",
         "cityscapes/leftImg8bit/val",
+        "coco/train2017",
+        "coco/val2017",
+        "coco",
+        "cityscapes/leftImg8bit/val",
+        "VOC2007",
     ]
     assert not (tmp_path / "sets").exists()
 
