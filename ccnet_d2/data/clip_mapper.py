@@ -30,7 +30,7 @@ class ClipMapper(SemSegMapper):
 
     Args:
         loss_frames: which frames carry loss in training: "all", "first", "middle", "last", or their indices in the
-            clip, negative ones counted from the end.
+            clip (or the only one), negative ones counted from the end.
         is_train, augmentations, dataset_names, num_classes, ignore_label, image_format, flip_pairs: see
             `SemSegMapper`.
 
@@ -52,7 +52,7 @@ class ClipMapper(SemSegMapper):
         is_train: bool,
         *,
         augmentations: Sequence[T.Augmentation | T.Transform],
-        loss_frames: str | Sequence[int] = "all",
+        loss_frames: str | int | Sequence[int] = "all",
         dataset_names: str | Sequence[str] | None = None,
         num_classes: int | None = None,
         ignore_label: int | None = None,
@@ -68,6 +68,8 @@ class ClipMapper(SemSegMapper):
             image_format=image_format,
             flip_pairs=flip_pairs,
         )
+        if isinstance(loss_frames, int):
+            loss_frames = [loss_frames]
         if isinstance(loss_frames, str) and loss_frames not in _NAMED_FRAMES:
             raise DatasetError(
                 f"loss_frames is '{loss_frames}': give one of {', '.join(_NAMED_FRAMES)}, or a list of indices."

@@ -74,7 +74,16 @@ def test_colours_are_distorted_alike(clip):
 
 @pytest.mark.parametrize(
     ("loss_frames", "expected"),
-    [("all", [0, 1, 2, 3]), ("first", [0]), ("middle", [2]), ("last", [3]), ([0, -1], [0, 3]), ([1], [1])],
+    [
+        ("all", [0, 1, 2, 3]),
+        ("first", [0]),
+        ("middle", [2]),
+        ("last", [3]),
+        ([0, -1], [0, 3]),
+        ([1], [1]),
+        (0, [0]),
+        (-2, [2]),
+    ],
 )
 def test_loss_is_on_the_frames_asked_for(clip, loss_frames, expected):
     mapped = ClipMapper(True, augmentations=[], num_classes=5, loss_frames=loss_frames)(clip)
