@@ -5,6 +5,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+_VOID = 255
+
 
 class SegmentationLoss(Protocol):
     """A loss that a segmentation head takes as an argument.
@@ -43,7 +45,14 @@ def check_label_range(target: Tensor, classes: int, ignore_index: int) -> None:
         return
     wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
     if wrong.numel():
+        label = int(wrong[0])
+        # It need not be in the data set's files: this package's mappers write it for whatever is void there.
+        advice = (
+            "SemSegMapper gives void this label, whatever it is in the files, so leave ignore_value "
+            "(MODEL.SEM_SEG_HEAD.IGNORE_VALUE) at 255."
+            if label == _VOID
+            else "check the data set's labels and the number of classes."
+        )
         raise ValueError(
-            f"label {int(wrong[0])} is neither a class (0 to {classes - 1}) nor the ignored label "
-            f"{ignore_index}: check the data set's labels and the number of classes."
+            f"label {label} is neither a class (0 to {classes - 1}) nor the ignored label {ignore_index}: {advice}"
         )

@@ -116,5 +116,10 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=message):
             CrossEntropy()(logits, labels)
+    # Labels of this package's mappers, and the ignored label as it is in the files: the files are not at fault.
+    with pytest.raises(
+        ValueError, match=r"nor the ignored label 11: SemSegMapper gives void .* leave ignore_value"
+    ):
+        CrossEntropy(ignore_index=11)(logits, target)
     with pytest.raises(ValueError, match="2 class weights given for logits of 4 classes"):
         CrossEntropy(class_weight=[1.0, 2.0])(logits, target)
