@@ -242,6 +242,17 @@ def test_sets_trained_on_together_are_compared_together(
     assert "problem: Class 2 'car' occurs in 'parts_val' but never in 'parts_day'." in capsys.readouterr().out
 
 
+def test_yacs_config(script: ModuleType, sets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = sets / "my_run.yaml"
+    config.write_text("VERSION: 2\nDATASETS:\n  TRAIN: [checked_train]\n  TEST: [checked_val]\n")
+    assert script.main(["--config-file", str(config)]) == 0
+    out = capsys.readouterr().out
+    assert "checked_train: 3 samples" in out and "checked_val: 3 samples, 3 classes" in out
+    config.write_text("VERSION: 2\n")
+    assert script.main(["--config-file", str(config)]) == 1
+    assert capsys.readouterr().err == f"error: The config file '{config}' has no DATASETS.TRAIN.\n"
+
+
 def test_config_file_that_is_not_there(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["--config-file", "nowhere.py"]) == 1
     assert capsys.readouterr().err.startswith("error: There is no config 'nowhere.py'")

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ccnet_d2.data import DatasetError
 from ccnet_d2.data.check import DatasetReport, check_coverage, check_dataset, format_report
+from ccnet_d2.engine.yacs import load_config
 from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import config_path
 
@@ -57,15 +58,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def names_in_config(path: str) -> tuple[list[str], list[str]]:
-    """Data sets of ``dataloader.train``, and those of ``dataloader.test`` that are no training sets too."""
-    cfg = LazyConfig.load(str(config_path(path)))
+    """Data sets of ``dataloader.train``, and those of ``dataloader.test`` that are no training sets too.
+
+    Of a yacs config, those of ``DATASETS``.
+    """
     names: dict[str, list[str]] = {}
+    is_yacs = path.endswith((".yaml", ".yml"))
+    cfg = load_config(path) if is_yacs else LazyConfig.load(str(config_path(path)))
     for split in ("train", "test"):
-        found = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names") or []
-        names[split] = [found] if isinstance(found, str) else list(dict.fromkeys(found))
+        found = (
+            cfg.DATASETS[split.upper()]
+            if is_yacs
+            else OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")
+        )
+        names[split] = [found] if isinstance(found, str) else list(dict.fromkeys(found or []))
     train, test = names["train"], [name for name in names["test"] if name not in names["train"]]
     if not train and not test:
-        raise DatasetError(f"The config file '{path}' has no dataloader.train.dataset.names.")
+        key = "DATASETS.TRAIN" if is_yacs else "dataloader.train.dataset.names"
+        raise DatasetError(f"The config file '{path}' has no {key}.")
     return train, test
 
 
