@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,8 @@ def get_sem_seg_dataset_dicts(names: str | Sequence[str], *, labelled: bool = Tr
         Detectron2 dicts with `file_name` and `sem_seg_file_name`.
 
     Raises:
-        DatasetError: a name is unknown, or a data set is missing, incomplete or empty.
+        DatasetError: a name is unknown, or a data set is missing, incomplete, empty, or pairs images with the label
+            maps of others.
     """
     samples: list[dict[str, Any]] = []
     for name in _names(names):
@@ -83,8 +85,41 @@ def get_sem_seg_dataset_dicts(names: str | Sequence[str], *, labelled: bool = Tr
         without = [sample for sample in found if sample.get("sem_seg_file_name") is None]
         if without and (labelled or len(without) == len(found)):
             raise DatasetError(f"Data set '{name}' has no label map for '{without[0]['file_name']}'.")
+        _check_pairs(name, found)
         samples.extend(found)
     return samples
+
+
+def _check_pairs(name: str, samples: Sequence[dict[str, Any]]) -> None:
+    """Refuse images with the label maps of others.
+
+    Detectron2's `load_sem_seg` pairs by order, whatever the names, where there are as many images as label maps: one
+    image and another's label map missing shift all between.
+    """
+    pairs = [
+        (_folder_and_stem(s["file_name"]), _folder_and_stem(path))
+        for s in samples
+        if (path := s.get("sem_seg_file_name")) is not None
+    ]
+    images = {image for image, _ in pairs}
+    for (folder, stem), (label_folder, label_stem) in pairs:
+        if label_stem != stem and (folder, label_stem) in images:
+            labels = {label for _, label in pairs}
+            unlabelled = sorted(s for f, s in images if f == folder and (label_folder, s) not in labels)
+            without = sorted(s for f, s in labels if f == label_folder and (folder, s) not in images)
+            missing = [f"a label map for '{s}'" for s in unlabelled[:1]] + [
+                f"an image for '{s}'" for s in without[:1]
+            ]
+            raise DatasetError(
+                f"Data set '{name}' pairs the image '{stem}' with the label map '{label_stem}', which is another "
+                f"image's: '{folder}' and '{label_folder}' have to hold the same names"
+                + (f", but there is not {' nor '.join(missing)}." if missing else ".")
+            )
+
+
+def _folder_and_stem(path: str) -> tuple[str, str]:
+    folder, file = os.path.split(path)
+    return folder, os.path.splitext(file)[0]
 
 
 def classes_of(names: str | Sequence[str]) -> tuple[list[str], int]:

@@ -18,6 +18,7 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
+from detectron2.data.datasets import load_sem_seg
 from detectron2.data.datasets.builtin import register_all_ade20k, register_all_cityscapes
 from detectron2.evaluation import SemSegEvaluator
 from PIL import Image
@@ -252,6 +253,36 @@ def test_files_that_detectron2s_loader_cannot_take_are_one_sentence(tmp_path: Pa
         DatasetError, match=r"a JSON file of 9 characters that begins with '\{\"imgHeig' is damaged"
     ):
         get_sem_seg_dataset_dicts("cityscapes_fine_sem_seg_train")
+
+
+def test_label_maps_of_other_images_are_refused(tmp_path: Path) -> None:
+    """Detectron2's loader pairs by order where one image and another's label map are missing."""
+    root = tmp_path / "ADEChallengeData2016"
+    for i in range(6):
+        for folder, suffix in (("images", "jpg"), ("annotations_detectron2", "png")):
+            path = root / folder / "training" / f"ADE_train_{i:08d}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), np.full((4, 5), i, np.uint8))
+    name = "one_of_detectron2s"
+    images, labels = str(root / "images" / "training"), str(root / "annotations_detectron2" / "training")
+    DatasetCatalog.register(name, lambda: load_sem_seg(labels, images, gt_ext="png", image_ext="jpg"))
+    try:
+        assert len(get_sem_seg_dataset_dicts(name)) == 6
+        os.remove(f"{images}/ADE_train_00000001.jpg")
+        os.remove(f"{labels}/ADE_train_00000004.png")
+        with pytest.raises(
+            DatasetError,
+            match=r"pairs the image 'ADE_train_00000003' with the label map 'ADE_train_00000002', .* same names, but "
+            r"there is not a label map for 'ADE_train_00000004' nor an image for 'ADE_train_00000001'\.",
+        ):
+            get_sem_seg_dataset_dicts(name)
+        os.remove(f"{images}/ADE_train_00000004.jpg")  # one image fewer: it takes those that have both
+        found = get_sem_seg_dataset_dicts(name)
+        assert [os.path.basename(r["file_name"])[:-4] for r in found] == [
+            f"ADE_train_{i:08d}" for i in (0, 2, 3, 5)
+        ]
+    finally:
+        DatasetCatalog.pop(name)
 
 
 def test_importing_registers_under_the_environments_folder_without_touching_it(tmp_path: Path) -> None:
