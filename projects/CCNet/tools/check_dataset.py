@@ -23,6 +23,7 @@ from ccnet_d2.data import DatasetError
 from ccnet_d2.data.check import DatasetReport, check_coverage, check_dataset, format_report
 from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import config_path
+from ccnet_d2.script_exit import exit_with
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -130,4 +131,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)
