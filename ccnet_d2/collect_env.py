@@ -10,6 +10,7 @@ import torch
 import ccnet_d2
 from ccnet_d2.ops import available_backends, compiled
 from ccnet_d2.ops.backends import automatic_backend_on
+from ccnet_d2.script_exit import exit_with
 
 _DISTRIBUTIONS = ("torchvision", "detectron2", "fvcore", "omegaconf", "numpy", "Pillow")
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -88,4 +89,4 @@ def _instruction_sets() -> str:
 
 
 if __name__ == "__main__":
-    print(collect_env_info())
+    exit_with(lambda: print(collect_env_info()))

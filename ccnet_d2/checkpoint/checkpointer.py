@@ -174,6 +174,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         finally:
             # Newer versions of Detectron2 leave it behind where they fail, and then refuse to load anything.
             self._parsed_url_during_load = None
+        if path:
+            _warn_of_non_finite(self.model, path)
         for key in self.checkpointables if checkpointables is None and path else checkpointables or ():
             if key not in rest:
                 raise CheckpointError(
@@ -266,6 +268,27 @@ def load_checkpoint(
     if not str(path):
         raise CheckpointError("No checkpoint given: name one with train.init_checkpoint=PATH.")
     SafeCheckpointer(model, strict=strict, allow_pickle=allow_pickle).load(str(path), checkpointables=[])
+
+
+def _warn_of_non_finite(model: nn.Module, path: str) -> None:
+    """Log which tensors a file filled with NaN or Inf, which a network answers with NaN, that is, with any label."""
+    tensors = model.state_dict()
+    broken = [
+        name
+        for name, value in tensors.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all()
+    ]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        logger.warning(
+            "With checkpoint %s, %d of the model's %d tensors hold NaN or Inf: %s%s. What it computes will be of no "
+            "use; take an earlier checkpoint.",
+            path,
+            len(broken),
+            len(tensors),
+            ", ".join(broken[:3]),
+            more,
+        )
 
 
 def _with_model(data: dict[str, Any], filename: str) -> dict[str, Any]:

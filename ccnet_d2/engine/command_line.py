@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from detectron2.utils.logger import setup_logger
 
 from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import config_path, get_config
+from ccnet_d2.script_exit import exit_with
 
 from . import yacs
 from .launch import Processes, launch
@@ -167,4 +167,4 @@ def _program(args: argparse.Namespace) -> tuple[Callable[[bool], Any], str, str]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -13,12 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ccnet_d2.data.catalog import flip_pairs_of
+from ccnet_d2.errors import UserError
 
 from .mode import InferenceMode, Segmenter, WholeImage
+from .out_of_memory import MEMORY_ERRORS, is_out_of_memory
 
 __all__ = ["DEFAULT_SCALES", "MultiScaleFlip"]
 
 DEFAULT_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+
+_ADDRESSABLE = 2**60
+"""More elements than any memory has; sizes beyond those of its integers are errors of other kinds in torch."""
 
 
 class MultiScaleFlip(InferenceMode):
@@ -98,7 +103,17 @@ class MultiScaleFlip(InferenceMode):
             return image
         # Images may carry leading axes (frames of a clip), which interpolate takes as one batch axis.
         frames = image.float().reshape(-1, *image.shape[-3:])
-        resized = F.interpolate(frames, size=size, mode="bilinear", align_corners=self.resize_aligned())
+        try:
+            if math.prod((*image.shape[:-2], *size)) > _ADDRESSABLE:
+                raise MemoryError
+            resized = F.interpolate(frames, size=size, mode="bilinear", align_corners=self.resize_aligned())
+        except MEMORY_ERRORS as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"the scale {scale:g} makes an image of {width}x{height} one of {size[1]}x{size[0]}, for which there "
+                "is not enough memory: choose smaller scales."
+            ) from error
         return resized.reshape(*image.shape[:-2], *size)
 
     def _unflipped(self, logits: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ python -m ccnet_d2.model_zoo imagenet/resnet50_v1c imagenet/resnet101_v1c
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 
 from ccnet_d2.engine.user_errors import one_sentence_errors
+from ccnet_d2.script_exit import exit_with
 
 from .cache import cache_dir, weights_file
 from .published import PUBLISHED, published
@@ -39,4 +39,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -10,6 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, bu
 from torch import Tensor, nn
 
 from ccnet_d2.errors import UserError
+from ccnet_d2.ops.autocast import autocasts
 
 from .config import own_keys
 
@@ -115,7 +116,7 @@ class CCNet(nn.Module):
         groups = [torch.stack(images)] if alike else [image[None] for image in images]
         batch = torch.cat([_pad((group - self.pixel_mean) / self.pixel_std, padded, 0.0) for group in groups])
         # CPUs, and the matrix units of GPUs, run convolutions faster on channels-last memory, and so does attention.
-        if batch.device.type == "cpu" or torch.is_autocast_enabled(batch.device.type):
+        if batch.device.type == "cpu" or autocasts(batch):
             batch = batch.contiguous(memory_format=torch.channels_last)
         return batch, sizes
 

@@ -10,11 +10,13 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
+from ccnet_d2.layers.norm_act import NormLike
 from ccnet_d2.losses import CategoryConsistentLoss, CrossEntropy, OHEMCrossEntropy, SegmentationLoss
 from ccnet_d2.losses.resize import upsample
 
 from .config import head_arguments
 from .context_block import ContextBlock, category_consistent_branch, conv_norm_act, weighted
+from .norm import head_norm
 
 LOSSES: dict[str, Callable[..., SegmentationLoss]] = {"cross_entropy": CrossEntropy, "ohem": OHEMCrossEntropy}
 
@@ -23,7 +25,14 @@ class AuxiliaryHead(nn.Sequential):
     """3x3 convolution, dropout and classifier on an earlier stage: (B, C, h, w) -> (B, K, h, w)."""
 
     def __init__(
-        self, in_channels: int, channels: int, num_classes: int, *, norm: str, activation: str, dropout: float
+        self,
+        in_channels: int,
+        channels: int,
+        num_classes: int,
+        *,
+        norm: NormLike,
+        activation: str,
+        dropout: float,
     ) -> None:
         super().__init__(
             conv_norm_act(in_channels, channels, 3, norm, activation),
@@ -51,7 +60,7 @@ class CCNetHead(ContextBlock):
         channels: int = 512,
         context: nn.Module | str = "rcca",
         dropout: float = 0.1,
-        norm: str = "SyncBN",
+        norm: NormLike = "SyncBN",
         activation: str = "relu",
         aux_feature: str | None = "res4",
         aux_channels: int = 512,
@@ -126,7 +135,7 @@ class CCNetHead(ContextBlock):
                 input_shape[aux_feature].channels,
                 aux_channels,
                 num_classes,
-                norm=norm,
+                norm=head_norm(self, norm),
                 activation=activation,
                 dropout=dropout,
             )

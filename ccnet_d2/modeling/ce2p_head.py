@@ -11,11 +11,13 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
+from ccnet_d2.layers.norm_act import NormLike
 from ccnet_d2.losses import CategoryConsistentLoss, CrossEntropy, EdgeCrossEntropy, edge_labels
 from ccnet_d2.losses.resize import upsample
 
 from .config import head_arguments
 from .context_block import ContextBlock, category_consistent_branch, conv_norm_act, weighted
+from .norm import head_norm
 
 _EDGE_CLASSES = 2
 
@@ -31,7 +33,7 @@ class Decoder(nn.Module):
         *,
         width: int,
         fine_width: int,
-        norm: str,
+        norm: NormLike,
         activation: str,
         align_corners: bool,
     ) -> None:
@@ -57,7 +59,7 @@ class EdgeBranch(nn.Module):
     """Edges out of the backbone's earlier stages: one 1x1 convolution a stage, one 3x3 classifier shared by all."""
 
     def __init__(
-        self, in_channels: Sequence[int], *, width: int, norm: str, activation: str, align_corners: bool
+        self, in_channels: Sequence[int], *, width: int, norm: NormLike, activation: str, align_corners: bool
     ) -> None:
         super().__init__()
         self.align_corners = align_corners
@@ -99,7 +101,7 @@ class CE2PHead(nn.Module):
         fine_channels: int = 48,
         edge_channels: int = 256,
         dropout: float = 0.1,
-        norm: str = "SyncBN",
+        norm: NormLike = "SyncBN",
         activation: str = "leaky_relu",
         category_consistent: CategoryConsistentLoss | str | None = None,
         ignore_value: int = 255,
@@ -129,8 +131,9 @@ class CE2PHead(nn.Module):
             loss_weight: factor of all losses of this head, for models that have others beside it.
 
         Raises:
-            ValueError: a feature, context, loss or activation name is unknown, fewer than two features are named, or
-                `category_consistent` is asked for with a standalone context module.
+            ValueError: a feature, context, loss, norm or activation name is unknown, the norm does not fit the
+                channels, fewer than two features are named, or `category_consistent` is asked for with a standalone
+                context module.
         """
         super().__init__()
         in_features = tuple(in_features)
@@ -149,6 +152,7 @@ class CE2PHead(nn.Module):
         widths = [input_shape[feature].channels for feature in in_features]
         self.stride = input_shape[in_features[0]].stride
 
+        norm = head_norm(self, norm)
         shared = {"norm": norm, "activation": activation, "align_corners": align_corners}
         self.context = ContextBlock(widths[-1], channels, context, **shared)
         self.decoder = Decoder(

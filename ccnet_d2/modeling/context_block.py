@@ -8,15 +8,19 @@ from detectron2.layers import Conv2d, get_norm
 from torch import Tensor, nn
 
 from ccnet_d2.layers.build import build_context
-from ccnet_d2.layers.norm_act import ACTIVATIONS
+from ccnet_d2.layers.norm_act import ACTIVATIONS, NormLike
 from ccnet_d2.losses import CategoryConsistentLoss
 from ccnet_d2.losses.category_consistent import FORMS
+
+from .norm import head_norm
 
 CATEGORY_CONSISTENT_CHANNELS = 16  # TPAMI, Sec. 3.4
 _NAME = re.compile(r"(?P<name>.+?)(_r(?P<recurrence>\d+))?(?P<recompute>_recompute)?")
 
 
-def conv_norm_act(in_channels: int, channels: int, kernel_size: int, norm: str, activation: str) -> Conv2d:
+def conv_norm_act(
+    in_channels: int, channels: int, kernel_size: int, norm: NormLike, activation: str
+) -> Conv2d:
     """Convolution of stride 1, norm and activation: (B, C_in, h, w) -> (B, C, h, w)."""
     # torch's own initial weights, as in the official code: larger ones learn several times slower behind a norm.
     return Conv2d(
@@ -31,7 +35,7 @@ def conv_norm_act(in_channels: int, channels: int, kernel_size: int, norm: str, 
 
 
 def named_context(
-    name: str, in_channels: int, channels: int, *, norm: str, activation: str, align_corners: bool
+    name: str, in_channels: int, channels: int, *, norm: NormLike, activation: str, align_corners: bool
 ) -> nn.Module:
     """A module of `ccnet_d2.layers.CONTEXT_MODULES` by its name and suffixes.
 
@@ -74,7 +78,7 @@ class ContextBlock(nn.Module):
         channels: int,
         context: nn.Module | str,
         *,
-        norm: str,
+        norm: NormLike,
         activation: str,
         align_corners: bool,
     ) -> None:
@@ -89,9 +93,10 @@ class ContextBlock(nn.Module):
             align_corners: for the context modules that resize.
 
         Raises:
-            ValueError: a name is unknown.
+            ValueError: a name is unknown, or the norm does not fit the channels.
         """
         super().__init__()
+        norm = head_norm(self, norm)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r} is not one of {sorted(ACTIVATIONS)}.")
         if isinstance(context, str):

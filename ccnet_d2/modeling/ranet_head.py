@@ -8,18 +8,19 @@ from collections.abc import Mapping
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec, get_norm
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
 from ccnet_d2.layers import RegionAttention
-from ccnet_d2.layers.norm_act import ACTIVATIONS, ConvNormAct
+from ccnet_d2.layers.norm_act import ACTIVATIONS, ConvNormAct, NormLike
 from ccnet_d2.layers.precision import at_least_float32
 from ccnet_d2.losses import BoundaryLoss, CrossEntropy
 from ccnet_d2.losses.resize import upsample
 
 from .config import head_arguments
 from .context_block import named_context, weighted
+from .norm import head_norm
 
 OUTPUTS = ("fine", "coarse")
 REGION = "region"
@@ -70,7 +71,7 @@ class RANetHead(nn.Module):
         inter: bool = True,
         normalization: str = "region",
         dropout: float = 0.1,
-        norm: str = "SyncBN",
+        norm: NormLike = "SyncBN",
         activation: str = "relu",
         coarse_loss_weight: float = 0.4,
         boundary_loss_weight: float = 0.2,
@@ -130,11 +131,10 @@ class RANetHead(nn.Module):
         self.output = output
         self.coarse_loss_weight = coarse_loss_weight
         self.boundary_loss_weight = boundary_loss_weight
+        norm = head_norm(self, norm)
 
         def convolution(in_channels: int) -> ConvNormAct:
-            return ConvNormAct(
-                in_channels, channels, 3, norm=lambda c: get_norm(norm, c), activation=activation
-            )
+            return ConvNormAct(in_channels, channels, 3, norm=norm, activation=activation)
 
         self.reduce = convolution(input_shape[in_feature].channels)
         self.coarse_reduce = None
@@ -162,7 +162,7 @@ class RANetHead(nn.Module):
                 intra=intra,
                 inter=inter,
                 normalization=normalization,
-                norm=lambda c: get_norm(norm, c),
+                norm=norm,
                 activation=activation,
             )
             self.boundary_loss = BoundaryLoss(

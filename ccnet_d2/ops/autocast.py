@@ -18,6 +18,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
+def refuse_mixed_dtypes(x: Tensor, weight: Tensor) -> None:
+    """Raises a ValueError where x and the weight of a product have two dtypes that autocast does not make one."""
+    if x.dtype != weight.dtype and not autocasts(x):
+        raise ValueError(
+            f"outside autocast x and the weights must have one dtype, got {x.dtype} and {weight.dtype}."
+        )
+
+
 def autocast_disabled(device: torch.device) -> AbstractContextManager[None]:
     """A context in which operations on `device` run in the dtypes of their inputs, inside autocast too."""
     if not torch.amp.is_autocast_available(device.type):  # such as meta, on which costs are counted

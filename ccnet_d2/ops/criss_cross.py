@@ -1,5 +1,7 @@
 """The public criss-cross attention function."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,9 +31,11 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, backend: st
         (B, C, *S), dtype of `value`. Memory format may be channels-last; values do not depend on it.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, or `backend` is unknown.
+        TypeError: an input is no tensor.
+        ValueError: an input is not dense, shapes, dtypes or devices do not fit together, or `backend` is unknown.
         RuntimeError: the named backend cannot run here; the message says why.
     """
+    _check_tensors(query=query, key=key, value=value)
     query, key, value = _together_under_autocast(query, key, value)
     _check(query, key, value)
     return select_backend(backend, query, key, value)(query, key, value)
@@ -42,6 +46,15 @@ def _together_under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple
         return query, key, value
     dtype = compute_dtype(query)
     return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _check_tensors(**inputs: Any) -> None:
+    for name, x in inputs.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}.")
+        if x.is_nested or x.layout is not torch.strided:
+            kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+            raise ValueError(f"{name} must be a dense tensor, got a {kind} one.")
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:

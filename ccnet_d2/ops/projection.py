@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import fp32_products
+from .autocast import refuse_mixed_dtypes
 from .layout import is_channels_last, on_huge_pages
 from .transforms import is_traced, is_transformed
 
@@ -47,7 +48,11 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (B, O, *S), channels-last in memory whatever x is, as the attention reads it; a convolution would answer in the
         layout it is given.
+
+    Raises:
+        ValueError: x and the weight differ in dtype outside autocast.
     """
+    refuse_mixed_dtypes(x, weight)
     if better_in_fp32(x):
         return project(x.float(), weight.float(), bias.float()).to(x.dtype)
     if fp32_products.pays(x, weight, bias):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import compiled
-from .autocast import autocast_disabled, autocasts, compute_dtype
+from .autocast import autocast_disabled, compute_dtype, refuse_mixed_dtypes
 from .backends import automatic_backend_on, require_compiled, select_backend
 from .layout import is_dense, on_huge_pages
 from .loop import loop_without_gradients, projection_gradients, refusing_second_derivatives
@@ -70,10 +70,7 @@ def recomputed_loop(
         backend = automatic_backend_on(x.device.type, dtype)
     if backend == "compiled":
         require_compiled(x.device.type, dtype)
-    if weight.dtype != x.dtype and not autocasts(x):
-        raise ValueError(
-            f"outside autocast x and the weights must have one dtype, got {x.dtype} and {weight.dtype}."
-        )
+    refuse_mixed_dtypes(x, weight)
     out: Tensor = _RecomputedLoop.apply(x, weight, bias, gamma, key_channels, chunks, backend, dtype)
     return out
 

@@ -20,6 +20,7 @@ from ccnet_d2.inference.video import show_video, write_video
 from ccnet_d2.inference.video_files import Camera, open_video
 from ccnet_d2.inference.video_predictor import VideoPredictor
 from ccnet_d2.model_zoo import get_config
+from ccnet_d2.script_exit import exit_with
 
 _EPILOG = """
 Examples:
@@ -218,4 +219,4 @@ def _one_or_two(sizes: list[int]) -> int | list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -1,9 +1,8 @@
 #!/usr/bin/env python
 """Train or evaluate a LazyConfig run of ccnet_d2: see --help."""
 
-import sys
-
 from ccnet_d2.engine.command_line import main
+from ccnet_d2.script_exit import exit_with
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

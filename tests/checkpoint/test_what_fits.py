@@ -171,3 +171,21 @@ def test_names_are_matched_by_their_ends_where_the_path_says_so(tmp_path):
 def test_what_cannot_be_fetched(url):
     with pytest.raises(CheckpointError, match="cannot be had"):
         load_checkpoint(Net(), url)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path, caplog):
+    weights = Net(7).state()
+    weights["head.weight"][0, 0] = float("nan")
+    weights["backbone.1.running_var"][1] = float("inf")
+    load(tmp_path, weights, Net(7))
+    assert f"With checkpoint {tmp_path / 'x.pth'}, 2 of the model's 9 tensors hold NaN or Inf" in caplog.text
+    assert "backbone.1.running_var, head.weight. " in caplog.text
+
+
+def test_finite_weights_are_loaded_without_a_word(tmp_path, caplog):
+    load(tmp_path, Net(7).state(), Net(7))
+    assert "NaN" not in caplog.text
+    # Those of other shapes are not loaded, and so are not the model's.
+    weights = {**Net(7).state(), "head.bias": torch.full((3,), float("nan"))}
+    load(tmp_path, weights, Net(7), may_differ=["head.bias"])
+    assert "NaN" not in caplog.text

@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ccnet_d2.errors import UserError
 from ccnet_d2.inference import MultiScaleFlip, SlidingWindow, WholeImage, build_mode
 
 
@@ -177,3 +178,12 @@ def test_modes_by_name(make_segmenter, random_image):
         ValueError, match="unknown test mode 'slid': choose one of whole, slide, ms, ms-slide"
     ):
         build_mode("slid")
+
+
+@pytest.mark.parametrize("scale", [3e5, 1e9, 1e30])
+def test_a_scale_that_no_memory_holds_is_named(make_segmenter, random_image, scale):
+    mode = MultiScaleFlip(make_segmenter(), scales=[1, scale])
+    with pytest.raises(
+        UserError, match=f"the scale {scale:g} makes an image of 42x30 one of ".replace("+", "[+]")
+    ):
+        mode(as_input(random_image(30, 42)))

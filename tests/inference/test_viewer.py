@@ -296,6 +296,17 @@ def test_a_long_upload_is_refused_before_it_is_read(ask):
     assert ask("api/image", b"x", **{"Content-Length": str(10**9)})[0] == 413
 
 
+def test_a_length_of_thousands_of_digits_is_refused(ask):
+    status, _, body = ask("api/image", b"x", **{"Content-Length": "1" * 5000})
+    assert status == 400 and "a number of 5000 digits" in json.loads(body)["error"]
+
+
+def test_an_address_that_is_none_is_refused(server):
+    with socket.create_connection(server.server_address, timeout=30) as client:
+        client.sendall(f"GET http://[::1 HTTP/1.0\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n".encode())
+        assert client.makefile("rb").readline() == b"HTTP/1.0 400 Bad Request\r\n"
+
+
 @pytest.mark.parametrize(
     "request_text",
     [

@@ -297,3 +297,19 @@ def test_layers_need_torch_alone():
         "assert after <= {'ccnet_d2', 'triton'}, after"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.complex64]
+)
+def test_an_input_of_another_dtype_than_the_weights_is_refused_on_every_machine(
+    dtype, recompute, monkeypatch
+):
+    layer = RCCA(16, recompute=recompute)
+    for without_products in ((), (torch.float16, torch.bfloat16)):
+        monkeypatch.setattr("ccnet_d2.ops.projection._WITHOUT_PRODUCTS", without_products)
+        with pytest.raises(
+            ValueError, match=rf"x and the weights must have one dtype, got {dtype} and torch.float32"
+        ):
+            layer(torch.ones(1, 16, 3, 4, dtype=dtype))

@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from detectron2.config import get_cfg
+from detectron2.config import get_cfg, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import SemanticSegmentor, build_model
 
 from ccnet_d2.errors import UserError
 from ccnet_d2.layers import RCCA
+from ccnet_d2.model_zoo import get_config
 from ccnet_d2.modeling import CCNet, CCNetHead, PlainConvNet, add_ccnet_config
 
 SHAPE = {"conv": ShapeSpec(channels=16, stride=2)}
@@ -216,3 +217,12 @@ def test_yacs_configs_that_lack_something_say_what():
     cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
     with pytest.raises(UserError, match="SemSegFPNHead is a head of Detectron2's SemanticSegmentor"):
         build_model(cfg)
+
+
+def test_shapes_are_known_without_data():
+    torch.manual_seed(0)
+    model = instantiate(get_config("toy/ccnet_synthetic.py").model).eval().to("meta")
+    answer = model([{"image": torch.empty(3, 37, 44, device="meta"), "height": 20, "width": 30}])[0][
+        "sem_seg"
+    ]
+    assert answer.is_meta and tuple(answer.shape[1:]) == (20, 30)

@@ -226,3 +226,23 @@ def test_auto_chooses_by_device_and_dtype(monkeypatch, device, dtype, backend):
     monkeypatch.setattr(compiled, "_CUDA_REASON", "it is not built.")
     monkeypatch.setattr(compiled, "_CPU_REASON", "it is not built.")
     assert automatic_backend(x, x, x) == "matmul"
+
+
+@pytest.mark.parametrize("backend", ["auto", "matmul", "reference"])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_inputs_that_are_no_dense_tensors_are_named(backend, name):
+    inputs = {
+        "query": torch.randn(2, 4, 5, 6),
+        "key": torch.randn(2, 4, 5, 6),
+        "value": torch.randn(2, 8, 5, 6),
+    }
+    given = inputs[name]
+    for other, kind in ((None, "NoneType"), (given.numpy(), "ndarray")):
+        with pytest.raises(TypeError, match=f"^{name} must be a tensor, got {kind}"):
+            criss_cross_attention(**{**inputs, name: other}, backend=backend)
+    for other, kind in (
+        (given.to_sparse(), "sparse_coo"),
+        (torch.nested.nested_tensor(list(given)), "nested"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} must be a dense tensor, got a {kind} one"):
+            criss_cross_attention(**{**inputs, name: other}, backend=backend)

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _ADDRESS = "127.0.0.1"
 _LARGEST_UPLOAD = 64 * 2**20
+_LONGEST_NUMBER = 20  # digits of a length; Python refuses to read thousands
 _STATIC = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/viewer.css": ("viewer.css", "text/css; charset=utf-8"),
@@ -94,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, method: Callable[[str, dict[str, str]], tuple[bytes, str]]) -> None:
         try:
             self._check_origin()
-            address = urllib.parse.urlsplit(self.path)
+            address = _parsed(self.path)
             body, kind = method(address.path, dict(urllib.parse.parse_qsl(address.query)))
             status = HTTPStatus.OK
         except _Refused as refusal:
@@ -160,6 +161,8 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():
             raise _Refused(HTTPStatus.LENGTH_REQUIRED, "an upload must say how long it is.")
+        if len(length) > _LONGEST_NUMBER:
+            raise _Refused(HTTPStatus.BAD_REQUEST, f"no file is as long as a number of {len(length)} digits.")
         if int(length) > _LARGEST_UPLOAD:
             raise _Refused(
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
@@ -169,6 +172,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         logger.debug(format, *args)
+
+
+def _parsed(address: str) -> urllib.parse.SplitResult:
+    try:
+        return urllib.parse.urlsplit(address)
+    except ValueError as error:  # brackets that hold no address of IPv6
+        raise _Refused(HTTPStatus.BAD_REQUEST, f"the address cannot be read: {error}.") from error
 
 
 def _json(content: Any) -> tuple[bytes, str]:

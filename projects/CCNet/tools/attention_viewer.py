@@ -2,7 +2,6 @@
 """A local web page to click pixels and see where one model looks, or two models side by side."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ccnet_d2.errors import UserError
 from ccnet_d2.inference import Predictor, find_images
 from ccnet_d2.inference.viewer import Gallery, make_server
 from ccnet_d2.model_zoo import get_config
+from ccnet_d2.script_exit import exit_with
 
 _EPILOG = """
 Examples:
@@ -81,4 +81,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -38,6 +38,7 @@ from ccnet_d2.data import (
 from ccnet_d2.data.image_files import read_image, read_label
 from ccnet_d2.data.sem_seg_mapper import LabelMap
 from ccnet_d2.data.transforms import RandomPhotometricDistortion, RandomScaleCrop
+from ccnet_d2.script_exit import exit_with
 
 NAME = "benchmark_data_street"
 CLASSES = 19
@@ -222,4 +223,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

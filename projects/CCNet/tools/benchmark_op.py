@@ -50,6 +50,7 @@ from attention_formulations import (
 from ccnet_d2.layers import RCCA
 from ccnet_d2.ops import BACKENDS, available_backends
 from ccnet_d2.ops.compiled import instruction_set, unavailable_reason
+from ccnet_d2.script_exit import exit_with
 from gpu_timing import Recording, device_seconds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -695,4 +696,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -3,7 +3,6 @@
 
 import argparse
 import re
-import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
@@ -13,6 +12,7 @@ from pkgutil import walk_packages
 import ccnet_d2
 from ccnet_d2.engine.user_errors import one_sentence_errors
 from ccnet_d2.errors import UserError
+from ccnet_d2.script_exit import exit_with
 
 _DEFAULT = Path("output/api")
 
@@ -79,4 +79,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

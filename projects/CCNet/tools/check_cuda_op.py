@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from attention_formulations import textbook_attention
 from ccnet_d2.ops import compiled, reference
+from ccnet_d2.script_exit import exit_with
 from cuda_op_cases import DTYPES, Case, draw_cases, make_inputs, small_cases
 from cuda_op_times import TABLE_HEAD, TIMED_SIZES, measure_ceilings, render_row, time_sizes
 from official_kernels import OfficialKernels
@@ -341,4 +342,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

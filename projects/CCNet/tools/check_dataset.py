@@ -24,6 +24,7 @@ from ccnet_d2.data.check import DatasetReport, check_coverage, check_dataset, fo
 from ccnet_d2.engine.yacs import load_config
 from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import config_path
+from ccnet_d2.script_exit import exit_with
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -140,4 +141,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -2,12 +2,12 @@
 """Train one run with several values of a setting, and several seeds, and print a table of their mIoU."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ccnet_d2.engine.compare_runs import compare_runs, format_table
 from ccnet_d2.engine.user_errors import one_sentence_errors
+from ccnet_d2.script_exit import exit_with
 
 _EPILOG = """
 As many run at once as there are GPUs, or else CPU cores. Called again, it goes on with what is missing.
@@ -45,4 +45,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

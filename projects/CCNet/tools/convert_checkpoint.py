@@ -7,7 +7,6 @@ here, is an error.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +17,7 @@ from ccnet_d2.checkpoint.convert import LAYOUTS, convert_file
 from ccnet_d2.engine import apply_overrides
 from ccnet_d2.engine.user_errors import one_sentence_errors
 from ccnet_d2.model_zoo import get_config
+from ccnet_d2.script_exit import exit_with
 
 _EPILOG = """examples:
   convert_checkpoint.py ccnet_r50-d8_512x1024_40k_cityscapes_20200616_142517-4123f401.pth ccnet.pth
@@ -96,4 +96,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

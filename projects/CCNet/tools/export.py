@@ -3,13 +3,13 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 
 from ccnet_d2.engine import apply_overrides
 from ccnet_d2.engine.user_errors import one_sentence_errors
 from ccnet_d2.export import DEFAULT_SIZES, export_run
 from ccnet_d2.model_zoo import get_config
+from ccnet_d2.script_exit import exit_with
 
 _EPILOG = """
 Examples:
@@ -77,4 +77,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -8,6 +8,7 @@ import sys
 
 from ccnet_d2.data.datasets.coco_fixture import CocoFixtureConfig, generate_coco_fixture
 from ccnet_d2.data.errors import DatasetError
+from ccnet_d2.script_exit import exit_with
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,4 +29,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

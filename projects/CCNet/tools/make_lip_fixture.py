@@ -8,6 +8,7 @@ import sys
 
 from ccnet_d2.data.datasets.lip_fixture import LAYOUTS, LipFixtureConfig, generate_lip_fixture
 from ccnet_d2.data.errors import DatasetError
+from ccnet_d2.script_exit import exit_with
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,4 +41,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

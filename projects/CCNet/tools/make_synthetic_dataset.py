@@ -14,6 +14,7 @@ from dataclasses import fields
 
 from ccnet_d2.data import DatasetError, SyntheticConfig, dataset_root, generate_synthetic_dataset
 from ccnet_d2.data.datasets.synthetic import read_manifest
+from ccnet_d2.script_exit import exit_with
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,4 +55,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -3,7 +3,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 
 from tqdm import tqdm
@@ -11,6 +10,7 @@ from tqdm import tqdm
 from ccnet_d2.data import dataset_root
 from ccnet_d2.data.datasets.camvid_original import convert_camvid
 from ccnet_d2.engine.user_errors import one_sentence_errors
+from ccnet_d2.script_exit import exit_with
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,4 +38,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -5,13 +5,13 @@ replay_non_finite.py --config-file CONFIG output/non_finite/iteration_0000123_pr
 """
 
 import argparse
-import sys
 
 from ccnet_d2.engine.non_finite import load_step, replay
 from ccnet_d2.engine.overrides import apply_overrides
 from ccnet_d2.engine.training import build_model
 from ccnet_d2.engine.user_errors import one_sentence_errors
 from ccnet_d2.model_zoo import get_config
+from ccnet_d2.script_exit import exit_with
 
 
 def main() -> int:
@@ -37,4 +37,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -5,11 +5,11 @@ Writes report.json, report.md, pictures, and everything the trainings write, int
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from ccnet_d2.engine.demo_report import DEMOS, run_demo
 from ccnet_d2.engine.user_errors import one_sentence_errors
+from ccnet_d2.script_exit import exit_with
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,4 +29,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

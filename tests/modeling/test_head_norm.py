@@ -1,0 +1,57 @@
+"""Norms of the heads by Detectron2's names: what does not fit is said by the head."""
+
+import pytest
+from detectron2.layers import ShapeSpec
+from torch import nn
+
+from ccnet_d2.modeling import CCNetHead, CE2PHead, RANetHead
+
+SHAPE = {f"res{i}": ShapeSpec(channels=32, stride=8) for i in (2, 3, 4, 5)}
+ARGUMENTS = {
+    CCNetHead: {"num_classes": 5, "aux_feature": "res4", "channels": 64, "aux_channels": 32},
+    CE2PHead: {"num_classes": 5, "channels": 64, "fine_channels": 32},
+    RANetHead: {"num_classes": 5, "channels": 64},
+}
+WIDTHS = [
+    (CCNetHead, "channels"),
+    (CCNetHead, "aux_channels"),
+    (CE2PHead, "channels"),
+    (CE2PHead, "fine_channels"),
+    (RANetHead, "channels"),
+]
+HEADS = pytest.mark.parametrize("head", ARGUMENTS, ids=lambda head: head.__name__)
+
+
+@pytest.mark.parametrize("head, width", WIDTHS)
+def test_group_norm_names_the_head_and_the_channels(head, width):
+    given = {**ARGUMENTS[head], width: 48}
+    with pytest.raises(
+        ValueError, match=rf"^{head.__name__} with norm='GN' .*NORM.* a convolution of 48 channels"
+    ):
+        head(SHAPE, norm="GN", **given)
+
+
+@HEADS
+def test_group_norm_within_a_context_module_names_the_head(head):
+    with pytest.raises(ValueError, match=rf"^{head.__name__} with norm='GN' .* a convolution of 16 channels"):
+        head(SHAPE, norm="GN", context="asymmetric_nl", **{**ARGUMENTS[head], "channels": 32})
+
+
+@HEADS
+def test_unknown_norm_names_the_head(head):
+    with pytest.raises(ValueError, match=rf"^{head.__name__} with norm='gn' .*: there is no such norm"):
+        head(SHAPE, norm="gn", **ARGUMENTS[head])
+
+
+@HEADS
+@pytest.mark.parametrize(
+    "norm, kind",
+    [("GN", nn.GroupNorm), ("BN", nn.BatchNorm2d), (nn.InstanceNorm2d, nn.InstanceNorm2d), ("", None)],
+    ids=["GN", "BN", "callable", "none"],
+)
+def test_norms_that_fit(head, norm, kind):
+    built = head(SHAPE, norm=norm, **ARGUMENTS[head])
+    norms = {
+        type(m) for m in built.modules() if isinstance(m, nn.GroupNorm | nn.BatchNorm2d | nn.InstanceNorm2d)
+    }
+    assert (kind in norms) if kind else not norms

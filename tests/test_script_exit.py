@@ -1,0 +1,77 @@
+"""Scripts whose output nobody reads any more end quietly."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_REPOSITORY = Path(__file__).parents[1]
+_SCRIPTS = _REPOSITORY / "projects" / "CCNet"
+# These run before there is an environment to import the package from.
+_ALONE = {"install_detectron2.py", "setup_environment.py"}
+
+_PROGRAM = """
+import os, sys
+from ccnet_d2.script_exit import exit_with
+
+def main():
+    {body}
+
+exit_with(main)
+"""
+
+
+def run_into_closed_pipe(command, **environment):
+    """Status, and what is on stderr, of a program whose standard output nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, *command],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=_REPOSITORY,
+            env={**os.environ, **environment},
+        )
+    finally:
+        os.close(writer)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "body",
+    ["print('little')", "print('much ' * 100_000)", "print('help'); raise SystemExit(0)"],
+    ids=["little", "much", "parser"],
+)
+def test_closed_pipe_ends_quietly(body, unbuffered):
+    status, printed = run_into_closed_pipe(["-c", _PROGRAM.format(body=body)], PYTHONUNBUFFERED=unbuffered)
+    assert (status, printed) == (141, "")
+
+
+def test_a_script_and_a_module_end_quietly():
+    assert run_into_closed_pipe(["-m", "ccnet_d2.collect_env"]) == (141, "")
+    assert run_into_closed_pipe(["projects/CCNet/tools/make_lip_fixture.py", "--help"])[1] == ""
+
+
+def test_other_broken_pipes_keep_their_traceback():
+    program = _PROGRAM.format(body="raise BrokenPipeError('of a worker')")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1 and "BrokenPipeError: of a worker" in done.stderr
+
+
+@pytest.mark.parametrize("result", [0, 3])
+def test_status_is_that_of_main(result):
+    done = subprocess.run([sys.executable, "-c", _PROGRAM.format(body=f"return {result}")])
+    assert done.returncode == result
+
+
+def test_every_script_ends_so():
+    scripts = [*_SCRIPTS.rglob("*.py"), *(_REPOSITORY / "ccnet_d2").rglob("*.py")]
+    programs = [path for path in scripts if 'if __name__ == "__main__":' in path.read_text()]
+    assert len(programs) > 20
+    others = {path.name for path in programs if "    exit_with(" not in path.read_text()}
+    assert others == _ALONE
