@@ -35,6 +35,8 @@ from .schedule import PolynomialDecayToMinimum
 POLY_LR = "PolyLR"
 """The value of SOLVER.LR_SCHEDULER_NAME for the papers' schedule; all others are Detectron2's."""
 
+_FLIPS = ("horizontal", "vertical", "none")
+
 
 class YacsTrainer(DefaultTrainer):
     """Detectron2's `DefaultTrainer` with this package's mapper, schedule, test modes and safe checkpoints."""
@@ -94,7 +96,8 @@ def train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
     """Those of INPUT.CROP, INPUT.CCNET and INPUT.RANDOM_FLIP.
 
     Raises:
-        UserError: INPUT.CROP is not of the type "absolute", or it is off though INPUT.CCNET says how to scale and crop.
+        UserError: INPUT.CROP is not of the type "absolute", or it is off though INPUT.CCNET says how to scale and crop;
+            or INPUT.RANDOM_FLIP is unknown.
     """
     augmentations: list[T.Augmentation] = []
     crop, extra = cfg.INPUT.CROP, cfg.INPUT.CCNET
@@ -119,6 +122,10 @@ def train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
                 category_max_ratio=extra.CATEGORY_MAX_RATIO or None,
                 pad_value=cfg.MODEL.PIXEL_MEAN,
             )
+        )
+    if cfg.INPUT.RANDOM_FLIP not in _FLIPS:
+        raise UserError(
+            f"INPUT.RANDOM_FLIP is {cfg.INPUT.RANDOM_FLIP!r}: it has to be one of {', '.join(_FLIPS)}."
         )
     if cfg.INPUT.RANDOM_FLIP != "none":
         vertical = cfg.INPUT.RANDOM_FLIP == "vertical"

@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any, TypeVar
 
 from detectron2.layers import CNNBlockBase
+from detectron2.modeling import Backbone
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -45,7 +46,8 @@ def add_rcca(
     :paper:`CCNet: Criss-Cross Attention for Semantic Segmentation (TPAMI)`, Sec. 4.6.
 
     Args:
-        model: any module; it is changed in place. Call this before an optimizer or a DDP wrapper is made.
+        model: any module; it is changed in place. Call this before an optimizer or a DDP wrapper is made. Norm layers
+            are converted (SyncBN, FrozenBN) before it: that replaces them, with the hook of a module beside one.
         where: dotted path of a module, such as "backbone.bottom_up.res4", or the end of one that only one module
             has, such as "res4" (any Detectron2 ResNet), "s3" (RegNet) or "layer3" (torchvision).
         before: index of the block of `where` before which to insert, negative ones counted from the end; None:
@@ -80,6 +82,9 @@ def add_rcca(
     elif feature is None:
         while isinstance(target, nn.Sequential) and len(target):
             path, target = _join(path, list(target._modules)[-1]), target[-1]
+    if not _runs(target):
+        # Its hooks would never be called, and a list that the model goes through would run the module by itself.
+        raise UserError(_container(path, target))
 
     if module is None:
         module = "rcca"
@@ -170,25 +175,57 @@ def _find(model: nn.Module, where: str) -> tuple[str, nn.Module]:
         return found[0], modules[found[0]]
     if found:
         raise UserError(f"where={where!r} is ambiguous: {_listed(found)}; give the whole path.")
-    stages = [path for path, module in modules.items() if path and _blocks(module)]
     last_names = {path.rpartition(".")[2]: path for path in reversed(modules) if path}
     near = [last_names[n] for n in difflib.get_close_matches(where.rpartition(".")[2], last_names, n=3)]
-    exists = stages or near or [child for child, _ in model.named_children()]
+    # Of Sequentials, which heads have too, a model with stages of Detectron2's blocks or a backbone of features needs
+    # no mention.
+    exists = [path for path, module in modules.items() if path and _blocks(module, sequential=False)]
+    features = [
+        _features(path, module) for path, module in modules.items() if path and isinstance(module, Backbone)
+    ]
+    if not exists and features:
+        exists = near + features
+    if not exists:
+        exists = [path for path, module in modules.items() if path and _blocks(module)]
+    exists = exists or near or [child for child, _ in model.named_children()]
     raise UserError(
         f"{type(model).__name__} has no module {where!r}: it has {_listed(exists)}; any path of "
         "model.named_modules() will do."
     )
 
 
-def _blocks(module: nn.Module) -> dict[str, nn.Module]:
-    """The children of a stage, which run one after another; empty for a module that is no stage."""
+def _blocks(module: nn.Module, *, sequential: bool = True) -> dict[str, nn.Module]:
+    """The children of a stage, which run one after another; empty for a module that is no stage.
+
+    A stage has nothing but Detectron2's blocks, or is a Sequential, unless that is excluded.
+    """
     children = dict(module.named_children())
     of_blocks = children and all(isinstance(child, CNNBlockBase) for child in children.values())
-    return children if of_blocks or type(module) is nn.Sequential else {}
+    return children if of_blocks or (sequential and type(module) is nn.Sequential) else {}
+
+
+def _features(path: str, backbone: Backbone) -> str:
+    return f"{path} (with before=None and feature= one of {_listed(backbone.output_shape())})"
+
+
+def _runs(module: nn.Module) -> bool:
+    """Whether the module has a forward of its own, as ModuleList and ModuleDict do not."""
+    return getattr(module.forward, "__func__", None) is not nn.Module.forward
+
+
+def _container(path: str, module: nn.Module) -> str:
+    """Why nothing can be inserted beside a module that never runs, and where instead."""
+    children = [_join(path, child) for child, _ in module.named_children()]
+    instead = (
+        f"give one of them, such as where='{children[-1]}', with before=None" if children else "give another"
+    )
+    return f"{path}, a {type(module).__name__}, only holds other modules and does not run itself: {instead}."
 
 
 def _block(path: str, stage: nn.Module, before: int) -> tuple[str, nn.Module]:
     blocks = list(_blocks(stage).items())
+    if not blocks and not _runs(stage):
+        raise UserError(_container(path, stage))
     if not blocks:
         raise UserError(
             f"before={before}, but {path}, a {type(stage).__name__}, is not a sequence of blocks: give a stage, or "

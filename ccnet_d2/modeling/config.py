@@ -69,7 +69,8 @@ def _ccnet_keys() -> CfgNode:
     # Backbone
     node.OUTPUT_STRIDE = 8
     node.STEM = "deep"
-    node.STEM_CHANNELS = (64, 64, 128)
+    # Of the deep stem; () for (64, 64, 128)
+    node.STEM_CHANNELS = ()
     node.CEIL_MODE = False
     node.CONTRACT_DILATION = False
     # Head: names are those of ccnet_d2.layers.CONTEXT_MODULES (suffixes: _r<R> sets the loops, _recompute saves

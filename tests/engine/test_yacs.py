@@ -87,6 +87,12 @@ def test_wrong_input_is_one_sentence(train_net, tmp_path):
     assert status == 1 and "INPUT.CROP.TYPE" in error and "absolute" in error
     status, error = train_net(INPUT__CCNET__SCALE_RANGE="(0.5,2.0)")
     assert status == 1 and "INPUT.CCNET.SCALE_RANGE is set, but INPUT.CROP.ENABLED is False" in error
+    status, error = train_net(INPUT__RANDOM_FLIP="horizontally")
+    assert (
+        status == 1
+        and "INPUT.RANDOM_FLIP is 'horizontally'" in error
+        and "horizontal, vertical, none" in error
+    )
     assert train_net(TEST__CCNET__MODE="tiles")[0] == 1
     assert train_net("--eval-only") == (
         1,

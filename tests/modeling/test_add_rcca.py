@@ -303,9 +303,28 @@ def activation():
     return nn.ModuleDict({"body": nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU())})
 
 
+class ByIndex(nn.Module):
+    """Runs its blocks by their number, as Detectron2's Swin does: what is added to the list never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(2))
+
+    def forward(self, x):
+        return self.blocks[1](self.blocks[0](x))
+
+
+def detector():
+    """A backbone of features without stages, and a head with a Sequential, which is no place to point to."""
+    return nn.ModuleDict({"backbone": Pyramid(), "head": nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU())})
+
+
 @pytest.mark.parametrize(
     ("make", "arguments", "words"),
     [
+        (ByIndex, {"where": "blocks", "before": None, "channels": 8}, ["blocks, a ModuleList", "'blocks.1'"]),
+        (ByIndex, {"where": "blocks"}, ["blocks, a ModuleList", "'blocks.1', with before=None"]),
+        (detector, {}, ["'res4': it has backbone (with before=None and feature= one of p2, p3); any path"]),
         (resnet, {"where": "res9"}, ["'res9'", "res2, res3, res4"]),
         (resnet, {"where": "res4.3"}, ["'res4.3'", "res4"]),
         (pyramid, {"where": "backbon"}, ["'backbon'", "backbone"]),
@@ -335,6 +354,14 @@ def test_wrong_arguments_are_named_and_change_nothing(make, arguments, words):
         add_rcca(model, **arguments)
     assert all(word in str(error.value) for word in words), error.value
     assert list(model.state_dict()) == before
+
+
+def test_an_element_of_a_list_takes_it():
+    model = ByIndex()
+    x = torch.randn(1, 8, 6, 6)
+    expected = model(x)
+    opened(add_rcca(model, "blocks.1", before=None))
+    assert_same(model(x), attended(model.blocks[1].rcca, expected))
 
 
 def test_features_that_are_no_map_are_named_when_they_come():

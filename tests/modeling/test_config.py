@@ -5,6 +5,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_sem_seg_head
+from detectron2.modeling.backbone import BasicStem
 
 from ccnet_d2.errors import UserError
 from ccnet_d2.modeling import add_ccnet_config
@@ -60,4 +61,18 @@ def test_backbones_need_their_keys(name):
     with pytest.raises(
         UserError, match=rf"BACKBONE.NAME {name} has keys of its own: call .*add_ccnet_config"
     ):
+        build_backbone(cfg)
+
+
+def test_the_basic_stem_is_one_key_away():
+    cfg = get_cfg()
+    add_ccnet_config(cfg)
+    cfg.merge_from_list(["MODEL.BACKBONE.NAME", "build_ccnet_resnet_backbone", "MODEL.RESNETS.NORM", "BN"])
+    cfg.merge_from_list(["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.OUT_FEATURES", ["res5"]])
+    deep = build_backbone(cfg)
+    assert [deep.stem.conv1.out_channels, deep.stem.conv3.out_channels] == [64, 128]
+    cfg.merge_from_list(["MODEL.CCNET.STEM", "basic"])
+    assert isinstance(build_backbone(cfg).stem, BasicStem)
+    cfg.merge_from_list(["MODEL.CCNET.STEM_CHANNELS", (64, 64, 128)])
+    with pytest.raises(ValueError, match="stem_channels belong to stem='deep'"):
         build_backbone(cfg)
