@@ -2,15 +2,14 @@
 
 import os
 import select
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
 __all__ = ["exit_with"]
 
-_CLOSED_PIPE = 128 + signal.SIGPIPE
-"""What a shell reports for a program that a closed pipe ended."""
+_CLOSED_PIPE = 128 + 13
+"""What a shell reports for a program that SIGPIPE, the signal 13, ended."""
 
 
 def exit_with(main: Callable[[], Any]) -> NoReturn:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import fp32_products
-from .autocast import refuse_mixed_dtypes
+from .autocast import autocast_disabled, compute_dtype, refuse_mixed_dtypes
 from .layout import is_channels_last, on_huge_pages
 from .transforms import is_traced, is_transformed
 
@@ -30,11 +30,11 @@ _WITHOUT_PRODUCTS = {
 
 
 def better_in_fp32(x: Tensor) -> bool:
-    """Whether x is of half precision on a CPU on which PyTorch multiplies it number by number.
+    """Whether x is multiplied in half precision, by its dtype or by autocast, and PyTorch does so number by number.
 
     By way of fp32 products take a hundredth of the time and are more exact.
     """
-    return x.device.type == "cpu" and x.dtype in _WITHOUT_PRODUCTS
+    return x.device.type == "cpu" and compute_dtype(x) in _WITHOUT_PRODUCTS
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -54,7 +54,9 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     refuse_mixed_dtypes(x, weight)
     if better_in_fp32(x):
-        return project(x.float(), weight.float(), bias.float()).to(x.dtype)
+        dtype = compute_dtype(x)
+        with autocast_disabled(x.device):
+            return project(*(t.to(dtype).float() for t in (x, weight, bias))).to(dtype)
     if fp32_products.pays(x, weight, bias):
         return fp32_products.project(x, weight, bias)
     batch, _, *spatial = x.shape

@@ -106,6 +106,19 @@ def test_half_precision_that_the_processor_does_not_multiply(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_by_way_of_fp32_in_autocast(dtype, recorded, monkeypatch):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(1, 24, 5, 6, requires_grad=recorded), torch.randn(30, 24), torch.randn(30)
+    wide = [t.to(dtype).float() for t in (x, weight, bias)]
+    monkeypatch.setattr(projection, "_WITHOUT_PRODUCTS", {dtype})
+    with Products() as products, torch.autocast("cpu", dtype):
+        got = project(x, weight, bias)
+    assert products.dtypes == {torch.float32} and got.requires_grad == recorded
+    assert torch.equal(got, project(*wide).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_by_way_of_fp32_rounds_once(dtype, monkeypatch):
     torch.manual_seed(0)
     x, grad = draw(1, 24, 5, 6, dtype=dtype), draw(1, 30, 5, 6, dtype=dtype, channels_last=True)
