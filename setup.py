@@ -344,6 +344,8 @@ class BuildLibraries(build_ext):
         note = library.with_suffix(REASON_SUFFIX)
         note.unlink(missing_ok=True)
         try:
+            if wish() == "0":
+                raise NotBuilt("CCNET_EXT=0 asks to leave it out.")
             build = BUILDS[ext.name](ext.name.rpartition(".")[2], Path(self.build_temp).resolve())
             build.run(sources, headers, library.resolve())
         except NotBuilt as error:
@@ -387,9 +389,6 @@ def is_required(name: str) -> bool:
 
 def extensions() -> list[Extension]:
     """The libraries to try, with their sources relative to this file; optional, so that one may be missing."""
-    if wish() == "0":
-        announce("ccnet_d2: the compiled operator is NOT built: CCNET_EXT=0 asks to leave it out.")
-        return []
     found = []
     for name in BUILDS:
         folder = Path("csrc") / name.rpartition("_")[2]

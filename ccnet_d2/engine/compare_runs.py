@@ -122,7 +122,7 @@ def _row(value: str, runs: Sequence[VariantRun]) -> dict[str, Any]:
     seconds = [run.seconds_per_iteration for run in succeeded if run.seconds_per_iteration is not None]
     return {
         "value": value,
-        "miou": [None if run.error else round(run.miou, 3) for run in runs],
+        "miou": [None if run.error else run.miou for run in runs],
         "mean": statistics.fmean(mious) if mious else None,
         "deviation": statistics.pstdev(mious) if mious else None,
         "seconds_per_iteration": statistics.median(seconds) if seconds else None,

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset
-from ccnet_d2.engine.compare_runs import _folder_names, compare_runs, format_table
+from ccnet_d2.engine.compare_runs import _folder_names, _row, compare_runs, format_table
+from ccnet_d2.engine.comparison import Variant, VariantRun
 from ccnet_d2.errors import UserError
 
 TOY = "toy/ccnet_synthetic.py"
@@ -25,7 +26,7 @@ def test_table_of_trainings(tmp_path, monkeypatch, capsys):
     result = compare_runs(TOY, CONTEXT, ["none", "rcca_r0"], output, seeds=[0], overrides=tiny)
     good, bad = result["rows"]
     measured = json.loads((output / "none_seed0/evaluation.json").read_text())["sem_seg"]["mIoU"]
-    assert good["miou"] == [pytest.approx(measured, abs=1e-3)] and good["mean"] == pytest.approx(measured)
+    assert good["miou"] == [measured] and good["mean"] == pytest.approx(measured)
     assert bad["miou"] == [None] and "recurrence must be at least 1" in bad["errors"][0]
     assert json.loads((output / "table.json").read_text()) == result
     written = (output / "table.md").read_text()
@@ -74,3 +75,10 @@ def test_format_of_a_table():
     assert lines[0].startswith("| context | mIoU |") and len({line.count("|") for line in lines}) == 1
     assert lines[2] == "| a | 55.0 | 5.0 | 50.0 | 60.0 | 2/3 | 0.500 |"
     assert lines[3] == "| b | – | – | – | – | 0/3 | – |"
+
+
+def test_lowest_and_highest_of_one_training_are_its_mean(tmp_path):
+    """10.5498 is 10.5, and not 10.6 by way of 10.550."""
+    run = VariantRun(Variant("a", "a", ()), tmp_path, [], metrics={"sem_seg": {"mIoU": 10.549793716339142}})
+    line = format_table({"key": CONTEXT, "rows": [_row("a", [run])]}).splitlines()[2]
+    assert line == "| a | 10.5 | 0.0 | 10.5 | 10.5 | 1/1 | – |"

@@ -126,6 +126,16 @@ def test_a_library_beside_the_sources(build, tmp_path):
     assert not library.exists()
 
 
+def test_a_library_beside_the_sources_goes_where_none_is_wanted(build, tmp_path):
+    """CCNET_EXT=0 in a tree that has one: the package would go on to load it."""
+    library = tmp_path / "ccnet_d2/ops/_C_cpu.so"
+    library.write_bytes(b"of an earlier build")
+    done, libraries = build("--inplace", CCNET_EXT="0")
+    assert done.returncode == 0, done.stderr
+    assert libraries == []
+    assert library.with_suffix(".not_built").read_text() == "CCNET_EXT=0 asks to leave it out.\n"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not TORCH_IS_NEW_ENOUGH, reason="the compiled op needs torch 2.10")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
