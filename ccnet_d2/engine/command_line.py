@@ -10,6 +10,7 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from ccnet_d2.devices import available_device
 from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import config_path, get_config
 from ccnet_d2.script_exit import exit_with
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.config_file:
         parser.error("--config-file is needed")
+    late = next((option for option in args.opts if option.startswith("--")), None)
+    if late is not None:
+        parser.error(f"{late} stands behind {args.opts[0]}: options come before the config's values")
     with one_sentence_errors() as status:
         torchrun = TorchrunProcess.from_environment()
         if torchrun is None:
@@ -100,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "opts",
         nargs=argparse.REMAINDER,
         metavar="KEY=VALUE",
-        help="change values of the config, such as train.max_iter=1000; for yacs configs KEY VALUE",
+        help="change values of the config, such as train.max_iter=1000; for yacs configs KEY VALUE; after all options",
     )
     parser.add_argument(
         "--num-processes",
@@ -148,6 +152,7 @@ def _program(args: argparse.Namespace) -> tuple[Callable[[bool], Any], str, str]
     if args.config_file.endswith((".yaml", ".yml")):
         options = [*args.opts, *(["MODEL.DEVICE", "cpu"] if on_cpu else [])]
         cfg = yacs.load_config(args.config_file, options)
+        available_device(cfg.MODEL.DEVICE, "MODEL.DEVICE is {}")
         make_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
         return lambda resume: yacs.run(cfg, args, resume=resume), cfg.MODEL.DEVICE, cfg.OUTPUT_DIR
     options = [*args.opts, *(["train.device=cpu"] if on_cpu else [])]
