@@ -22,7 +22,6 @@ namespace {
 #include "storage.h"
 #include "vector_avx512.h"
 #include "work.h"
-#include "merge_rows.h"
 #include "line_kernels_bf16.h"
 #include "tiles.h"
 

@@ -20,7 +20,6 @@ namespace {
 #include "storage.h"
 #include "vector_avx512.h"
 #include "work.h"
-#include "merge_rows.h"
 #include "line_kernels_bf16.h"
 
 inline __m512i broadcast_pair(const BFloat16* p) {

@@ -22,13 +22,6 @@
 // The last position of a line, where it is one more than whole tiles.
 inline int64_t edge_of(int64_t n) { return n > kTile && n % kTile == 1 ? 1 : 0; }
 
-// Queries handled at once, a multiple of 32 unless it is the whole line.
-int64_t split_block(int64_t length) {
-  if (length <= 256) return length;
-  const int64_t rows = 256 * 256 / length / 32 * 32;
-  return rows < 32 ? 32 : rows;
-}
-
 #include "split_forward.h"
 #include "split_backward.h"
 

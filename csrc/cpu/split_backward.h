@@ -7,7 +7,7 @@ template <class S>
 void split_backward_axis(const BackwardArgs& args, int axis, bool first) {
   const Grid& grid = args.grid;
   const int64_t L = grid.size[axis], QK = args.qk_channels, C = args.channels;
-  const int64_t block = split_block(L);
+  const int64_t block = queries_at_once(L);
   const int64_t key_edge = edge_of(L), keys = L - key_edge;
   const int64_t l32 = round_up(L, kStep), b32 = round_up(block, kStep), ld = leading<V>(b32);
   const bool masked = !keeps_self(grid.axes, axis);

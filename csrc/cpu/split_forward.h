@@ -49,7 +49,7 @@ template <class S>
 void split_forward_axis(const ForwardArgs& args, int axis, bool first, bool last) {
   const Grid& grid = args.grid;
   const int64_t L = grid.size[axis], QK = args.qk_channels, C = args.channels;
-  const int64_t block = split_block(L), blocks = (L + block - 1) / block;
+  const int64_t block = queries_at_once(L), blocks = (L + block - 1) / block;
   const int64_t key_edge = edge_of(L), keys = L - key_edge;
   const int64_t ld = leading<V>(round_up(L, kStep)), b16 = round_up(block, kTile);
   const bool masked = !keeps_self(grid.axes, axis);

@@ -14,6 +14,13 @@ int64_t leading(int64_t n) {
   return (lines | 1) * line;
 }
 
+// Queries of a line that products of bf16 operands take at once, a multiple of 32 unless it is the whole line.
+inline int64_t queries_at_once(int64_t length) {
+  if (length <= 256) return length;
+  const int64_t rows = 256 * 256 / length / 32 * 32;
+  return rows < 32 ? 32 : rows;
+}
+
 // One worker's memory, cache-line aligned.
 template <class T>
 class Scratch {
