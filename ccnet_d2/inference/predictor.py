@@ -98,8 +98,8 @@ class Predictor:
     ) -> None:
         """
         Args:
-            model: a model of Detectron2's convention (see `inference.mode`), a run (LazyConfig), or a run's
-                name or file as `model_zoo.get_config` takes it.
+            model: a model of Detectron2's convention (see `inference.mode`), which is put into evaluation mode and
+                not copied; a run (LazyConfig), or a run's name or file as `model_zoo.get_config` takes it.
             checkpoint: weights to load; default: `train.init_checkpoint` of a run, none for a model.
             device: where to run; default: where a given model is; for a run the GPU if there is one, else the
                 CPU.
@@ -182,7 +182,8 @@ class Predictor:
         Raises:
             ValueError: the file is missing, truncated or no image (`SampleError`), or an array is of another
                 kind.
-            UserError: the model has another number of classes than names were given for.
+            UserError: the model has another number of classes than names were given for, or was put into training mode
+                since.
         """
         path = Path(image) if isinstance(image, str | os.PathLike) else None
         rgb = read_image(str(path)) if path is not None else as_rgb(image)
@@ -271,6 +272,11 @@ class Predictor:
         return AttentionView.of(self.model, rgb, self._inputs(rgb), layer)
 
     def _inputs(self, rgb: np.ndarray) -> dict[str, Any]:
+        if self.model.training:
+            raise UserError(
+                f"the predictor's {type(self.model).__name__} was put into training mode: call model.eval() before "
+                "predicting, or give the predictor a copy of the model."
+            )
         height, width = rgb.shape[:2]
         augmented = T.AugInput(rgb if self.input_format == "RGB" else rgb[:, :, ::-1])
         self.augmentations(augmented)

@@ -91,15 +91,16 @@ class CCNet(nn.Module):
             In training a dict of scalar losses; in inference for each image {"sem_seg": (K, height, width) logits}.
 
         Raises:
-            ValueError: in training, a label map does not have its image's size.
+            ValueError: in training, a label map is missing or does not have its image's size.
         """
         images, sizes = self._batch_images(batched_inputs)
-        features = self.backbone(images)
         padded_size = (images.shape[-2], images.shape[-1])
         if self.training:
-            _, losses = self.sem_seg_head(features, self._batch_targets(batched_inputs, padded_size))
+            # Before the backbone, whose batch norms learn from what they see: wrong labels leave the model as it was.
+            targets = self._batch_targets(batched_inputs, padded_size)
+            _, losses = self.sem_seg_head(self.backbone(images), targets)
             return losses
-        logits, _ = self.sem_seg_head(features, None, padded_size)
+        logits, _ = self.sem_seg_head(self.backbone(images), None, padded_size)
         return [
             {"sem_seg": self._to_output_size(result, size, inputs)}
             for result, size, inputs in zip(logits, sizes, batched_inputs, strict=True)
@@ -122,7 +123,7 @@ class CCNet(nn.Module):
 
     def _batch_targets(self, batched_inputs: list[dict], size: tuple[int, int]) -> Tensor:
         if not torch.compiler.is_compiling():
-            _check_label_sizes(batched_inputs)
+            _check_labels(batched_inputs)
         targets = [x["sem_seg"].to(self.device, non_blocking=True) for x in batched_inputs]
         return torch.stack([_pad(target, size, self.ignore_value) for target in targets])
 
@@ -140,12 +141,17 @@ class CCNet(nn.Module):
         return F.interpolate(logits[None], output_size, mode="bilinear", align_corners=align_corners)[0]
 
 
-def _check_label_sizes(batched_inputs: list[dict]) -> None:
+def _check_labels(batched_inputs: list[dict]) -> None:
     # Padding takes a label map of any size, and cuts off what is too much.
     for x in batched_inputs:
+        name = f" of '{x['file_name']}'" if "file_name" in x else ""
+        if "sem_seg" not in x:
+            raise ValueError(
+                f"an input{name} has no 'sem_seg', but the model is in training mode: call model.eval() to predict; to "
+                "train, have the mapper give label maps."
+            )
         (height, width), (rows, columns) = x["image"].shape[-2:], x["sem_seg"].shape[-2:]
         if (height, width) != (rows, columns):
-            name = f" of '{x['file_name']}'" if "file_name" in x else ""
             raise ValueError(
                 f"'sem_seg'{name} is {columns}x{rows}, but its 'image' is {width}x{height}: the mapper has to give "
                 "both the same transforms."

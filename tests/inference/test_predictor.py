@@ -5,6 +5,7 @@ from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from PIL import Image
 
+from ccnet_d2.errors import UserError
 from ccnet_d2.inference import ClassTable, Predictor, SlidingWindow, WholeImage
 from ccnet_d2.inference.batch import write_pictures
 from ccnet_d2.inference.visualize import save_labels
@@ -93,6 +94,22 @@ def test_folders_and_patterns_are_predicted_one_by_one(make_segmenter, photograp
     assert [one.path.name for one in Predictor(model).predict_all(pattern)] == ["upside.png"]
     with pytest.raises(ValueError, match="does not exist"):
         Predictor(model).predict_all([path, "missing.png"])
+
+
+def test_a_model_put_back_to_training_is_refused(make_segmenter, photograph):
+    path, array = photograph
+    model = make_segmenter().train()
+    predictor = Predictor(model)
+    before = predictor(path).logits
+    calls = len(model.calls)
+    model.train()
+    with pytest.raises(UserError, match=r"the predictor's TinySegmenter was put into training mode"):
+        predictor(array)
+    with pytest.raises(UserError, match="into training mode"):
+        predictor(path, labels_only=True)
+    assert len(model.calls) == calls
+    model.eval()
+    assert torch.equal(predictor(path).logits, before)
 
 
 def test_class_names(make_segmenter, photograph):

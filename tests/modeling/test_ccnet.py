@@ -102,6 +102,15 @@ def test_labels_of_another_size_than_the_image_are_refused(height, width):
         small_model()(batch)
 
 
+def test_training_without_labels_is_refused_and_leaves_the_model_as_it_was():
+    model = small_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    unlabelled = {"image": sample()["image"], "file_name": "a.png"}
+    with pytest.raises(ValueError, match=r"input of 'a.png' has no 'sem_seg', .* call model.eval\(\)"):
+        model([sample(), unlabelled])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_images_of_one_size_and_of_several_are_normalised_alike():
     """Those of one size go together."""
     model = small_model()
