@@ -16,11 +16,11 @@ import struct
 import cv2
 import numpy as np
 from detectron2.utils.file_io import PathManager
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ccnet_d2.data.errors import SampleError
 
-__all__ = ["MAX_BYTES", "MAX_PIXELS", "read_image", "read_label"]
+__all__ = ["MAX_BYTES", "MAX_PIXELS", "read_image", "read_label", "upright"]
 
 MAX_PIXELS = 178_956_970
 """The largest image that is decoded, Pillow's own limit: a file of kilobytes can declare terabytes."""
@@ -39,6 +39,16 @@ _JPEG_SOS, _JPEG_EOI = 0xDA, 0xD9
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # Of Pillow; converting the others to RGB cuts their values off at 255.
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+# By the orientation in EXIF.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def _read_bytes(path: str, kind: str) -> bytes:
@@ -164,8 +174,8 @@ def _decode_with_pillow(data: bytes, path: str, kind: str, mode: str | None = No
                     f"The {kind} '{path}' holds {image.mode} values of Pillow, not 8 bits a channel; convert it.",
                     path,
                 )
-            if mode and image.format != "TIFF":  # which Pillow turns upright itself
-                image = ImageOps.exif_transpose(image)
+            if mode:
+                image = upright(image)
             return np.asarray(image.convert(mode) if mode else image)
     except SampleError:
         raise
@@ -176,6 +186,20 @@ def _decode_with_pillow(data: bytes, path: str, kind: str, mode: str | None = No
     # Pillow's decoders raise these for files they cannot make sense of.
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise SampleError(f"The {kind} '{path}' cannot be decoded: {error}.", path) from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF says that it is to be seen; as it is where EXIF is damaged.
+
+    Not `ImageOps.exif_transpose`, which writes EXIF anew and so fails on some that can be read.
+    """
+    if image.format == "TIFF":  # Pillow turns it as it loads
+        return image
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except SyntaxError:  # "not a TIFF file", which EXIF is inside
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _decode_with_opencv(data: bytes, path: str, kind: str, flags: int) -> np.ndarray:

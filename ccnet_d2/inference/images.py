@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ccnet_d2.data.image_files import upright
 from ccnet_d2.errors import UserError
 
 __all__ = ["IMAGE_SUFFIXES", "ImageFileError", "as_rgb", "find_images", "write_image"]
@@ -67,7 +68,8 @@ def as_rgb(image: object) -> np.ndarray:
     """A Pillow image or array as (H, W, 3) uint8 RGB.
 
     Args:
-        image: Pillow image of any mode, or uint8 array (H, W), (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA.
+        image: Pillow image of any mode, which is turned as its EXIF says, as files are; or uint8 array (H, W),
+            (H, W, 1), (H, W, 3) RGB or (H, W, 4) RGBA.
 
     Raises:
         TypeError: something else.
@@ -130,4 +132,4 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         raise ImageFileError(
             f"images of Pillow mode '{image.mode}' are not 8 bits per channel; convert them first."
         )
-    return np.asarray(image.convert("RGB")).copy()
+    return np.asarray(upright(image).convert("RGB")).copy()

@@ -172,8 +172,8 @@ class Predictor:
         """Segment one image.
 
         Args:
-            image: a file, a Pillow image, or a uint8 array (H, W, 3) in RGB order or (H, W) grey. OpenCV's
-                arrays are BGR: give `image[:, :, ::-1]`.
+            image: a file, a Pillow image, or a uint8 array (H, W, 3) in RGB order or (H, W) grey. Files and Pillow
+                images are turned upright as their EXIF says. OpenCV's arrays are BGR: give `image[:, :, ::-1]`.
             labels_only: do not keep logits; needs far less memory for large images.
 
         Returns:

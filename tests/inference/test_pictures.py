@@ -2,8 +2,9 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
+from ccnet_d2.data.image_files import read_image
 from ccnet_d2.inference import (
     ClassTable,
     ImageFileError,
@@ -316,3 +317,32 @@ def test_arrays_and_pillow_images_become_rgb():
         as_rgb([1, 2])
     with pytest.raises(ValueError, match="an image must have pixels, got 0x3"):
         as_rgb(Image.new("RGB", (0, 3)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+def test_pillow_images_are_turned_as_their_files_are(tmp_path, orientation, suffix):
+    array = np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"photo.{suffix}"
+    Image.fromarray(array).save(path, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+    assert np.array_equal(as_rgb(Image.open(path)), expected)
+    assert np.array_equal(as_rgb(Image.open(path).convert("RGB")), expected)
+    # Other decoders round JPEG colours differently.
+    np.testing.assert_allclose(
+        as_rgb(Image.open(path)), read_image(str(path)).astype(int), atol=4 * (suffix == "jpg")
+    )
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp"])
+def test_damaged_exif_does_not_keep_an_image_from_being_read(tmp_path, suffix):
+    path = tmp_path / f"photo.{suffix}"
+    Image.new("RGB", (16, 8)).save(path, exif=b"Exif\0\0damaged")
+    assert as_rgb(Image.open(path)).shape == read_image(str(path)).shape == (8, 16, 3)
+    # A text where a number is due, which Pillow reads and cannot write.
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    Image.new("RGB", (16, 8)).save(path, exif=exif.tobytes().replace(b"\x01\x0f", b"\x01\x00"))
+    assert as_rgb(Image.open(path)).shape == read_image(str(path)).shape == (16, 8, 3)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ccnet_d2.data.image_files import read_image
 from ccnet_d2.errors import UserError
@@ -276,7 +276,7 @@ def _decode(content: bytes) -> np.ndarray:
                     raise UploadError(
                         f"the image has {image.width}x{image.height} pixels: that is too large."
                     )
-                return as_rgb(ImageOps.exif_transpose(image))
+                return as_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UploadError("the image is too large.") from error
     # Pillow's decoders raise these for files they cannot make sense of.
