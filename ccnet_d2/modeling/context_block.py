@@ -7,7 +7,7 @@ import torch
 from detectron2.layers import Conv2d, get_norm
 from torch import Tensor, nn
 
-from ccnet_d2.layers.build import build_context
+from ccnet_d2.layers.build import CONTEXT_MODULES, build_context
 from ccnet_d2.layers.norm_act import ACTIVATIONS, NormLike
 from ccnet_d2.losses import CategoryConsistentLoss
 from ccnet_d2.losses.category_consistent import FORMS
@@ -48,8 +48,14 @@ def named_context(
         ValueError: the name is unknown, or its module has no loops or cannot recompute.
     """
     match = _NAME.fullmatch(name)
+    module = match["name"] if match else name
+    if module not in CONTEXT_MODULES:
+        raise ValueError(
+            f"unknown context module {name!r}: use one of {', '.join(CONTEXT_MODULES)}, where it has loops also with "
+            "_r<R> for R of them, and _recompute to save memory, such as rcca_r1 or rcca_r3_recompute."
+        )
     return build_context(
-        match["name"] if match else name,
+        module,
         in_channels,
         channels,
         norm=lambda c: get_norm(norm, c),

@@ -167,7 +167,9 @@ def test_every_context_trains(context):
     ("options", "message"),
     [
         ({"context": "rcca_r0"}, "recurrence must be at least 1"),
-        ({"context": "magic"}, "magic"),
+        ({"context": "magic"}, "unknown context module 'magic': use one of none, rcca, .*rcca_r3_recompute"),
+        ({"context": "rca_r1"}, "unknown context module 'rca_r1': use one of none, rcca, .*_r<R>"),
+        ({"context": "rcca_R1"}, "unknown context module 'rcca_R1': use one of none, rcca, .*_r<R>"),
         ({"context": "psp_recompute"}, "'psp' has no option 'recompute'"),
         ({"in_feature": "res9"}, "'res9' is not among"),
         ({"activation": "swish"}, "activation='swish'"),
