@@ -6,6 +6,9 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+
+from ccnet_d2.data.datasets.paths import ENV_VAR, dataset_root
 
 _WORKER_MARK = "in DataLoader worker process"
 
@@ -40,7 +43,17 @@ def one_sentence_errors() -> Iterator[ExitStatus]:
 def sentence_of(error: BaseException) -> str:
     """The message of a user's error."""
     message = str(error).strip()
+    if isinstance(error, FileNotFoundError) and _is_of_a_data_set(error.filename):
+        # As Detectron2's loaders of COCO and others leave it.
+        return (
+            f"'{error.filename}' does not exist: put the data set there, or set {ENV_VAR} to the folder that holds it; "
+            "projects/CCNet/datasets/README.md shows its tree."
+        )
     if _WORKER_MARK in message:
         # The loader puts the worker's traceback into the message; its last line is "<ErrorClass>: <sentence>".
         message = message.splitlines()[-1].partition(": ")[2]
     return message
+
+
+def _is_of_a_data_set(path: object) -> bool:
+    return isinstance(path, str) and Path(path).absolute().is_relative_to(Path(dataset_root()).absolute())

@@ -3,6 +3,7 @@
 import pickle
 
 import pytest
+from detectron2.data.datasets import load_coco_json
 from torch.utils.data import DataLoader, Dataset
 
 from ccnet_d2.data.errors import SampleError
@@ -36,6 +37,28 @@ def test_error_in_a_loader_worker_is_the_same_line(capsys, workers):
         next(iter(DataLoader(Broken(), num_workers=workers)))
     assert status.code == 1
     assert capsys.readouterr().err == "error: The image 'a.png' is cut off.\n"
+
+
+def test_a_set_of_detectron2_that_is_missing_says_where_it_belongs(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    annotations = f"{tmp_path}/coco/annotations/instances_val2017.json"
+    with one_sentence_errors() as status:
+        load_coco_json(annotations, f"{tmp_path}/coco/val2017")
+    assert status.code == 1
+    message = capsys.readouterr().err
+    assert message.startswith(
+        f"error: '{annotations}' does not exist: put the data set there, or set DETECTRON2_DATASETS"
+    )
+    assert message.count("\n") == 1
+
+
+def test_other_missing_files_are_told_as_they_are(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "sets"))
+    with one_sentence_errors():
+        open(tmp_path / "weights.pth")
+    assert (
+        capsys.readouterr().err == f"error: [Errno 2] No such file or directory: '{tmp_path}/weights.pth'\n"
+    )
 
 
 def test_program_errors_pass_through():
