@@ -22,6 +22,7 @@ from ccnet_d2.evaluation import CheckedSemSegEvaluator
 from ccnet_d2.inference import build_mode
 from ccnet_d2.model_zoo import config_path
 from ccnet_d2.modeling import add_ccnet_config
+from ccnet_d2.modeling.config import refuse_without_effect
 
 from .distributed import (
     check_batch_size,
@@ -78,6 +79,14 @@ class YacsTrainer(DefaultTrainer):
         solver = cfg.SOLVER
         if solver.LR_SCHEDULER_NAME != POLY_LR:
             return super().build_lr_scheduler(cfg, optimizer)
+        if solver.WARMUP_ITERS:
+            refuse_without_effect(
+                solver,
+                "SOLVER",
+                {"WARMUP_ITERS": 0, "WARMUP_FACTOR": 1.0, "WARMUP_METHOD": "linear"},
+                f"SOLVER.LR_SCHEDULER_NAME {POLY_LR} has no warm-up: set SOLVER.WARMUP_ITERS to 0, or train a "
+                "LazyConfig with Detectron2's WarmupParamScheduler around its schedule.",
+            )
         schedule = PolynomialDecayToMinimum(
             base_lr=solver.BASE_LR, min_lr=solver.POLY_LR_MINIMUM, power=solver.POLY_LR_POWER
         )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
 
 from ccnet_d2.errors import UserError
@@ -45,6 +45,28 @@ def own_keys(cfg: CfgNode, node: str, reader: str) -> CfgNode:
             "merged."
         )
     return cfg.MODEL[node]
+
+
+def refuse_without_effect(node: CfgNode, name: str, holds: Mapping[str, Any], told: str) -> None:
+    """Refuse values of Detectron2's keys that change nothing here.
+
+    One that is Detectron2's default may not have been set, and one that says what holds anyway does no harm.
+
+    Args:
+        node: where the keys are.
+        name: of the node, such as "MODEL.RESNETS".
+        holds: what holds, whatever these keys say.
+        told: for the error, after "…, but": why, and what to do.
+
+    Raises:
+        UserError: a key has another value.
+    """
+    defaults = get_cfg()
+    for part in name.split("."):
+        defaults = defaults[part]
+    for key, value in holds.items():
+        if node[key] not in (value, defaults[key]):
+            raise UserError(f"{name}.{key} is {node[key]!r}, but {told}")
 
 
 def head_arguments(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:

@@ -93,6 +93,8 @@ def test_wrong_input_is_one_sentence(train_net, tmp_path):
         and "INPUT.RANDOM_FLIP is 'horizontally'" in error
         and "horizontal, vertical, none" in error
     )
+    status, error = train_net(SOLVER__WARMUP_ITERS=5)
+    assert status == 1 and "SOLVER.WARMUP_ITERS is 5, but SOLVER.LR_SCHEDULER_NAME PolyLR has no" in error
     assert train_net(TEST__CCNET__MODE="tiles")[0] == 1
     assert train_net("--eval-only") == (
         1,
@@ -102,6 +104,16 @@ def test_wrong_input_is_one_sentence(train_net, tmp_path):
         yacs.load_config(CONFIG, ["SOLVER.MAX_ITER=3"])
     status, error = train_net(config="yacs/toy/ccnet_sinthetic.yaml")
     assert status == 1 and "no config" in error
+
+
+def test_the_papers_schedule_starts_at_the_whole_rate_and_takes_no_other_word_for_it():
+    cfg = yacs.load_config(CONFIG, ["SOLVER.WARMUP_ITERS", "0", "SOLVER.WARMUP_FACTOR", "0.1"])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
+    assert yacs.YacsTrainer.build_lr_scheduler(cfg, optimizer).get_last_lr() == [cfg.SOLVER.BASE_LR]
+    for key, value in (("WARMUP_FACTOR", "0.1"), ("WARMUP_METHOD", "constant")):
+        cfg = yacs.load_config(CONFIG, [f"SOLVER.{key}", value])
+        with pytest.raises(UserError, match=rf"^SOLVER.{key} is .*PolyLR has no warm-up"):
+            yacs.YacsTrainer.build_lr_scheduler(cfg, optimizer)
 
 
 class Payload:

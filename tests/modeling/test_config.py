@@ -64,6 +64,41 @@ def test_backbones_need_their_keys(name):
         build_backbone(cfg)
 
 
+def ccnet_resnet(**resnets):
+    cfg = get_cfg()
+    add_ccnet_config(cfg)
+    cfg.MODEL.BACKBONE.NAME = "build_ccnet_resnet_backbone"
+    for key, value in {"DEPTH": 18, "NORM": "BN", "OUT_FEATURES": ["res5"], **resnets}.items():
+        cfg.MODEL.RESNETS[key] = value
+    return build_backbone(cfg)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("NUM_GROUPS", 32),
+        ("WIDTH_PER_GROUP", 8),
+        ("RES5_DILATION", 2),
+        ("RES2_OUT_CHANNELS", 128),
+        ("STEM_OUT_CHANNELS", 32),
+        ("DEFORM_ON_PER_STAGE", [False, False, True, True]),
+    ],
+)
+def test_keys_of_detectron2_s_resnets_that_would_have_no_effect_are_refused(key, value):
+    with pytest.raises(
+        UserError, match=rf"^MODEL.RESNETS.{key} is .*build_ccnet_resnet_backbone does not read"
+    ):
+        ccnet_resnet(**{key: value})
+
+
+def test_keys_of_detectron2_s_resnets_that_say_what_is_built_are_taken():
+    resnet = ccnet_resnet(
+        RES2_OUT_CHANNELS=64, STEM_OUT_CHANNELS=128, STRIDE_IN_1X1=False, RES5_DILATION=4, NUM_GROUPS=1
+    )
+    assert resnet.stem.out_channels == 128 and resnet.res2[0].out_channels == 64
+    assert resnet.res5[1].conv1.dilation == (4, 4)
+
+
 def test_the_basic_stem_is_one_key_away():
     cfg = get_cfg()
     add_ccnet_config(cfg)

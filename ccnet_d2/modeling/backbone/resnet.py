@@ -7,7 +7,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
 
-from ccnet_d2.modeling.config import own_keys
+from ccnet_d2.modeling.config import own_keys, refuse_without_effect
 
 from .basic_block import DilatedBasicBlock
 from .stem import DeepStem
@@ -63,7 +63,7 @@ def build_resnet(
     stem_module = _build_stem(stem, in_channels, stem_channels, norm, ceil_mode)
     strides = _STRIDES[output_stride]
     dilations = _dilations(strides)
-    is_bottleneck = depth >= 50
+    is_bottleneck = _expansion(depth) > 1
     channels = stem_module.out_channels
     stages = []
     for i, num_blocks in enumerate(_BLOCKS_PER_STAGE[depth]):
@@ -74,7 +74,7 @@ def build_resnet(
         stage_args: dict = {
             "num_blocks": num_blocks,
             "in_channels": channels,
-            "out_channels": width * 4 if is_bottleneck else width,
+            "out_channels": width * _expansion(depth),
             "stride_per_block": [strides[i]] + [1] * (num_blocks - 1),
             "dilation_per_block": [first_dilation] + [dilations[i]] * (num_blocks - 1),
             "norm": norm,
@@ -93,9 +93,9 @@ def resnet_output_shape(
     """Channels and strides of `build_resnet`'s features, without building it."""
     strides = accumulate(_STRIDES[output_stride], lambda a, b: a * b, initial=_STEM_STRIDE)
     next(strides)
-    expansion = 4 if depth >= 50 else 1
     shapes = {
-        f"res{i + 2}": ShapeSpec(channels=64 * 2**i * expansion, stride=s) for i, s in enumerate(strides)
+        f"res{i + 2}": ShapeSpec(channels=64 * 2**i * _expansion(depth), stride=s)
+        for i, s in enumerate(strides)
     }
     return {name: shapes[name] for name in out_features}
 
@@ -103,9 +103,14 @@ def resnet_output_shape(
 @BACKBONE_REGISTRY.register()
 def build_ccnet_resnet_backbone(cfg, input_shape) -> ResNet:
     """`build_resnet` for yacs configs: MODEL.RESNETS.{DEPTH,NORM,OUT_FEATURES}, MODEL.BACKBONE.FREEZE_AT and
-    MODEL.CCNET.{OUTPUT_STRIDE,STEM,STEM_CHANNELS,CEIL_MODE,CONTRACT_DILATION}."""
+    MODEL.CCNET.{OUTPUT_STRIDE,STEM,STEM_CHANNELS,CEIL_MODE,CONTRACT_DILATION}.
+
+    Raises:
+        ValueError: as `build_resnet`.
+        UserError: another key of MODEL.RESNETS says what this backbone is not.
+    """
     ccnet = own_keys(cfg, "CCNET", "MODEL.BACKBONE.NAME build_ccnet_resnet_backbone")
-    return build_resnet(
+    resnet = build_resnet(
         cfg.MODEL.RESNETS.DEPTH,
         output_stride=ccnet.OUTPUT_STRIDE,
         stem=ccnet.STEM,
@@ -117,6 +122,28 @@ def build_ccnet_resnet_backbone(cfg, input_shape) -> ResNet:
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
         in_channels=input_shape.channels,
     )
+    holds = {
+        "NUM_GROUPS": 1,
+        "WIDTH_PER_GROUP": 64,
+        "STRIDE_IN_1X1": False,
+        "RES5_DILATION": _dilations(_STRIDES[ccnet.OUTPUT_STRIDE])[-1],
+        "RES2_OUT_CHANNELS": 64 * _expansion(cfg.MODEL.RESNETS.DEPTH),
+        "STEM_OUT_CHANNELS": resnet.stem.out_channels,
+        "DEFORM_ON_PER_STAGE": [False] * 4,
+    }
+    refuse_without_effect(
+        cfg.MODEL.RESNETS,
+        "MODEL.RESNETS",
+        holds,
+        "build_ccnet_resnet_backbone does not read it: leave it out and set MODEL.CCNET.OUTPUT_STRIDE, STEM and "
+        "STEM_CHANNELS, or take Detectron2's build_resnet_backbone for MODEL.BACKBONE.NAME.",
+    )
+    return resnet
+
+
+def _expansion(depth: int) -> int:
+    """Output channels of a stage by its width: from 50 layers on the blocks are bottlenecks."""
+    return 4 if depth >= 50 else 1
 
 
 def _build_stem(
