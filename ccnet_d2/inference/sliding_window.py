@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ccnet_d2.data.transforms.resize import height_and_width
+
 from .label_bands import LabelBands, label_dtype
 from .mode import SMALLEST_TILE, CuttingMode, Segmenter, innermost
 
@@ -68,12 +70,12 @@ class SlidingWindow(CuttingMode):
             smallest_tile: side down to which tiles are halved when memory runs out; None to stop with the error.
 
         Raises:
-            ValueError: sizes below 1, a stride larger than the tile, or an unknown `pad`.
+            ValueError: sizes that are not whole pixels above 0, a stride larger than the tile, or an unknown `pad`.
         """
         super().__init__(model, align_corners=align_corners, smallest_tile=smallest_tile)
-        self.tile = _pair(tile, "tile")
+        self.tile = height_and_width(tile, "SlidingWindow: tile")
         default = (-(-2 * self.tile[0] // 3), -(-2 * self.tile[1] // 3))
-        self.stride = default if stride is None else _pair(stride, "stride")
+        self.stride = default if stride is None else height_and_width(stride, "SlidingWindow: stride")
         if self.stride[0] > self.tile[0] or self.stride[1] > self.tile[1]:
             raise ValueError(
                 f"stride {self.stride} is larger than tile {self.tile}: pixels would be left out."
@@ -240,13 +242,6 @@ class SlidingWindow(CuttingMode):
         return (
             f"tile={self.tile}, stride={self.stride}, tiles_per_batch={self.tiles_per_batch}, pad={self.pad}"
         )
-
-
-def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
-    numbers = (value, value) if isinstance(value, int) else tuple(int(number) for number in value)
-    if len(numbers) != 2 or min(numbers) < 1:
-        raise ValueError(f"{name} must be one or two sizes of at least 1, got {value}.")
-    return numbers[0], numbers[1]
 
 
 def _coverage(size: int, tile: int, starts: list[int]) -> Tensor:

@@ -73,6 +73,10 @@ def head_arguments(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[s
     """The constructor arguments that all segmentation heads here take from the same keys."""
     head = cfg.MODEL.SEM_SEG_HEAD
     ccnet = own_keys(cfg, "CCNET", f"MODEL.SEM_SEG_HEAD.NAME {head.NAME}")
+    if not head.IN_FEATURES:
+        raise UserError(
+            "MODEL.SEM_SEG_HEAD.IN_FEATURES is empty: name the backbone's features that the head takes, such as [res5]."
+        )
     return {
         "input_shape": input_shape,
         "num_classes": head.NUM_CLASSES,

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -230,8 +231,10 @@ def test_nan_is_not_made_of_a_large_overlap(make_segmenter, random_image):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tile": 0}, "tile must be one or two sizes of at least 1"),
-        ({"tile": (1, 2, 3)}, "tile must be one or two sizes"),
+        ({"tile": 0}, "SlidingWindow: tile is 0, but a side, or height and width, in whole pixels above 0"),
+        ({"tile": (1, 2, 3)}, r"tile is \(1, 2, 3\), but"),
+        ({"tile": 384.5}, "tile is 384.5, but"),
+        ({"tile": 9, "stride": (8, 4.5)}, r"SlidingWindow: stride is \(8, 4.5\), but"),
         ({"tile": 8, "stride": 9}, r"stride \(9, 9\) is larger than tile \(8, 8\)"),
         ({"tiles_per_batch": 0}, "tiles_per_batch must be at least 1"),
         ({"pad": "reflect"}, "pad must be None, 'mean' or one value per channel"),
@@ -240,6 +243,12 @@ def test_nan_is_not_made_of_a_large_overlap(make_segmenter, random_image):
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         SlidingWindow(**arguments)
+
+
+@pytest.mark.parametrize("tile", [16.0, np.int64(16), (16.0, 16), [np.int64(16), 16]])
+def test_tiles_in_whole_pixels_of_any_type(tile):
+    mode = SlidingWindow(tile=tile)
+    assert mode.tile == (16, 16) and all(type(side) is int for side in mode.tile)
 
 
 def test_pad_errors(make_segmenter, random_image):

@@ -64,6 +64,15 @@ def test_backbones_need_their_keys(name):
         build_backbone(cfg)
 
 
+@pytest.mark.parametrize("name", ["CCNetHead", "CE2PHead", "RANetHead"])
+def test_heads_without_features_say_so(name):
+    cfg = get_cfg()
+    add_ccnet_config(cfg)
+    cfg.MODEL.SEM_SEG_HEAD.NAME, cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = name, []
+    with pytest.raises(UserError, match=r"^MODEL.SEM_SEG_HEAD.IN_FEATURES is empty"):
+        build_sem_seg_head(cfg, {key: ShapeSpec(channels=8, stride=s) for key, s in STRIDES.items()})
+
+
 def ccnet_resnet(**resnets):
     cfg = get_cfg()
     add_ccnet_config(cfg)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from numbers import Real
+
 import cv2
 import numpy as np
 from detectron2.data.transforms import Augmentation, NoOpTransform, Transform
@@ -11,9 +14,24 @@ __all__ = [
     "ResizeLinearTransform",
     "ResizeTo",
     "ResizeToFit",
+    "height_and_width",
     "nearest_index",
     "scaled_size",
 ]
+
+
+def height_and_width(size: int | Sequence[int], name: str) -> tuple[int, int]:
+    """A size given as one side, or as height and width, in pixels.
+
+    Raises:
+        ValueError: something else, or a fraction of a pixel; the message says `name`.
+    """
+    sides = (size, size) if isinstance(size, Real) else tuple(size)
+    if len(sides) != 2 or not all(isinstance(n, Real) and n > 0 and float(n).is_integer() for n in sides):
+        raise ValueError(
+            f"{name} is {size}, but a side, or height and width, in whole pixels above 0 is needed."
+        )
+    return int(sides[0]), int(sides[1])
 
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:

@@ -8,6 +8,8 @@ import cv2
 import numpy as np
 from detectron2.data.transforms import Augmentation, Transform
 
+from ccnet_d2.data.transforms.resize import height_and_width
+
 __all__ = ["RandomRotateFit", "RotateFitTransform"]
 
 _IGNORE = 255
@@ -118,13 +120,7 @@ class RandomRotateFit(Augmentation):
         label_pad_value: int = _IGNORE,
     ) -> None:
         super().__init__()
-        self.crop_size = (
-            (crop_size, crop_size) if isinstance(crop_size, int) else tuple(int(n) for n in crop_size)
-        )
-        if len(self.crop_size) != 2 or min(self.crop_size) < 1:
-            raise ValueError(
-                f"RandomRotateFit: crop_size is {crop_size}, but height and width above 0 are needed."
-            )
+        self.crop_size = height_and_width(crop_size, "RandomRotateFit: crop_size")
         for key, value, most in (
             ("scale_std", scale_std, 0.99),
             ("angle_std", angle_std, 180.0),

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from detectron2.data.transforms import Augmentation, Transform
 
-from ccnet_d2.data.transforms.resize import nearest_index, scaled_size
+from ccnet_d2.data.transforms.resize import height_and_width, nearest_index, scaled_size
 
 __all__ = ["RandomScaleCrop", "ScaleCropTransform"]
 
@@ -181,13 +181,7 @@ class RandomScaleCrop(Augmentation):
             raise ValueError(
                 "RandomScaleCrop: short_side_choices and base_size both set the scale; give one."
             )
-        self.crop_size = (
-            (crop_size, crop_size) if isinstance(crop_size, int) else tuple(int(n) for n in crop_size)
-        )
-        if len(self.crop_size) != 2 or min(self.crop_size) < 1:
-            raise ValueError(
-                f"RandomScaleCrop: crop_size is {crop_size}, but height and width above 0 are needed."
-            )
+        self.crop_size = height_and_width(crop_size, "RandomScaleCrop: crop_size")
         self.scale_range = None if scale_range is None else tuple(scale_range)
         if self.scale_range is not None and (
             len(self.scale_range) != 2 or not 0 < scale_range[0] <= scale_range[1]

@@ -105,6 +105,7 @@ def test_as_an_augmentation_of_image_and_labels():
     [
         ({"crop_size": 0}, "crop_size is 0"),
         ({"crop_size": [1, 2, 3]}, "crop_size is"),
+        ({"crop_size": [9, 9.5]}, "crop_size is .* whole pixels"),
         ({"crop_size": 9, "scale_std": 1.0}, "scale_std is 1.0, outside 0 to 0.99"),
         ({"crop_size": 9, "angle_probability": 2}, "angle_probability is 2, outside 0 to 1"),
         ({"crop_size": 9, "angle_std": -1}, "angle_std is -1"),

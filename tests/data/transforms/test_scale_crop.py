@@ -205,6 +205,8 @@ def test_wide_labels_are_limited_too() -> None:
     [
         ({"crop_size": 0}, "crop_size"),
         ({"crop_size": (3, 4, 5)}, "crop_size"),
+        ({"crop_size": (512.5, 512)}, "crop_size is .* whole pixels"),
+        ({"crop_size": 512.5}, "crop_size is .* whole pixels"),
         ({"crop_size": 8, "scale_range": (2.0, 0.5)}, "scale_range"),
         ({"crop_size": 8, "scale_range": (0.5, 2.0), "scale_choices": (1.0,)}, "only one of them"),
         ({"crop_size": 8, "scale_choices": ()}, "scale_choices"),
