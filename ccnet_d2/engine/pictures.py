@@ -28,7 +28,7 @@ class PredictionPictures(HookBase):
     def __init__(self, cfg: DictConfig, model: nn.Module) -> None:
         """
         Args:
-            cfg: the run; the first `train.num_pictures` images of `dataloader.test` are drawn after each evaluation.
+            cfg: the run; `train.num_pictures` images of `dataloader.test` are drawn after each evaluation.
             model: the model without its distributed wrapper.
         """
         self._cfg = cfg
@@ -45,23 +45,34 @@ class PredictionPictures(HookBase):
 
 @torch.no_grad()
 def draw_predictions(cfg: DictConfig, model: nn.Module, path: Path) -> None:
-    """Write one picture of predictions on the first `train.num_pictures` images of `dataloader.test`, in the test mode
-    and under the autocast setting that the run is evaluated in: label maps, or instances where the test set has no
-    label maps."""
+    """Write one picture of predictions on `train.num_pictures` images of `dataloader.test`, in the test mode and under
+    the autocast setting that the run is evaluated in: label maps, or instances where the test set has no label maps.
+
+    The images are spread evenly over the set, of which neighbours may be frames of one video, and all have label maps
+    if any has.
+    """
     test = cfg.dataloader.test
     name = test.dataset.names if isinstance(test.dataset.names, str) else test.dataset.names[0]
-    records = DatasetCatalog.get(name)[: cfg.train.num_pictures]
+    found = DatasetCatalog.get(name)
+    labelled = [record for record in found if record.get("sem_seg_file_name") is not None]
+    records = _spread(labelled or found, cfg.train.num_pictures)
     mapper = instantiate(test.mapper)
     inputs = [mapper(dict(record)) for record in records]
     was_training = model.training
     model.eval()
     with configured_autocast(cfg):
-        if "sem_seg_file_name" in records[0]:
+        if labelled:
             mode = (configured_mode(cfg) or WholeImage()).bind(model, test.dataset.names)
             _draw_label_maps(mode, inputs, records, MetadataCatalog.get(name), path)
         else:
             draw_instances(model, inputs, records, MetadataCatalog.get(name), path)
     model.train(was_training)
+
+
+def _spread(records: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """`count` of the records, or all if there are fewer, at even distances; the first is one of them."""
+    count = min(count, len(records))
+    return [records[i * len(records) // count] for i in range(count)]
 
 
 def _draw_label_maps(

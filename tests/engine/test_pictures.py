@@ -1,9 +1,12 @@
 """Pictures of predictions during training."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog
 from PIL import Image
 
 from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
@@ -59,3 +62,36 @@ def test_predictions_are_the_models(run, tmp_path, monkeypatch):
         with torch.no_grad():
             logits = model([{"image": torch.from_numpy(image).permute(2, 0, 1)}])[0]["sem_seg"]
         np.testing.assert_array_equal(prediction, logits.argmax(0).numpy())
+
+
+@pytest.mark.parametrize(
+    ("count", "labelled", "expected"),
+    [
+        (3, range(10), [0, 3, 6]),
+        (4, range(10), [0, 2, 5, 7]),
+        (1, range(10), [0]),
+        (20, range(10), range(10)),
+        (2, [2, 5, 8, 9], [2, 8]),  # a video of which some frames have label maps
+    ],
+)
+def test_pictures_are_spread_over_the_images_with_label_maps(
+    run, tmp_path, monkeypatch, count, labelled, expected
+):
+    cfg = run(f"train.num_pictures={count}")
+    name = cfg.dataloader.test.dataset.names
+    whole = DatasetCatalog.get(name)[0]
+    frames = []
+    for index in range(10):
+        frame = whole | {"file_name": str(tmp_path / f"frame{index}.png")}
+        shutil.copy(whole["file_name"], frame["file_name"])
+        if index not in labelled:
+            del frame["sem_seg_file_name"]
+        frames.append(frame)
+    monkeypatch.setattr(DatasetCatalog, "get", lambda _: frames)
+    titles = []
+    monkeypatch.setattr(
+        "ccnet_d2.engine.pictures.save_prediction_grid",
+        lambda *args, row_titles, **kwargs: titles.extend(row_titles),
+    )
+    draw_predictions(cfg, instantiate(cfg.model), tmp_path / "one.png")
+    assert titles == [f"frame{index}" for index in expected]
