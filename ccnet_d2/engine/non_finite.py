@@ -189,6 +189,8 @@ def load_step(path: str | Path) -> StoredStep:
     Raises:
         CheckpointError: it is no such file, or damaged.
     """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path} does not exist: name a file of {FOLDER}/ in an output directory.")
     data = load_file(path)
     if not isinstance(data, dict) or data.get("format") != _FORMAT or "batch" not in data:
         raise CheckpointError(f"{path} is not a file of {FOLDER}/ in an output directory.")

@@ -75,5 +75,5 @@ def get_config(name: str, trained: bool = False) -> DictConfig:
     if missing:
         raise UserError(f"{path} is not a run: it defines no {' and no '.join(missing)}.")
     if trained:
-        config.train.init_checkpoint = f"ccnet://{published(name).name}"
+        config.train.init_checkpoint = f"ccnet://{published(name, is_run=True).name}"
     return config

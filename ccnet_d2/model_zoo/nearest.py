@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """ "did you mean …?" with the nearest names, or `otherwise` where none is near."""
-    near = difflib.get_close_matches(name.removeprefix("configs/"), list(known), n=3, cutoff=0.5)
+    """ "did you mean …?" with names that begin like it or else the nearest ones, or `otherwise` where none is near."""
+    name = name.removeprefix("configs/")
+    near = [one for one in known if one.startswith(name)][:3]
+    near = near or difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else otherwise

@@ -149,16 +149,22 @@ PUBLISHED: dict[str, Published] = _table()
 """By name."""
 
 
-def published(name: str) -> Published:
+def published(name: str, *, is_run: bool = False) -> Published:
     """The published weights of a name, which may end in ".py" as a run's does.
 
+    Args:
+        name: of weights.
+        is_run: that there is a run of that name is known.
+
     Raises:
-        UserError: there are none of that name; the message names the nearest ones.
+        UserError: there are none of that name; the message names the nearest ones, unless it is that of a run.
     """
     entry = PUBLISHED.get(name.removesuffix(".py").removeprefix("configs/"))
     if entry is None:
-        raise UserError(
-            f"There are no published weights for {name!r}: "
-            + nearest(name, PUBLISHED, "`python -m ccnet_d2.model_zoo` lists all.")
-        )
+        lists = "`python -m ccnet_d2.model_zoo` lists all."
+        if is_run:
+            raise UserError(
+                f"There are no published weights for {name!r}, a run that has to be trained first: {lists}"
+            )
+        raise UserError(f"There are no published weights for {name!r}: {nearest(name, PUBLISHED, lists)}")
     return entry

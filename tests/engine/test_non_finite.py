@@ -281,3 +281,5 @@ def test_other_files_are_no_steps(tmp_path):
     torch.save({"model": {}}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="is not a file of non_finite/"):
         load_step(tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"^\S*missing.pth does not exist: name a file of non_finite/"):
+        load_step(tmp_path / "missing.pth")

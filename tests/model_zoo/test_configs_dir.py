@@ -27,6 +27,13 @@ def test_unknown_name():
         get_config("toy/ccnet_sintetic")
 
 
+def test_a_name_s_beginning_names_those_that_begin_so():
+    with pytest.raises(
+        UserError, match=r"did you mean lip/ce2p_R_101_\S+ or lip/ce2p_ccl_R_101_\S+ or lip/ce2p_ccl_"
+    ):
+        get_config("lip/ce2p")
+
+
 def test_a_yacs_config_is_told_where_it_works():
     with pytest.raises(UserError, match=r"not a LazyConfig.*train_net\.py.*DefaultPredictor"):
         get_config("yacs/toy/ccnet_synthetic.yaml")

@@ -255,6 +255,11 @@ def test_weights_of_another_network(entry, monkeypatch):
 def test_names(entry):
     with pytest.raises(UserError, match=r"no published weights for 'toy/ccnet_synthetic\.py'"):
         model_zoo.get("toy/ccnet_synthetic.py", trained=True)
+    # Nor is another data set's model meant.
+    with pytest.raises(
+        UserError, match=r"weights for 'camvid/ccnet_R_18_D8_half', a run that has to be trained"
+    ):
+        model_zoo.get("camvid/ccnet_R_18_D8_half", trained=True)
     with pytest.raises(UserError, match=r"did you mean .*imagenet/resnet50_v1c"):
         weights_file("imagenet/resnet50_v1")
     trained = model_zoo.list(trained=True)
