@@ -246,9 +246,19 @@ def test_links_and_pictures_lead_somewhere():
     for document in DOCUMENTS:
         text = (ROOT / document).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
-            path = target.partition("#")[0]
-            if not target.startswith(("https://", "http://", "#")):
-                assert ((ROOT / document).parent / path).exists(), f"{document}: {target}"
+            if target.startswith(("https://", "http://")):
+                continue
+            path, _, anchor = target.partition("#")
+            file = (ROOT / document).parent / path if path else ROOT / document
+            assert file.exists(), f"{document}: {target}"
+            assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), f"{document}: {target}"
+
+
+def anchors(text: str) -> set[str]:
+    """Those that GitHub gives a document's headings."""
+    outside = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ +(.+?) *$", outside, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_report_shown_is_the_one_printed(tmp_path):
@@ -373,3 +383,9 @@ def test_api_reference(tmp_path):
         assert ":paper:" not in page, f"{name}: a title of a paper as it stands in the source"
         for exported in module.__all__:
             assert f'id="{exported}"' in page or f"{exported}.html" in page, f"{name}: {exported}"
+    pages = {path: path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
+    for path, page in pages.items():
+        for target in re.findall(r'<a [^>]*href="([^":$]+)"', page):
+            file, _, anchor = target.partition("#")
+            found = pages[(path.parent / file).resolve() if file else path]
+            assert not anchor or f'id="{anchor}"' in found, f"{path.name}: {target}"

@@ -56,9 +56,17 @@ def build(output: Path) -> list[Path]:
     pages = sorted(output.rglob("*.html"))
     for page in pages:
         # Detectron2's role for the titles of papers, which pdoc does not know.
-        text = page.read_text(encoding="utf-8")
-        page.write_text(re.sub(r":paper:<code>(.*?)</code>", r"<cite>\1</cite>", text), encoding="utf-8")
+        text = re.sub(r":paper:<code>(.*?)</code>", r"<cite>\1</cite>", page.read_text(encoding="utf-8"))
+        page.write_text(_without_dead_links(text), encoding="utf-8")
     return pages
+
+
+def _without_dead_links(page: str) -> str:
+    """pdoc links every name of a class, also those that it gives no entry, such as inherited ones without a text."""
+    entries = set(re.findall(r' id="([^"]+)"', page))
+    return re.sub(
+        r'<a href="#([^"]+)">(.*?)</a>', lambda link: link[0] if link[1] in entries else link[2], page
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
