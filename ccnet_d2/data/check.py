@@ -65,14 +65,16 @@ def _count_values(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read(sample: dict[str, Any], with_images: bool) -> _Sample:
-    path = sample["sem_seg_file_name"]
-    found = _Sample(path, np.zeros(0, np.int64), np.zeros(0, np.int64), [])
+    path = sample.get("sem_seg_file_name")
+    found = _Sample(path or sample["file_name"], np.zeros(0, np.int64), np.zeros(0, np.int64), [])
     image = label = None
     if with_images:
         try:
             image = read_image(sample["file_name"])
         except SampleError as error:
             found.problems.append(str(error))
+    if path is None:
+        return found
     try:
         label = read_label(path)
     except SampleError as error:
@@ -146,6 +148,8 @@ def check_dataset(
 ) -> DatasetReport:
     """Read every label map, and every image, of a registered data set.
 
+    Samples without a label map, such as most frames of a video, are noted.
+
     Args:
         name: registered name.
         with_images: whether to decode the images too and compare sizes.
@@ -159,10 +163,11 @@ def check_dataset(
         DatasetError: the data set is unknown or cannot be listed, as when a folder or label map is missing.
     """
     classes, ignore_label = classes_of(name)
-    samples = get_sem_seg_dataset_dicts(name)
+    samples = get_sem_seg_dataset_dicts(name, labelled=False)
+    labelled = [sample for sample in samples if sample.get("sem_seg_file_name") is not None]
     report = DatasetReport(name, classes, ignore_label, samples=len(samples))
     if not is_registered_here(name):
-        report.problems.extend(_pairing_problems(name, samples))
+        report.problems.extend(_pairing_problems(name, labelled))
 
     report.pixels = np.zeros(len(classes), np.int64)
     report.images = np.zeros(len(classes), np.int64)
@@ -184,7 +189,12 @@ def check_dataset(
             if progress is not None:
                 progress(done, len(samples))
     _judge_values(report, seen)
-    if len(all_void) == len(samples):
+    if len(labelled) < len(samples):
+        bare = [sample["file_name"] for sample in samples if sample.get("sem_seg_file_name") is None]
+        report.notes.append(
+            f"{len(bare)} of {len(samples)} samples have no label map, such as '{bare[0]}': for runs on clips only."
+        )
+    if len(all_void) == len(labelled):
         report.problems.append(
             f"Every label map is void throughout: no pixel is of a class, all are {ignore_label}."
         )

@@ -40,12 +40,20 @@ class CheckedSemSegEvaluator(DatasetEvaluator):
             distributed: add up what all processes counted. The results are then the main process's.
 
         Raises:
-            DatasetError: the data set is unknown or cannot be listed.
+            DatasetError: the data set is unknown or cannot be listed, or two of them have one image with different
+                label maps.
         """
         self.classes, ignore_label = classes_of(dataset_name)
         self._label_map = LabelMap(len(self.classes), ignore_label)
         records = get_sem_seg_dataset_dicts(dataset_name, labelled=self._all_labelled)
-        self._label_files = {record["file_name"]: record.get("sem_seg_file_name") for record in records}
+        self._label_files: dict[str, str | None] = {}
+        for record in records:
+            image, label = record["file_name"], record.get("sem_seg_file_name")
+            if self._label_files.setdefault(image, label) != label:
+                raise DatasetError(
+                    f"Data sets {', '.join(map(repr, dataset_name))} have '{image}' with different label maps: "
+                    "evaluate on one after the other."
+                )
         self._distributed = distributed
         self.reset()
 

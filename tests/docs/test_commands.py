@@ -261,6 +261,15 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+def test_the_table_of_the_sources_is_whole():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.partition("## Where things are")[2].partition("\n\nImports")[0]
+    package = ROOT / "ccnet_d2"
+    for path in package.iterdir():
+        if path.name != "__init__.py" and (path.suffix == ".py" or (path / "__init__.py").is_file()):
+            assert re.search(rf"[`{{,/]{re.escape(path.name)}[`}},]", table), path.name
+
+
 def test_report_shown_is_the_one_printed(tmp_path):
     """The example of docs/convert.md, word by word."""
     from ccnet_d2.checkpoint.convert import convert_weights

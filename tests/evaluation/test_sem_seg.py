@@ -84,6 +84,26 @@ def test_several_data_sets_of_the_same_classes(register):
 
 
 # 4 + 1 classes: Detectron2's evaluator takes 5 for class 0 of the answer's next class.
+def test_one_image_with_the_label_maps_of_two_sets_is_refused(register, tmp_path):
+    """Both of its answers were held against the second."""
+    register(drawn(0), name="first")
+    register(drawn(1), name="second")
+    assert CheckedSemSegEvaluator(["first", "first"]).classes == CLASSES
+    both = "checked_evaluator_both"
+    register_sem_seg_folder(
+        both, tmp_path / "first/images", tmp_path / "second/labels", CLASSES, ignore_label=VOID
+    )
+    try:
+        with pytest.raises(
+            DatasetError, match=rf"^Data sets 'first', '{both}' have '\S+0.png' with different"
+        ):
+            CheckedSemSegEvaluator(["first", both])
+    finally:
+        DatasetCatalog.pop(both)
+        MetadataCatalog.pop(both, None)
+        folder._REGISTERED_HERE.discard(both)
+
+
 @pytest.mark.parametrize("value", [4, 5, 255])
 def test_a_value_that_is_neither_class_nor_void(register, value):
     label = drawn(0)

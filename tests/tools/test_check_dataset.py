@@ -179,6 +179,31 @@ def test_maps_of_nothing_but_void_are_a_problem(sets: Path) -> None:
     assert not report.notes
 
 
+def test_a_video_of_which_some_frames_have_label_maps(
+    script: ModuleType, sets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What runs on clips train on."""
+    name = "checked_video"
+    frames = DatasetCatalog.get("checked_train")
+    bare = {"file_name": str(sets / "bare.png")}
+    cv2.imwrite(bare["file_name"], np.zeros((8, 10, 3), np.uint8))
+    DatasetCatalog.register(name, lambda: [frames[0], bare, *frames[1:]])
+    MetadataCatalog.get(name).set(stuff_classes=["sky", "road", "car"], ignore_label=255)
+    try:
+        assert script.main([name]) == 0
+        out = capsys.readouterr().out
+        assert (
+            f"note: 1 of 4 samples have no label map, such as '{bare['file_name']}': for runs on clips" in out
+        )
+        assert check_dataset(name).pixels.tolist() == check_dataset("checked_train").pixels.tolist()
+        (sets / "bare.png").write_bytes(b"")
+        (problem,) = check_dataset(name).problems
+        assert "bare.png' is an empty file" in problem
+    finally:
+        DatasetCatalog.pop(name)
+        MetadataCatalog.pop(name)
+
+
 def test_labels_only_does_not_read_images(script: ModuleType, sets: Path) -> None:
     _break(sets / "train", "truncated")
     assert script.main([*NAMES, "--labels-only"]) == 0

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 
 from detectron2.config import LazyConfig
 from omegaconf import OmegaConf
@@ -63,21 +64,23 @@ def names_in_config(path: str) -> tuple[list[str], list[str]]:
 
     Of a yacs config, those of ``DATASETS``.
     """
-    names: dict[str, list[str]] = {}
-    is_yacs = path.endswith((".yaml", ".yml"))
-    cfg = load_config(path) if is_yacs else LazyConfig.load(str(config_path(path)))
-    for split in ("train", "test"):
-        found = (
-            cfg.DATASETS[split.upper()]
-            if is_yacs
-            else OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")
+    if path.endswith((".yaml", ".yml")):
+        key = "DATASETS.TRAIN"
+        node = load_config(path).DATASETS
+        train, test = _listed(node.TRAIN), _listed(node.TEST)
+    else:
+        key = "dataloader.train.dataset.names"
+        cfg = LazyConfig.load(str(config_path(path)))
+        train, test = (
+            _listed(OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")) for split in ("train", "test")
         )
-        names[split] = [found] if isinstance(found, str) else list(dict.fromkeys(found or []))
-    train, test = names["train"], [name for name in names["test"] if name not in names["train"]]
     if not train and not test:
-        key = "DATASETS.TRAIN" if is_yacs else "dataloader.train.dataset.names"
         raise DatasetError(f"The config file '{path}' has no {key}.")
-    return train, test
+    return train, [name for name in test if name not in train]
+
+
+def _listed(names: str | Sequence[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(dict.fromkeys(names or []))
 
 
 def run_check(name: str, args: argparse.Namespace) -> DatasetReport:
