@@ -105,9 +105,16 @@ class Trainer(SimpleTrainer):
 
         Raises:
             NonFiniteError: one is not finite and no other batch may be tried.
+            UserError: the loader has no more batches.
         """
         start = time.perf_counter()
-        data = next(self._data_loader_iter)
+        try:
+            data = next(self._data_loader_iter)
+        except StopIteration as end:
+            raise UserError(
+                f"dataloader.train has no batch for iteration {self.iter}: it, or its sampler, has to go on without "
+                "end, as Detectron2's TrainingSampler and RepeatFactorTrainingSampler do."
+            ) from end
         data_time = time.perf_counter() - start
         random = self._capture_random()
         self.guard.remember_buffers(self.model)

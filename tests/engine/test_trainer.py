@@ -7,7 +7,9 @@ import torch
 from detectron2.solver import LRMultiplier
 from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 from torch import nn
+from torch.utils.data import RandomSampler
 
+from ccnet_d2.data.train_loader import TrainLoader
 from ccnet_d2.engine import Trainer
 from ccnet_d2.errors import UserError
 
@@ -17,6 +19,15 @@ def trainer(make=torch.optim.SGD, amp_dtype=None, **settings):
     model = nn.Linear(1, 1, bias=False)
     optimizer = make(model.parameters(), **{"lr": 0.1, **settings})
     return Trainer(model, [[]], optimizer, amp_dtype=amp_dtype)
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, batch):
+        return {"loss": self.weight * sum(one["x"] for one in batch)}
 
 
 def state(**arguments):
@@ -65,3 +76,21 @@ def test_fp16_from_here_on():
     resumed.grad_scaler.update(8.0)
     again.load_state_dict(resumed.state_dict())
     assert again.grad_scaler.get_scale() == 8.0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_that_ends_says_so(workers):
+    """As with a sampler of torch's own, which gives each sample once."""
+    samples = [{"x": torch.ones(1)}] * 4
+    loader = TrainLoader(
+        samples,
+        mapper=None,
+        total_batch_size=2,
+        make_sampler=lambda: RandomSampler(samples),
+        aspect_ratio_grouping=False,
+        num_workers=workers,
+        seed=0,
+    )
+    finite = Trainer(Sum(), loader, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
+    with pytest.raises(UserError, match=r"^dataloader.train has no batch for iteration 2: .* without end"):
+        finite.train(0, 5)
