@@ -138,7 +138,8 @@ def add_input_gradient(total: Tensor, grad: Tensor, weight: Tensor) -> None:
 def _rows(x: Tensor) -> Tensor:
     """Positions as rows, a view where x has no gaps: (B * N, C) where one matrix can be it, else (B, N, C)."""
     last = x.movedim(1, -1)
-    if x.shape[0] == 1:
+    # A traced graph is to take any batch.
+    if x.shape[0] == 1 and not is_traced():
         return x.flatten(2).squeeze(0).t()
     if last.is_contiguous():
         return last.reshape(-1, x.shape[1])

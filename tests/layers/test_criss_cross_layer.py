@@ -197,11 +197,13 @@ def test_recompute_refuses_hooks_of_the_projection():
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("recorded", [False, True])
-def test_a_trace_is_saved_and_trained(recorded, recompute, tmp_path):
-    layer, x = with_gamma(RCCA(16, recompute=recompute)), torch.randn(2, 16, 5, 6)
+@pytest.mark.parametrize(("batch", "other_batch"), [(2, 1), (1, 3)])
+def test_a_trace_is_saved_and_trained(batch, other_batch, recorded, recompute, tmp_path):
+    """With another batch of another size than it was made with."""
+    layer, x = with_gamma(RCCA(16, recompute=recompute)), torch.randn(batch, 16, 5, 6)
     with torch.set_grad_enabled(recorded):
         torch.jit.trace(layer, x).save(tmp_path / "layer.pt")
-    traced, other = torch.jit.load(tmp_path / "layer.pt"), torch.randn(1, 16, 8, 3)
+    traced, other = torch.jit.load(tmp_path / "layer.pt"), torch.randn(other_batch, 16, 8, 3)
     torch.testing.assert_close(traced(other), layer(other))
     traced(other).square().sum().backward()
     layer(other).square().sum().backward()
