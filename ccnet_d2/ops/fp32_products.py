@@ -21,7 +21,7 @@ from torch import Tensor, library
 
 from . import compiled
 from .autocast import autocasts
-from .layout import is_channels_last, is_dense
+from .layout import channel_sums, is_channels_last, is_dense
 from .transforms import is_traced, is_transformed
 
 # By instruction set: with fewer or more, PyTorch's products are as fast.
@@ -144,7 +144,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (
         input_gradient(grad, weight, None, channels_last=is_channels_last(x)) if need_x else None,
         weight_gradient(grad, x) if need_weight else None,
-        grad.flatten(2).sum((0, 2)) if need_bias else None,
+        channel_sums(grad) if need_bias else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""How (B, C, *S) maps lie in memory, NCHW or channels-last, and copies between the two."""
+"""How (B, C, *S) maps lie in memory, NCHW or channels-last, copies between the two, and sums that take both."""
 
 import torch
 from torch import Tensor, library
@@ -19,6 +19,11 @@ def is_dense(x: Tensor) -> bool:
 def to_channels_last(x: Tensor) -> Tensor:
     """(B, C, *S) itself where it is channels-last without gaps, else a copy that is; differentiable."""
     return x if is_channels_last(x) else compiled.channels_last_copy(x)
+
+
+def channel_sums(x: Tensor) -> Tensor:
+    """Over images and positions, as a bias's gradient is: (B, C, *S) -> (C,); nothing is copied if x has no gaps."""
+    return x.flatten(2).sum((0, 2))
 
 
 def on_huge_pages(x: Tensor) -> Tensor:

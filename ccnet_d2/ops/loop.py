@@ -16,11 +16,10 @@ from torch import Tensor
 from . import compiled, fp32_products, packed
 from .autocast import autocast_disabled, autocasts, compute_dtype
 from .backends import automatic_backend_on
-from .layout import is_channels_last, is_dense, on_huge_pages, to_channels_last
+from .layout import channel_sums, is_channels_last, is_dense, on_huge_pages, to_channels_last
 from .projection import (
     add_input_gradient,
     better_in_fp32,
-    bias_gradient,
     input_gradient,
     project,
     weight_gradient,
@@ -175,7 +174,7 @@ def projection_gradients(
     if need_weight:
         grad_weight = weight_gradient(grads, x.to(grads.dtype)).to(weight.dtype)
     if need_bias:
-        grad_bias = bias_gradient(grads).to(bias_dtype)
+        grad_bias = channel_sums(grads).to(bias_dtype)
     if need_x:
         grad_x = _input_gradient(grad, grads, weight.to(grads.dtype), x)
     return grad_x, grad_weight, grad_bias

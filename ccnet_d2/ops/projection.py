@@ -101,11 +101,6 @@ def _product_in_runs(rows: Tensor, grad_rows: Tensor) -> Tensor:
     return total.addmm_(rows[whole:].t(), grad_rows[whole:]) if whole < len(rows) else total
 
 
-def bias_gradient(grad: Tensor) -> Tensor:
-    """Of the bias: (B, O, *S) channels-last -> (O,)."""
-    return _rows(grad).sum(0)
-
-
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """Of the input: (B, O, *S) channels-last and (O, C) -> (B, C, *S) channels-last."""
     if better_in_fp32(grad):
