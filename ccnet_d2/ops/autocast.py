@@ -5,12 +5,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+_WITH_AUTOCAST = ("cpu", "cuda")  # in any torch; asking it ends a graph of torch.compile's up to 2.10
+
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast would choose the dtype of a matrix product with x."""
     device = x.device.type
     castable = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return castable and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return castable and _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -28,7 +30,11 @@ def refuse_mixed_dtypes(x: Tensor, weight: Tensor) -> None:
 
 def autocast_disabled(device: torch.device) -> AbstractContextManager[None]:
     """A context in which operations on `device` run in the dtypes of their inputs, inside autocast too."""
-    if not torch.amp.is_autocast_available(device.type):  # such as meta, on which costs are counted
+    if not _has_autocast(device.type):  # such as meta, on which costs are counted
         return nullcontext()
     disabled: AbstractContextManager[None] = torch.autocast(device.type, enabled=False)
     return disabled
+
+
+def _has_autocast(device: str) -> bool:
+    return device in _WITH_AUTOCAST or torch.amp.is_autocast_available(device)

@@ -223,6 +223,15 @@ def test_compile_is_one_graph_with_gradients(loop):
 
 
 @pytest.mark.parametrize("loop", COMPILED)
+def test_compile_asks_torch_nothing_that_ends_a_graph_of_torch_2_10(loop, monkeypatch):
+    outside = torch._dynamo.disable(torch.amp.is_autocast_available)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", outside)
+    inputs = draw(6, 5, dtype=torch.float32)
+    out = torch.compile(loop, fullgraph=True, backend="eager")(*inputs)
+    torch.testing.assert_close(out, loop(*inputs))
+
+
+@pytest.mark.parametrize("loop", COMPILED)
 @pytest.mark.parametrize("train", [False, True])
 def test_export_takes_other_image_sizes(loop, train):
     class Module(torch.nn.Module):
