@@ -95,14 +95,19 @@ class CCNetHead(ContextBlock):
             loss_weight: factor of all losses of this head, for models that have others beside it.
 
         Raises:
-            ValueError: a feature, context, loss or activation name is unknown, or `category_consistent` is asked for
-                with a standalone context module.
+            ValueError: a feature, context, loss or activation name is unknown, the auxiliary classifier has no
+                channels, or `category_consistent` is asked for with a standalone context module.
         """
         for feature in (in_feature, aux_feature):
             if feature is not None and feature not in input_shape:
                 raise ValueError(f"Feature {feature!r} is not among the backbone's {sorted(input_shape)}.")
-        if isinstance(loss, str) and loss not in LOSSES:
+        if not callable(loss) and loss not in LOSSES:
             raise ValueError(f"loss={loss!r} is not one of {sorted(LOSSES)}.")
+        if aux_feature is not None and aux_channels < 1:
+            raise ValueError(
+                f"aux_channels={aux_channels} are too few: aux_feature=null (AUX_FEATURE '') leaves the auxiliary "
+                "classifier out."
+            )
         super().__init__(
             input_shape[in_feature].channels,
             channels,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ccnet_d2.layers import RegionAttention
 from ccnet_d2.layers.norm_act import ACTIVATIONS, ConvNormAct, NormLike
 from ccnet_d2.layers.precision import at_least_float32
+from ccnet_d2.layers.region_construction import VARIANTS
 from ccnet_d2.losses import BoundaryLoss, CrossEntropy
 from ccnet_d2.losses.resize import upsample
 
@@ -120,6 +121,8 @@ class RANetHead(nn.Module):
                 raise ValueError(f"Feature {feature!r} is not among the backbone's {sorted(input_shape)}.")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r} is not one of {sorted(ACTIVATIONS)}.")
+        if variant not in VARIANTS:
+            raise ValueError(f"variant={variant!r} is not one of {', '.join(map(repr, VARIANTS))}.")
         if output not in OUTPUTS:
             raise ValueError(f"output={output!r} is not one of {', '.join(map(repr, OUTPUTS))}.")
         self.in_feature = in_feature

@@ -194,6 +194,12 @@ class RandomScaleCrop(Augmentation):
         for choices in (self.scale_choices, self.short_side_choices):
             if choices is not None and (not choices or min(choices) <= 0):
                 raise ValueError(f"RandomScaleCrop: {chosen[0]} is {choices}, but values above 0 are needed.")
+        if base_size is not None and (
+            isinstance(base_size, int) or len(base_size) != 2 or min(base_size) <= 0
+        ):
+            raise ValueError(
+                f"RandomScaleCrop: base_size is {base_size}, but longer and shorter side above 0 are needed."
+            )
         self.base_size = None if base_size is None else tuple(base_size)
         if category_max_ratio is not None and not 0 < category_max_ratio <= 1:
             raise ValueError(f"RandomScaleCrop: category_max_ratio is {category_max_ratio}, outside (0, 1].")
