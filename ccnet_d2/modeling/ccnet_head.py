@@ -10,6 +10,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
+from ccnet_d2.choices import check_choice
 from ccnet_d2.layers.norm_act import NormLike
 from ccnet_d2.losses import CategoryConsistentLoss, CrossEntropy, OHEMCrossEntropy, SegmentationLoss
 from ccnet_d2.losses.resize import upsample
@@ -101,8 +102,8 @@ class CCNetHead(ContextBlock):
         for feature in (in_feature, aux_feature):
             if feature is not None and feature not in input_shape:
                 raise ValueError(f"Feature {feature!r} is not among the backbone's {sorted(input_shape)}.")
-        if isinstance(loss, str) and loss not in LOSSES:
-            raise ValueError(f"loss={loss!r} is not one of {sorted(LOSSES)}.")
+        if isinstance(loss, str):
+            check_choice("loss", loss, LOSSES)
         super().__init__(
             input_shape[in_feature].channels,
             channels,

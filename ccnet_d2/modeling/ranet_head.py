@@ -12,6 +12,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
+from ccnet_d2.choices import check_choice
 from ccnet_d2.layers import RegionAttention
 from ccnet_d2.layers.norm_act import ACTIVATIONS, ConvNormAct, NormLike
 from ccnet_d2.layers.precision import at_least_float32
@@ -118,10 +119,8 @@ class RANetHead(nn.Module):
         for feature in (in_feature, coarse_feature if from_earlier else None):
             if feature is not None and feature not in input_shape:
                 raise ValueError(f"Feature {feature!r} is not among the backbone's {sorted(input_shape)}.")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r} is not one of {sorted(ACTIVATIONS)}.")
-        if output not in OUTPUTS:
-            raise ValueError(f"output={output!r} is not one of {', '.join(map(repr, OUTPUTS))}.")
+        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("output", output, OUTPUTS)
         self.in_feature = in_feature
         self.coarse_feature = coarse_feature if from_earlier else None
         self.stride = input_shape[in_feature].stride
