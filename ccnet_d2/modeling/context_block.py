@@ -67,11 +67,6 @@ def named_context(
     )
 
 
-def weighted(losses: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
-    """A head's losses, each times the weight that the head has beside others, as in PanopticFPN."""
-    return {name: weight * loss for name, loss in losses.items()}
-
-
 class ContextBlock(nn.Module):
     """The CCNet head without its classifier: `conva`, context module, `convb`, fused with the input.
 

@@ -17,10 +17,10 @@ from ccnet_d2.layers import RegionAttention
 from ccnet_d2.layers.norm_act import ACTIVATIONS, ConvNormAct, NormLike
 from ccnet_d2.layers.precision import at_least_float32
 from ccnet_d2.losses import BoundaryLoss, CrossEntropy
-from ccnet_d2.losses.resize import upsample
 
 from .config import head_arguments
-from .context_block import named_context, weighted
+from .context_block import named_context
+from .head_ends import check_features, enlarged, weighted
 from .norm import head_norm
 
 OUTPUTS = ("fine", "coarse")
@@ -115,14 +115,12 @@ class RANetHead(nn.Module):
             ValueError: a feature, context, activation, variant or output is unknown.
         """
         super().__init__()
-        from_earlier = variant == "code" and coarse_feature is not None
-        for feature in (in_feature, coarse_feature if from_earlier else None):
-            if feature is not None and feature not in input_shape:
-                raise ValueError(f"Feature {feature!r} is not among the backbone's {sorted(input_shape)}.")
+        coarse_feature = coarse_feature if variant == "code" else None
+        check_features(input_shape, [in_feature] if coarse_feature is None else [in_feature, coarse_feature])
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("output", output, OUTPUTS)
         self.in_feature = in_feature
-        self.coarse_feature = coarse_feature if from_earlier else None
+        self.coarse_feature = coarse_feature
         self.stride = input_shape[in_feature].stride
         self.num_classes = num_classes
         self.align_corners = align_corners
@@ -137,9 +135,9 @@ class RANetHead(nn.Module):
 
         self.reduce = convolution(input_shape[in_feature].channels)
         self.coarse_reduce = None
-        if self.coarse_feature is not None:
+        if coarse_feature is not None:
             self.coarse_reduce = nn.Sequential(
-                convolution(input_shape[self.coarse_feature].channels), nn.Dropout2d(dropout)
+                convolution(input_shape[coarse_feature].channels), nn.Dropout2d(dropout)
             )
         self.semantic = nn.Conv2d(channels, num_classes, kernel_size=1)
         self.with_regions = context == REGION
@@ -248,10 +246,8 @@ class RANetHead(nn.Module):
         fused: Tensor = self.fuse(torch.cat([x, context], dim=1))
         return fused
 
-    def _enlarged(self, logits: Tensor, size: tuple[int, int] | None) -> Tensor:
-        if size is None:
-            size = (logits.shape[-2] * self.stride, logits.shape[-1] * self.stride)
-        return upsample(logits.float(), size, self.align_corners)
+    def _enlarged(self, logits: Tensor, image_size: tuple[int, int] | None) -> Tensor:
+        return enlarged(logits, image_size, stride=self.stride, align_corners=self.align_corners)
 
 
 def _boundary_classifier(channels: int) -> nn.Conv2d:
