@@ -15,7 +15,7 @@ from ccnet_d2.data.errors import SampleError
 from ccnet_d2.data.image_files import read_label
 from ccnet_d2.errors import UserError
 
-from .attention import draw_attention
+from .attention_pictures import draw_attention
 from .drawing import readable, stack, text_line
 from .images import find_images, write_image
 from .predictor import Predictor
