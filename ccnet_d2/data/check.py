@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from ccnet_d2.data.catalog import classes_of, get_sem_seg_dataset_dicts
 from ccnet_d2.data.datasets.folder import is_registered_here, list_pairs
 from ccnet_d2.data.errors import DatasetError, SampleError
 from ccnet_d2.data.image_files import read_image, read_label
+from ccnet_d2.wording import listed
 
 __all__ = ["DatasetReport", "check_coverage", "check_dataset", "format_report"]
 
@@ -89,11 +90,6 @@ def _read(sample: dict[str, Any], with_images: bool) -> _Sample:
     return found
 
 
-def _values_sentence(values: Iterable[int]) -> str:
-    listed = [str(value) for value in values]
-    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
-
-
 def _judge_values(report: DatasetReport, seen: dict[int, tuple[int, str]]) -> None:
     """Add problems and notes about the values that occur: `seen` is value → (label maps, one of them)."""
     classes = len(report.classes)
@@ -112,7 +108,7 @@ def _judge_values(report: DatasetReport, seen: dict[int, tuple[int, str]]) -> No
             f"but classes are 0 to {classes - 1} and void is {report.ignore_label}."
         )
     if len(outside) > 8:
-        report.problems.append(f"So do the values {_values_sentence(outside[8:])}.")
+        report.problems.append(f"So do the values {listed(outside[8:], 8)}.")
     if outside and 0 not in seen and classes in seen:
         report.notes.append("No label map holds 0: the labels may start at 1 instead of 0.")
 
