@@ -14,7 +14,7 @@ from detectron2.data import MetadataCatalog
 from ccnet_d2.data.catalog import classes_of, get_sem_seg_dataset_dicts
 from ccnet_d2.data.datasets.folder import is_registered_here, list_pairs
 from ccnet_d2.data.errors import DatasetError, SampleError
-from ccnet_d2.data.image_files import read_image, read_label
+from ccnet_d2.data.image_files import check_label_size, read_image, read_label
 from ccnet_d2.wording import listed
 
 __all__ = ["DatasetReport", "check_coverage", "check_dataset", "format_report"]
@@ -82,11 +82,11 @@ def _read(sample: dict[str, Any], with_images: bool) -> _Sample:
         found.problems.append(str(error))
     else:
         found.values, found.counts = _count_values(label)
-    if image is not None and label is not None and label.shape != image.shape[:2]:
-        found.problems.append(
-            f"The label map '{path}' is {label.shape[1]}x{label.shape[0]}, but its image "
-            f"'{sample['file_name']}' is {image.shape[1]}x{image.shape[0]}."
-        )
+    if image is not None and label is not None:
+        try:
+            check_label_size(label, path, image, sample["file_name"])
+        except SampleError as error:
+            found.problems.append(str(error))
     return found
 
 
