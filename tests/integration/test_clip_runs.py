@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 
 from ccnet_d2.data import register_all
 from ccnet_d2.engine import apply_overrides, build_model, evaluate, evaluate_only, train
@@ -32,14 +31,7 @@ SMALL = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def catalogs_as_before() -> Iterator[None]:
-    datasets, metadata = dict(DatasetCatalog.data), dict(MetadataCatalog.data)
-    yield
-    DatasetCatalog.data.clear()
-    DatasetCatalog.data.update(datasets)
-    MetadataCatalog.data.clear()
-    MetadataCatalog.data.update(metadata)
+pytestmark = pytest.mark.usefixtures("catalogs_as_before")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """PASCAL Context and COCO-Stuff 10k from files as published, through their preparation, to samples and mIoU."""
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import (
-    DatasetCatalog,
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
@@ -35,15 +33,6 @@ CONTEXT_NUMBERS = sorted(
     ).split()
 )
 COCO_UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
-
-
-@pytest.fixture(autouse=True)
-def catalogs_as_before() -> Iterator[None]:
-    datasets, metadata = dict(DatasetCatalog.data), dict(MetadataCatalog.data)
-    yield
-    for catalog, before in ((DatasetCatalog, datasets), (MetadataCatalog, metadata)):
-        catalog.data.clear()
-        catalog.data.update(before)
 
 
 def image(path: Path, seed: int) -> None:
