@@ -82,7 +82,8 @@ def test_from_frames_to_miou(camvid, tmp_path):
     assert [len(clip["frames"]) for clip in clips] == [5] * 4  # three of the long sequence, one of the short
     results = train(cfg)
     losses = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    assert all(math.isfinite(record["total_loss"]) for record in losses if "total_loss" in record)
+    losses = [record["total_loss"] for record in losses if "total_loss" in record]
+    assert losses and all(map(math.isfinite, losses))
     model = build_model(cfg)
     weights = torch.load(output / "model_final.pth", weights_only=True)["model"]
     model.load_state_dict(weights)

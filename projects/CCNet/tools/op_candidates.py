@@ -40,9 +40,11 @@ class Case:
 
     @property
     def name(self) -> str:
+        """The size, such as "97x97"."""
         return "x".join(map(str, self.sizes))
 
     def tensor(self, channels: int, *, scale: float = 1.0) -> Tensor:
+        """Normal random numbers of a standard deviation, (B, channels, *S), NCHW in memory."""
         return (torch.randn(self.batch, channels, *self.sizes, device=self.device) * scale).to(self.dtype)
 
     def non_local_fits(self) -> bool:
@@ -85,6 +87,7 @@ class Case:
         return {name: found[name].to(self.device, self.dtype) for name in order}
 
     def core_calls(self, *, backward: bool) -> dict[str, Callable[[], object]]:
+        """A pass of each of `cores` in the layout that it is made for, and of the compiled one on NCHW inputs."""
         # At a deviation of 1 the softmax is neither flat nor a maximum.
         scale = math.sqrt(self.arguments.energy_std) * self.key_channels**-0.25
         query, key = (self.tensor(self.key_channels, scale=scale) for _ in range(2))
@@ -102,6 +105,7 @@ class Case:
     def module_calls(
         self, modules: dict[str, nn.Module], *, backward: bool
     ) -> dict[str, Callable[[], object]]:
+        """A pass of each layer on one NCHW input, with the gradients of its parameters if `backward`."""
         x, grad = self.tensor(self.channels), self.tensor(self.channels)
         return {
             name: _call(module, [x], [x, *module.parameters()], grad, backward=backward)
