@@ -15,16 +15,19 @@ class PolynomialDecayToMinimum(ParamScheduler):
         Args:
             base_lr: the optimizer's learning rate.
             min_lr: the learning rate at the end.
-            power: exponent of the decay.
+            power: exponent of the decay, at least 0, which is none.
 
         Raises:
-            ValueError: not 0 <= min_lr <= base_lr, or base_lr is 0.
+            ValueError: not 0 <= min_lr <= base_lr, base_lr is 0, or power is below 0.
         """
         if not 0 <= min_lr <= base_lr or base_lr == 0:
             raise ValueError(
                 f"the learning rate cannot decay from base_lr={base_lr} to min_lr={min_lr}: "
                 "0 <= min_lr <= base_lr is needed, with base_lr above 0."
             )
+        # It would rise without bounds, and end in a division by zero with the training.
+        if power < 0:
+            raise ValueError(f"the learning rate cannot decay with power={power}: at least 0 is needed.")
         self.floor = min_lr / base_lr
         self.power = power
 

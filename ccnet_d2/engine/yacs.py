@@ -20,7 +20,7 @@ from ccnet_d2.data import SemSegMapper, get_sem_seg_dataset_dicts
 from ccnet_d2.data.transforms import RandomPhotometricDistortion, RandomScaleCrop, ResizeToFit
 from ccnet_d2.errors import UserError
 from ccnet_d2.evaluation import CheckedSemSegEvaluator
-from ccnet_d2.inference import build_mode
+from ccnet_d2.inference import InferenceMode, build_mode
 from ccnet_d2.model_zoo import config_path
 from ccnet_d2.modeling import add_ccnet_config
 from ccnet_d2.modeling.config import refuse_without_effect
@@ -95,11 +95,9 @@ class YacsTrainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> Mapping[str, Any]:
-        test = cfg.TEST.CCNET
         model = own_model(model)
         copy_buffers_from_main_process(model)
-        mode = build_mode(test.MODE, tile=tuple(test.TILE), stride=tuple(test.STRIDE) or None)
-        return super().test(cfg, mode.bind(model, list(cfg.DATASETS.TEST)), evaluators)
+        return super().test(cfg, _test_mode(cfg).bind(model, list(cfg.DATASETS.TEST)), evaluators)
 
 
 def train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
@@ -149,6 +147,12 @@ def test_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
     return [ResizeToFit(long_side=cfg.INPUT.MAX_SIZE_TEST, short_side=cfg.INPUT.MIN_SIZE_TEST)]
 
 
+def _test_mode(cfg: CfgNode) -> InferenceMode:
+    """That of TEST.CCNET, without a model yet."""
+    test = cfg.TEST.CCNET
+    return build_mode(test.MODE, tile=tuple(test.TILE or ()), stride=tuple(test.STRIDE or ()) or None)
+
+
 def load_config(name: str, options: Sequence[str] = ()) -> CfgNode:
     """A yacs config with CCNet's keys.
 
@@ -192,6 +196,7 @@ def run(cfg: CfgNode, args: argparse.Namespace, *, resume: bool) -> Mapping[str,
     cfg.freeze()
     args.config_file = str(config_path(args.config_file))
     default_setup(cfg, args)
+    _test_mode(cfg)  # a wrong one would be met after the training
     if args.eval_only:
         return _evaluate(cfg, resume=resume)
     check_batch_size(cfg.SOLVER.IMS_PER_BATCH, "SOLVER.IMS_PER_BATCH")

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import Dim, ExportedProgram
+
+from ccnet_d2.layers.cell_average import average_by_products
 
 from .network import ExportedNetwork, ExportError
 
@@ -67,29 +69,9 @@ def _quiet() -> Iterator[None]:
             logging.disable(level)
 
 
-def _adaptive_average(x: Tensor, output_size: list[int]) -> Tensor:
-    """`F.adaptive_avg_pool2d` as two products with averaging matrices, which may be of any input size.
-
-    Cell i of n over a side of length L averages pixels floor(i L / n) to ceil((i+1) L / n) - 1.
-    """
-    rows = _averaging(output_size[0], x.shape[-2], x)
-    columns = _averaging(output_size[1], x.shape[-1], x)
-    return rows @ x @ columns.transpose(0, 1)
-
-
-def _averaging(cells: int, length: Any, like: Tensor) -> Tensor:
-    """(cells, length): each row averages one cell."""
-    cell = torch.arange(cells, device=like.device)[:, None]
-    pixel = torch.arange(length, device=like.device)[None, :]
-    first = cell * length // cells
-    end = ((cell + 1) * length + cells - 1) // cells
-    inside = (pixel >= first) & (pixel < end)
-    return inside.to(like.dtype) / (end - first).to(like.dtype)
-
-
 # torch's own forms of these fix the sizes they were traced with.
 _DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_average,
+    torch.ops.aten.adaptive_avg_pool2d.default: average_by_products,
 }
 
 

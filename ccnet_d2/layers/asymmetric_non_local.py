@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cell_average import cell_average
 from .context_module import ContextModule
 from .non_local import attention_matmul
 from .norm_act import ActivationLike, ConvNormAct, NormLike
@@ -70,4 +70,4 @@ class AsymmetricNonLocal(ContextModule):
 
     def _pool(self, x: Tensor) -> Tensor:
         """(B, C', H, W) -> (B, C', sum of bins squared)."""
-        return torch.cat([F.adaptive_avg_pool2d(x, size).flatten(2) for size in self.bins], dim=2)
+        return torch.cat([cell_average(x, size).flatten(2) for size in self.bins], dim=2)

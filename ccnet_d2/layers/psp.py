@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cell_average import cell_average
 from .context_module import ContextModule
 from .norm_act import ActivationLike, ConvNormAct, NormLike
 
@@ -65,7 +66,7 @@ class PSP(ContextModule):
         self._check_input(x)
         maps = [x]
         for size, level in zip(self.bins, self.levels, strict=True):
-            pooled = level(F.adaptive_avg_pool2d(x, size))
+            pooled = level(cell_average(x, size))
             maps.append(
                 F.interpolate(pooled, x.shape[-2:], mode="bilinear", align_corners=self.align_corners)
             )

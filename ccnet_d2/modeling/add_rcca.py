@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any, TypeVar
 
-from detectron2.layers import CNNBlockBase
+from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -242,17 +242,17 @@ def _block(path: str, stage: nn.Module, before: int) -> tuple[str, nn.Module]:
 def _channels(path: str, target: nn.Module, *, after: bool, feature: str | None) -> int:
     """C before or after `target`."""
     found = None
+    shapes = _shapes(target)
     if feature is not None:
-        if hasattr(target, "output_shape"):
-            shapes = target.output_shape()
+        if shapes:
             if feature not in shapes:
                 raise UserError(f"{path} has no feature {feature!r}: it has {listed(shapes)}.")
             found = shapes[feature].channels
     elif after:
         found = getattr(target, "out_channels", None)
-        if found is None and hasattr(target, "output_shape"):
+        if found is None and shapes:
             raise UserError(
-                f"{path} gives a dict of features: choose one with feature=, out of {listed(target.output_shape())}."
+                f"{path} gives a dict of features: choose one with feature=, out of {listed(shapes)}."
             )
     else:
         convolutions = (m.in_channels for m in target.modules() if isinstance(m, nn.Conv2d))
@@ -263,6 +263,14 @@ def _channels(path: str, target: nn.Module, *, after: bool, feature: str | None)
             "told: give it as channels=."
         )
     return found
+
+
+def _shapes(module: nn.Module) -> Mapping[str, ShapeSpec]:
+    """Those of a backbone's features by name; none of other modules, of which Detectron2's heads call the size of
+    their one output `output_shape` too."""
+    output_shape = getattr(module, "output_shape", None)
+    shapes = output_shape() if callable(output_shape) else None
+    return shapes if isinstance(shapes, Mapping) else {}
 
 
 def _build(name: str, channels: int, recurrence: int | None, options: Mapping[str, Any]) -> nn.Module:

@@ -96,12 +96,17 @@ class CCNetHead(ContextBlock):
             loss_weight: factor of all losses of this head, for models that have others beside it.
 
         Raises:
-            ValueError: a feature, context, loss or activation name is unknown, or `category_consistent` is asked for
-                with a standalone context module.
+            ValueError: a feature, context, loss or activation name is unknown, the auxiliary classifier has no
+                channels, or `category_consistent` is asked for with a standalone context module.
         """
         check_features(input_shape, [in_feature] if aux_feature is None else [in_feature, aux_feature])
-        if isinstance(loss, str):
+        if not callable(loss):
             check_choice("loss", loss, LOSSES)
+        if aux_feature is not None and aux_channels < 1:
+            raise ValueError(
+                f"aux_channels={aux_channels} are too few: aux_feature=null (AUX_FEATURE '') leaves the auxiliary "
+                "classifier out."
+            )
         super().__init__(
             input_shape[in_feature].channels,
             channels,

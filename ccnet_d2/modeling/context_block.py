@@ -46,8 +46,10 @@ def named_context(
     Args as of `ContextBlock`.
 
     Raises:
-        ValueError: the name is unknown, or its module has no loops or cannot recompute.
+        ValueError: the name is unknown or none, or its module has no loops or cannot recompute.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"context={name!r} is not the name of a context module: 'none' is that for none.")
     match = _NAME.fullmatch(name)
     module = match["name"] if match else name
     if module not in CONTEXT_MODULES:
@@ -100,7 +102,7 @@ class ContextBlock(nn.Module):
         super().__init__()
         norm = head_norm(self, norm)
         check_choice("activation", activation, ACTIVATIONS)
-        if isinstance(context, str):
+        if not isinstance(context, nn.Module):
             context = named_context(
                 context, in_channels, channels, norm=norm, activation=activation, align_corners=align_corners
             )

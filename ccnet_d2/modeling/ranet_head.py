@@ -16,6 +16,7 @@ from ccnet_d2.choices import check_choice
 from ccnet_d2.layers import RegionAttention
 from ccnet_d2.layers.norm_act import ACTIVATIONS, ConvNormAct, NormLike
 from ccnet_d2.layers.precision import at_least_float32
+from ccnet_d2.layers.region_construction import VARIANTS
 from ccnet_d2.losses import BoundaryLoss, CrossEntropy
 
 from .config import head_arguments
@@ -115,6 +116,7 @@ class RANetHead(nn.Module):
             ValueError: a feature, context, activation, variant or output is unknown.
         """
         super().__init__()
+        check_choice("variant", variant, VARIANTS)
         coarse_feature = coarse_feature if variant == "code" else None
         check_features(input_shape, [in_feature] if coarse_feature is None else [in_feature, coarse_feature])
         check_choice("activation", activation, ACTIVATIONS)

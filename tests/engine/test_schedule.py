@@ -25,3 +25,8 @@ def test_learning_rates_of_a_whole_training():
 def test_impossible_decays_are_named(base, minimum):
     with pytest.raises(ValueError, match=f"base_lr={base} to min_lr={minimum}"):
         PolynomialDecayToMinimum(base_lr=base, min_lr=minimum)
+
+
+def test_a_decay_that_would_rise_is_named():
+    with pytest.raises(ValueError, match=r"power=-0\.9: at least 0"):
+        PolynomialDecayToMinimum(base_lr=0.01, min_lr=0.0, power=-0.9)

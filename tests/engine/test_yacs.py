@@ -66,7 +66,7 @@ def test_train_resume_evaluate(train_net, tmp_path):
 
     checkpoint = output / "model_final.pth"
     options = {"MODEL__WEIGHTS": checkpoint, "TEST__CCNET__MODE": "slide", "TEST__CCNET__TILE": "(24,24)"}
-    assert train_net("--eval-only", output="again", **options)[0] == 0
+    assert train_net("--eval-only", output="again", TEST__CCNET__STRIDE=None, **options)[0] == 0
     # The same weights in the same mode; the log holds the percentages with four decimals.
     assert f"{slide:.4f}" in (tmp_path / "again/log.txt").read_text()
 
@@ -92,7 +92,11 @@ def test_wrong_input_is_one_sentence(train_net, tmp_path):
     assert "INPUT.RANDOM_FLIP='horizontally' is not one of 'horizontal', 'vertical', 'none'." in error
     status, error = train_net(SOLVER__WARMUP_ITERS=5)
     assert status == 1 and "SOLVER.WARMUP_ITERS is 5, but SOLVER.LR_SCHEDULER_NAME PolyLR has no" in error
-    assert train_net(TEST__CCNET__MODE="tiles")[0] == 1
+    status, error = train_net(TEST__CCNET__MODE="tiles", output="untrained")
+    assert status == 1 and "unknown test mode 'tiles'" in error
+    status, error = train_net(TEST__CCNET__MODE="slide", TEST__CCNET__TILE=None, output="untrained")
+    assert status == 1 and "tile is (), but a side, or height and width" in error
+    assert not list((tmp_path / "untrained").glob("*.pth")), "found out after the training"
     assert train_net("--eval-only") == (
         1,
         "error: --eval-only needs a checkpoint: name one with MODEL.WEIGHTS PATH.",

@@ -20,7 +20,6 @@ from ccnet_d2.export import (
     export_run,
     load_program,
 )
-from ccnet_d2.export.program import _adaptive_average
 from ccnet_d2.layers import CONTEXT_MODULES, CrissCrossAttention
 from ccnet_d2.model_zoo import get_config
 
@@ -146,15 +145,6 @@ def test_the_network_to_be_exported_is_the_model(align_corners):
     model = make_model(TOY, f"model.sem_seg_head.align_corners={align_corners}", "model.size_divisibility=16")
     for difference in compare(ExportedNetwork(model), model, SIZES):
         assert difference.largest < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("size", "bins"), [((7, 5), (3, 2)), ((12, 12), (6, 6)), ((4, 9), (6, 3)), ((3, 8), (1, 8))]
-)
-def test_adaptive_pooling_by_products(size, bins):
-    x = torch.randn(2, 3, *size, dtype=torch.float64)
-    expected = nn.functional.adaptive_avg_pool2d(x, bins)
-    torch.testing.assert_close(_adaptive_average(x, list(bins)), expected)
 
 
 def test_a_file_that_would_differ_is_not_written(toy, tmp_path):

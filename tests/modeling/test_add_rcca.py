@@ -303,6 +303,23 @@ def activation():
     return nn.ModuleDict({"body": nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU())})
 
 
+class CoarseHead(nn.Module):
+    """Its `output_shape` is the size of a mask, as that of PointRend's coarse mask head."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.output_shape = nn.Conv2d(16, 16, 1), (16, 7, 7)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class PooledHead(CoarseHead):
+    """The same as the property that Detectron2's box heads have."""
+
+    output_shape = property(lambda self: ShapeSpec(channels=16), lambda self, value: None)
+
+
 class ByIndex(nn.Module):
     """Runs its blocks by their number, as Detectron2's Swin does: what is added to the list never runs."""
 
@@ -345,6 +362,8 @@ def detector():
             ["backbone gives a dict", "feature=, out of p2, p3"],
         ),
         (activation, {"where": "body", "before": None}, ["after body.1, a ReLU", "channels="]),
+        (CoarseHead, {"where": "", "before": None}, ["after CoarseHead, a CoarseHead", "channels="]),
+        (PooledHead, {"where": "", "before": None}, ["after PooledHead, a PooledHead", "channels="]),
     ],
 )
 def test_wrong_arguments_are_named_and_change_nothing(make, arguments, words):

@@ -174,6 +174,9 @@ def test_every_context_trains(context):
         ({"in_feature": "res9"}, "'res9' is not among"),
         ({"activation": "swish"}, "activation='swish'"),
         ({"loss": "l2"}, "loss='l2'"),
+        ({"loss": None}, "loss=None is not one of"),
+        ({"context": None}, "context=None is not the name of a context module: 'none'"),
+        ({"aux_feature": "conv", "aux_channels": 0}, "aux_channels=0 are too few: aux_feature=null"),
         ({"channels": 20}, "channels=20 is not a positive multiple"),
     ],
 )

@@ -136,6 +136,8 @@ CEIL_MODE = ("camvid/ccnet_R_50_D8_504x504.py", ["model.backbone.norm=BN", "mode
     [
         (TOY, [], 4),
         (TOY, ["model.sem_seg_head.context=rcca_r3", "model.sem_seg_head.align_corners=True"], 4),
+        (TOY, ["model.sem_seg_head.context=psp"], 4),
+        (TOY, ["model.sem_seg_head.context=asymmetric_nl"], 4),
         (R_18, [], 11),
         (*CEIL_MODE, 11),
     ],

@@ -256,6 +256,8 @@ def test_yacs_builds_the_same_head():
         ({"activation": "gelu"}, "activation='gelu' is not one of"),
         ({"output": "middle"}, "output='middle' is not one of 'fine', 'coarse'"),
         ({"variant": "paperr"}, "variant='paperr' is not one of"),
+        ({"variant": "paperr", "context": "psp"}, "variant='paperr' is not one of 'paper', 'code'"),
+        ({"context": None}, "context=None is not the name of a context module: 'none'"),
         ({"context": "rccaa"}, "unknown context module 'rccaa'"),
     ],
 )

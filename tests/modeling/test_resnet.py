@@ -87,6 +87,8 @@ def test_ceil_mode_matters_on_even_sides_only(side, plain, ceil):
         ({"depth": 18, "output_stride": 4}, "output_stride=4"),
         ({"depth": 18, "stem": "deeper"}, "stem='deeper'"),
         ({"depth": 18, "stem": "basic", "ceil_mode": True}, "basic stem has neither"),
+        ({"depth": 18, "stem_channels": (16, 32)}, r"three convolutions, .* got \[16, 32\]"),
+        ({"depth": 18, "stem_channels": (0, 16, 32)}, r"each at least 1, got \[0, 16, 32\]"),
     ],
 )
 def test_wrong_arguments_are_named(kwargs, message):

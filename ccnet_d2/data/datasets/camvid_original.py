@@ -153,12 +153,14 @@ def convert_camvid(
     """
     root = Path(folder).expanduser()
     names = _names(root)
-    target, part = root / ORIGINAL_LABELS, root / f".{ORIGINAL_LABELS}.{os.getpid()}.part"
+    target = (root / ORIGINAL_LABELS).resolve()  # it may be a link to another disk
+    part = target.with_name(f".{target.name}.part")
     splits: dict[str, list[str]] = {split: [] for split in SPLIT_SIZES}
     for name in names:
         splits[split_of(name)].append(name)
     unknown_pixels, unknown_files = 0, 0
     try:
+        shutil.rmtree(part, ignore_errors=True)  # what a run that was killed left
         part.mkdir()
         for done, name in enumerate(names, 1):
             path = root / SOURCE_LABELS / f"{name}_L.png"

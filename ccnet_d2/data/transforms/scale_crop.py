@@ -250,6 +250,10 @@ def _check_scale(
         raise ValueError(f"RandomScaleCrop: {' and '.join(chosen)} are given, but only one of them can be.")
     if short_side_choices is not None and base_size is not None:
         raise ValueError("RandomScaleCrop: short_side_choices and base_size both set the scale; give one.")
+    if base_size is not None and (isinstance(base_size, int) or len(base_size) != 2 or min(base_size) <= 0):
+        raise ValueError(
+            f"RandomScaleCrop: base_size is {base_size}, but longer and shorter side above 0 are needed."
+        )
     if scale_range is not None and (len(scale_range) != 2 or not 0 < scale_range[0] <= scale_range[1]):
         raise ValueError(
             f"RandomScaleCrop: scale_range is {tuple(scale_range)}, but lowest and highest are needed."

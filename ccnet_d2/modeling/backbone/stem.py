@@ -30,8 +30,10 @@ class DeepStem(CNNBlockBase):
             norm: see `detectron2.layers.get_norm`.
             ceil_mode: of the max-pool.
         """
-        if len(channels) != 3:
-            raise ValueError(f"channels must name the three convolutions of the stem, got {list(channels)}.")
+        if len(channels) != 3 or min(channels) < 1:
+            raise ValueError(
+                f"channels must be those of the stem's three convolutions, each at least 1, got {list(channels)}."
+            )
         super().__init__(in_channels, channels[-1], 4)
         self.in_channels = in_channels
         self.ceil_mode = ceil_mode

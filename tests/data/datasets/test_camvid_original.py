@@ -1,5 +1,7 @@
 """CamVid's original release: 32 colours to 11 classes, and the usual split."""
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -116,6 +118,23 @@ def test_from_the_release_to_the_loader(tmp_path):
     expected = [255 if group is None else CAMVID_CLASSES.index(group) for _, group in COLORS]
     assert mapped["sem_seg"][::2, ::2].flatten().tolist() == expected
     assert convert_camvid(root).frames == report.frames  # again, over what is there
+
+
+def test_labels_may_lie_on_another_disk_and_killed_runs_leave_nothing(tmp_path):
+    root, disk = tmp_path / "camvid_original", tmp_path / "disk" / "labels"
+    write(root, "0016E5_07959", all_colors())
+    disk.mkdir(parents=True)
+    (root / "labels_11").symlink_to(disk)
+    # SIGKILL leaves no chance to clean up.
+    code = (
+        "import os, sys; from ccnet_d2.data.datasets.camvid_original import convert_camvid; "
+        "convert_camvid(sys.argv[1], progress=lambda *_: os.kill(os.getpid(), 9))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(root)], check=False).returncode == -9
+    assert len(list(disk.parent.iterdir())) == 2
+    convert_camvid(root)
+    assert [path.name for path in disk.iterdir()] == ["0016E5_07959.png"]
+    assert list(disk.parent.iterdir()) == [disk] and (root / "labels_11").is_symlink()
 
 
 def test_unknown_colours_are_void_up_to_one_percent(tmp_path):
