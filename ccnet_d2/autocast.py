@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from ccnet_d2.choices import check_choice
 from ccnet_d2.errors import UserError
 
 __all__ = ["amp_dtype", "autocast", "configured_amp_dtype", "configured_autocast"]
@@ -26,8 +27,7 @@ def amp_dtype(name: str, device_type: str, key: str = "train.amp.dtype") -> torc
     if name == "auto":
         old_gpu = device_type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.float16 if old_gpu else torch.bfloat16
-    if name not in _DTYPES:
-        raise UserError(f"{key}={name!r} is not 'auto', 'bfloat16' or 'float16'.")
+    check_choice(key, name, ("auto", *_DTYPES))
     if name == "float16" and device_type == "cpu":
         raise UserError(f"{key}=float16 does not run on a CPU: use bfloat16.")
     return _DTYPES[name]

@@ -1,6 +1,7 @@
 """What a run's model costs: parameters, FLOPs, memory and time."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,51 +69,31 @@ def analyze_run(
         raise UserError(
             "A training step needs labels, which are made for models with a sem_seg_head or roi_heads."
         )
-    try:
-        with FakeTensorMode():
-            model = settle(instantiate(cfg.model)).eval()
-            frames = _clip_length(cfg, model)
-            flops, peak = _inference_cost(model, random_images(image_size, batch_size, frames))
-        model_on_device = None
-    except RuntimeError:  # of many kinds; a fault of the model itself comes up again in the real run
-        model = model_on_device = settle(build_model(cfg)).eval()
-        frames = _clip_length(cfg, model)
-        flops, peak = _inference_cost(model, random_images(image_size, batch_size, frames))
-    root = type(model).__name__
+    inference = _inference_of(cfg, image_size, batch_size)
+    model = inference.model
     result: dict[str, Any] = {
         "image_size": list(image_size),
         "batch_size": batch_size,
-        **({} if frames is None else {"frames": frames}),
-        "modules": {
-            name or "total": {
-                "parameters": sum(parameter.numel() for parameter in module.parameters()),
-                "gflops": flops.get(f"{root}.{name}" if name else "Global", 0) / 1e9,
-            }
-            for name, module in _outline(model)
-        },
+        **({} if inference.frames is None else {"frames": inference.frames}),
+        "modules": _costs_of_parts(model, inference.flops),
         "weights_mb": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / 1e6,
-        "inference_peak_mb": peak / 1e6,
+        "inference_peak_mb": inference.peak / 1e6,
     }
+    images = random_images(image_size, batch_size, inference.frames)
     if time or training_step:
-        model_on_device = model_on_device or settle(build_model(cfg))
+        if not inference.ran_for_real:
+            model = settle(build_model(cfg))
         result["device"] = _describe(torch.device(cfg.train.device))
     if training_step:
-        images = random_images(image_size, batch_size, frames)
-        if "roi_heads" in cfg.model:
-            images = label_objects(images, int(cfg.model.roi_heads.num_classes))
-        if "sem_seg_head" in cfg.model:
-            images = label_pixels(images, int(cfg.model.sem_seg_head.num_classes))
-        with EventStorage():  # which detectors write to
-            kept, peak = _training_cost(model_on_device, images)
+        kept, peak = _training_cost(model, _labelled(cfg, images))
         result |= {"training_kept_mb": kept / 1e6, "training_peak_mb": peak / 1e6}
     if time:
-        images = random_images(image_size, batch_size, frames)
         device = torch.device(cfg.train.device)
-        model_on_device.eval()
+        model.eval()
         if device.type == "cuda":
-            result["inference_peak_mb"] = _inference_cost(model_on_device, images)[1] / 1e6
+            result["inference_peak_mb"] = _inference_cost(model, images)[1] / 1e6
         with torch.no_grad():
-            result["inference_seconds"] = median_seconds(lambda: model_on_device(images), device, _REPEATS)
+            result["inference_seconds"] = median_seconds(lambda: model(images), device, _REPEATS)
     return result | {
         "conventions": {key: text for key, text in _CONVENTIONS.items() if key in result or key == "gflops"}
     }
@@ -127,6 +108,59 @@ _CONVENTIONS = {
     "training_peak_mb": "10^6 bytes of activations and gradients that live at once at most in a training step in fp32, "
     "beside the weights and the optimizer's state",
 }
+
+
+@dataclass(frozen=True)
+class _Inference:
+    """What a run's model costs in inference.
+
+    Attributes:
+        model: in evaluation mode; of fake tensors unless it ran for real.
+        ran_for_real: on `train.device`, as the model cannot be traced.
+        frames: see `_clip_length`.
+        flops: by module, see `count_flops`.
+        peak: bytes of activations.
+    """
+
+    model: nn.Module
+    ran_for_real: bool
+    frames: int | None
+    flops: dict[str, int]
+    peak: int
+
+
+def _inference_of(cfg: DictConfig, image_size: tuple[int, int], batch_size: int) -> _Inference:
+    def measure(model: nn.Module, ran_for_real: bool) -> _Inference:
+        frames = _clip_length(cfg, model)
+        flops, peak = _inference_cost(model, random_images(image_size, batch_size, frames))
+        return _Inference(model, ran_for_real, frames, flops, peak)
+
+    try:
+        with FakeTensorMode():
+            return measure(settle(instantiate(cfg.model)).eval(), ran_for_real=False)
+    except RuntimeError:  # of many kinds; a fault of the model itself comes up again in the real run
+        return measure(settle(build_model(cfg)).eval(), ran_for_real=True)
+
+
+def _costs_of_parts(model: nn.Module, flops: dict[str, int]) -> dict[str, dict[str, float]]:
+    """Parameters and 10^9 FLOPs of the model, "total", and of its parts by their names."""
+    root = type(model).__name__
+    return {
+        name or "total": {
+            "parameters": sum(parameter.numel() for parameter in module.parameters()),
+            "gflops": flops.get(f"{root}.{name}" if name else "Global", 0) / 1e9,
+        }
+        for name, module in _outline(model)
+    }
+
+
+def _labelled(cfg: DictConfig, images: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Images with random labels of all kinds that the run's heads take."""
+    if "roi_heads" in cfg.model:
+        images = label_objects(images, int(cfg.model.roi_heads.num_classes))
+    if "sem_seg_head" in cfg.model:
+        images = label_pixels(images, int(cfg.model.sem_seg_head.num_classes))
+    return images
 
 
 def _clip_length(cfg: DictConfig, model: nn.Module) -> int | None:
@@ -150,7 +184,7 @@ def _inference_cost(model: nn.Module, images: list[dict[str, Any]]) -> tuple[dic
 def _training_cost(model: nn.Module, images: list[dict[str, Any]]) -> tuple[int, int]:
     """Bytes kept for the backward pass, and of activations and gradients."""
     model.train()
-    with _PeakMemory(model) as memory:
+    with EventStorage(), _PeakMemory(model) as memory:  # the former is what detectors write to
         kept, losses = kept_for_backward(lambda: model(images), [*model.parameters(), *model.buffers()])
         sum(losses.values()).backward()
     model.zero_grad(set_to_none=True)

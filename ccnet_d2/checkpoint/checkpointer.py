@@ -13,6 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from ccnet_d2.errors import UserError
+from ccnet_d2.wording import listed
 
 from .atomic_file import atomic_write, atomic_write_text, disk_full_reported, remove_temporary_files
 from .safe_load import CheckpointError, check_weights, load_file
@@ -162,9 +163,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         except UserError:
             raise
         except (OSError, URLError, AssertionError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "catalog" not in str(
-                error
-            ):  # what Detectron2's catalog lacks
+            # Of RuntimeErrors, that Detectron2's catalog lacks an entry.
+            if isinstance(error, RuntimeError) and "catalog" not in str(error):
                 raise
             reason = "there is no such file" if isinstance(error, AssertionError) else str(error).rstrip(".")
             raise CheckpointError(
@@ -243,10 +243,9 @@ class SafeCheckpointer(DetectionCheckpointer):
             and not key.endswith("num_batches_tracked")
         )
         if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             advice = "" if self.strict else "; name what may be missing in train.init_may_lack"
             raise CheckpointError(
-                f"The checkpoint does not fit the model: it lacks {', '.join(missing[:3])}{more}{advice}."
+                f"The checkpoint does not fit the model: it lacks {listed(missing, 3)}{advice}."
             )
         super()._log_incompatible_keys(incompatible)
 
@@ -279,15 +278,13 @@ def _warn_of_non_finite(model: nn.Module, path: str) -> None:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all()
     ]
     if broken:
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         logger.warning(
-            "With checkpoint %s, %d of the model's %d tensors hold NaN or Inf: %s%s. What it computes will be of no "
+            "With checkpoint %s, %d of the model's %d tensors hold NaN or Inf: %s. What it computes will be of no "
             "use; take an earlier checkpoint.",
             path,
             len(broken),
             len(tensors),
-            ", ".join(broken[:3]),
-            more,
+            listed(broken, 3),
         )
 
 

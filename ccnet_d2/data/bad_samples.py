@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 from PIL import Image
 
+from ccnet_d2.choices import check_choice
 from ccnet_d2.data.errors import DatasetError, SampleError
 from ccnet_d2.errors import UserError
 
@@ -77,8 +78,7 @@ class BadSamples:
     """
 
     def __init__(self, on_bad_sample: str = "stop", budget: int = 100) -> None:
-        if on_bad_sample not in ON_BAD_SAMPLE:
-            raise UserError(f"train.on_bad_sample={on_bad_sample!r} is not 'stop' or 'skip'.")
+        check_choice("train.on_bad_sample", on_bad_sample, ON_BAD_SAMPLE)
         if budget < 0:
             raise UserError(f"train.bad_sample_budget={budget} is negative.")
         self.skip = on_bad_sample == "skip"

@@ -54,32 +54,7 @@ def get_sem_seg_dataset_dicts(names: str | Sequence[str], *, labelled: bool = Tr
     """
     samples: list[dict[str, Any]] = []
     for name in _names(names):
-        try:
-            found = DatasetCatalog.get(name)
-        except DatasetError:
-            raise
-        except json.JSONDecodeError as error:  # it does not know its file
-            start = error.doc[:30] + ("…" if len(error.doc) > 30 else "")
-            raise DatasetError(
-                f"Data set '{name}': a JSON file of {len(error.doc)} characters that begins with {start!r} is damaged: "
-                f"{error.msg} in line {error.lineno}. Copy or download it again."
-            ) from error
-        except AssertionError as error:
-            # Detectron2's own loaders assert that files are there, and that there are no others.
-            raise DatasetError(
-                f"Data set '{name}' is incomplete, or has a file too many: {str(error).rstrip('.')}. "
-                "projects/CCNet/datasets/README.md shows its tree."
-            ) from error
-        except OSError as error:
-            # They stop at the first file or folder that is not there.
-            what = getattr(error, "filename", None)
-            cause = (
-                f"'{what}' does not exist" if isinstance(error, FileNotFoundError) and what else str(error)
-            )
-            raise DatasetError(
-                f"Data set '{name}' is missing or incomplete: {cause.rstrip('.')}. Put it there, or set "
-                f"{ENV_VAR} to the folder that holds it; projects/CCNet/datasets/README.md shows its tree."
-            ) from error
+        found = _load(name)
         if not found:
             raise DatasetError(f"Data set '{name}' is empty.")
         without = [sample for sample in found if sample.get("sem_seg_file_name") is None]
@@ -87,6 +62,33 @@ def get_sem_seg_dataset_dicts(names: str | Sequence[str], *, labelled: bool = Tr
             raise DatasetError(f"Data set '{name}' has no label map for '{without[0]['file_name']}'.")
         _check_pairs(name, found)
         samples.extend(found)
+    return samples
+
+
+def _load(name: str) -> list[dict[str, Any]]:
+    """What a data set's loader gives, Detectron2's own loaders included, with one sentence for what they raise."""
+    try:
+        samples: list[dict[str, Any]] = DatasetCatalog.get(name)
+    except json.JSONDecodeError as error:  # it does not know its file
+        start = error.doc[:30] + ("…" if len(error.doc) > 30 else "")
+        raise DatasetError(
+            f"Data set '{name}': a JSON file of {len(error.doc)} characters that begins with {start!r} is damaged: "
+            f"{error.msg} in line {error.lineno}. Copy or download it again."
+        ) from error
+    except AssertionError as error:
+        # Detectron2's own loaders assert that files are there, and that there are no others.
+        raise DatasetError(
+            f"Data set '{name}' is incomplete, or has a file too many: {str(error).rstrip('.')}. "
+            "projects/CCNet/datasets/README.md shows its tree."
+        ) from error
+    except OSError as error:
+        # They stop at the first file or folder that is not there.
+        what = getattr(error, "filename", None)
+        cause = f"'{what}' does not exist" if isinstance(error, FileNotFoundError) and what else str(error)
+        raise DatasetError(
+            f"Data set '{name}' is missing or incomplete: {cause.rstrip('.')}. Put it there, or set "
+            f"{ENV_VAR} to the folder that holds it; projects/CCNet/datasets/README.md shows its tree."
+        ) from error
     return samples
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,8 @@ from detectron2.data import MetadataCatalog
 from ccnet_d2.data.catalog import classes_of, get_sem_seg_dataset_dicts
 from ccnet_d2.data.datasets.folder import is_registered_here, list_pairs
 from ccnet_d2.data.errors import DatasetError, SampleError
-from ccnet_d2.data.image_files import read_image, read_label
+from ccnet_d2.data.image_files import check_label_size, read_image, read_label
+from ccnet_d2.wording import listed
 
 __all__ = ["DatasetReport", "check_coverage", "check_dataset", "format_report"]
 
@@ -81,17 +82,12 @@ def _read(sample: dict[str, Any], with_images: bool) -> _Sample:
         found.problems.append(str(error))
     else:
         found.values, found.counts = _count_values(label)
-    if image is not None and label is not None and label.shape != image.shape[:2]:
-        found.problems.append(
-            f"The label map '{path}' is {label.shape[1]}x{label.shape[0]}, but its image "
-            f"'{sample['file_name']}' is {image.shape[1]}x{image.shape[0]}."
-        )
+    if image is not None and label is not None:
+        try:
+            check_label_size(label, path, image, sample["file_name"])
+        except SampleError as error:
+            found.problems.append(str(error))
     return found
-
-
-def _values_sentence(values: Iterable[int]) -> str:
-    listed = [str(value) for value in values]
-    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
 
 
 def _judge_values(report: DatasetReport, seen: dict[int, tuple[int, str]]) -> None:
@@ -112,7 +108,7 @@ def _judge_values(report: DatasetReport, seen: dict[int, tuple[int, str]]) -> No
             f"but classes are 0 to {classes - 1} and void is {report.ignore_label}."
         )
     if len(outside) > 8:
-        report.problems.append(f"So do the values {_values_sentence(outside[8:])}.")
+        report.problems.append(f"So do the values {listed(outside[8:], 8)}.")
     if outside and 0 not in seen and classes in seen:
         report.notes.append("No label map holds 0: the labels may start at 1 instead of 0.")
 

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ccnet_d2.data.errors import SampleError
 
-__all__ = ["MAX_BYTES", "MAX_PIXELS", "read_image", "read_label", "upright"]
+__all__ = ["MAX_BYTES", "MAX_PIXELS", "check_label_size", "read_image", "read_label", "upright"]
 
 MAX_PIXELS = 178_956_970
 """The largest image that is decoded, Pillow's own limit: a file of kilobytes can declare terabytes."""
@@ -277,3 +277,24 @@ def read_label(path: str) -> np.ndarray:
             f"The label map '{path}' holds {label.dtype} values, but class indices are needed.", path
         )
     return label
+
+
+def check_label_size(
+    label: np.ndarray, path: str | os.PathLike[str], image: np.ndarray, image_path: str | os.PathLike[str]
+) -> None:
+    """
+    Args:
+        label: (H, W).
+        path: the label map's file.
+        image: (H, W) or (H, W, C), the image or something of its size.
+        image_path: the image's file.
+
+    Raises:
+        SampleError: the two differ in size.
+    """
+    if label.shape != image.shape[:2]:
+        raise SampleError(
+            f"The label map '{path}' is {label.shape[1]}x{label.shape[0]}, but its image '{image_path}' is "
+            f"{image.shape[1]}x{image.shape[0]}.",
+            path,
+        )

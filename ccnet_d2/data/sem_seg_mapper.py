@@ -13,7 +13,7 @@ from detectron2.data import transforms as T
 
 from ccnet_d2.data.catalog import classes_of, flip_pairs_of
 from ccnet_d2.data.errors import DatasetError, SampleError
-from ccnet_d2.data.image_files import read_image, read_label
+from ccnet_d2.data.image_files import check_label_size, read_image, read_label
 from ccnet_d2.data.transforms.mirror import is_mirroring, swap_labels
 from ccnet_d2.data.transforms.outside import outside_of
 
@@ -145,12 +145,7 @@ class SemSegMapper:
                 f"The image '{file_name}' is in the training set without a label map.", file_name
             )
         label = read_label(path)
-        if label.shape != image.shape[:2]:
-            raise SampleError(
-                f"The label map '{path}' is {label.shape[1]}x{label.shape[0]}, "
-                f"but its image '{file_name}' is {image.shape[1]}x{image.shape[0]}.",
-                path,
-            )
+        check_label_size(label, path, image, file_name)
         assert self.label_map is not None
         return self.label_map(label, path)
 

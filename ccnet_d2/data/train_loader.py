@@ -184,7 +184,7 @@ class TrainLoader:
             self._mapper,
             self.seed,
             self.bad_samples.skip,
-            self._wide if self._groups else None,
+            self._wide if self.aspect_ratio_grouping else None,
         )
         loader = DataLoader(
             samples,
@@ -209,10 +209,6 @@ class TrainLoader:
     def batch_size(self) -> int:
         """Samples in a batch of one process."""
         return self.total_batch_size // self.world_size
-
-    @property
-    def _groups(self) -> bool:
-        return self.aspect_ratio_grouping
 
     def _places(self, first: int) -> Iterator[Place]:
         """The samples of this process, leaving out its first `first` ones."""
@@ -249,7 +245,7 @@ class _Batches(Sampler):
 
     def __iter__(self) -> Iterator[list[Place]]:
         size, done = self.loader.batch_size, self.loader.batches
-        if not self.loader._groups:
+        if not self.loader.aspect_ratio_grouping:
             places = self.loader._places(done * size)
             while True:
                 batch = list(itertools.islice(places, size))

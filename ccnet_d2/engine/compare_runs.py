@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import statistics
 import zlib
 from collections.abc import Sequence
@@ -77,7 +76,8 @@ def compare_runs(
         "rows": [_row(value, [by_variant[value, seed] for seed in seeds]) for value in values],
     }
     atomic_write_text(output / "table.json", json.dumps(result, indent=2) + "\n")
-    atomic_write_text(output / "table.md", format_table(result) + f"\n\n{_commands(runs)}\n")
+    commands = "\n".join(run.command for run in runs)
+    atomic_write_text(output / "table.md", format_table(result) + f"\n\n```\n{commands}\n```\n")
     return result
 
 
@@ -128,8 +128,3 @@ def _row(value: str, runs: Sequence[VariantRun]) -> dict[str, Any]:
         "seconds_per_iteration": statistics.median(seconds) if seconds else None,
         "errors": [run.error for run in runs if run.error],
     }
-
-
-def _commands(runs: Sequence[VariantRun]) -> str:
-    commands = "\n".join(f"python projects/CCNet/train_net.py {shlex.join(run.arguments)}" for run in runs)
-    return f"```\n{commands}\n```"

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -55,6 +56,11 @@ class VariantRun:
     def checkpoint(self) -> Path:
         """The trained weights."""
         return self.output_dir / "model_final.pth"
+
+    @property
+    def command(self) -> str:
+        """What trains it again, for a shell."""
+        return f"python projects/CCNet/train_net.py {shlex.join(self.arguments)}"
 
     @property
     def seconds_per_iteration(self) -> float | None:

@@ -1,7 +1,6 @@
 """The demo: the paper's central comparison (Tab. 2), trained and drawn."""
 
 import json
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,7 +114,7 @@ def _table(runs: Sequence[VariantRun]) -> str:
 
 
 def _markdown(demo: Demo, cfg: DictConfig, runs: Sequence[VariantRun], report: dict) -> str:
-    commands = "\n".join(f"python projects/CCNet/train_net.py {shlex.join(run.arguments)}" for run in runs)
+    commands = "\n".join(run.command for run in runs)
     return f"""# CCNet demo
 
 {demo.about}

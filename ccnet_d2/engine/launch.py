@@ -5,14 +5,12 @@ another machine dies, NCCL goes on waiting. Here a supervisor on each machine wa
 tell each other through a store that the first machine keeps.
 """
 
-import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,17 +21,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-import torch.distributed as dist
 
 from ccnet_d2.errors import UserError
 
-from .distributed import TIMEOUT, is_lost_connection, joined_processes
+from .child_process import Place, Report, run_child
+from .distributed import TIMEOUT
 from .machines import MachineLostError, Machines
-from .network import choose_interface
-from .parent import end_with_parent
-from .user_errors import USER_ERRORS, sentence_of
-
-logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 1.0
@@ -135,22 +128,11 @@ def launch(
 
 
 @dataclass
-class _Report:
-    """How a process ended: "exit" with a status, a "user" error, a "fault" of the program, or another one "lost"."""
-
-    kind: str
-    text: str
-    trace: str = ""
-    status: int = 0
-    time: float = 0.0
-
-
-@dataclass
 class _Child:
     rank: int
     process: multiprocessing.process.BaseProcess
     pipe: Connection
-    report: _Report | None = None
+    report: Report | None = None
 
     def status(self) -> int:
         """As a shell has it: 128 + the signal that killed it."""
@@ -180,11 +162,19 @@ class _Supervisor:
         for local_rank in range(self._processes.per_machine):
             ours, theirs = context.Pipe(duplex=False)
             rank = self._processes.machine_rank * self._processes.per_machine + local_rank
-            place = _Place(
-                self._processes, local_rank, rank, self._machines.address, threads, timeout, os.getpid()
+            place = Place(
+                device=self._processes.device,
+                rank=rank,
+                world_size=self._processes.world_size,
+                local_rank=local_rank,
+                machine_rank=self._processes.machine_rank,
+                address=self._machines.address,
+                threads=threads,
+                timeout=timeout,
+                supervisor=os.getpid(),
             )
             # Not daemonic: those may not have children, and data loaders do.
-            process = context.Process(target=_child, args=(theirs, place, main, args), name=f"rank {rank}")
+            process = context.Process(target=run_child, args=(theirs, place, main, args), name=f"rank {rank}")
             process.start()
             theirs.close()
             self._children.append(_Child(rank, process, ours))
@@ -311,67 +301,3 @@ def _death(child: _Child) -> str:
         hint = " (by the system if memory ran out)" if number == signal.SIGKILL else ""
         return f"was killed by {name}{hint}"
     return f"was killed by signal {number}"
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a process stands among the others."""
-
-    processes: Processes
-    local_rank: int
-    rank: int
-    address: tuple[str, int]
-    threads: int
-    timeout: timedelta
-    supervisor: int
-
-
-def _child(pipe: Connection, place: _Place, main: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    end_with_parent(place.supervisor)
-    if place.threads:
-        torch.set_num_threads(place.threads)
-        os.environ["OMP_NUM_THREADS"] = str(place.threads)
-    report = _Report("exit", "")
-    try:
-        _join_and_call(place, main, args)
-    except USER_ERRORS as error:
-        trace = traceback.format_exc() if os.environ.get("CCNET_TRACEBACK") == "1" else ""
-        report = _Report("user", sentence_of(error), trace, status=1)
-    except SystemExit as exit_:
-        report.status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-    except KeyboardInterrupt:
-        report.status = 128 + signal.SIGINT
-    except BaseException as error:  # whatever it is, the supervisor tells it
-        kind = "lost" if is_lost_connection(error) else "fault"
-        report = _Report(kind, _one_line(error), traceback.format_exc(), status=1)
-    report.time = time.monotonic()
-    if report.status:
-        with suppress(OSError):
-            pipe.send(report)
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if report.status:
-        # An ordinary exit may wait for threads that wait for the other processes.
-        os._exit(report.status)
-
-
-def _join_and_call(place: _Place, main: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    host, port = place.address
-    choose_interface(host)
-    store = dist.TCPStore(host, port, is_master=False, timeout=place.timeout)
-    with joined_processes(
-        place.processes.device,
-        rank=place.rank,
-        world_size=place.processes.world_size,
-        local_rank=place.local_rank,
-        machine_rank=place.processes.machine_rank,
-        store=dist.PrefixStore("processes", store),
-        timeout=place.timeout,
-    ):
-        main(*args)
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

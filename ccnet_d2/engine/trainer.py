@@ -20,7 +20,8 @@ from ccnet_d2.data.randomness import GeneratorStates
 from ccnet_d2.data.train_loader import TrainLoader
 from ccnet_d2.errors import UserError
 
-from .non_finite import NonFiniteGuard, gradients_are_finite, gradients_look_finite
+from .non_finite import NonFiniteGuard
+from .non_finite_search import gradients_are_finite, gradients_look_finite
 
 logger = logging.getLogger(__name__)
 

@@ -3,13 +3,13 @@
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import instantiate
-from detectron2.engine import default_writers, hooks
+from detectron2.engine import HookBase, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
@@ -78,21 +78,10 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
     check_agreement(cfg)
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
-    merge_param_groups(optimizer)
-    train_loader = build_train_loader(cfg)
-    ddp_model = share_model(model, **cfg.train.ddp)
-    trainer = Trainer(
-        ddp_model,
-        train_loader,
-        optimizer,
-        amp_dtype=configured_amp_dtype(cfg, torch.device(cfg.train.device).type),
-        clip_grad_norm=cfg.train.clip_grad_norm,
-        guard=NonFiniteGuard(cfg.train.output_dir, cfg.train.non_finite_retries),
-    )
+    trainer = _build_trainer(cfg, model)
+    shared_model = trainer.model
     checkpointer = SafeCheckpointer(
-        ddp_model,
+        shared_model,
         cfg.train.output_dir,
         may_lack=cfg.train.init_may_lack,
         may_differ=cfg.train.init_may_differ,
@@ -100,28 +89,15 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
         trainer=trainer,
     )
     saving = SaveCheckpoints(checkpointer, **cfg.train.checkpointer)
-    is_main = comm.is_main_process()
-    pictures = PredictionPictures(cfg, model) if is_main and cfg.train.num_pictures else None
     results: dict[str, Any] = {}
 
-    def evaluate_now():
+    def evaluate_now() -> dict[str, Any]:
         results.clear()
         with saving.interruptible():
-            results.update(evaluate(cfg, ddp_model) or {})
+            results.update(evaluate(cfg, shared_model) or {})
         return dict(results)
 
-    trainer.register_hooks(
-        [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            saving,
-            ReportBadSamples(train_loader.bad_samples, cfg.train.output_dir)
-            if isinstance(train_loader, TrainLoader)
-            else None,
-            EvaluatePeriodically(cfg.train.eval_period, evaluate_now),
-            pictures,
-        ]
-    )
+    trainer.register_hooks(_hooks(cfg, trainer, saving, evaluate_now))
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start_iter = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     check_same_start(start_iter, cfg.train.output_dir)
@@ -140,7 +116,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
             f"train.max_iter is {cfg.train.max_iter}; raise it, or use --eval-only."
         )
     with disk_full_reported(cfg.train.output_dir, advice):
-        if is_main:
+        if comm.is_main_process():
             drop_metrics_from(Path(cfg.train.output_dir, "metrics.json"), start_iter)
             # Only now: the writers open metrics.json, and would go on writing to the file that was there before.
             writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
@@ -148,6 +124,40 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
         with saving.listening():
             trainer.train(start_iter, cfg.train.max_iter)
     return results or None
+
+
+def _build_trainer(cfg: DictConfig, model: nn.Module) -> Trainer:
+    """The run's trainer, which shares the model with the other processes."""
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    merge_param_groups(optimizer)
+    train_loader = build_train_loader(cfg)
+    return Trainer(
+        share_model(model, **cfg.train.ddp),
+        train_loader,
+        optimizer,
+        amp_dtype=configured_amp_dtype(cfg, torch.device(cfg.train.device).type),
+        clip_grad_norm=cfg.train.clip_grad_norm,
+        guard=NonFiniteGuard(cfg.train.output_dir, cfg.train.non_finite_retries),
+    )
+
+
+def _hooks(
+    cfg: DictConfig, trainer: Trainer, saving: SaveCheckpoints, evaluate_now: Callable[[], dict[str, Any]]
+) -> list[HookBase]:
+    """In the order in which they come after a step: what is learnt is saved before anything else may fail."""
+    found: list[HookBase] = [
+        hooks.IterationTimer(),
+        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        saving,
+    ]
+    loader = trainer.data_loader
+    if isinstance(loader, TrainLoader):
+        found.append(ReportBadSamples(loader.bad_samples, cfg.train.output_dir))
+    found.append(EvaluatePeriodically(cfg.train.eval_period, evaluate_now))
+    if comm.is_main_process() and cfg.train.num_pictures:
+        found.append(PredictionPictures(cfg, own_model(trainer.model)))
+    return found
 
 
 def _final_evaluation_is_missing(cfg: DictConfig) -> bool:

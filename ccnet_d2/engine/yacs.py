@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ccnet_d2.checkpoint import SafeCheckpointer, load_checkpoint
+from ccnet_d2.choices import check_choice
 from ccnet_d2.data import SemSegMapper, get_sem_seg_dataset_dicts
 from ccnet_d2.data.transforms import RandomPhotometricDistortion, RandomScaleCrop, ResizeToFit
 from ccnet_d2.errors import UserError
@@ -130,10 +131,7 @@ def train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
                 pad_value=cfg.MODEL.PIXEL_MEAN,
             )
         )
-    if cfg.INPUT.RANDOM_FLIP not in _FLIPS:
-        raise UserError(
-            f"INPUT.RANDOM_FLIP is {cfg.INPUT.RANDOM_FLIP!r}: it has to be one of {', '.join(_FLIPS)}."
-        )
+    check_choice("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, _FLIPS)
     if cfg.INPUT.RANDOM_FLIP != "none":
         vertical = cfg.INPUT.RANDOM_FLIP == "vertical"
         augmentations.append(T.RandomFlip(horizontal=not vertical, vertical=vertical))

@@ -2,7 +2,8 @@
 
 import ccnet_d2.compat  # noqa: F401  first: it imports Detectron2 without its warnings
 
-from .attention import AttentionMaps, draw_attention, draw_clip_attention, pixel_attention
+from .attention import AttentionMaps, pixel_attention
+from .attention_pictures import draw_attention, draw_clip_attention
 from .attention_view import AttentionView
 from .build import MODE_NAMES, build_mode
 from .classes import ClassTable

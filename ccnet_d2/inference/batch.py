@@ -12,10 +12,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from ccnet_d2.data.errors import SampleError
-from ccnet_d2.data.image_files import read_label
+from ccnet_d2.data.image_files import check_label_size, read_label
 from ccnet_d2.errors import UserError
 
-from .attention import draw_attention
+from .attention_pictures import draw_attention
 from .drawing import readable, stack, text_line
 from .images import find_images, write_image
 from .predictor import Predictor
@@ -82,13 +82,10 @@ class PictureJob:
         elif self.picture == "confidence":
             write_image(self.target, _confidence_picture(prediction.confidence()))
         elif self.picture == "side-by-side":
-            truth = None if self.truth is None else read_label(str(self.truth))
-            if truth is not None and truth.shape != prediction.labels.shape:
-                raise SampleError(
-                    f"The label map '{self.truth}' is {truth.shape[1]}x{truth.shape[0]}, but its image '{self.path}' "
-                    f"is {prediction.labels.shape[1]}x{prediction.labels.shape[0]}.",
-                    self.truth,
-                )
+            truth = None
+            if self.truth is not None:
+                truth = read_label(str(self.truth))
+                check_label_size(truth, self.truth, prediction.labels, self.path)
             write_image(
                 self.target, side_by_side(prediction.image, prediction.labels, prediction.classes, truth)
             )

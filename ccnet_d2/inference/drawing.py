@@ -12,7 +12,10 @@ from .classes import ClassTable
 __all__ = [
     "INK",
     "PAPER",
+    "greyed",
     "legend",
+    "legend_text_size",
+    "outlines_of",
     "panel_grid",
     "readable",
     "resize_labels",
@@ -54,6 +57,20 @@ def resize_labels(labels: np.ndarray, height: int, width: int) -> np.ndarray:
     rows = (np.arange(height) * 2 + 1) * labels.shape[0] // (2 * height)
     columns = (np.arange(width) * 2 + 1) * labels.shape[1] // (2 * width)
     return labels[rows[:, None], columns]
+
+
+def outlines_of(labels: np.ndarray) -> np.ndarray:
+    """Where (H, W) labels change: bool, true for pixels whose right or lower neighbour has another label."""
+    edges = np.zeros(labels.shape, bool)
+    edges[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    edges[:-1] |= labels[:-1] != labels[1:]
+    return edges
+
+
+def greyed(image: np.ndarray) -> np.ndarray:
+    """The luminance (ITU-R BT.601) of an image in each of its three channels, (H, W, 3) float32."""
+    grey = image.astype(np.float32) @ np.array((0.299, 0.587, 0.114), np.float32)
+    return np.repeat(grey[:, :, None], 3, axis=2)
 
 
 def text_line(text: str, width: int, size: int = 14, *, color: Sequence[int] = INK) -> np.ndarray:
@@ -182,6 +199,11 @@ def panel_grid(
 def text_size(width: int) -> int:
     """Pixels of a title over a panel of that width."""
     return int(min(max(width // 22, 13), 22))
+
+
+def legend_text_size(width: int) -> int:
+    """Pixels of a legend's text below a picture of that width."""
+    return int(min(max(width // 45, 13), 20))
 
 
 def _cell(panel: np.ndarray | None, height: int, width: int) -> np.ndarray:

@@ -16,9 +16,9 @@ from ccnet_d2.errors import UserError
 from ccnet_d2.layers import RegionConstruction
 
 from .attention import record_input, record_output
-from .drawing import panel_grid, readable, resize_labels, resize_rgb, stack, text_line
+from .drawing import outlines_of, panel_grid, readable, resize_labels, resize_rgb, stack, text_line
 from .images import as_rgb
-from .visualize import _edges, heat_colors
+from .visualize import heat_colors
 
 if TYPE_CHECKING:
     from .predictor import Predictor
@@ -109,7 +109,7 @@ def draw_regions(found: RegionMap) -> np.ndarray:
     sizes = np.bincount(found.region.ravel())
     on_image = resize_labels(region, height, width)
     # Regions of one cell count as one here: lines between them would be a grid over the image.
-    outlines = _edges(np.where(sizes[on_image] == 1, -1, on_image))
+    outlines = outlines_of(np.where(sizes[on_image] == 1, -1, on_image))
     dots = [
         ((column + 0.5) * width / columns, (row + 0.5) * height / rows)
         for row, column in found.representatives

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ccnet_d2.errors import UserError
 
 from .classes import ClassTable
-from .drawing import PAPER, legend, stack
+from .drawing import PAPER, legend, legend_text_size, stack
 from .predictor import Prediction
 from .video_files import VideoSource, VideoWriter
 from .video_predictor import VideoPredictor
@@ -58,14 +58,14 @@ class VideoPainter:
         if self._all is None:
             longest = sorted(range(len(classes)), key=lambda index: -len(classes.names[index]))
             shown = range(len(classes)) if len(classes) <= _LEGEND_CLASSES else longest[:_LEGEND_SHOWN]
-            self._all = legend(classes, list(shown), width, size=_text_size(width))
+            self._all = legend(classes, list(shown), width, size=legend_text_size(width))
             self._height = len(self._all)
         if len(classes) <= _LEGEND_CLASSES:
             return stack([picture, self._all])
         return stack([picture, self._fitted(_most_frequent(prediction.labels, classes), classes, width)])
 
     def _fitted(self, present: list[int], classes: ClassTable, width: int) -> np.ndarray:
-        drawn = legend(classes, present, width, size=_text_size(width))[: self._height]
+        drawn = legend(classes, present, width, size=legend_text_size(width))[: self._height]
         area = np.full((self._height, drawn.shape[1], 3), PAPER, np.uint8)
         area[: len(drawn)] = drawn
         return area
@@ -161,10 +161,6 @@ def _has_windows() -> bool:
     except cv2.error:
         return False
     return True
-
-
-def _text_size(width: int) -> int:
-    return int(min(max(width // 45, 13), 20))
 
 
 def _most_frequent(labels: np.ndarray, classes: ClassTable) -> list[int]:

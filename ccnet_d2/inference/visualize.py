@@ -13,7 +13,19 @@ from typing import Any
 import numpy as np
 
 from .classes import ClassTable
-from .drawing import legend, panel_grid, readable, resize_labels, resize_rgb, stack, text_line, text_size
+from .drawing import (
+    greyed,
+    legend,
+    legend_text_size,
+    outlines_of,
+    panel_grid,
+    readable,
+    resize_labels,
+    resize_rgb,
+    stack,
+    text_line,
+    text_size,
+)
 from .images import write_image
 
 __all__ = [
@@ -88,12 +100,12 @@ def overlay(
         blended = (1 - alpha) * picture[rows].astype(np.float32) + alpha * colorize(shown[rows], classes)
         picture[rows] = blended.round().astype(np.uint8)
     if outlines:
-        picture[_edges(shown)] //= 3
+        picture[outlines_of(shown)] //= 3
     if not with_legend:
         return picture
     present, shares = _present(labels, classes)
     notes = [f"{100 * share:.0f} %" if share >= 0.005 else "<1 %" for share in shares]
-    return stack([picture, legend(classes, present, width, size=_legend_size(width), notes=notes)])
+    return stack([picture, legend(classes, present, width, size=legend_text_size(width), notes=notes)])
 
 
 def difference(
@@ -111,7 +123,7 @@ def difference(
     base = np.full((*truth.shape, 3), 235, np.float32)
     if image is not None:
         _check_same_size(image, truth)
-        base = 120 + 0.53 * _grey(image)
+        base = 120 + 0.53 * greyed(image)
     labelled = _labelled(truth, classes)
     wrong = labelled & (prediction != truth)
     base[wrong] = 0.85 * _WRONG + 0.15 * base[wrong]
@@ -262,24 +274,6 @@ def _row_bands(height: int, size: int = 256) -> Iterator[slice]:
     """Slices of rows: pictures may be large, and their working copies in wider types several times so."""
     for top in range(0, height, size):
         yield slice(top, min(top + size, height))
-
-
-def _edges(labels: np.ndarray) -> np.ndarray:
-    """Pixels whose right or lower neighbour has another label."""
-    edges = np.zeros(labels.shape, bool)
-    edges[:, :-1] |= labels[:, :-1] != labels[:, 1:]
-    edges[:-1] |= labels[:-1] != labels[1:]
-    return edges
-
-
-def _grey(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) -> its luminance (ITU-R BT.601), three times, as float32."""
-    grey = image.astype(np.float32) @ np.array((0.299, 0.587, 0.114), np.float32)
-    return np.repeat(grey[:, :, None], 3, axis=2)
-
-
-def _legend_size(width: int) -> int:
-    return int(min(max(width // 45, 13), 20))
 
 
 def _check_same_size(image: np.ndarray, labels: np.ndarray) -> None:

@@ -4,6 +4,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+"""By the number of spatial axes."""
+
 
 class ContextModule(nn.Module):
     """Base of the modules that gather context: (B, in_channels, *S) -> (B, out_channels, *S), S unchanged.
@@ -23,12 +26,14 @@ class ContextModule(nn.Module):
         Args:
             in_channels: channels of the input.
             out_channels: channels of the output; None: as many as the input's.
-            spatial_dims: number of spatial axes, len(S).
+            spatial_dims: number of spatial axes, len(S): 1, 2 or 3.
 
         Raises:
-            ValueError: a number of channels below 1.
+            ValueError: a number of channels below 1, or another number of axes.
         """
         super().__init__()
+        if spatial_dims not in CONVOLUTIONS:
+            raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}.")
         out_channels = in_channels if out_channels is None else out_channels
         for name, value in (("channels", in_channels), ("out_channels", out_channels)):
             if value < 1:
@@ -44,6 +49,15 @@ class ContextModule(nn.Module):
                 f"{type(self).__name__} was built for inputs (B, {self.in_channels}{axes}), "
                 f"got {tuple(x.shape)}."
             )
+
+
+def check_recurrence(recurrence: int) -> None:
+    """
+    Raises:
+        ValueError: R, the number of loops, is below 1.
+    """
+    if recurrence < 1:
+        raise ValueError(f"recurrence must be at least 1, got {recurrence}: one loop is R=1.")
 
 
 def key_channels(channels: int, reduction: int) -> int:

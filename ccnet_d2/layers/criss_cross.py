@@ -10,13 +10,13 @@ from ccnet_d2.ops.recompute import recomputed_loop
 from ccnet_d2.ops.residual import gated_residual
 from ccnet_d2.ops.transforms import is_traced
 
+from .context_module import CONVOLUTIONS, ContextModule, check_recurrence, key_channels
+
 RECOMPUTED_CHUNKS = 4
 """Chunks of channels that `recompute=True` works in."""
 
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
-
-class CrissCrossAttention(nn.Module):
+class CrissCrossAttention(ContextModule):
     """`gamma * attention(q(x), k(x), v(x)) + x` over the lines through every position.
 
     The 1x1 projections of the paper are held as one convolution, `qkv`, whose output channels are C' of query, C' of
@@ -49,22 +49,14 @@ class CrissCrossAttention(nn.Module):
             ValueError: channels is not a positive multiple of reduction, spatial_dims is not 1, 2 or 3, or recompute
                 is a negative number.
         """
-        super().__init__()
-        if reduction < 1 or channels < 1 or channels % reduction:
-            raise ValueError(
-                f"channels={channels} is not a positive multiple of reduction={reduction}: "
-                "choose channels divisible by reduction, or another reduction."
-            )
-        if spatial_dims not in _CONVOLUTIONS:
-            raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}.")
+        super().__init__(channels, spatial_dims=spatial_dims)
         if recompute < 0:
             raise ValueError(f"recompute must be True, False or a number of chunks, got {recompute}.")
         self.channels = channels
-        self.key_channels = channels // reduction
-        self.spatial_dims = spatial_dims
+        self.key_channels = key_channels(channels, reduction)
         self.backend = backend
         self.recompute = recompute
-        self.qkv = _CONVOLUTIONS[spatial_dims](channels, 2 * self.key_channels + channels, kernel_size=1)
+        self.qkv = CONVOLUTIONS[spatial_dims](channels, 2 * self.key_channels + channels, kernel_size=1)
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,15 +119,8 @@ class CrissCrossAttention(nn.Module):
         qkv = self.qkv
         hooks = (qkv._forward_pre_hooks, qkv._forward_hooks, qkv._backward_pre_hooks, qkv._backward_hooks)
         # Not by the bound method's function, which torch.compile sees as another one.
-        convolves = type(qkv).forward is _CONVOLUTIONS[self.spatial_dims].forward
+        convolves = type(qkv).forward is CONVOLUTIONS[self.spatial_dims].forward
         return convolves and "forward" not in qkv.__dict__ and not any(map(len, hooks))
-
-    def _check_input(self, x: Tensor) -> None:
-        if x.dim() != self.spatial_dims + 2 or x.shape[1] != self.channels:
-            axes = "".join(", " + axis for axis in "THW"[3 - self.spatial_dims :])
-            raise ValueError(
-                f"{type(self).__name__} was built for inputs (B, {self.channels}{axes}), got {tuple(x.shape)}."
-            )
 
     def extra_repr(self) -> str:
         text = f"channels={self.channels}, key_channels={self.key_channels}, spatial_dims={self.spatial_dims}"
@@ -173,8 +158,7 @@ class RCCA(CrissCrossAttention):
         super().__init__(
             channels, reduction=reduction, spatial_dims=spatial_dims, backend=backend, recompute=recompute
         )
-        if recurrence < 1:
-            raise ValueError(f"recurrence must be at least 1, got {recurrence}: one loop is R=1.")
+        check_recurrence(recurrence)
         self.recurrence = recurrence
 
     def forward(self, x: Tensor) -> Tensor:

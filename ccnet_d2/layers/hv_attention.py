@@ -4,6 +4,8 @@ with."""
 import torch
 from torch import Tensor, nn
 
+from ccnet_d2.choices import check_choice
+
 from .context_module import ContextModule, key_channels
 from .non_local import attention_matmul
 
@@ -69,8 +71,7 @@ class HV(ContextModule):
             ValueError: channels is not a positive multiple of reduction, or order is neither "HV" nor "VH".
         """
         super().__init__(channels)
-        if order not in ("HV", "VH"):
-            raise ValueError(f"order must be 'HV' or 'VH', got {order!r}.")
+        check_choice("order", order, ("HV", "VH"))
         self.first = LineAttention(channels, order[0], reduction=reduction)
         self.second = LineAttention(channels, order[1], reduction=reduction)
 

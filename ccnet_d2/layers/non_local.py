@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .context_module import ContextModule, key_channels
+from ccnet_d2.choices import check_choice
+
+from .context_module import CONVOLUTIONS, ContextModule, check_recurrence, key_channels
 from .precision import at_least_float32, autocast_disabled
 
 BACKENDS = ("sdpa", "matmul")
@@ -48,18 +50,13 @@ class NonLocal(ContextModule):
                 is not 1, 2 or 3, or the backend is unknown.
         """
         super().__init__(channels, spatial_dims=spatial_dims)
-        if recurrence < 1:
-            raise ValueError(f"recurrence must be at least 1, got {recurrence}: one loop is R=1.")
-        if spatial_dims not in (1, 2, 3):
-            raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims}.")
-        if backend not in BACKENDS:
-            raise ValueError(f"unknown backend {backend!r}: use one of {', '.join(map(repr, BACKENDS))}.")
-        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1]
+        check_recurrence(recurrence)
+        check_choice("backend", backend, BACKENDS)
         self.channels = channels
         self.key_channels = key_channels(channels, reduction)
         self.recurrence = recurrence
         self.backend = backend
-        self.qkv = convolution(channels, 2 * self.key_channels + channels, kernel_size=1)
+        self.qkv = CONVOLUTIONS[spatial_dims](channels, 2 * self.key_channels + channels, kernel_size=1)
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ Shapes: B batch, C channels, C' query/key channels, S spatial axes.
 
 from torch import Tensor, nn
 
-from .context_module import ContextModule, key_channels
+from ccnet_d2.choices import check_choice
+
+from .context_module import ContextModule, check_recurrence, key_channels
 from .non_local import BACKENDS, attention_matmul, attention_sdpa
 from .norm_act import NormLike, build_norm
 
@@ -42,10 +44,8 @@ class NonLocalBlock(ContextModule):
                 backend is unknown.
         """
         super().__init__(channels)
-        if recurrence < 1:
-            raise ValueError(f"recurrence must be at least 1, got {recurrence}: one loop is R=1.")
-        if backend not in BACKENDS:
-            raise ValueError(f"unknown backend {backend!r}: use one of {', '.join(map(repr, BACKENDS))}.")
+        check_recurrence(recurrence)
+        check_choice("backend", backend, BACKENDS)
         self.recurrence = recurrence
         self.key_channels = key_channels(channels, reduction)
         self.backend = backend

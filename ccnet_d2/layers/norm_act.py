@@ -115,9 +115,8 @@ class ConvNormAct(nn.Module):
         """Norm and activation, of what the convolution made: (B, out_channels, H, W) -> the same shape."""
         if self.norm is not None:
             lone = x.numel() == x.shape[1]  # one value per channel: no variance to train on
-            if (
-                lone and self.training and type(self.norm) is nn.BatchNorm2d
-            ):  # synchronised ones see other devices
+            # Of subclasses, synchronised ones see the values of other devices too.
+            if lone and self.training and type(self.norm) is nn.BatchNorm2d:
                 raise ValueError(
                     "batch norm cannot train on one value per channel (a 1x1 map of a batch of one image): "
                     "use two images or more per device, norm='SyncBN' on several devices, or norm='GN'."

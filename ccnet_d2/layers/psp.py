@@ -17,7 +17,7 @@ class PSP(ContextModule):
     enlarged again and concatenated to the map; a 3x3 convolution fuses them.
 
     Standalone: in `in_channels` (res5) -> `out_channels`. At 2048 -> 512: four 1x1 to 512, then 3x3 from 4096
-        to 512.
+    to 512.
 
     :paper:`Pyramid Scene Parsing Network`, Sec. 3.2.
     """

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ccnet_d2.choices import check_choice
+
 from .norm_act import ActivationLike, ConvNormAct, NormLike
 from .precision import at_least_float32, autocast_disabled
 from .region_construction import RegionConstruction, Regions
@@ -63,10 +65,7 @@ class RegionAttention(nn.Module):
         super().__init__()
         if pair_cells < 1:
             raise ValueError(f"pair_cells must be at least 1, got {pair_cells}.")
-        if normalization not in NORMALIZATIONS:
-            raise ValueError(
-                f"normalization={normalization!r} is not one of {', '.join(map(repr, NORMALIZATIONS))}."
-            )
+        check_choice("normalization", normalization, NORMALIZATIONS)
         if variant == "code" and not (intra and inter):
             raise ValueError("intra=False and inter=False are ablations of variant='paper'.")
         self.construction = RegionConstruction(variant=variant, **construction)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ccnet_d2.choices import check_choice
+
 from .precision import at_least_float32, autocast_disabled
 from .region_lines import line_maximum
 from .region_partition import connected_regions, join_small_regions, pointer_regions, representatives
@@ -123,8 +125,7 @@ class RegionConstruction(nn.Module):
             ("kernel", kernel, KERNELS),
             ("small_regions", small_regions, SMALL_REGIONS),
         ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}.")
+            check_choice(name, value, known)
         if representatives < 1:
             raise ValueError(f"representatives must be at least 1, got {representatives}.")
         if not (use_boundary or use_semantic):

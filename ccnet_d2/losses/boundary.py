@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ccnet_d2.choices import check_choice
 from ccnet_d2.layers.precision import at_least_float32, autocast_disabled
 
 from .reduction import balanced_mean_over_processes, mean_over_processes
@@ -92,8 +93,7 @@ class BoundaryLoss(nn.Module):
         super().__init__()
         if radius < 1:
             raise ValueError(f"radius must be at least 1 pixel, got {radius}.")
-        if resolution not in RESOLUTIONS:
-            raise ValueError(f"resolution={resolution!r} is not one of {', '.join(map(repr, RESOLUTIONS))}.")
+        check_choice("resolution", resolution, RESOLUTIONS)
         self.radius = radius
         self.balanced = balanced
         self.resolution = resolution

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ccnet_d2.choices import check_choice
 from ccnet_d2.layers.precision import at_least_float32, autocast_disabled
 
 from .resize import sample_labels
@@ -73,8 +74,7 @@ class CategoryConsistentLoss(nn.Module):
             ValueError: the form is unknown, or not 0 <= delta_var <= delta_dis.
         """
         super().__init__()
-        if form not in FORMS:
-            raise ValueError(f"unknown form {form!r}: use one of {', '.join(map(repr, FORMS))}.")
+        check_choice("form", form, FORMS)
         if not 0 <= delta_var <= delta_dis:
             raise ValueError(
                 f"the margins must be 0 <= delta_var <= delta_dis, got {delta_var} and {delta_dis}."

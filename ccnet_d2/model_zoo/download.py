@@ -60,9 +60,9 @@ def _download(entry: Published, address: str, folder: Path) -> Path:
         digest = _read_to(address, part, entry.file)
         _check(entry, part, digest, "it was not kept; try again, or get it elsewhere and see CCNET_D2_ZOO")
         os.replace(part, path)
+    except UserError:
+        raise
     except (OSError, ValueError, HTTPException) as error:
-        if isinstance(error, UserError):
-            raise
         reason = getattr(error, "reason", None) or error
         raise UserError(
             f"{entry.file} cannot be downloaded from {address} ({reason}): connect to the network, or put the file "

@@ -7,7 +7,7 @@ the new module as part of its block.
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from ccnet_d2.errors import UserError
 from ccnet_d2.layers import RCCA
 from ccnet_d2.layers.non_local_block import NonLocalBlock
+from ccnet_d2.wording import listed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -75,9 +76,8 @@ def add_rcca(
         )
     if before is not None:
         path, target = _block(path, target, before)
-        while isinstance(target, nn.Sequential) and len(
-            target
-        ):  # a child of a Sequential would run by itself
+        # A child of a Sequential would run by itself.
+        while isinstance(target, nn.Sequential) and len(target):
             path, target = _join(path, next(iter(target._modules))), target[0]
     elif feature is None:
         while isinstance(target, nn.Sequential) and len(target):
@@ -153,14 +153,14 @@ class _RunAfter:
                 f"feature={self.feature!r}, but the output of {self.path} is a {type(output).__name__} and no dict."
             )
         if self.feature not in output:
-            raise UserError(f"The output of {self.path} has no {self.feature!r}: it has {_listed(output)}.")
+            raise UserError(f"The output of {self.path} has no {self.feature!r}: it has {listed(output)}.")
         x = _tensor(output[self.feature], f"the feature {self.feature!r} of {self.path}")
         return {**output, self.feature: module(x)}
 
 
 def _tensor(x: Any, what: str) -> Tensor:
     if not isinstance(x, Tensor):
-        hint = f"; choose one with feature=, out of {_listed(x)}" if isinstance(x, Mapping) else ""
+        hint = f"; choose one with feature=, out of {listed(x)}" if isinstance(x, Mapping) else ""
         raise UserError(f"RCCA needs a tensor (B, C, H, W), but {what} is a {type(x).__name__}{hint}.")
     return x
 
@@ -174,7 +174,7 @@ def _find(model: nn.Module, where: str) -> tuple[str, nn.Module]:
     if len(found) == 1:
         return found[0], modules[found[0]]
     if found:
-        raise UserError(f"where={where!r} is ambiguous: {_listed(found)}; give the whole path.")
+        raise UserError(f"where={where!r} is ambiguous: {listed(found)}; give the whole path.")
     last_names = {path.rpartition(".")[2]: path for path in reversed(modules) if path}
     near = [last_names[n] for n in difflib.get_close_matches(where.rpartition(".")[2], last_names, n=3)]
     # Of Sequentials, which heads have too, a model with stages of Detectron2's blocks or a backbone of features needs
@@ -189,7 +189,7 @@ def _find(model: nn.Module, where: str) -> tuple[str, nn.Module]:
         exists = [path for path, module in modules.items() if path and _blocks(module)]
     exists = exists or near or [child for child, _ in model.named_children()]
     raise UserError(
-        f"{type(model).__name__} has no module {where!r}: it has {_listed(exists)}; any path of "
+        f"{type(model).__name__} has no module {where!r}: it has {listed(exists)}; any path of "
         "model.named_modules() will do."
     )
 
@@ -205,7 +205,7 @@ def _blocks(module: nn.Module, *, sequential: bool = True) -> dict[str, nn.Modul
 
 
 def _features(path: str, backbone: Backbone) -> str:
-    return f"{path} (with before=None and feature= one of {_listed(backbone.output_shape())})"
+    return f"{path} (with before=None and feature= one of {listed(backbone.output_shape())})"
 
 
 def _runs(module: nn.Module) -> bool:
@@ -246,13 +246,13 @@ def _channels(path: str, target: nn.Module, *, after: bool, feature: str | None)
     if feature is not None:
         if shapes:
             if feature not in shapes:
-                raise UserError(f"{path} has no feature {feature!r}: it has {_listed(shapes)}.")
+                raise UserError(f"{path} has no feature {feature!r}: it has {listed(shapes)}.")
             found = shapes[feature].channels
     elif after:
         found = getattr(target, "out_channels", None)
         if found is None and shapes:
             raise UserError(
-                f"{path} gives a dict of features: choose one with feature=, out of {_listed(shapes)}."
+                f"{path} gives a dict of features: choose one with feature=, out of {listed(shapes)}."
             )
     else:
         convolutions = (m.in_channels for m in target.modules() if isinstance(m, nn.Conv2d))
@@ -276,13 +276,13 @@ def _shapes(module: nn.Module) -> Mapping[str, ShapeSpec]:
 def _build(name: str, channels: int, recurrence: int | None, options: Mapping[str, Any]) -> nn.Module:
     if name not in INSERTS:
         raise UserError(
-            f"Unknown module {name!r}: it is one of {_listed(INSERTS)}, or a module built already."
+            f"Unknown module {name!r}: it is one of {listed(INSERTS)}, or a module built already."
         )
     insert = INSERTS[name]
     known = [key for key in inspect.signature(insert).parameters if key not in ("channels", "recurrence")]
     for option in options:
         if option not in known:
-            raise UserError(f"The module {name!r} has no option {option!r}: it has {_listed(known)}.")
+            raise UserError(f"The module {name!r} has no option {option!r}: it has {listed(known)}.")
     if recurrence is not None:
         options = {**options, "recurrence": recurrence}
     return insert(channels, **options)
@@ -290,9 +290,3 @@ def _build(name: str, channels: int, recurrence: int | None, options: Mapping[st
 
 def _join(path: str, child: str) -> str:
     return f"{path}.{child}" if path else child
-
-
-def _listed(names: Iterable[str], most: int = 12) -> str:
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -9,6 +9,7 @@ from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_sem_seg_head
 from torch import Tensor, nn
 
+from ccnet_d2.choices import check_choice
 from ccnet_d2.errors import UserError
 from ccnet_d2.ops.autocast import autocasts
 
@@ -45,8 +46,7 @@ class CCNet(nn.Module):
             ignore_value: label of padded pixels.
         """
         super().__init__()
-        if input_format not in ("RGB", "BGR"):
-            raise ValueError(f"input_format must be 'RGB' or 'BGR', got {input_format!r}.")
+        check_choice("input_format", input_format, ("RGB", "BGR"))
         self.backbone = backbone
         self.sem_seg_head = sem_seg_head
         self.input_format = input_format

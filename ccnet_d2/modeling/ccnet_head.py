@@ -10,12 +10,13 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
+from ccnet_d2.choices import check_choice
 from ccnet_d2.layers.norm_act import NormLike
 from ccnet_d2.losses import CategoryConsistentLoss, CrossEntropy, OHEMCrossEntropy, SegmentationLoss
-from ccnet_d2.losses.resize import upsample
 
 from .config import head_arguments
-from .context_block import ContextBlock, category_consistent_branch, conv_norm_act, weighted
+from .context_block import ContextBlock, category_consistent_branch, conv_norm_act
+from .head_ends import check_features, enlarged, weighted
 from .norm import head_norm
 
 LOSSES: dict[str, Callable[..., SegmentationLoss]] = {"cross_entropy": CrossEntropy, "ohem": OHEMCrossEntropy}
@@ -98,11 +99,9 @@ class CCNetHead(ContextBlock):
             ValueError: a feature, context, loss or activation name is unknown, the auxiliary classifier has no
                 channels, or `category_consistent` is asked for with a standalone context module.
         """
-        for feature in (in_feature, aux_feature):
-            if feature is not None and feature not in input_shape:
-                raise ValueError(f"Feature {feature!r} is not among the backbone's {sorted(input_shape)}.")
-        if not callable(loss) and loss not in LOSSES:
-            raise ValueError(f"loss={loss!r} is not one of {sorted(LOSSES)}.")
+        check_features(input_shape, [in_feature] if aux_feature is None else [in_feature, aux_feature])
+        if not callable(loss):
+            check_choice("loss", loss, LOSSES)
         if aux_feature is not None and aux_channels < 1:
             raise ValueError(
                 f"aux_channels={aux_channels} are too few: aux_feature=null (AUX_FEATURE '') leaves the auxiliary "
@@ -177,9 +176,7 @@ class CCNetHead(ContextBlock):
         """
         logits, context = self._predict(features[self.in_feature])
         if not self.training:
-            if image_size is None:
-                image_size = (logits.shape[-2] * self.stride, logits.shape[-1] * self.stride)
-            return upsample(logits.float(), image_size, self.align_corners), {}
+            return enlarged(logits, image_size, stride=self.stride, align_corners=self.align_corners), {}
         assert targets is not None, "training needs targets"
         losses = {"loss_sem_seg": self.loss(logits, targets)}
         if self.category_features is not None:

@@ -16,7 +16,8 @@ from ccnet_d2.losses import CategoryConsistentLoss, CrossEntropy, EdgeCrossEntro
 from ccnet_d2.losses.resize import upsample
 
 from .config import head_arguments
-from .context_block import ContextBlock, category_consistent_branch, conv_norm_act, weighted
+from .context_block import ContextBlock, category_consistent_branch, conv_norm_act
+from .head_ends import check_features, enlarged, weighted
 from .norm import head_norm
 
 _EDGE_CLASSES = 2
@@ -141,9 +142,7 @@ class CE2PHead(nn.Module):
             raise ValueError(
                 f"in_features must name two of the backbone's features or more, got {list(in_features)}."
             )
-        for feature in in_features:
-            if feature not in input_shape:
-                raise ValueError(f"Feature {feature!r} is not among the backbone's {sorted(input_shape)}.")
+        check_features(input_shape, in_features)
         self.in_features = in_features
         self.num_classes = num_classes
         self.align_corners = align_corners
@@ -204,9 +203,7 @@ class CE2PHead(nn.Module):
         joined = self.fuse(torch.cat([fine, edge_features], dim=1))
         parsing_2 = self.classifier(self.dropout(joined))
         if not self.training:
-            if image_size is None:
-                image_size = (parsing_2.shape[-2] * self.stride, parsing_2.shape[-1] * self.stride)
-            return upsample(parsing_2.float(), image_size, self.align_corners), {}
+            return enlarged(parsing_2, image_size, stride=self.stride, align_corners=self.align_corners), {}
         assert targets is not None, "training needs targets"
         losses = {
             "loss_parsing_1": self.parsing_loss(parsing_1, targets),

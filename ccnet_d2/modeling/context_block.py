@@ -7,6 +7,7 @@ import torch
 from detectron2.layers import Conv2d, get_norm
 from torch import Tensor, nn
 
+from ccnet_d2.choices import check_choice
 from ccnet_d2.layers.build import CONTEXT_MODULES, build_context
 from ccnet_d2.layers.norm_act import ACTIVATIONS, NormLike
 from ccnet_d2.losses import CategoryConsistentLoss
@@ -68,11 +69,6 @@ def named_context(
     )
 
 
-def weighted(losses: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
-    """A head's losses, each times the weight that the head has beside others, as in PanopticFPN."""
-    return {name: weight * loss for name, loss in losses.items()}
-
-
 class ContextBlock(nn.Module):
     """The CCNet head without its classifier: `conva`, context module, `convb`, fused with the input.
 
@@ -105,8 +101,7 @@ class ContextBlock(nn.Module):
         """
         super().__init__()
         norm = head_norm(self, norm)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r} is not one of {sorted(ACTIVATIONS)}.")
+        check_choice("activation", activation, ACTIVATIONS)
         if not isinstance(context, nn.Module):
             context = named_context(
                 context, in_channels, channels, norm=norm, activation=activation, align_corners=align_corners
@@ -142,8 +137,8 @@ def category_consistent_branch(
     """
     if loss is None:
         return None, None
-    if isinstance(loss, str) and loss not in FORMS:
-        raise ValueError(f"category_consistent={loss!r} is not one of {sorted(FORMS)} or None.")
+    if isinstance(loss, str):
+        check_choice("category_consistent", loss, (*FORMS, None))
     if block.standalone:
         raise ValueError(
             f"category_consistent works on the map that goes into convb, which {type(block.context).__name__} "

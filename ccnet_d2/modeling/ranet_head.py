@@ -12,15 +12,16 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
+from ccnet_d2.choices import check_choice
 from ccnet_d2.layers import RegionAttention
 from ccnet_d2.layers.norm_act import ACTIVATIONS, ConvNormAct, NormLike
 from ccnet_d2.layers.precision import at_least_float32
 from ccnet_d2.layers.region_construction import VARIANTS
 from ccnet_d2.losses import BoundaryLoss, CrossEntropy
-from ccnet_d2.losses.resize import upsample
 
 from .config import head_arguments
-from .context_block import named_context, weighted
+from .context_block import named_context
+from .head_ends import check_features, enlarged, weighted
 from .norm import head_norm
 
 OUTPUTS = ("fine", "coarse")
@@ -115,18 +116,13 @@ class RANetHead(nn.Module):
             ValueError: a feature, context, activation, variant or output is unknown.
         """
         super().__init__()
-        from_earlier = variant == "code" and coarse_feature is not None
-        for feature in (in_feature, coarse_feature if from_earlier else None):
-            if feature is not None and feature not in input_shape:
-                raise ValueError(f"Feature {feature!r} is not among the backbone's {sorted(input_shape)}.")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r} is not one of {sorted(ACTIVATIONS)}.")
-        if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r} is not one of {', '.join(map(repr, VARIANTS))}.")
-        if output not in OUTPUTS:
-            raise ValueError(f"output={output!r} is not one of {', '.join(map(repr, OUTPUTS))}.")
+        check_choice("variant", variant, VARIANTS)
+        coarse_feature = coarse_feature if variant == "code" else None
+        check_features(input_shape, [in_feature] if coarse_feature is None else [in_feature, coarse_feature])
+        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("output", output, OUTPUTS)
         self.in_feature = in_feature
-        self.coarse_feature = coarse_feature if from_earlier else None
+        self.coarse_feature = coarse_feature
         self.stride = input_shape[in_feature].stride
         self.num_classes = num_classes
         self.align_corners = align_corners
@@ -141,9 +137,9 @@ class RANetHead(nn.Module):
 
         self.reduce = convolution(input_shape[in_feature].channels)
         self.coarse_reduce = None
-        if self.coarse_feature is not None:
+        if coarse_feature is not None:
             self.coarse_reduce = nn.Sequential(
-                convolution(input_shape[self.coarse_feature].channels), nn.Dropout2d(dropout)
+                convolution(input_shape[coarse_feature].channels), nn.Dropout2d(dropout)
             )
         self.semantic = nn.Conv2d(channels, num_classes, kernel_size=1)
         self.with_regions = context == REGION
@@ -252,10 +248,8 @@ class RANetHead(nn.Module):
         fused: Tensor = self.fuse(torch.cat([x, context], dim=1))
         return fused
 
-    def _enlarged(self, logits: Tensor, size: tuple[int, int] | None) -> Tensor:
-        if size is None:
-            size = (logits.shape[-2] * self.stride, logits.shape[-1] * self.stride)
-        return upsample(logits.float(), size, self.align_corners)
+    def _enlarged(self, logits: Tensor, image_size: tuple[int, int] | None) -> Tensor:
+        return enlarged(logits, image_size, stride=self.stride, align_corners=self.align_corners)
 
 
 def _boundary_classifier(channels: int) -> nn.Conv2d:

@@ -59,6 +59,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     inputs.add_argument("--webcam", type=int, nargs="?", const=0, metavar="N", help="a camera (default: 0)")
     parser.add_argument("--output", metavar="PATH", help="folder, or a file for one image or video")
 
+    _add_picture_options(parser)
+    _add_mode_options(parser)
+    _add_video_options(parser)
+    parser.add_argument(
+        "--devices", metavar="LIST", help="share the images among cuda:0,cuda:1 or all GPUs, or cpu,cpu"
+    )
+    parser.add_argument(
+        "--opts", nargs="*", default=[], metavar="KEY=VALUE", help="change values of the config"
+    )
+    args = parser.parse_args(argv)
+    _check_video_options(parser, args)
+    _check_picture_options(parser, args)
+    _check_mode_options(parser, args)
+    return args
+
+
+def _add_picture_options(parser: argparse.ArgumentParser) -> None:
     pictures = parser.add_argument_group("what to write (default: --overlay)").add_mutually_exclusive_group()
     for name, text in (
         ("overlay", "class colours over the image, with a legend"),
@@ -73,6 +90,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--ground-truth", metavar="DIR", help="label maps (.png) with the images' names")
 
+
+def _add_mode_options(parser: argparse.ArgumentParser) -> None:
     modes = parser.add_argument_group("test mode")
     modes.add_argument("--mode", choices=MODE_NAMES, help="default: that of the run, else whole")
     modes.add_argument(
@@ -83,6 +102,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     modes.add_argument("--scales", type=float, nargs="+", metavar="S", help="default: 0.5 to 1.75 by 0.25")
     modes.add_argument("--no-flip", action="store_true", help="do not average with the mirrored image")
 
+
+def _add_video_options(parser: argparse.ArgumentParser) -> None:
     videos = parser.add_argument_group("videos")
     videos.add_argument("--clip-length", type=int, metavar="T", help="frames of a clip (default: the run's)")
     videos.add_argument(
@@ -93,14 +114,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     videos.add_argument("--fps", type=float, help="of the result (default: the video's; 10 for a folder)")
 
-    parser.add_argument(
-        "--devices", metavar="LIST", help="share the images among cuda:0,cuda:1 or all GPUs, or cpu,cpu"
-    )
-    parser.add_argument(
-        "--opts", nargs="*", default=[], metavar="KEY=VALUE", help="change values of the config"
-    )
-    args = parser.parse_args(argv)
-    _check_video_options(parser, args)
+
+def _check_picture_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.output is None and args.webcam is None:
         parser.error(
             "--output is needed: name a folder, or a .png file for a single image, to write pictures to"
@@ -109,6 +124,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--attention looks at the image as a whole: leave --mode out")
     if args.picture == "regions" and args.mode not in (None, "whole"):
         parser.error("--regions looks at the image as a whole: leave --mode out")
+
+
+def _check_mode_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for option, needed in (
         ("tile", "slide"),
         ("stride", "slide"),
@@ -119,7 +137,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{option.replace('_', '-')} needs --mode {needed} or ms-slide")
     if args.no_flip and "ms" not in (args.mode or ""):
         parser.error("--no-flip needs --mode ms or ms-slide")
-    return args
 
 
 def _check_video_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -1,13 +1,10 @@
 """3D attention on clips: the figures, by hand."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 from ccnet_d2.analysis.clip_table import MAPS, clip_table, format_clip_table
+from tests.scripts import load_script
 
-SCRIPT = Path(__file__).parents[2] / "projects/CCNet/tools/analyze_model.py"
 C, KEYS = 512, 64
 
 
@@ -44,8 +41,6 @@ def test_time_is_measured_where_it_runs():
 
 
 def test_the_tool_prints_it(capsys):
-    spec = importlib.util.spec_from_file_location("analyze_model_script", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("tools/analyze_model.py")
     assert script.main(["--table", "clips", "--no-time"]) == 0
     assert "8x97x97  full, map in memory  75272" in capsys.readouterr().out

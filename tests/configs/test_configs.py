@@ -316,3 +316,12 @@ def test_overrides_move_what_depends_on_them():
     assert cfg.model.sem_seg_head.norm == "BN" and cfg.model.sem_seg_head.input_shape.depth == 101
     cfg = apply_overrides(cfg, ["dataloader.train.dataset.names=voc12_sem_seg_train_aug"])
     assert instantiate(cfg.dataloader.train.mapper).label_map.num_classes == 21
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in config_names() if "norm" in (load(n).model.get("sem_seg_head") or ())]
+)
+def test_the_head_has_the_backbone_s_norm(name):
+    """One override is for both: a head left at BN would train on each GPU's own statistics without a word."""
+    cfg = apply_overrides(load(name), ["model.backbone.norm=GN"])
+    assert cfg.model.sem_seg_head.norm == "GN"

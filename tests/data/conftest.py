@@ -1,15 +1,11 @@
 """Helpers for data set tests."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
-
-# The fixtures register on import: here, so that the first test that needs one does not take it away with what it made.
-from ccnet_d2.data.datasets import coco_fixture, folder, lip_fixture, register_all  # noqa: F401
 
 
 @pytest.fixture
@@ -32,12 +28,5 @@ def write_pair(tmp_path: Path) -> Callable[..., tuple[str, str]]:
 
 
 @pytest.fixture(autouse=True)
-def _catalogs_as_before() -> Iterator[None]:
-    """Remove what a test registered and point the built-in names back at the environment's folder."""
-    before = set(DatasetCatalog)
-    yield
-    for name in set(DatasetCatalog) - before:
-        DatasetCatalog.pop(name)
-        MetadataCatalog.pop(name, None)
-        folder._REGISTERED_HERE.discard(name)
-    register_all()
+def _own_catalogs(catalogs_as_before: None) -> None:
+    """Here every test registers."""

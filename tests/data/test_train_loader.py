@@ -232,7 +232,7 @@ def test_the_budget_ends_it():
 
 
 def test_wrong_options():
-    with pytest.raises(UserError, match="'ignore' is not 'stop' or 'skip'"):
+    with pytest.raises(UserError, match="on_bad_sample='ignore' is not one of 'stop', 'skip'"):
         BadSamples("ignore")
     with pytest.raises(UserError, match="negative"):
         BadSamples("skip", -1)

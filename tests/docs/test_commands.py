@@ -24,6 +24,7 @@ from ccnet_d2.model_zoo import PUBLISHED, config_path, get_config
 from ccnet_d2.modeling import add_ccnet_config
 from tests.checkpoint.source_networks import MMSegCCNet, OfficialCCNet, ResNetV1c, randomize
 from tests.docs.documents import DOCUMENTS, ROOT, Command, blocks, commands, python_blocks
+from tests.scripts import load_script
 
 COMMANDS = list(commands())
 BLOCKS = python_blocks()
@@ -152,11 +153,7 @@ def main_of(words: list[str]):
     script = words[1] if words[0] == "python" else f"projects/CCNet/{words[0]}"
     path = ROOT / script
     assert path.is_file(), f"there is no {script}"
-    spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their annotations up
-    spec.loader.exec_module(module)
-    return module.main, words[2:] if words[0] == "python" else words[1:]
+    return load_script(path).main, words[2:] if words[0] == "python" else words[1:]
 
 
 def parsed(words: list[str], monkeypatch) -> argparse.Namespace:

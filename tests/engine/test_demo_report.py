@@ -6,16 +6,11 @@ import cv2
 import numpy as np
 import pytest
 
-from ccnet_d2.data import register_all
 from ccnet_d2.engine.comparison import Variant, train_variants
 from ccnet_d2.engine.demo_report import _pixel_to_explain, run_demo
 from ccnet_d2.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def own_registrations():
-    yield
-    register_all()
+pytestmark = pytest.mark.usefixtures("catalogs_as_before")
 
 
 def test_demo_writes_report_and_pictures(tmp_path, capsys):

@@ -9,15 +9,8 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from torch import nn
 
 from ccnet_d2.checkpoint import CheckpointError
-from ccnet_d2.engine.non_finite import (
-    NonFiniteError,
-    NonFiniteGuard,
-    all_finite,
-    find,
-    gradients_are_finite,
-    load_step,
-    replay,
-)
+from ccnet_d2.engine.non_finite import NonFiniteError, NonFiniteGuard, load_step, replay
+from ccnet_d2.engine.non_finite_search import all_finite, find, gradients_are_finite
 from ccnet_d2.engine.plain_batch import from_plain, to_plain
 from ccnet_d2.engine.trainer import Trainer
 from ccnet_d2.errors import UserError

@@ -88,11 +88,8 @@ def test_wrong_input_is_one_sentence(train_net, tmp_path):
     status, error = train_net(INPUT__CCNET__SCALE_RANGE="(0.5,2.0)")
     assert status == 1 and "INPUT.CCNET.SCALE_RANGE is set, but INPUT.CROP.ENABLED is False" in error
     status, error = train_net(INPUT__RANDOM_FLIP="horizontally")
-    assert (
-        status == 1
-        and "INPUT.RANDOM_FLIP is 'horizontally'" in error
-        and "horizontal, vertical, none" in error
-    )
+    assert status == 1
+    assert "INPUT.RANDOM_FLIP='horizontally' is not one of 'horizontal', 'vertical', 'none'." in error
     status, error = train_net(SOLVER__WARMUP_ITERS=5)
     assert status == 1 and "SOLVER.WARMUP_ITERS is 5, but SOLVER.LR_SCHEDULER_NAME PolyLR has no" in error
     status, error = train_net(TEST__CCNET__MODE="tiles", output="untrained")

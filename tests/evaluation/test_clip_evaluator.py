@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.evaluation import SemSegEvaluator
 from PIL import Image
 
@@ -15,14 +15,13 @@ from ccnet_d2.data import (
     get_sem_seg_dataset_dicts,
     register_sem_seg_folder,
 )
-from ccnet_d2.data.datasets import folder
 from ccnet_d2.evaluation import ClipSemSegEvaluator
 
 NAME = "clip_evaluator_test"
 
 
 @pytest.fixture
-def frames(tmp_path):
+def frames(tmp_path, catalogs_as_before):
     rng = np.random.default_rng(0)
     for t in range(7):
         for kind, array in (
@@ -32,10 +31,7 @@ def frames(tmp_path):
             (tmp_path / kind).mkdir(exist_ok=True)
             Image.fromarray(array).save(tmp_path / kind / f"A_{t}.png")
     register_sem_seg_folder(NAME, tmp_path / "images", tmp_path / "labels", ["a", "b", "c"])
-    yield DatasetCatalog.get(NAME)
-    DatasetCatalog.pop(NAME)
-    MetadataCatalog.pop(NAME, None)
-    folder._REGISTERED_HERE.discard(NAME)
+    return DatasetCatalog.get(NAME)
 
 
 def test_the_same_metrics_as_frame_by_frame(frames):

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.evaluation import SemSegEvaluator
 
 from ccnet_d2.data import DatasetError, SampleError
@@ -18,7 +18,7 @@ SIZES = [(40, 24), (33, 31), (21, 50)]
 
 
 @pytest.fixture
-def labels(tmp_path) -> list[np.ndarray]:
+def labels(tmp_path, catalogs_as_before) -> list[np.ndarray]:
     """Label maps of drawn blocks with every class and void, registered as LIP's validation set."""
     rng = np.random.default_rng(0)
     maps = []
@@ -28,10 +28,7 @@ def labels(tmp_path) -> list[np.ndarray]:
         maps.append(np.kron(small, np.ones((4, 4)))[:height, :width].astype(np.uint8))
         write(tmp_path, index, maps[-1])
     register_lip(tmp_path / "LIP", "evaluated_lip")
-    yield maps
-    for name in ("evaluated_lip_train", NAME):
-        DatasetCatalog.pop(name)
-        MetadataCatalog.pop(name)
+    return maps
 
 
 def write(root: Path, index: int, label: np.ndarray) -> Path:

@@ -5,12 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.evaluation import SemSegEvaluator
 from PIL import Image
 
 from ccnet_d2.data import DatasetError, SampleError, register_sem_seg_folder
-from ccnet_d2.data.datasets import folder
 from ccnet_d2.evaluation import CheckedSemSegEvaluator
 
 VOID = 11
@@ -19,9 +18,8 @@ SHAPE = (8, 9)
 
 
 @pytest.fixture
-def register(tmp_path):
+def register(tmp_path, catalogs_as_before):
     """Registers label maps as a data set; gives its records."""
-    names = []
 
     def register(*labels, name="checked_evaluator_test"):
         for index, label in enumerate(labels):
@@ -30,14 +28,9 @@ def register(tmp_path):
                 Image.fromarray(array).save(tmp_path / name / kind / f"{index}.png")
         root = tmp_path / name
         register_sem_seg_folder(name, root / "images", root / "labels", CLASSES, ignore_label=VOID)
-        names.append(name)
         return DatasetCatalog.get(name)
 
-    yield register
-    for name in names:
-        DatasetCatalog.pop(name)
-        MetadataCatalog.pop(name, None)
-        folder._REGISTERED_HERE.discard(name)
+    return register
 
 
 def drawn(seed, values=(0, 1, 2, 3, VOID)):
@@ -93,15 +86,8 @@ def test_one_image_with_the_label_maps_of_two_sets_is_refused(register, tmp_path
     register_sem_seg_folder(
         both, tmp_path / "first/images", tmp_path / "second/labels", CLASSES, ignore_label=VOID
     )
-    try:
-        with pytest.raises(
-            DatasetError, match=rf"^Data sets 'first', '{both}' have '\S+0.png' with different"
-        ):
-            CheckedSemSegEvaluator(["first", both])
-    finally:
-        DatasetCatalog.pop(both)
-        MetadataCatalog.pop(both, None)
-        folder._REGISTERED_HERE.discard(both)
+    with pytest.raises(DatasetError, match=rf"^Data sets 'first', '{both}' have '\S+0.png' with different"):
+        CheckedSemSegEvaluator(["first", both])
 
 
 @pytest.mark.parametrize("value", [4, 5, 255])

@@ -8,7 +8,8 @@ from torch import nn
 
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference import AttentionMaps, Predictor, draw_attention, draw_clip_attention, pixel_attention
-from ccnet_d2.inference.attention import attention_weights, find_rcca, heat_over_image, record_input
+from ccnet_d2.inference.attention import attention_weights, find_rcca, record_input
+from ccnet_d2.inference.attention_pictures import heat_over_image
 from ccnet_d2.layers import RCCA
 from ccnet_d2.ops import criss_cross_attention
 

@@ -1,7 +1,6 @@
 """Pictures of RANet's regions: the regions are the model's own, dots sit on representatives, and demo.py draws them."""
 
 import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ from PIL import Image
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference import Predictor, RegionMap, draw_regions, find_regions
 from ccnet_d2.modeling import CCNet, CCNetHead, PlainConvNet, RANetHead
+from tests.scripts import load_script
 
-DEMO = Path(__file__).parents[2] / "projects/CCNet/demo.py"
 GREEN = (40, 255, 60)
 
 
@@ -128,11 +127,7 @@ def test_models_without_regions_are_told():
 
 @pytest.fixture
 def demo():
-    spec = importlib.util.spec_from_file_location("demo_of_regions", DEMO)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("demo.py")
 
 
 def test_from_the_command_line(tmp_path, demo, capsys):

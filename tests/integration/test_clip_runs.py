@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 
 from ccnet_d2.data import register_all
 from ccnet_d2.engine import apply_overrides, build_model, evaluate, evaluate_only, train
@@ -32,14 +31,7 @@ SMALL = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def catalogs_as_before() -> Iterator[None]:
-    datasets, metadata = dict(DatasetCatalog.data), dict(MetadataCatalog.data)
-    yield
-    DatasetCatalog.data.clear()
-    DatasetCatalog.data.update(datasets)
-    MetadataCatalog.data.clear()
-    MetadataCatalog.data.update(metadata)
+pytestmark = pytest.mark.usefixtures("catalogs_as_before")
 
 
 @pytest.fixture
@@ -90,7 +82,8 @@ def test_from_frames_to_miou(camvid, tmp_path):
     assert [len(clip["frames"]) for clip in clips] == [5] * 4  # three of the long sequence, one of the short
     results = train(cfg)
     losses = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    assert all(math.isfinite(record["total_loss"]) for record in losses if "total_loss" in record)
+    losses = [record["total_loss"] for record in losses if "total_loss" in record]
+    assert losses and all(map(math.isfinite, losses))
     model = build_model(cfg)
     weights = torch.load(output / "model_final.pth", weights_only=True)["model"]
     model.load_state_dict(weights)

@@ -1,6 +1,5 @@
 """Human parsing from the command line: training on the drawn fixture, evaluation, pictures, and wrong data sets."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -19,10 +18,10 @@ from ccnet_d2.engine import apply_overrides
 from ccnet_d2.engine.command_line import main
 from ccnet_d2.inference import Predictor
 from ccnet_d2.model_zoo import get_config
+from tests.scripts import load_script
 
 RUN = "lip/ce2p_ccl_R_101_D16_473x473_115k.py"
 FIXTURE_RUN = "quick_schedules/ce2p_ccl_R_18_lip_fixture.py"
-PROJECT = Path(__file__).parents[2] / "projects/CCNet"
 # The run of LIP at a size for tests.
 SMALL = [
     "model.backbone.depth=18",
@@ -70,13 +69,6 @@ def train_net(tmp_path, capsys):
         return status, errors
 
     return run
-
-
-def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(Path(name).stem + "_script", PROJECT / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 FEW = ["train.max_iter=2", "dataloader.train.total_batch_size=2"]

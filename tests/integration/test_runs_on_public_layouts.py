@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -105,14 +105,7 @@ def forget(*prefixes: str) -> None:
         MetadataCatalog.pop(name)
 
 
-@pytest.fixture(autouse=True)
-def catalogs_as_before() -> Iterator[None]:
-    datasets, metadata = dict(DatasetCatalog.data), dict(MetadataCatalog.data)
-    yield
-    DatasetCatalog.data.clear()
-    DatasetCatalog.data.update(datasets)
-    MetadataCatalog.data.clear()
-    MetadataCatalog.data.update(metadata)
+pytestmark = pytest.mark.usefixtures("catalogs_as_before")
 
 
 def mean_iou(model: torch.nn.Module, cfg) -> float:

@@ -64,5 +64,5 @@ def test_gradcheck():
 def test_errors():
     with pytest.raises(ValueError, match="axis must be 'H'"):
         LineAttention(8, "W")
-    with pytest.raises(ValueError, match="order must be 'HV' or 'VH', got 'HH'"):
+    with pytest.raises(ValueError, match="order='HH' is not one of 'HV', 'VH'"):
         HV(8, order="HH")

@@ -105,7 +105,7 @@ def test_errors():
     for arguments, message in (
         ({"recurrence": 0}, "recurrence must be at least 1, got 0"),
         ({"spatial_dims": 4}, "spatial_dims must be 1, 2 or 3, got 4"),
-        ({"backend": "flash"}, "unknown backend 'flash': use one of 'sdpa', 'matmul'"),
+        ({"backend": "flash"}, "backend='flash' is not one of 'sdpa', 'matmul'"),
         ({"reduction": 0}, "not a positive multiple of reduction=0"),
     ):
         with pytest.raises(ValueError, match=message):

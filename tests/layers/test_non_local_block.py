@@ -81,7 +81,7 @@ def test_parameters_of_the_published_block():
         ({"channels": 15}, "channels=15"),
         ({"channels": 16, "recurrence": 0}, "recurrence must be at least 1, got 0"),
         ({"channels": 16, "norm": "LN"}, "unknown norm 'LN'"),
-        ({"channels": 16, "backend": "cuda"}, "unknown backend 'cuda'"),
+        ({"channels": 16, "backend": "cuda"}, "backend='cuda' is not one of"),
         ({"channels": 16, "norm": lambda c: torch.nn.BatchNorm2d(c, affine=False)}, "no learned scale"),
     ],
 )

@@ -57,9 +57,8 @@ def test_one_value_per_channel_cannot_train_batch_norm():
     with pytest.raises(ValueError, match="two images or more per device"):
         block(torch.randn(1, 3, 1, 1))
 
-    class AcrossDevices(
-        nn.BatchNorm2d
-    ):  # as Detectron2's synchronised batch norm: one value here, more elsewhere
+    # As Detectron2's synchronised batch norm: one value here, more elsewhere.
+    class AcrossDevices(nn.BatchNorm2d):
         def forward(self, x):
             return x
 

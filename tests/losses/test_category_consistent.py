@@ -225,7 +225,7 @@ def test_repeated_calls_are_equal():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="unknown form 'linear': use one of 'piecewise', 'quadratic'"):
+    with pytest.raises(ValueError, match="form='linear' is not one of 'piecewise', 'quadratic'"):
         CategoryConsistentLoss(form="linear")
     with pytest.raises(ValueError, match=r"0 <= delta_var <= delta_dis, got 2\.0 and 1\.5"):
         CategoryConsistentLoss(delta_var=2.0)

@@ -83,6 +83,14 @@ def test_all_ignored_is_zero_with_a_graph():
         assert loss.item() == 0 and logits.grad.abs().max() == 0
 
 
+def test_the_mean_of_one_pixel_is_its_own_whatever_its_weight():
+    logits, target = sample()
+    lone = torch.full_like(target, 255)
+    lone[0, 4, 3] = 1
+    expected = CrossEntropy()(logits, lone)
+    torch.testing.assert_close(CrossEntropy(class_weight=[0.1] * 4)(logits, lone), expected)
+
+
 def test_other_ignore_index():
     logits, target = sample()
     expected = CrossEntropy()(logits, target)

@@ -102,7 +102,7 @@ def test_a_loss_of_ones_own_weights():
 def test_wrong_requests_are_one_sentence():
     with pytest.raises(ValueError, match="PSP as a whole head of its own"):
         make_head(context="psp", category_consistent="piecewise")
-    with pytest.raises(ValueError, match=r"category_consistent='cubic' is not one of \['piecewise', 'quad"):
+    with pytest.raises(ValueError, match=r"category_consistent='cubic' is not one of 'piecewise', 'quad"):
         make_head(category_consistent="cubic")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from ccnet_d2.ops import available_backends, criss_cross_attention
 
@@ -17,6 +18,9 @@ from attention_formulations import (
     operator_flops,
     textbook_attention,
 )
+from op_arguments import parse_arguments
+from op_candidates import Case
+from op_report import fit_exponent
 
 
 @pytest.mark.parametrize("sizes", [(6,), (5, 4), (3, 4, 5)])
@@ -38,7 +42,7 @@ def test_non_local_formulations_agree_with_a_sum_over_positions():
 
 
 def test_exponent_of_a_power_law():
-    assert benchmark_op.fit_exponent([(n, 3e-6 * n**1.5) for n in (100, 900, 2500)]) == pytest.approx(1.5)
+    assert fit_exponent([(n, 3e-6 * n**1.5) for n in (100, 900, 2500)]) == pytest.approx(1.5)
 
 
 def test_operations():
@@ -47,10 +51,11 @@ def test_operations():
 
 
 def test_small_run(tmp_path, capsys):
-    report = tmp_path / "folder" / "bench.json"
+    report, picture = tmp_path / "folder" / "bench.json", tmp_path / "bench.png"
     command = ["--device", "cpu", "--sizes", "6x5", "--channels", "16", "--seconds", "0.001"]
     only = ["core", "module", "memory"]
-    assert benchmark_op.main([*command, "--dtype", "float32", "--only", *only, "--json", str(report)]) == 0
+    command += ["--dtype", "float32", "--only", *only, "--json", str(report), "--plot", str(picture)]
+    assert benchmark_op.main(command) == 0
     rows = json.loads(report.read_text())["rows"]
     wanted = {"textbook"} | {name for name, reason in available_backends().items() if reason is None}
     for section in only:
@@ -62,18 +67,19 @@ def test_small_run(tmp_path, capsys):
         if row["section"] == "core" and "non-local" not in row["candidate"]
     )
     assert "x textbook" in capsys.readouterr().out
+    assert Image.open(picture).width > Image.open(picture).height  # two panels side by side
 
 
 @pytest.mark.parametrize("text", ["", "x", "0x4", "1x2x3x4"])
 def test_wrong_sizes_are_refused(text, capsys):
     with pytest.raises(SystemExit):
-        benchmark_op.parse_arguments(["--sizes", text])
+        parse_arguments(["--sizes", text])
     assert "is no size" in capsys.readouterr().err
 
 
 def test_energies_have_the_deviation_asked_for():
     command = ["--device", "cpu", "--channels", "256", "--energy-std", "16", "--backends", "reference"]
-    case = benchmark_op.Case(benchmark_op.parse_arguments(command), (24, 24), torch.float32)
+    case = Case(parse_arguments(command), (24, 24), torch.float32)
     seen = {}
     case.cores = lambda: {"reference": lambda query, key, value: seen.update(q=query, k=key) or value}
     case.core_calls(backward=False)["reference"]()
@@ -84,7 +90,7 @@ def test_energies_have_the_deviation_asked_for():
 @pytest.mark.parametrize("text", ["-1", "nan", "inf"])
 def test_wrong_energies_are_refused(text, capsys):
     with pytest.raises(SystemExit):
-        benchmark_op.parse_arguments(["--energy-std", text])
+        parse_arguments(["--energy-std", text])
     assert "must be a finite number" in capsys.readouterr().err
 
 
@@ -103,5 +109,5 @@ def test_wrong_energies_are_refused(text, capsys):
 )
 def test_what_cannot_be_measured_is_refused_at_once(command, message, capsys):
     with pytest.raises(SystemExit):
-        benchmark_op.parse_arguments(command.split())
+        parse_arguments(command.split())
     assert message in capsys.readouterr().err

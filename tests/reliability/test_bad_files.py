@@ -133,4 +133,4 @@ def test_skipping_bad_files_of_a_run(run, dataset, tmp_path):
     status, error = run("train.max_iter=6", "train.on_bad_sample=skip", "train.bad_sample_budget=1")
     assert status == 1 and "train.bad_sample_budget=1" in error
     status, error = run("train.max_iter=6", "train.on_bad_sample=never")
-    assert status == 1 and "'stop' or 'skip'" in error
+    assert status == 1 and "is not one of 'stop', 'skip'" in error

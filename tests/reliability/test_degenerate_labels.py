@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.config import instantiate
 
-from ccnet_d2.engine.non_finite import all_finite, gradients_are_finite
+from ccnet_d2.engine.non_finite_search import all_finite, gradients_are_finite
 from ccnet_d2.engine.overrides import apply_overrides
 from ccnet_d2.model_zoo import get_config
 

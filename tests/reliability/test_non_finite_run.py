@@ -1,6 +1,5 @@
 """A run whose loss explodes: what train_net.py says, and what the tool makes of the file that it wrote."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from ccnet_d2.engine import trainer
 SMALL_RUN = str(Path(__file__).with_name("small_run.py"))
 
 
-def test_it_is_explained_and_repeated(run, tmp_path, capsys, monkeypatch):
+def test_it_is_explained_and_repeated(run, tmp_path, capsys):
     status, error = run("optimizer.lr=1e30", "train.checkpointer.period=1")
     assert status == 1 and "not finite at iteration" in error and "train_0000" in error
     (path,) = (tmp_path / "output/non_finite").iterdir()
@@ -21,14 +20,10 @@ def test_it_is_explained_and_repeated(run, tmp_path, capsys, monkeypatch):
     last = load_file(SafeCheckpointer(torch.nn.Module(), str(tmp_path / "output")).get_checkpoint_file())
     assert all(bool(torch.isfinite(value).all()) for value in last["model"].values())
 
-    monkeypatch.setattr(sys, "argv", ["replay_non_finite.py", "--config-file", SMALL_RUN, str(path)])
-    assert replay_non_finite.main() == 0
+    assert replay_non_finite.main(["--config-file", SMALL_RUN, str(path)]) == 0
     printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
     assert printed["then"] == printed["now"] and printed["then"] in error
-    monkeypatch.setattr(
-        sys, "argv", ["replay_non_finite.py", "--config-file", SMALL_RUN, str(tmp_path / "none.pth")]
-    )
-    assert replay_non_finite.main() == 1
+    assert replay_non_finite.main(["--config-file", SMALL_RUN, str(tmp_path / "none.pth")]) == 1
     assert "does not exist" in capsys.readouterr().err
 
 

@@ -1,27 +1,23 @@
 """analyze_model.py: a run's parameters, FLOPs, memory and time, and the tables' files."""
 
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from ccnet_d2.analysis.run import analyze_run
 from ccnet_d2.errors import UserError
+from tests.scripts import PROJECT, load_script
 
-SCRIPT = Path(__file__).parents[2] / "projects/CCNet/tools/analyze_model.py"
+SCRIPT = PROJECT / "tools/analyze_model.py"
 TOY = "toy/ccnet_synthetic.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("analyze_model_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/analyze_model.py")
 
 
 def analyze(script, tmp_path, *arguments) -> dict:

@@ -1,6 +1,5 @@
 """attention_viewer.py as a program, and its page in a real browser."""
 
-import importlib.util
 import os
 import re
 import signal
@@ -17,8 +16,9 @@ from PIL import Image
 
 from ccnet_d2.engine import apply_overrides
 from ccnet_d2.model_zoo import get_config
+from tests.scripts import PROJECT, load_script
 
-SCRIPT = Path(__file__).parents[2] / "projects/CCNet/tools/attention_viewer.py"
+SCRIPT = PROJECT / "tools/attention_viewer.py"
 TOY = "toy/ccnet_synthetic.py"
 R1 = "model.sem_seg_head.context=rcca_r1"
 
@@ -70,10 +70,7 @@ def serving(*arguments):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("attention_viewer_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/attention_viewer.py")
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,17 @@
 """The input pipeline's benchmark, at a size at which it takes no time."""
 
-import importlib.util
 import re
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 from detectron2.data import DatasetCatalog
 
-SCRIPT = Path(__file__).parents[2] / "projects" / "CCNet" / "tools" / "benchmark_data.py"
+from tests.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_data", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/benchmark_data.py")
 
 
 @pytest.mark.parametrize(

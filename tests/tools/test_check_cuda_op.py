@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import check_cuda_op
+import cuda_op_checks
 from ccnet_d2.ops import compiled
 from cuda_op_cases import SMALL_SHAPES, draw_cases, make_inputs, small_cases
 from official_kernels import OfficialKernels
@@ -44,14 +45,14 @@ def test_wrong_results_are_noticed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = check_cuda_op.run_kernels
+    run = cuda_op_checks.run_kernels
     case = small_cases(0, ("float32",))[1]
 
     def wrong(*args: object, **kwargs: object) -> dict[str, Tensor]:
         results = run(*args, **kwargs)
         return results | {"grad_key": fault(results["grad_key"])}
 
-    monkeypatch.setattr(check_cuda_op, "run_kernels", wrong)
+    monkeypatch.setattr(cuda_op_checks, "run_kernels", wrong)
     for name in ("small_cases", "draw_cases"):
         monkeypatch.setattr(check_cuda_op, name, lambda *args: [case])
     # NaN equals nothing, itself included.
@@ -63,9 +64,9 @@ def test_wrong_results_are_noticed(
 
 def test_results_that_change_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     results = iter([{"out": torch.zeros(2)}, {"out": torch.tensor([0.0, 1e-9])}])
-    monkeypatch.setattr(check_cuda_op, "run_kernels", lambda case, inputs: next(results))
-    with pytest.raises(check_cuda_op.CheckFailed, match="out differs between two runs"):
-        check_cuda_op.check_case(small_cases(0)[0], CPU)
+    monkeypatch.setattr(cuda_op_checks, "run_kernels", lambda case, inputs: next(results))
+    with pytest.raises(cuda_op_checks.CheckFailed, match="out differs between two runs"):
+        cuda_op_checks.check_case(small_cases(0)[0], CPU)
 
 
 def test_lists_of_cases() -> None:

@@ -1,6 +1,5 @@
 """The script that reads a data set and says what is wrong with it."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -15,17 +14,14 @@ from detectron2.data.datasets import load_sem_seg
 
 from ccnet_d2.data import register_sem_seg_folder
 from ccnet_d2.data.check import check_dataset
+from tests.scripts import PROJECT, load_script
 
-SCRIPT = Path(__file__).parents[2] / "projects" / "CCNet" / "tools" / "check_dataset.py"
+SCRIPT = PROJECT / "tools/check_dataset.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_dataset_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/check_dataset.py")
 
 
 def _write(root: Path, labels: dict[str, np.ndarray]) -> None:

@@ -1,6 +1,5 @@
 """convert_checkpoint.py: from a published file to a checkpoint, with its report or one sentence."""
 
-import importlib.util
 import pickle
 import subprocess
 import sys
@@ -11,16 +10,14 @@ import torch
 import torchvision
 
 from tests.checkpoint.test_convert import Payload
+from tests.scripts import PROJECT, load_script
 
-SCRIPT = Path(__file__).parents[2] / "projects/CCNet/tools/convert_checkpoint.py"
+SCRIPT = PROJECT / "tools/convert_checkpoint.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("convert_checkpoint_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/convert_checkpoint.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,3 @@
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,17 +10,15 @@ from detectron2.config import instantiate
 from PIL import Image
 
 from ccnet_d2.model_zoo import get_config
+from tests.scripts import PROJECT, load_script
 
-_SCRIPT = Path(__file__).parents[2] / "projects" / "CCNet" / "demo.py"
+_SCRIPT = PROJECT / "demo.py"
 _CONFIG = "toy/ccnet_synthetic.py"
 
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("ccnet_demo", _SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("demo.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,5 @@
 """Videos through demo.py."""
 
-import importlib.util
-from pathlib import Path
-
 import cv2
 import numpy as np
 import pytest
@@ -12,8 +9,8 @@ from PIL import Image
 
 from ccnet_d2.inference.video_files import VideoWriter, open_video
 from ccnet_d2.model_zoo import get_config
+from tests.scripts import load_script
 
-_SCRIPT = Path(__file__).parents[2] / "projects" / "CCNet" / "demo.py"
 CLIPS = "camvid/ccnet3d_T5_R_18_D8_half.py"
 SMALL = [
     "model.sem_seg_head.channels=16",
@@ -26,10 +23,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("ccnet_demo", _SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("demo.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,7 @@
 """export.py: the file it writes and what it prints."""
 
-import importlib.util
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,17 +9,14 @@ import torch
 from detectron2.config import instantiate
 
 from ccnet_d2.model_zoo import get_config
+from tests.scripts import load_script
 
-SCRIPT = Path(__file__).parents[2] / "projects/CCNet/tools/export.py"
 TOY = "toy/ccnet_synthetic.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("export_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/export.py")
 
 
 @pytest.fixture(scope="module")

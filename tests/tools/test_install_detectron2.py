@@ -21,8 +21,9 @@ from pathlib import Path
 
 import pytest
 
+import detectron2_wheel
 import install_detectron2
-from install_detectron2 import Edit
+from detectron2_wheel import Edit
 from pip_runner import InstallError, run_pip
 
 SCRIPT = Path(install_detectron2.__file__)
@@ -108,7 +109,7 @@ def test_wheel_from_an_archive(tmp_path: Path) -> None:
         tar.add(tmp_path / "detectron2_cdo-0.5", "detectron2_cdo-0.5")
     work = tmp_path / "work"
     work.mkdir()
-    wheel = install_detectron2.build_wheel(
+    wheel = detectron2_wheel.build_wheel(
         archive,
         tmp_path / "dist",
         work,
@@ -165,15 +166,15 @@ def test_edit_that_does_not_match_changes_nothing(tmp_path: Path, name: str) -> 
     (source / name).write_text("import os\n", encoding="utf-8")
     before = snapshot(source)
     with pytest.raises(InstallError, match=rf"edit of {name}.*found 0"):
-        install_detectron2.apply_edits(source)
+        detectron2_wheel.apply_edits(source)
     assert snapshot(source) == before
 
 
 def test_edit_that_matches_too_often(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("old old", encoding="utf-8")
     with pytest.raises(InstallError, match=r"1 time.*found 2"):
-        install_detectron2.apply_edits(tmp_path, {"a.py": (Edit("old", "new", 1),)})
-    install_detectron2.apply_edits(tmp_path, {"a.py": (Edit("old", "new", 2),)})
+        detectron2_wheel.apply_edits(tmp_path, {"a.py": (Edit("old", "new", 1),)})
+    detectron2_wheel.apply_edits(tmp_path, {"a.py": (Edit("old", "new", 2),)})
     assert (tmp_path / "a.py").read_text() == "new new"
 
 
@@ -181,14 +182,14 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     source = make_source(tmp_path)
     (source / "detectron2/data/build.py").unlink()
     with pytest.raises(InstallError, match=r"detectron2/data/build\.py is missing"):
-        install_detectron2.apply_edits(source)
+        detectron2_wheel.apply_edits(source)
 
 
 def test_leftover_names_are_refused(tmp_path: Path) -> None:
     source = make_source(tmp_path)
     (source / "detectron2/data/more.py").write_text("import numpy as np\na = np.object\n", encoding="utf-8")
     with pytest.raises(InstallError, match=r"left in detectron2/data/more\.py"):
-        install_detectron2.prepare_source(source)
+        detectron2_wheel.prepare_source(source)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_archive_that_leads_outside(tmp_path: Path, name: str) -> None:
     destination = tmp_path / "in" / "side"
     destination.mkdir(parents=True)
     with pytest.raises(InstallError, match="leads outside"):
-        install_detectron2.extract_archive(archive, destination)
+        detectron2_wheel.extract_archive(archive, destination)
     assert list((tmp_path / "in").iterdir()) == [destination] and not list(destination.iterdir())
     assert not Path("/tmp/outside-of-install-detectron2").exists()
 
@@ -217,7 +218,7 @@ def test_archive_with_what_is_no_file(tmp_path: Path, kind: bytes) -> None:
     destination = tmp_path / "inside"
     destination.mkdir()
     with pytest.raises(InstallError, match="not a plain file"):
-        install_detectron2.extract_archive(archive, destination)
+        detectron2_wheel.extract_archive(archive, destination)
     assert not list(destination.rglob("*"))
 
 
@@ -231,7 +232,7 @@ def test_archive_that_unpacks_to_too_much(tmp_path: Path) -> None:
     destination = tmp_path / "inside"
     destination.mkdir()
     with pytest.raises(InstallError, match="far more"):
-        install_detectron2.extract_archive(archive, destination)
+        detectron2_wheel.extract_archive(archive, destination)
     assert not [p for p in destination.rglob("*") if p.is_file()]
 
 
@@ -243,7 +244,7 @@ def test_archive_with_two_top_directories(tmp_path: Path) -> None:
     destination = tmp_path / "inside"
     destination.mkdir()
     with pytest.raises(InstallError, match="one top directory and holds 2"):
-        install_detectron2.extract_archive(archive, destination)
+        detectron2_wheel.extract_archive(archive, destination)
 
 
 def test_truncated_archive(tmp_path: Path) -> None:
@@ -255,7 +256,7 @@ def test_truncated_archive(tmp_path: Path) -> None:
     destination = tmp_path / "inside"
     destination.mkdir()
     with pytest.raises(InstallError, match=r"cut\.tar\.gz cannot be unpacked"):
-        install_detectron2.extract_archive(archive, destination)
+        detectron2_wheel.extract_archive(archive, destination)
 
 
 def run_script(*arguments: str, python: str = sys.executable, **env: str) -> subprocess.CompletedProcess[str]:
@@ -275,7 +276,7 @@ def test_wrong_hash_is_one_sentence_and_builds_nothing(tmp_path: Path) -> None:
     result = run_script("--sdist", str(archive), "--wheel-dir", str(tmp_path / "dist"))
     assert result.returncode == 1
     assert result.stderr.startswith(f"install_detectron2: {archive} has sha256 ")
-    assert install_detectron2.SDIST_SHA256 in result.stderr
+    assert detectron2_wheel.SDIST_SHA256 in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "dist").exists()
 
@@ -330,7 +331,7 @@ def test_another_requirement_replaces_what_is_there(tmp_path: Path) -> None:
 
 def test_stand_in_for_the_extension() -> None:
     module = types.ModuleType("detectron2._C")
-    exec(install_detectron2.MISSING_EXTENSION, module.__dict__)
+    exec(detectron2_wheel.MISSING_EXTENSION, module.__dict__)
     with pytest.raises(ImportError, match=r"detectron2\._C\.box_iou_rotated is not available"):
         _ = module.box_iou_rotated
     assert not hasattr(module, "__wrapped__")
@@ -338,7 +339,7 @@ def test_stand_in_for_the_extension() -> None:
     assert module.has_cuda() is False
 
 
-@pytest.mark.skipif(installed_detectron2() != install_detectron2.WHEEL_VERSION, reason="another Detectron2")
+@pytest.mark.skipif(installed_detectron2() != detectron2_wheel.WHEEL_VERSION, reason="another Detectron2")
 def test_coco_evaluation_of_the_installed_wheel(tmp_path: Path) -> None:
     """COCOEvaluator's default is the compiled implementation, which this build does not have."""
     import torch

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import ccnet_d2
+import pip_wheel
 import setup_environment
 
 if sys.version_info >= (3, 11):
@@ -80,7 +81,7 @@ def test_constraints_cover_what_is_installed(pyproject: dict[str, Any]) -> None:
 
 
 def test_pip_is_the_same_with_and_without_ensurepip() -> None:
-    version = re.fullmatch(r"pip-(.+)-py3-none-any\.whl", setup_environment.PIP_WHEEL)
+    version = re.fullmatch(r"pip-(.+)-py3-none-any\.whl", pip_wheel.PIP_WHEEL)
     assert version and constraints()["pip"] == [f"pip=={version[1]}"]
 
 

@@ -275,6 +275,16 @@ def test_real_stages_follow_what_determines_them(tmp_path: Path, monkeypatch: py
     assert wishes["project"]["FORCE_CUDA"] == "1"
 
 
+@pytest.mark.parametrize("name", ["install_detectron2.py", "detectron2_wheel.py"])
+def test_detectron2_is_installed_again_where_its_making_changes(name: str, tmp_path: Path) -> None:
+    tools = tmp_path / "projects" / "CCNet" / "tools"
+    tools.mkdir(parents=True)
+    before = {stage.name: stage.inputs for stage in Environment(tmp_path).stages()}
+    (tools / name).write_text("new")
+    after = {stage.name: stage.inputs for stage in Environment(tmp_path).stages()}
+    assert {stage for stage in before if before[stage] != after[stage]} == {"detectron2"}
+
+
 def test_stamp_holds_inputs_and_wishes(root: Path) -> None:
     environment = Recorded(root)
     stage = environment.stages()[0]
@@ -285,7 +295,7 @@ def test_two_set_ups_take_turns(tmp_path: Path) -> None:
     """The script waits for the lock that another one holds, and says so."""
     tools = tmp_path / "projects" / "CCNet" / "tools"
     tools.mkdir(parents=True)
-    for name in ("setup_environment.py", "pip_runner.py", "package_index.py"):
+    for name in ("setup_environment.py", "pip_runner.py", "pip_wheel.py", "package_index.py"):
         shutil.copy(ROOT / "projects" / "CCNet" / "tools" / name, tools)
     (tmp_path / "constraints.txt").touch()
     (tmp_path / ".venv").mkdir()  # not ours, so that the script ends as soon as it has the lock
@@ -320,52 +330,6 @@ def test_make_with_a_python_that_does_not_exist(python: str, message: str) -> No
     )
     assert result.returncode != 0
     assert result.stderr.startswith(f"set-up: {message}")
-
-
-def test_installed_wheel_of_pip_is_found(tmp_path: Path) -> None:
-    wheels = tmp_path / "root" / "usr" / "share" / "python-wheels"
-    wheels.mkdir(parents=True)
-    (wheels / "pip-23.0.1-py3-none-any.whl").touch()
-    assert setup_environment.system_pip(tmp_path, tmp_path / "root") == wheels / "pip-23.0.1-py3-none-any.whl"
-
-
-@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
-def test_wheel_of_pip_from_a_package_that_is_not_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A real package, unpacked by the real dpkg-deb; only apt-get, which would use the network, is replaced."""
-    tree = tmp_path / "tree"
-    (tree / "usr" / "share" / "python-wheels").mkdir(parents=True)
-    (tree / "usr" / "share" / "python-wheels" / "pip-24.0-py3-none-any.whl").write_text("wheel")
-    (tree / "DEBIAN").mkdir()
-    (tree / "DEBIAN" / "control").write_text(
-        "Package: python3-pip-whl\nVersion: 24.0\nArchitecture: all\nMaintainer: A <a@example.org>\n"
-        "Description: pip\n"
-    )
-    package = tmp_path / "package.deb"
-    subprocess.run(["dpkg-deb", "--build", str(tree), str(package)], check=True, capture_output=True)
-    (tmp_path / "bin").mkdir()
-    apt_get = tmp_path / "bin" / "apt-get"
-    apt_get.write_text(
-        '#!/bin/sh\n[ "$*" = "download -qq python3-pip-whl" ] || exit 9\n'
-        f"cp '{package}' python3-pip-whl_24.0_all.deb\n"
-    )
-    apt_get.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    directory = tmp_path / "directory"
-    directory.mkdir()
-    wheel = setup_environment.system_pip(directory, tmp_path / "nothing")
-    assert wheel and wheel.read_text() == "wheel" and wheel.is_relative_to(directory)
-
-    apt_get.write_text("#!/bin/sh\necho 'E: Unable to locate package' >&2\nexit 100\n")
-    other = tmp_path / "other"
-    other.mkdir()
-    assert setup_environment.system_pip(other, tmp_path / "nothing") is None
-
-
-def test_no_wheel_of_pip_where_there_is_no_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert setup_environment.system_pip(tmp_path, tmp_path / "nothing") is None
 
 
 @pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="pip refuses --user in virtual environments")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ccnet_d2.checkpoint.safe_load import CheckpointError
+from ccnet_d2.wording import listed
 
 from .layouts import LAYOUTS, Layout, detect_layout
 from .report import Conversion
@@ -69,8 +70,7 @@ def convert_weights(
     needed = [name for name in missing if not name.startswith(_OPTIONAL)]
     if needed:
         raise CheckpointError(
-            f"The weights are not whole: {needed[0]}{f' and {len(needed) - 1} more' if len(needed) > 1 else ''} "
-            "of the model cannot be made from them."
+            f"The weights are not whole: {listed(needed, 1)} of the model cannot be made from them."
         )
     network = describe(weights)
     return Conversion(rules.name, network, weights, sources, unused, missing, tuple(changes), rules.hint)
@@ -147,9 +147,8 @@ def _rename(
             "take its variant C (mmsegmentation's v1c, timm's resnet50c) or S."
         )
     if unknown:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise CheckpointError(
-            f"{unknown[0]}{more} of the {layout.name} layout means nothing here: the network computes something "
+            f"{listed(unknown, 1)} of the {layout.name} layout means nothing here: the network computes something "
             "that the models of this package do not."
         )
     return sources, unused

@@ -3,7 +3,8 @@
 from ccnet_d2.data.datasets.builtin import register_all
 from ccnet_d2.data.datasets.folder import list_pairs, register_sem_seg_folder
 from ccnet_d2.data.datasets.paths import dataset_root
-from ccnet_d2.data.datasets.synthetic import SyntheticConfig, generate_synthetic_dataset, register_synthetic
+from ccnet_d2.data.datasets.synthetic import generate_synthetic_dataset, register_synthetic
+from ccnet_d2.data.datasets.synthetic_scenes import SyntheticConfig
 
 __all__ = [
     "SyntheticConfig",

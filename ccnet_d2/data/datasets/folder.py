@@ -11,6 +11,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ccnet_d2.data.errors import DatasetError
+from ccnet_d2.wording import listed
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -88,8 +89,7 @@ def _leads_back(parent: str, folder: str) -> bool:
 
 
 def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    return listed((f"'{name}'" for name in names), 3)
 
 
 def _read_split(split_file: str, name: str, hint: str) -> list[str]:

@@ -142,15 +142,16 @@ class RandomScaleCrop(Augmentation):
         scale_choices: factors, one drawn: 0.7, 0.8, … 2.1 in the official CCNet code.
         short_side_choices: lengths in pixels of the shorter side, one drawn: 300, 375, 450, 525, 600 for
             ADE20K in the CCNet paper.
-        base_size: longer and shorter side in pixels that an image is fitted into, ratio kept, before the
-            factor
-            applies: (2048, 512) in mmseg's recipes for ADE20K and VOC. Without it the factor applies to the
-                image.
+        base_size: longer and shorter side in pixels that an image is fitted into, ratio kept, before the factor
+            applies: (2048, 512) in mmseg's recipes for ADE20K and VOC. Without it the factor applies to the image.
         category_max_ratio: see above; 0.75 in mmseg's recipes.
         tries: see above.
         pad_value: image values beyond the image, in the order of its channels; default: the ImageNet mean in
             RGB.
         label_pad_value: label beyond the image.
+
+    Raises:
+        ValueError: more than one of the scales is given, or a value is out of its range.
     """
 
     def __init__(
@@ -167,39 +168,11 @@ class RandomScaleCrop(Augmentation):
         label_pad_value: int = _IGNORE,
     ) -> None:
         super().__init__()
-        given = {
-            "scale_range": scale_range,
-            "scale_choices": scale_choices,
-            "short_side_choices": short_side_choices,
-        }
-        chosen = [key for key, value in given.items() if value is not None]
-        if len(chosen) > 1:
-            raise ValueError(
-                f"RandomScaleCrop: {' and '.join(chosen)} are given, but only one of them can be."
-            )
-        if short_side_choices is not None and base_size is not None:
-            raise ValueError(
-                "RandomScaleCrop: short_side_choices and base_size both set the scale; give one."
-            )
+        _check_scale(scale_range, scale_choices, short_side_choices, base_size)
         self.crop_size = height_and_width(crop_size, "RandomScaleCrop: crop_size")
         self.scale_range = None if scale_range is None else tuple(scale_range)
-        if self.scale_range is not None and (
-            len(self.scale_range) != 2 or not 0 < scale_range[0] <= scale_range[1]
-        ):
-            raise ValueError(
-                f"RandomScaleCrop: scale_range is {self.scale_range}, but lowest and highest are needed."
-            )
         self.scale_choices = None if scale_choices is None else tuple(scale_choices)
         self.short_side_choices = None if short_side_choices is None else tuple(short_side_choices)
-        for choices in (self.scale_choices, self.short_side_choices):
-            if choices is not None and (not choices or min(choices) <= 0):
-                raise ValueError(f"RandomScaleCrop: {chosen[0]} is {choices}, but values above 0 are needed.")
-        if base_size is not None and (
-            isinstance(base_size, int) or len(base_size) != 2 or min(base_size) <= 0
-        ):
-            raise ValueError(
-                f"RandomScaleCrop: base_size is {base_size}, but longer and shorter side above 0 are needed."
-            )
         self.base_size = None if base_size is None else tuple(base_size)
         if category_max_ratio is not None and not 0 < category_max_ratio <= 1:
             raise ValueError(f"RandomScaleCrop: category_max_ratio is {category_max_ratio}, outside (0, 1].")
@@ -258,3 +231,34 @@ class RandomScaleCrop(Augmentation):
             if not limited or self._is_varied(transform, sem_seg):
                 break
         return transform
+
+
+def _check_scale(
+    scale_range: Sequence[float] | None,
+    scale_choices: Sequence[float] | None,
+    short_side_choices: Sequence[int] | None,
+    base_size: Sequence[int] | None,
+) -> None:
+    """Refuse what cannot be drawn from, and more than one of what sets the scale."""
+    given = {
+        "scale_range": scale_range,
+        "scale_choices": scale_choices,
+        "short_side_choices": short_side_choices,
+    }
+    chosen = [key for key, value in given.items() if value is not None]
+    if len(chosen) > 1:
+        raise ValueError(f"RandomScaleCrop: {' and '.join(chosen)} are given, but only one of them can be.")
+    if short_side_choices is not None and base_size is not None:
+        raise ValueError("RandomScaleCrop: short_side_choices and base_size both set the scale; give one.")
+    if base_size is not None and (isinstance(base_size, int) or len(base_size) != 2 or min(base_size) <= 0):
+        raise ValueError(
+            f"RandomScaleCrop: base_size is {base_size}, but longer and shorter side above 0 are needed."
+        )
+    if scale_range is not None and (len(scale_range) != 2 or not 0 < scale_range[0] <= scale_range[1]):
+        raise ValueError(
+            f"RandomScaleCrop: scale_range is {tuple(scale_range)}, but lowest and highest are needed."
+        )
+    for key in ("scale_choices", "short_side_choices"):
+        choices = given[key]
+        if choices is not None and (not choices or min(choices) <= 0):
+            raise ValueError(f"RandomScaleCrop: {key} is {tuple(choices)}, but values above 0 are needed.")

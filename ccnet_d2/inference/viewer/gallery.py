@@ -21,7 +21,7 @@ from PIL import Image
 from ccnet_d2.data.image_files import read_image
 from ccnet_d2.errors import UserError
 
-from ..attention import heat_over_image
+from ..attention_pictures import heat_over_image
 from ..attention_view import AttentionView, find_image_rcca
 from ..drawing import resize_rgb
 from ..images import as_rgb

@@ -7,6 +7,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
 
+from ccnet_d2.choices import check_choice
 from ccnet_d2.modeling.config import own_keys, refuse_without_effect
 
 from .basic_block import DilatedBasicBlock
@@ -56,10 +57,8 @@ def build_resnet(
     Raises:
         ValueError: depth, output_stride or stem is not one of the values above.
     """
-    if depth not in _BLOCKS_PER_STAGE:
-        raise ValueError(f"depth={depth} is not a ResNet of {sorted(_BLOCKS_PER_STAGE)}.")
-    if output_stride not in _STRIDES:
-        raise ValueError(f"output_stride={output_stride} is not one of {sorted(_STRIDES)}.")
+    check_choice("depth", depth, _BLOCKS_PER_STAGE)
+    check_choice("output_stride", output_stride, _STRIDES)
     stem_module = _build_stem(stem, in_channels, stem_channels, norm, ceil_mode)
     strides = _STRIDES[output_stride]
     dilations = _dilations(strides)
@@ -149,10 +148,9 @@ def _expansion(depth: int) -> int:
 def _build_stem(
     name: str, in_channels: int, channels: Sequence[int] | None, norm: str, ceil_mode: bool
 ) -> BasicStem | DeepStem:
+    check_choice("stem", name, ("deep", "basic"))
     if name == "deep":
         return DeepStem(in_channels, tuple(channels or (64, 64, 128)), norm, ceil_mode)
-    if name != "basic":
-        raise ValueError(f"stem={name!r} is neither 'deep' nor 'basic'.")
     if ceil_mode or channels:
         raise ValueError("ceil_mode and stem_channels belong to stem='deep'; the basic stem has neither.")
     return BasicStem(in_channels=in_channels, out_channels=64, norm=norm)

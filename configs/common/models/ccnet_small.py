@@ -6,7 +6,6 @@ model.backbone.depth = 18
 model.backbone.stem = "basic"
 model.backbone.ceil_mode = False
 model.backbone.norm = "BN"
-model.sem_seg_head.norm = "BN"
 model.sem_seg_head.channels = 128
 model.sem_seg_head.aux_channels = 64
 model.sem_seg_head.activation = "relu"

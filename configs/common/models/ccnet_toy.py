@@ -12,7 +12,7 @@ model = L(CCNet)(
         num_classes=4,
         channels=64,
         context="rcca",
-        norm="BN",
+        norm="${..backbone.norm}",
         dropout=0.0,
         aux_feature=None,
     ),

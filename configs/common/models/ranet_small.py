@@ -6,6 +6,5 @@ model.backbone.depth = 18
 model.backbone.stem = "basic"
 model.backbone.ceil_mode = False
 model.backbone.norm = "BN"
-model.sem_seg_head.norm = "BN"
 model.sem_seg_head.channels = 128
 model.sem_seg_head.align_corners = False

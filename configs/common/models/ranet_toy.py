@@ -14,7 +14,7 @@ model.sem_seg_head = L(RANetHead)(
     channels=64,
     context="region",
     variant="paper",
-    norm="BN",
+    norm="${..backbone.norm}",
     dropout=0.0,
     # The squares are a few pixels wide.
     boundary_radius=1.0,

@@ -172,7 +172,7 @@ def positive_seconds(text: str) -> float:
     return value
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dataset", help="a registered data set (default: made-up images)")
     parser.add_argument(
@@ -198,7 +198,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    """Run benchmark_data.py; returns its exit status."""
+    args = parse(argv)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             name = args.dataset

@@ -12,6 +12,7 @@ from ccnet_d2.script_exit import exit_with
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run make_coco_fixture.py; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", help="folder to write (default: $DETECTRON2_DATASETS/ccnet_coco_fixture)")
     parser.add_argument("--images", type=int, default=CocoFixtureConfig.images, help="default: %(default)s")

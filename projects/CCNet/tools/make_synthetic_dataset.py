@@ -17,7 +17,7 @@ from ccnet_d2.data.datasets.synthetic import read_manifest
 from ccnet_d2.script_exit import exit_with
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--root",
@@ -35,7 +35,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = vars(parse_args(argv))
+    """Run make_synthetic_dataset.py; returns its exit status."""
+    args = vars(parse(argv))
     root = args.pop("root")
     try:
         config = SyntheticConfig(**args)

@@ -5,12 +5,11 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from ccnet_d2.data import dataset_root
 from ccnet_d2.data.datasets.camvid_original import convert_camvid
 from ccnet_d2.engine.user_errors import one_sentence_errors
 from ccnet_d2.script_exit import exit_with
+from progress_bar import progress_bar
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,12 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     folder = args.folder or os.path.join(dataset_root(), "camvid_original")
     with one_sentence_errors() as status:
-        with tqdm(unit="label map") as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
+        with progress_bar("label map") as progress:
             report = convert_camvid(folder, progress=progress)
         print(", ".join(f"{split}: {count} frames" for split, count in report.frames.items()))
         for note in report.notes:

@@ -5,12 +5,11 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from ccnet_d2.data import dataset_root
 from ccnet_d2.data.datasets.coco_stuff import convert_coco_stuff
 from ccnet_d2.engine.user_errors import one_sentence_errors
 from ccnet_d2.script_exit import exit_with
+from progress_bar import progress_bar
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,12 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     with one_sentence_errors() as status:
-        with tqdm(unit="label map") as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
+        with progress_bar("label map") as progress:
             counts = convert_coco_stuff(
                 args.folder or os.path.join(dataset_root(), "cocostuff-10k-v1.1"), progress=progress
             )

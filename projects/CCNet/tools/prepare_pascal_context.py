@@ -5,12 +5,11 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from ccnet_d2.data import dataset_root
 from ccnet_d2.data.datasets.pascal_context import convert_pascal_context
 from ccnet_d2.engine.user_errors import one_sentence_errors
 from ccnet_d2.script_exit import exit_with
+from progress_bar import progress_bar
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,12 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--voc", metavar="DIR", help="default: $DETECTRON2_DATASETS/VOC2010")
     args = parser.parse_args(argv)
     with one_sentence_errors() as status:
-        with tqdm(unit="label map") as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
+        with progress_bar("label map") as progress:
             counts = convert_pascal_context(
                 args.voc or os.path.join(dataset_root(), "VOC2010"), args.annotations, progress=progress
             )

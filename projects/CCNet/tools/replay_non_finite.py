@@ -5,6 +5,7 @@ replay_non_finite.py --config-file CONFIG output/non_finite/iteration_0000123_pr
 """
 
 import argparse
+from collections.abc import Sequence
 
 from ccnet_d2.engine.non_finite import load_step, replay
 from ccnet_d2.engine.overrides import apply_overrides
@@ -14,7 +15,8 @@ from ccnet_d2.model_zoo import get_config
 from ccnet_d2.script_exit import exit_with
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run replay_non_finite.py; returns its exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -23,7 +25,7 @@ def main() -> int:
     parser.add_argument(
         "opts", nargs="*", metavar="KEY=VALUE", help="those of the run, such as train.device=cpu"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     with one_sentence_errors() as status:
         step = load_step(arguments.file)
         model = build_model(apply_overrides(get_config(arguments.config_file), arguments.opts))

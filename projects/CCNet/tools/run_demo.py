@@ -13,6 +13,7 @@ from ccnet_d2.script_exit import exit_with
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run run_demo.py; returns its exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -34,15 +34,11 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from package_index import fetch_file
 from pip_runner import InstallError, run_command, run_pip
+from pip_wheel import get_pip_wheel
 
 ROOT = Path(__file__).resolve().parents[3]
 OLDEST, NEWEST = (3, 10), (3, 13)
-
-# Only fetched where the system has neither ensurepip nor a wheel of pip. The same version as in constraints.txt.
-PIP_WHEEL = "pip-26.3-py3-none-any.whl"
-PIP_WHEEL_SHA256 = "f3b60b20ffaadd4415ed7957212a38ac63fa4c5fa375bd0f4a797777940fad13"
 
 BUILD_TOOLS = ("pip", "setuptools", "wheel", "ninja")
 TORCH = ("torch", "torchvision")
@@ -127,35 +123,6 @@ def drop_incomplete_distributions(site_packages: Path) -> list[str]:
     return removed
 
 
-def system_pip(directory: Path, root: Path = Path("/")) -> Path | None:
-    """Return the wheel of pip that Debian and Ubuntu keep for making environments.
-
-    It is in a package of its own, python3-pip-whl. If that is not installed, it is downloaded and unpacked, for
-    which nobody needs to be root.
-
-    Args:
-        directory: an empty directory to download to.
-        root: the file system it may be installed in.
-
-    Returns:
-        The wheel, None if there is no such package here.
-    """
-    place = Path("usr/share/python-wheels")
-    unpacked = directory / "unpacked"
-    if not any((root / place).glob("pip-*.whl")):
-        commands = (
-            ["apt-get", "download", "-qq", "python3-pip-whl"],
-            ["sh", "-c", 'dpkg-deb -x python3-pip-whl_*.deb "$0"', str(unpacked)],
-        )
-        for command in commands:
-            if shutil.which(command[0]) is None:
-                return None
-            if subprocess.run(command, cwd=directory, capture_output=True, check=False).returncode != 0:
-                return None
-    wheels = [wheel for base in (root, unpacked) for wheel in sorted((base / place).glob("pip-*.whl"))]
-    return wheels[0] if wheels else None
-
-
 class Environment:
     """The environment in ``.venv`` and the stages that make it.
 
@@ -199,7 +166,7 @@ class Environment:
                 "detectron2",
                 "Detectron2",
                 self.install_detectron2,
-                inputs(f"{tools}/install_detectron2.py"),
+                inputs(f"{tools}/install_detectron2.py", f"{tools}/detectron2_wheel.py"),
                 detectron2,
             ),
             Stage(
@@ -327,7 +294,7 @@ class Environment:
         """Put pip into an environment that was made without: the system's, or the package index's."""
         fetched = self.state / "pip"
         fetched.mkdir()
-        wheel = system_pip(fetched) or fetch_file("pip", PIP_WHEEL, PIP_WHEEL_SHA256, fetched)
+        wheel = get_pip_wheel(fetched)
         # A wheel of pip is a zip file that Python can run pip from.
         run_command(
             [str(self.python), f"{wheel}/pip", "install", "--no-index", "--no-deps",

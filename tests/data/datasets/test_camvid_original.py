@@ -1,6 +1,5 @@
 """CamVid's original release: 32 colours to 11 classes, and the usual split."""
 
-import importlib.util
 import subprocess
 import sys
 from collections import Counter
@@ -18,6 +17,7 @@ from ccnet_d2.data.datasets.camvid_original import (
     convert_camvid,
     split_of,
 )
+from tests.scripts import load_script
 
 # The release's label_colors.txt and the grouping of the SegNet benchmark, written down a second time.
 GROUPS = {
@@ -186,10 +186,7 @@ def test_what_is_missing_is_said(tmp_path):
 
 
 def test_the_tool(tmp_path, capsys):
-    script = Path(__file__).parents[3] / "projects" / "CCNet" / "tools" / "prepare_camvid.py"
-    spec = importlib.util.spec_from_file_location("prepare_camvid", script)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_script("tools/prepare_camvid.py")
     write(tmp_path, "0016E5_07959", all_colors())
     assert tool.main([str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "train: 0 frames, val: 1 frames, test: 0 frames"

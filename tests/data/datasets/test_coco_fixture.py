@@ -1,6 +1,5 @@
 """The drawn COCO-format set: its annotations against its pixels, through pycocotools and Detectron2."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from ccnet_d2.data.datasets.coco_fixture import (
     generate_coco_fixture,
     register_coco_fixture,
 )
-
-SCRIPT = Path(__file__).parents[3] / "projects/CCNet/tools/make_coco_fixture.py"
+from tests.scripts import load_script
 
 
 @pytest.fixture
@@ -117,9 +115,7 @@ def test_bad_parameters_are_named(key, value):
 
 
 def test_script(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("make_coco_fixture", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("tools/make_coco_fixture.py")
     arguments = ["--root", str(tmp_path / "set"), "--images", "2"]
     assert script.main(arguments) == 0 and "Drawn: 2 images of 128x128" in capsys.readouterr().out
     assert script.main(arguments) == 0 and "Already there" in capsys.readouterr().out

@@ -100,10 +100,8 @@ def test_split_list_chooses_and_orders(tmp_path: Path, write_pair: Callable) -> 
         (tmp_path / "some.txt").write_text(content)
         with pytest.raises(DatasetError, match=message):
             DatasetCatalog.get("mine")
-    for content in (
-        "\ufeffc\r\na\r\n".encode(),
-        b"c\na",
-    ):  # as Windows editors write it; without a last newline
+    # As Windows editors write it; without a last newline.
+    for content in ("\ufeffc\r\na\r\n".encode(), b"c\na"):
         (tmp_path / "some.txt").write_bytes(content)
         assert [s["image_id"] for s in DatasetCatalog.get("mine")] == ["c", "a"]
     for content in ("ça\n".encode("latin-1"), "a\n".encode("utf-16")):

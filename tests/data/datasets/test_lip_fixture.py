@@ -1,6 +1,5 @@
 """The drawn data set in LIP's layout."""
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,8 @@ from ccnet_d2.data.check import check_dataset
 from ccnet_d2.data.datasets import lip_fixture
 from ccnet_d2.data.datasets.lip import LIP_FLIP_PAIRS, register_lip
 from ccnet_d2.data.datasets.lip_fixture import LipFixtureConfig, draw_person, generate_lip_fixture
+from tests.scripts import load_script
 
-SCRIPT = Path(__file__).parents[3] / "projects/CCNet/tools/make_lip_fixture.py"
 SMALL = LipFixtureConfig(train_images=13, val_images=12, size=64)
 
 
@@ -124,9 +123,7 @@ def test_a_missing_fixture_says_how_to_draw_it(tmp_path):
 
 
 def test_script(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("make_lip_fixture", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("tools/make_lip_fixture.py")
     arguments = [
         "--root",
         str(tmp_path / "x"),

@@ -1,7 +1,5 @@
 """PASCAL Context and COCO-Stuff 10k from files as published, through their preparation, to samples and mIoU."""
 
-import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -9,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import (
-    DatasetCatalog,
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
@@ -22,8 +19,8 @@ from ccnet_d2.data.datasets.coco_stuff import COCO_STUFF_CLASSES, convert_coco_s
 from ccnet_d2.data.datasets.pascal_context import PASCAL_CONTEXT_CLASSES, convert_pascal_context
 from ccnet_d2.data.mat_labels import read_mat_label
 from ccnet_d2.data.transforms import RandomScaleCrop
+from tests.scripts import load_script
 
-TOOLS = Path(__file__).parents[3] / "projects/CCNet/tools"
 SIZE = (60, 72)
 
 # As mmsegmentation's converter lists the labels used, 0 for background; written down independently of the package.
@@ -35,15 +32,6 @@ CONTEXT_NUMBERS = sorted(
     ).split()
 )
 COCO_UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
-
-
-@pytest.fixture(autouse=True)
-def catalogs_as_before() -> Iterator[None]:
-    datasets, metadata = dict(DatasetCatalog.data), dict(MetadataCatalog.data)
-    yield
-    for catalog, before in ((DatasetCatalog, datasets), (MetadataCatalog, metadata)):
-        catalog.data.clear()
-        catalog.data.update(before)
 
 
 def image(path: Path, seed: int) -> None:
@@ -185,11 +173,7 @@ def test_preparation_keeps_what_is_there_and_leaves_nothing_half_written(tmp_pat
 
 
 def run_tool(name: str, *arguments: str) -> int:
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main(list(arguments))
+    return load_script(f"tools/{name}.py").main(list(arguments))
 
 
 def test_the_commands(tmp_path, monkeypatch, capsys):

@@ -228,9 +228,8 @@ def test_incomplete_sets_name_what_is_missing(
 ) -> None:
     layout(tmp_path)
     os.rename(tmp_path / broken, tmp_path / "moved_away")
-    if broken.endswith(
-        "labelTrainIds.png"
-    ):  # Detectron2 looks at the first file only, so let it be every one
+    # Detectron2 looks at the first file only, so let it be every one.
+    if broken.endswith("labelTrainIds.png"):
         for path in (tmp_path / "cityscapes" / "gtFine" / "train").rglob("*labelTrainIds.png"):
             path.unlink()
     with pytest.raises(DatasetError, match=message) as error:

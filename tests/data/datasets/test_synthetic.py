@@ -16,12 +16,12 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ccnet_d2.data import DatasetError, SyntheticConfig, generate_synthetic_dataset, register_synthetic
-from ccnet_d2.data.datasets.synthetic import (
+from ccnet_d2.data.datasets.synthetic import read_manifest
+from ccnet_d2.data.datasets.synthetic_scenes import (
     Scene,
     Square,
     draw_scene,
     label_scene,
-    read_manifest,
     sample_rng,
     shares_line,
 )

@@ -121,3 +121,9 @@ def test_resize_to():
     assert transform.apply_image(smooth_image(20, 40)).shape == (33, 21, 3)
     with pytest.raises(ValueError, match="ResizeTo: 0x5 has to be at least 1x1"):
         ResizeTo(0, 5)
+
+
+@pytest.mark.parametrize(("size", "scale"), [((80, 30), 20 / 80), ((20, 90), 30 / 90), ((10, 15), 2)])
+def test_the_whole_image_fits_whichever_side_is_the_longer(size: tuple[int, int], scale: float) -> None:
+    augmentation = RandomRotateFit((20, 30), scale_std=0, angle_probability=0)
+    assert augmentation.get_transform(np.zeros((*size, 3), np.uint8)).scale == pytest.approx(scale)

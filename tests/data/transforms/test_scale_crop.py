@@ -194,10 +194,28 @@ def test_category_limit_gives_up_after_its_tries() -> None:
 
 
 def test_wide_labels_are_limited_too() -> None:
-    label = np.kron(np.array([[0, 1], [2, 3]]), np.ones((20, 20), int)).astype(np.int32)
-    augmented = T.AugInput(np.zeros((40, 40, 3), np.uint8), sem_seg=label)
-    RandomScaleCrop(30, category_max_ratio=0.75)(augmented)
-    assert augmented.sem_seg.dtype == np.int32 and len(np.unique(augmented.sem_seg)) > 1
+    image = np.zeros((40, 40, 3), np.uint8)
+    label = np.kron(np.array([[0, 1, 0], [0, 255, 2], [0, 0, 0]]), np.ones((14, 14), int))[:40, :40]
+    augmentation = RandomScaleCrop(20, category_max_ratio=0.75)
+    corners = []
+    for dtype in (np.uint8, np.int32):
+        np.random.seed(0)
+        drawn = [augmentation.get_transform(image, label.astype(dtype)) for _ in range(50)]
+        corners.append([(transform.top, transform.left) for transform in drawn])
+    assert corners[0] == corners[1]
+    augmented = T.AugInput(image, sem_seg=label.astype(np.int32))
+    augmentation(augmented)
+    assert augmented.sem_seg.dtype == np.int32
+
+
+def test_the_first_crop_with_two_even_classes_is_taken() -> None:
+    image, label = np.zeros((40, 40, 3), np.uint8), np.indices((40, 40)).sum(0).astype(np.uint8) % 2
+    corners = []
+    for limit in (None, 0.75):
+        np.random.seed(0)
+        drawn = [RandomScaleCrop(20, category_max_ratio=limit).get_transform(image, label) for _ in range(9)]
+        corners.append([(transform.top, transform.left) for transform in drawn])
+    assert corners[0] == corners[1]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,17 @@
+"""Wording that the messages of several modules share."""
+
+from collections.abc import Iterable
+
+__all__ = ["listed"]
+
+
+def listed(names: Iterable[object], most: int = 12) -> str:
+    """Names after commas, such as "a, b and 3 more".
+
+    Args:
+        names: what to list.
+        most: how many of them are named.
+    """
+    words = [str(name) for name in names]
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more

@@ -1,0 +1,25 @@
+"""The progress bar of scripts that convert a data set's files."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+@contextmanager
+def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Within the block, a bar on standard error that follows the calls of what is yielded.
+
+    Args:
+        unit: what is counted, in the singular.
+
+    Yields:
+        A function of the number done and the number of all.
+    """
+    with tqdm(unit=unit) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress

@@ -1,0 +1,13 @@
+"""Wording that messages share."""
+
+import pytest
+
+from ccnet_d2.wording import listed
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [([], ""), (["a"], "a"), (["a", "b"], "a, b"), ("abc", "a, b and 1 more"), (range(5), "0, 1 and 3 more")],
+)
+def test_names_beyond_the_most_are_counted(names, expected):
+    assert listed(names, 2) == expected
