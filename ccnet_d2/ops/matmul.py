@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .autocast import autocast_disabled
+from .transforms import is_traced
 
 
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -51,10 +52,9 @@ def _energies(q: Tensor, k: Tensor, axis: int) -> Tensor:
 
 def _to_lines(x: Tensor, axis: int) -> Tensor:
     """(B, *S, C) as a view (outer, inner, L, C): the lines along spatial axis `axis`."""
-    length = x.shape[axis + 1]
-    outer = x.shape[: axis + 1].numel()
-    inner = x.shape[axis + 2 : -1].numel()
-    return x.reshape(outer, length, inner, x.shape[-1]).transpose(1, 2)
+    lines = x.flatten(0, axis)
+    lines = lines.unsqueeze(2) if lines.dim() == 3 else lines.flatten(2, -2)
+    return lines.transpose(1, 2)
 
 
 def _from_lines(lines: Tensor, shape: torch.Size, axis: int) -> Tensor:
@@ -69,10 +69,11 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.shape[1] == 1:
         return torch.bmm(a.squeeze(1), b.squeeze(1)).unsqueeze(1)
+    # A trace is to take any batch; and of a batch of no image there is nothing to stack, and nothing to copy.
+    if is_traced() or a.shape[0] == 0:
+        return a @ b
     if a.shape[0] == 1:
         return torch.bmm(a[0], b[0]).unsqueeze(0)
-    if a.shape[0] == 0:  # a batch of no image: nothing to stack, and nothing to copy
-        return a @ b
     return torch.stack([torch.bmm(x, y) for x, y in _pairs(a, b)])
 
 

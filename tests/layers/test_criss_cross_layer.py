@@ -198,9 +198,13 @@ def test_recompute_refuses_hooks_of_the_projection():
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize(("batch", "other_batch"), [(2, 1), (1, 3)])
-def test_a_trace_is_saved_and_trained(batch, other_batch, recorded, recompute, tmp_path):
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_a_trace_is_saved_and_trained(backend, batch, other_batch, recorded, recompute, tmp_path):
     """With another batch of another size than it was made with."""
-    layer, x = with_gamma(RCCA(16, recompute=recompute)), torch.randn(batch, 16, 5, 6)
+    if available_backends().get(backend) is not None:
+        pytest.skip(available_backends()[backend])
+    layer = with_gamma(RCCA(16, backend=backend, recompute=recompute))
+    x = torch.randn(batch, 16, 5, 6)
     with torch.set_grad_enabled(recorded):
         torch.jit.trace(layer, x).save(tmp_path / "layer.pt")
     traced, other = torch.jit.load(tmp_path / "layer.pt"), torch.randn(other_batch, 16, 8, 3)
