@@ -35,7 +35,8 @@ def render_rows(rows: list[Row], case: Case) -> str:
     if not rows:
         return ""
     columns = ("pass", "candidate", "ms", "speedup", "to_floor", "mb")
-    heads = ("", "", "ms", "x textbook", "x floor", "peak MB")
+    against = "x one thread" if rows[0]["section"] == "threads" else "x textbook"
+    heads = ("", "", "ms", against, "x floor", "peak MB")
     shown = [i for i, column in enumerate(columns) if any(row.get(column) is not None for row in rows)]
     table = [[heads[i] for i in shown]]
     for row in rows:

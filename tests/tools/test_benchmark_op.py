@@ -20,7 +20,7 @@ from attention_formulations import (
 )
 from op_arguments import parse_arguments
 from op_candidates import Case
-from op_report import fit_exponent
+from op_report import fit_exponent, render_rows
 
 
 @pytest.mark.parametrize("sizes", [(6,), (5, 4), (3, 4, 5)])
@@ -48,6 +48,17 @@ def test_exponent_of_a_power_law():
 def test_operations():
     # Four positions on two lines of two each: 16 query-key pairs, counted with the masked ones.
     assert operator_flops(1, 2, 3, (2, 2)) == (2 * 16 * (2 + 3), 2 * 16 * (3 * 2 + 2 * 3))
+
+
+def test_speed_of_threads_is_against_one_thread():
+    case = Case(parse_arguments(["--channels", "16"], ""), (6, 5), torch.float32)
+    row = {"size": case.name, "dtype": "float32", "pass": "forward", "candidate": "compiled", "speedup": 1.9}
+    head = {
+        section: render_rows([{"section": section, **row}], case).splitlines()[2]
+        for section in ("core", "threads")
+    }
+    assert "x textbook" in head["core"] and "textbook" not in head["threads"]
+    assert "x one thread" in head["threads"]
 
 
 def test_small_run(tmp_path, capsys):
