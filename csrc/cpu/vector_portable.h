@@ -11,7 +11,7 @@ struct ArrayVector {
   using T = Scalar;
   static constexpr int W = Width;
   static constexpr int kPanelVectors = 2;
-  static constexpr int kAccumulators = 12;  // fits the 16 registers of SSE2 and the 32 of NEON
+  static constexpr int kAccumulators = 12;  // of 16 registers, as SSE2 has them
   static constexpr bool kMovesWords = false;
 
 #if defined(__GNUC__) || defined(__clang__)
@@ -25,11 +25,6 @@ struct ArrayVector {
 #endif
 
   static reg zero() { return set1(Scalar(0)); }
-  static reg set1(Scalar x) {
-    reg r;
-    for (int i = 0; i < W; ++i) r[i] = x;
-    return r;
-  }
   static reg load(const Scalar* p) {
     reg r;
     memcpy(&r, p, sizeof r);
@@ -39,22 +34,22 @@ struct ArrayVector {
   static void stream(Scalar* p, reg x) { store(p, x); }
   static void fence() {}
 #if defined(__GNUC__) || defined(__clang__)
+  static reg set1(Scalar x) { return x - reg{}; }
+  static reg max(reg a, reg b) { return a > b ? a : b; }
   static reg add(reg a, reg b) { return a + b; }
   static reg sub(reg a, reg b) { return a - b; }
   static reg mul(reg a, reg b) { return a * b; }
   static reg div(reg a, reg b) { return a / b; }
   static reg fma(reg a, reg b, reg c) { return a * b + c; }
 #else
+  static reg set1(Scalar x) { reg r; for (int i = 0; i < W; ++i) r[i] = x; return r; }
+  static reg max(reg a, reg b) { for (int i = 0; i < W; ++i) a[i] = a[i] > b[i] ? a[i] : b[i]; return a; }
   static reg add(reg a, reg b) { for (int i = 0; i < W; ++i) a[i] += b[i]; return a; }
   static reg sub(reg a, reg b) { for (int i = 0; i < W; ++i) a[i] -= b[i]; return a; }
   static reg mul(reg a, reg b) { for (int i = 0; i < W; ++i) a[i] *= b[i]; return a; }
   static reg div(reg a, reg b) { for (int i = 0; i < W; ++i) a[i] /= b[i]; return a; }
   static reg fma(reg a, reg b, reg c) { for (int i = 0; i < W; ++i) c[i] += a[i] * b[i]; return c; }
 #endif
-  static reg max(reg a, reg b) {
-    for (int i = 0; i < W; ++i) a[i] = a[i] > b[i] ? a[i] : b[i];
-    return a;
-  }
   static reg log(reg x) {
     for (int i = 0; i < W; ++i) x[i] = logarithm(x[i]);
     return x;
@@ -115,9 +110,6 @@ struct FloatVector : ArrayVector<float, 4> {
   static constexpr int kPanelVectors = 4;
   static constexpr int kAccumulators = 24;  // of 32 registers
 #endif
-
-  static reg set1(float x) { return x - reg{}; }
-  static reg max(reg a, reg b) { return a > b ? a : b; }
 
   // As in vector_avx512.h. Added to 1.5 * 2^23, a number is rounded to a whole one, which the lowest bits hold.
   static reg exp(reg x) {
