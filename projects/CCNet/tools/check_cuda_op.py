@@ -113,7 +113,7 @@ def check_cases(
     if cases:
         print(f"{len(cases)} cases, {len(failures)} failed")
     for dtype, errors in worst.items():
-        print(f"  {dtype:9} largest relative errors: {_listed(errors)}")
+        print(f"  {dtype:9} largest relative errors: {_errors_text(errors)}")
     return failures, worst
 
 
@@ -143,7 +143,7 @@ def time_all(
     return ceilings, rows
 
 
-def _listed(errors: dict[str, float]) -> str:
+def _errors_text(errors: dict[str, float]) -> str:
     return ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
 
 
@@ -193,7 +193,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     if official is not None:
         failures += check_once(
-            "official", lambda: f"the official kernels differ by {_listed(check_official(official, device))}"
+            "official",
+            lambda: f"the official kernels differ by {_errors_text(check_official(official, device))}",
         )
     ceilings: dict[str, float] = {}
     rows: list[dict[str, object]] = []

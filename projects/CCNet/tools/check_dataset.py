@@ -67,19 +67,20 @@ def names_in_config(path: str) -> tuple[list[str], list[str]]:
     if path.endswith((".yaml", ".yml")):
         key = "DATASETS.TRAIN"
         node = load_config(path).DATASETS
-        train, test = _listed(node.TRAIN), _listed(node.TEST)
+        train, test = _as_list(node.TRAIN), _as_list(node.TEST)
     else:
         key = "dataloader.train.dataset.names"
         cfg = LazyConfig.load(str(config_path(path)))
         train, test = (
-            _listed(OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")) for split in ("train", "test")
+            _as_list(OmegaConf.select(cfg, f"dataloader.{split}.dataset.names"))
+            for split in ("train", "test")
         )
     if not train and not test:
         raise DatasetError(f"The config file '{path}' has no {key}.")
     return train, [name for name in test if name not in train]
 
 
-def _listed(names: str | Sequence[str] | None) -> list[str]:
+def _as_list(names: str | Sequence[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(dict.fromkeys(names or []))
 
 
