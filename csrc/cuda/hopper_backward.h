@@ -9,7 +9,6 @@
 #pragma once
 
 #include "hopper_lines.h"
-#include "quad.h"
 
 namespace ccnet {
 namespace cuda {
@@ -30,21 +29,33 @@ struct HopperBackwardShape {
   static constexpr bool kSeparateScores = Blocks == 1;
 
   // Shared memory: stages of panels (one of K or V, and for each tile of queries one of Q or dO); panels of P^T or dS^T
-  // [key][64 queries]; for each position of the tiles lse, delta and where its rows of dQ, dK and dV are; barriers.
+  // [key][64 queries]; panels through which outputs go; for each position of the tiles its exponent's offset
+  // (from lse) and delta; barriers.
   static constexpr int kPanelBytes = panel_bytes(kTileRows);
-  static constexpr int kStages = Blocks == 1 ? 6 : 3;
+  static constexpr int kStages = Blocks == 1 ? 5 : 3;
   static constexpr int kStageBytes = (1 + Blocks) * kPanelBytes;
   static constexpr int kWeightsOffset = kStages * kStageBytes;
   static constexpr int kWeightsPanels = 2 * Blocks;
-  static constexpr int kLseOffset = kWeightsOffset + kWeightsPanels * kPanelBytes;
+  static constexpr int kStagingOffset = kWeightsOffset + kWeightsPanels * kPanelBytes;
+  static constexpr int kStagingPanels = Blocks == 1 ? 2 : 1;
+  static constexpr int kOffsetsOffset = kStagingOffset + kStagingPanels * kPanelBytes;
   static constexpr int kTableBytes = Blocks * kTileRows * 4;
-  static constexpr int kDeltaOffset = kLseOffset + kTableBytes;
-  static constexpr int kQueryRowsOffset = kDeltaOffset + kTableBytes;
-  static constexpr int kKeyRowsOffset = kQueryRowsOffset + kTableBytes;
-  static constexpr int kValueRowsOffset = kKeyRowsOffset + kTableBytes;
-  static constexpr int kBarriersOffset = kValueRowsOffset + kTableBytes;
+  static constexpr int kDeltaOffset = kOffsetsOffset + kTableBytes;
+  static constexpr int kBarriersOffset = kDeltaOffset + kTableBytes;
   static constexpr int kSharedBytes = kBarriersOffset + 2 * kStages * static_cast<int>(sizeof(SharedBarrier));
 };
+
+// An output whose rows are written in whole segments.
+template <typename T>
+struct SegmentOutput {
+  T* data;
+  RowStrides strides;  // in segments
+  int segments;        // of a row
+};
+template <typename T>
+SegmentOutput<T> segment_output(const Output<T>& out, int channels) {
+  return {out.data, row_strides(out.strides, kSegmentLength<T>), channels / kSegmentLength<T>};
+}
 
 // The plan sees to it that lines have at most Blocks tiles, that 31 bits hold the number of positions, and 32 bits that
 // of each output's segments.
@@ -52,10 +63,10 @@ template <typename T>
 struct HopperBackwardArgs {
   TensorMap query, key, value, grad_out;  // boxes of 64 channels x span x group
   Tiling tiling;
-  LineStrides position;  // of (B, N) statistics
+  RowStrides position;  // of (B, N) statistics, in elements
   bool drop_self;
   int qk_channels, channels;
-  Output<T> grad_query, grad_key, grad_value;  // with vectors
+  SegmentOutput<T> grad_query, grad_key, grad_value;
   const float* lse;                            // (B, N)
   const float* delta;                          // (B, N), of an earlier launch
   bool accumulate;                             // an earlier launch has written the gradients
@@ -110,73 +121,89 @@ struct StageRing {
   }
 };
 
-// Where a position's row of an output is, in segments from the beginning.
-constexpr uint32_t kNoRow = 0xffffffffu;
-
+// A warp's 16 rows of an output, written from products of which a lane holds two channels where memory wants eight
+// (WarpgroupProduct): they go through the warp's own 16 rows of a panel in shared memory. Between that and global memory
+// a lane moves segment lane % 8 of the rows lane / 8 + 4 i: whole 128-byte lines together.
 template <typename T>
-CCNET_DEVICE uint32_t output_row(const Output<T>& out, const Line& group, int first, const TileRow& row) {
-  return static_cast<uint32_t>(row_offset(out.strides, group, first, row) / kSegmentLength<T>);
-}
+struct WarpOutput {
+  static constexpr int kRows = 4;
+  uint32_t row[kRows];  // where they are, in segments
 
-// Writes a warpgroup's products of 64 rows x 64 channels, of which a lane holds parts of two rows (WarpgroupProduct).
-// The four lanes that share a row exchange their parts, so that each reads and writes whole segments.
-template <typename T>
-struct LaneRows {
-  uint32_t row[2];
-  Segment old[2][2];
-
-  // `table`: the entry of the lane's first row in a table of output rows.
-  CCNET_DEVICE explicit LaneRows(const char* table)
-      : row{load_shared<uint32_t>(table), load_shared<uint32_t>(table + 8 * 4)}, old{} {}
-
-  static CCNET_DEVICE Segment* place(T* out, uint32_t row, int channel) {
-    return reinterpret_cast<Segment*>(out) + row + channel / kSegmentLength<T>;
-  }
-  static CCNET_DEVICE int lane_channel() { return recompute(thread_index()) % 4 * kSegmentLength<T>; }
-
-  // What an earlier launch or an earlier tile of keys has left in channels channel0 .. channel0 + 63.
-  CCNET_DEVICE void read(T* out, int channels, int channel0) {
-    const int channel = channel0 + lane_channel();
+  // `first`: the position at which the tile begins.
+  CCNET_DEVICE WarpOutput(int thread, const SegmentOutput<T>& out, const Tiling& tiling, const Line& group,
+                          int first) {
     CCNET_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      CCNET_UNROLL
-      for (int s = 0; s < 2; ++s) {
-        old[r][s] = {{0, 0, 0, 0}};
-        if (row[r] != kNoRow && channel + 32 * s < channels) {
-          old[r][s] = load_global(place(out, row[r], channel + 32 * s));
-        }
-      }
+    for (int i = 0; i < kRows; ++i) {
+      const int own = thread / kWarp * 16 + thread % kWarp / 8 + 4 * i;
+      row[i] = row_place(out.strides, tiling, group, first, tile_row(tiling, own));
     }
   }
 
-  // `add`: to what read() has brought. A collective of the warp.
-  CCNET_DEVICE void write(const float (&d)[32], bool add, T* out, int channels, int channel0) {
-    const int channel = channel0 + lane_channel();
+  // Asks for what an earlier launch or an earlier tile of keys has left in 64 channels of the rows. No registers wait for
+  // it: it is there for write() after wait_copies() and converge_warp().
+  CCNET_DEVICE void fetch(int thread, char* panel, const SegmentOutput<T>& out, int step) const {
+    const uint32_t segment = static_cast<uint32_t>(step * kRowSegments + thread % kRowSegments);
+    const bool exists = segment < static_cast<uint32_t>(out.segments);
     CCNET_UNROLL
-    for (int r = 0; r < 2; ++r) {
+    for (int i = 0; i < kRows; ++i) {
+      const bool there = exists && row[i] != kNoRow;
+      copy_async(lane_place(thread, panel, i), reinterpret_cast<const Segment*>(out.data) + (there ? row[i] + segment : 0),
+                 there ? kSegmentBytes : 0);
+    }
+  }
+
+  // `add`: to what fetch() has brought. A collective of the warp, which may use the panel anew afterwards.
+  CCNET_DEVICE void write(int thread, float (&d)[32], bool add, char* panel, const SegmentOutput<T>& out,
+                          int step) const {
+    if (add) {
       CCNET_UNROLL
-      for (int s = 0; s < 2; ++s) {
-        float v[8];
+      for (int i = 0; i < 4; ++i) {
+        uint32_t words[4];
+        load_matrices(words, fragment_place(thread, panel, i));
         CCNET_UNROLL
-        for (int j = 0; j < 4; ++j) {
-          v[2 * j] = d[4 * (4 * s + j) + 2 * r];
-          v[2 * j + 1] = d[4 * (4 * s + j) + 2 * r + 1];
-        }
-        if (add) {
-          float before[8];
-          transpose_words(old[r][s].word);
-          unpack<T>(old[r][s], before);
-          CCNET_UNROLL
-          for (int e = 0; e < 8; ++e) v[e] += before[e];
-        }
-        Segment sum = pack_segment<T>(v);
-        transpose_words(sum.word);
-        if (row[r] != kNoRow && channel + 32 * s < channels) {
-          store_global(place(out, row[r], channel + 32 * s), sum);
+        for (int w = 0; w < 4; ++w) {
+          float before[2];
+          unpack_pair<T>(words[w], before[0], before[1]);
+          d[word_at(i, w)] += before[0];
+          d[word_at(i, w) + 1] += before[1];
         }
       }
     }
+    CCNET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      uint32_t words[4];
+      CCNET_UNROLL
+      for (int w = 0; w < 4; ++w) words[w] = pack<T>(d[word_at(i, w)], d[word_at(i, w) + 1]);
+      store_matrices(fragment_place(thread, panel, i), words);
+    }
+    converge_warp();
+    const uint32_t segment = static_cast<uint32_t>(step * kRowSegments + thread % kRowSegments);
+    const bool exists = segment < static_cast<uint32_t>(out.segments);
+    Segment segments[kRows];
+    CCNET_UNROLL
+    for (int i = 0; i < kRows; ++i) segments[i] = load_shared<Segment>(lane_place(thread, panel, i));
+    converge_warp();
+    CCNET_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      Segment* const to = reinterpret_cast<Segment*>(out.data) + (row[i] + segment);
+      if (exists && row[i] != kNoRow) store_global(to, segments[i]);
+    }
   }
+
+ private:
+  static CCNET_DEVICE char* warp_rows(int thread, char* panel) { return panel + thread / kWarp * 16 * kRowBytes; }
+  // Where in the panel the lane's segment of its row i is.
+  static CCNET_DEVICE char* lane_place(int thread, char* panel, int i) {
+    const int row = thread % kWarp / kRowSegments;
+    const int segment = (thread % kRowSegments ^ row) * kSegmentBytes;
+    return warp_rows(thread, panel) + row * kRowBytes + i * 4 * kRowBytes + (segment ^ i % 2 * 4 * kSegmentBytes);
+  }
+  // Of 16 rows x 16 channels, as load_matrices() and store_matrices() take them, and which of the products is in a word.
+  static CCNET_DEVICE char* fragment_place(int thread, char* panel, int i) {
+    const int segment = (thread % kWarp / 16 ^ thread % 8) * kSegmentBytes;
+    return warp_rows(thread, panel) + thread % 16 * kRowBytes + (segment ^ i * 2 * kSegmentBytes);
+  }
+  static constexpr CCNET_HD int word_at(int i, int w) { return 8 * i + w / 2 * 4 + w % 2 * 2; }
 };
 
 // A product that does not add still counts as reading its sums. Set before a loop, they occupy no registers outside it.
@@ -192,11 +219,6 @@ CCNET_DEVICE void load_pair(const char* p, float& a, float& b) {
   a = bits_to_float(static_cast<uint32_t>(v));
   b = bits_to_float(static_cast<uint32_t>(v >> 32));
 }
-template <typename T>
-CCNET_DEVICE void unpack_pair(uint32_t word, float& a, float& b) {
-  a = to_float<T>(T{static_cast<uint16_t>(word)});
-  b = to_float<T>(T{static_cast<uint16_t>(word >> 16)});
-}
 
 // Distances between operands in a descriptor, which counts 16 bytes.
 constexpr int kDepthAdvance = 16 * 2 / kSegmentBytes;           // 16 deep in an operand stored kDepth
@@ -204,52 +226,63 @@ constexpr int kOuterAdvance = 16 * kRowBytes / kSegmentBytes;   // 16 deep in an
 constexpr int kHalfAdvance = 64 * kRowBytes / kSegmentBytes;    // from a tile's rows 0-63 to its rows 64-127
 constexpr int kPanelAdvance = kTileRows * kRowBytes / kSegmentBytes;  // to the next panel
 
-// P^T, later dS^T, of a warpgroup's 64 keys and of all queries of the line. A lane holds for column group j (eight
-// queries) and row r of its two the elements of columns 8 j + lane % 4 * 2 and the next: one word.
+// In 32 bits: the upper half of a descriptor says how the panel is laid out.
+CCNET_DEVICE uint64_t advance(uint64_t descriptor, int distance) {
+  const uint32_t lower = static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(distance);
+  return (descriptor & 0xffffffff00000000u) | lower;
+}
+
+// P^T, later dS^T, of a warpgroup's 64 keys and of all queries of the line. A lane holds of each 16 queries, a step, four
+// words: word 2 h + r is row r of its two (8 apart), columns 8 h + lane % 4 * 2 and the next.
 template <typename T, int Blocks>
 struct KeyWeights {
   using Shape = HopperBackwardShape<T, Blocks>;
   static constexpr int kSteps = kTileRows / 16;
 
   uint32_t registers[Shape::kWeightsInRegisters ? Blocks : 1][kSteps][4];
-  char* lane;           // the lane's first word in the first panel
-  int swizzle;          // of its rows
+  char* rows;           // what load_matrices() and store_matrices() want of the lane: its row of the first panel,
+  int swizzled;         // and a segment of it
   uint64_t descriptor;  // of the warpgroup's keys in the first panel
 
-  // `row`: of the tile, the lane's first.
-  CCNET_DEVICE KeyWeights(char* panels, int row)
-      : lane(panels + row * kRowBytes + thread_index() % 4 * 4),
-        swizzle(row % kRowSegments * kSegmentBytes),
-        descriptor(panel_descriptor(panels) + static_cast<uint64_t>(row / 64 * kHalfAdvance)) {}
+  CCNET_DEVICE KeyWeights(char* panels, int thread)
+      : rows(panels + (thread / kWarp * 16 + thread % 16) * kRowBytes),
+        swizzled((thread % kWarp / 16 ^ thread % 8) * kSegmentBytes),
+        descriptor(advance(panel_descriptor(panels), thread / kWarpgroup * kHalfAdvance)) {}
 
-  CCNET_DEVICE char* place(int block, int r, int j) const {
-    const int panel = 2 * block + j / kRowSegments;
-    return lane + panel * Shape::kPanelBytes + r * 8 * kRowBytes + (j % kRowSegments * kSegmentBytes ^ swizzle);
+  CCNET_DEVICE char* place(int block, int step) const {
+    return rows + (2 * block + step / 4) * Shape::kPanelBytes + (swizzled ^ step % 4 * 2 * kSegmentBytes);
   }
-  CCNET_DEVICE uint32_t get(int block, int r, int j) const {
-    if constexpr (Shape::kWeightsInRegisters) return registers[block][j / 2][j % 2 * 2 + r];
-    return load_shared<uint32_t>(place(block, r, j));
+  CCNET_DEVICE void get(int block, int step, uint32_t (&words)[4]) const {
+    if constexpr (Shape::kWeightsInRegisters) {
+      CCNET_UNROLL
+      for (int w = 0; w < 4; ++w) words[w] = registers[block][step][w];
+    } else {
+      load_matrices(words, place(block, step));
+    }
   }
   template <bool InShared>
-  CCNET_DEVICE void put(int block, int r, int j, uint32_t word) {
-    // Without recompute() the compiler holds the halves of the word and joins them anew for every product.
+  CCNET_DEVICE void put(int block, int step, const uint32_t (&words)[4]) {
+    // Without recompute() the compiler holds the halves of the words and joins them anew for every product.
     if constexpr (Shape::kWeightsInRegisters) {
-      registers[block][j / 2][j % 2 * 2 + r] = static_cast<uint32_t>(recompute(static_cast<int>(word)));
+      CCNET_UNROLL
+      for (int w = 0; w < 4; ++w) {
+        registers[block][step][w] = static_cast<uint32_t>(recompute(static_cast<int>(words[w])));
+      }
     }
-    if constexpr (InShared || !Shape::kWeightsInRegisters) store_shared<uint32_t>(place(block, r, j), word);
+    if constexpr (InShared || !Shape::kWeightsInRegisters) store_matrices(place(block, step), words);
   }
 
   // d (+)= these weights for queries of `block` times a panel [query][channel].
   CCNET_DEVICE void multiply(float (&d)[32], int block, uint64_t panel, bool add_to) const {
     CCNET_UNROLL
     for (int k = 0; k < kSteps; ++k) {
-      const uint64_t b = panel + static_cast<uint64_t>(k * kOuterAdvance);
+      const uint64_t b = advance(panel, k * kOuterAdvance);
       if constexpr (Shape::kWeightsInRegisters) {
         WarpgroupProduct<T, 64>::template multiply<Major::kOuter>(d, registers[block][k], b, add_to || k > 0);
       } else {
-        const int advance = (2 * block + k / 4) * kPanelAdvance + k % 4 * kDepthAdvance;
+        const int distance = (2 * block + k / 4) * kPanelAdvance + k % 4 * kDepthAdvance;
         WarpgroupProduct<T, 64>::template multiply<Major::kDepth, Major::kOuter>(
-            d, descriptor + static_cast<uint64_t>(advance), b, add_to || k > 0);
+            d, advance(descriptor, distance), b, add_to || k > 0);
       }
     }
   }
@@ -261,9 +294,28 @@ CCNET_DEVICE void multiply_rows(float (&d)[64], uint64_t a, uint64_t b, bool add
   CCNET_UNROLL
   for (int k = 0; k < kPanelWidth<T> / 16; ++k) {
     WarpgroupProduct<T, 128>::template multiply<Major::kDepth, Major::kDepth>(
-        d, a + static_cast<uint64_t>(k * kDepthAdvance), b + static_cast<uint64_t>(k * kDepthAdvance),
-        add_to || k > 0);
+        d, advance(a, k * kDepthAdvance), advance(b, k * kDepthAdvance), add_to || k > 0);
   }
+}
+
+// The columns of a tile that a lane holds, 8 j + lane_column and the next, as bits 2 j and 2 j + 1: those that a row of
+// its pairs with.
+CCNET_DEVICE uint32_t lane_columns(const Partners& p, int lane_column) {
+  const auto below = [&](int column) {
+    const int rest = column % 8 - lane_column;
+    const int count = column / 8 * 2 + (rest < 0 ? 0 : min_of(rest, 2));
+    return static_cast<uint32_t>((uint64_t{1} << count) - 1);
+  };
+  uint32_t columns = below(p.begin + p.count) & ~below(p.begin);
+  const bool holds_self = static_cast<unsigned>(p.self) < kTileRows && (p.self & 6) == lane_column;
+  if (holds_self) columns &= ~(1u << (p.self / 8 * 2 + p.self % 2));
+  return columns;
+}
+
+// The panel of channels that a step takes: every other tile of keys goes backwards through them, so that it meets first
+// what of dO the L2 cache has seen last.
+CCNET_DEVICE int value_panel(int step, int key_block, int steps) {
+  return key_block % 2 == 0 ? step : steps - 1 - step;
 }
 
 template <typename T, int Blocks>
@@ -276,7 +328,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   constexpr int kWarpgroupBarrier = 2;  // and the next
 
   char* const shared = dynamic_shared();
-  char* const lse = shared + Shape::kLseOffset;
+  char* const offsets = shared + Shape::kOffsetsOffset;
   char* const delta = shared + Shape::kDeltaOffset;
   StageRing<Shape::kStages, Shape::kStageBytes, kConsumerWarps> ring(shared, shared + Shape::kBarriersOffset);
   const int thread = thread_index();
@@ -314,7 +366,9 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       };
       for (int key_block = 0; key_block < Blocks; ++key_block) {
         for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
-        for (int p = 0; p < value_steps; ++p) load(&a.value, &a.grad_out, key_block, p);
+        for (int p = 0; p < value_steps; ++p) {
+          load(&a.value, &a.grad_out, key_block, value_panel(p, key_block, value_steps));
+        }
         for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
       }
     }
@@ -335,20 +389,23 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   const bool leads_warp = thread % kWarp == 0;
   const int lane_row = thread / kWarp * 16 + thread % kWarp / 4;
   const int lane_column = thread % 4 * 2;
-  const char* const lane_tables = shared + lane_row * 4;
-  const uint64_t own_half = static_cast<uint64_t>(warpgroup * kHalfAdvance);
-  KeyWeights<T, Blocks> weights(shared + Shape::kWeightsOffset, lane_row);
+  // What follows from the thread's number is kept in registers where there are enough.
+  const auto own_thread = [] { return Blocks == 1 ? thread_index() : recompute(thread_index()); };
+  char* const staging = shared + Shape::kStagingOffset;
+  char* const other_staging = staging + (Shape::kStagingPanels - 1) * Shape::kPanelBytes;
+  const int own_half = warpgroup * kHalfAdvance;
+  KeyWeights<T, Blocks> weights(shared + Shape::kWeightsOffset, thread);
 
   // The panel of K or V in a stage, and that of Q or dO for a tile of queries.
   const auto key_side = [&](int slot) { return panel_descriptor(ring.stage(slot)); };
   const auto query_side = [&](int slot, int b) {
-    return key_side(slot) + static_cast<uint64_t>((1 + b) * kPanelAdvance);
+    return advance(key_side(slot), (1 + b) * kPanelAdvance);
   };
   // d (+)= this warpgroup's keys times the queries, one panel deep.
   const auto multiply_pairs = [&](float (&d)[Blocks][64], int slot, bool add_to) {
     CCNET_UNROLL
     for (int b = 0; b < Blocks; ++b) {
-      multiply_rows<T>(d[b], key_side(slot) + own_half, query_side(slot, b), add_to);
+      multiply_rows<T>(d[b], advance(key_side(slot), own_half), query_side(slot, b), add_to);
     }
   };
 
@@ -359,18 +416,12 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
     // The statistics of query number `thread`.
     const int own_first = thread / kTileRows * kTileRows;
     const TileRow own = tile_row(a.tiling, thread % kTileRows);
-    const bool own_exists = thread < Blocks * kTileRows && row_exists(a.tiling, group, own_first, own);
     const uint32_t own_position =
-        own_exists ? static_cast<uint32_t>(row_offset(a.position, group, own_first, own)) : kNoRow;
+        thread < Blocks * kTileRows ? row_place(a.position, a.tiling, group, own_first, own) : kNoRow;
     if (thread < Blocks * kTileRows) {
-      char* const entry = shared + thread * 4;
-      store_shared<float>(entry + Shape::kLseOffset, own_exists ? load_global(a.lse + own_position) : INFINITY);
-      store_shared<uint32_t>(entry + Shape::kQueryRowsOffset,
-                             own_exists ? output_row(a.grad_query, group, own_first, own) : kNoRow);
-      store_shared<uint32_t>(entry + Shape::kKeyRowsOffset,
-                             own_exists ? output_row(a.grad_key, group, own_first, own) : kNoRow);
-      store_shared<uint32_t>(entry + Shape::kValueRowsOffset,
-                             own_exists ? output_row(a.grad_value, group, own_first, own) : kNoRow);
+      // As P = 2^(log2(e) S + offset); a query that does not exist weighs nothing.
+      store_shared<float>(offsets + thread * 4,
+                          own_position != kNoRow ? load_global(a.lse + own_position) * -kLog2E : -INFINITY);
     }
     named_barrier(kConsumerBarrier, Shape::kConsumers);
 
@@ -410,25 +461,31 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       if (key_block > 0) named_barrier(kConsumerBarrier, Shape::kConsumers);  // dS^T is read no more
       CCNET_UNROLL
       for (int b = 0; b < Blocks; ++b) {
-        Partners partners[2];
+        uint32_t columns[2];
         CCNET_UNROLL
         for (int r = 0; r < 2; ++r) {
-          const int row = recompute(lane_row) + 8 * r;
-          partners[r] = partners_of(a.tiling, tile_row(a.tiling, row), key0, b * kTileRows, a.drop_self);
-          if (load_shared<uint32_t>(shared + Shape::kKeyRowsOffset + (key0 + row) * 4) == kNoRow) partners[r].count = 0;
+          const TileRow key = tile_row(a.tiling, recompute(lane_row) + 8 * r);
+          Partners partners = partners_of(a.tiling, key, key0, b * kTileRows, a.drop_self);
+          if (!row_exists(a.tiling, group, key0, key)) partners.count = 0;
+          columns[r] = lane_columns(partners, lane_column);
         }
         CCNET_UNROLL
-        for (int j = 0; j < kTileRows / 8; ++j) {
-          float lse0, lse1;
-          load_pair(lse + (b * kTileRows + 8 * j + lane_column) * 4, lse0, lse1);
+        for (int k = 0; k < kTileRows / 16; ++k) {
+          uint32_t words[4];
           CCNET_UNROLL
-          for (int r = 0; r < 2; ++r) {
-            const float p0 = exp2_rounded((scores[b][4 * j + 2 * r] - lse0) * kLog2E);
-            const float p1 = exp2_rounded((scores[b][4 * j + 2 * r + 1] - lse1) * kLog2E);
-            const int column = 8 * j + lane_column;
-            weights.template put<false>(b, r, j, pack<T>(partners[r].has(column) ? p0 : 0.f,
-                                                         partners[r].has(column + 1) ? p1 : 0.f));
+          for (int h = 0; h < 2; ++h) {
+            const int j = 2 * k + h;
+            float offset0, offset1;
+            load_pair(offsets + (b * kTileRows + 8 * j + lane_column) * 4, offset0, offset1);
+            CCNET_UNROLL
+            for (int r = 0; r < 2; ++r) {
+              const float p0 = exp2_rounded(fmaf(scores[b][4 * j + 2 * r], kLog2E, offset0));
+              const float p1 = exp2_rounded(fmaf(scores[b][4 * j + 2 * r + 1], kLog2E, offset1));
+              words[2 * h + r] = pack<T>((columns[r] & 1u << 2 * j) != 0 ? p0 : 0.f,
+                                         (columns[r] & 2u << 2 * j) != 0 ? p1 : 0.f);
+            }
           }
+          weights.template put<false>(b, k, words);
         }
       }
       if constexpr (!Shape::kWeightsInRegisters) {
@@ -438,7 +495,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       if constexpr (!Shape::kSeparateScores) begin_pairs();
 
       float own_delta = 0.f;
-      LaneRows<T> value_rows(lane_tables + Shape::kValueRowsOffset + key0 * 4);
+      const WarpOutput<T> value_rows(own_thread(), a.grad_value, a.tiling, group, key0);
       float grad[32];
       clear(grad);
       CCNET_UNROLL_BY(1)
@@ -461,12 +518,21 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
         // What earlier launches have left is needed here at last.
         if (key_block == 0 && (a.accumulate ? p == 0 : last)) wait_for_previous_launch();
         if (key_block == 0 && last && own_position != kNoRow) own_delta = load_global(a.delta + own_position);
-        if (a.accumulate && p == 0) value_rows.read(a.grad_value.data, a.channels, 0);
+        const int channels = value_panel(p, key_block, value_steps);
+        const int next_channels = value_panel(p + 1, key_block, value_steps);
+        char* const panel = p % 2 == 0 ? staging : other_staging;
+        char* const next_panel = p % 2 == 0 ? other_staging : staging;
+        if (a.accumulate && p == 0) value_rows.fetch(own_thread(), panel, a.grad_value, channels);
         wait_products<1>();
         hold(grad);
         if (leads_warp) ring.release(released);
-        value_rows.write(grad, a.accumulate, a.grad_value.data, a.channels, p * kWidth);
-        if (a.accumulate && !last) value_rows.read(a.grad_value.data, a.channels, (p + 1) * kWidth);
+        if (a.accumulate) {
+          wait_copies();
+          converge_warp();
+          if (Shape::kStagingPanels > 1 && !last) value_rows.fetch(own_thread(), next_panel, a.grad_value, next_channels);
+        }
+        value_rows.write(own_thread(), grad, a.accumulate, panel, a.grad_value, channels);
+        if (Shape::kStagingPanels == 1 && a.accumulate && !last) value_rows.fetch(own_thread(), panel, a.grad_value, next_channels);
       }
       wait_products<0>();
       CCNET_UNROLL
@@ -474,27 +540,43 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       if (key_block == 0 && thread < Blocks * kTileRows) store_shared<float>(delta + thread * 4, own_delta);
       named_barrier(kConsumerBarrier, Shape::kConsumers);  // delta is there, and P^T is read no more
 
-      LaneRows<T> key_rows(lane_tables + Shape::kKeyRowsOffset + key0 * 4);
-      if (a.accumulate) key_rows.read(a.grad_key.data, a.qk_channels, 0);
+      const WarpOutput<T> key_rows(own_thread(), a.grad_key, a.tiling, group, key0);
+      // What is to be added to, as far as there is room for it.
+      constexpr bool kFetchesAhead = Shape::kStagingPanels > Blocks;
+      const bool add_query = a.accumulate || key_block > 0;
+      const auto fetch_old = [&](int p) {
+        if (a.accumulate) key_rows.fetch(own_thread(), staging, a.grad_key, p);
+        if (kFetchesAhead && add_query) {
+          const WarpOutput<T> query_rows(own_thread(), a.grad_query, a.tiling, group, 0);
+          query_rows.fetch(own_thread(), other_staging, a.grad_query, p);
+        }
+      };
+      fetch_old(0);
       CCNET_UNROLL
       for (int b = 0; b < Blocks; ++b) {
         CCNET_UNROLL
-        for (int j = 0; j < kTileRows / 8; ++j) {
-          float delta0, delta1;
-          load_pair(delta + (b * kTileRows + 8 * j + lane_column) * 4, delta0, delta1);
+        for (int k = 0; k < kTileRows / 16; ++k) {
+          uint32_t words[4];
+          weights.get(b, k, words);
           CCNET_UNROLL
-          for (int r = 0; r < 2; ++r) {
-            float p0, p1;
-            unpack_pair<T>(weights.get(b, r, j), p0, p1);
-            weights.template put<true>(b, r, j, pack<T>(p0 * (pair[b][4 * j + 2 * r] - delta0),
-                                                        p1 * (pair[b][4 * j + 2 * r + 1] - delta1)));
+          for (int h = 0; h < 2; ++h) {
+            const int j = 2 * k + h;
+            float delta0, delta1;
+            load_pair(delta + (b * kTileRows + 8 * j + lane_column) * 4, delta0, delta1);
+            CCNET_UNROLL
+            for (int r = 0; r < 2; ++r) {
+              float p0, p1;
+              unpack_pair<T>(words[2 * h + r], p0, p1);
+              words[2 * h + r] = pack<T>(p0 * (pair[b][4 * j + 2 * r] - delta0),
+                                         p1 * (pair[b][4 * j + 2 * r + 1] - delta1));
+            }
           }
+          weights.template put<true>(b, k, words);
         }
       }
       fence_shared_for_async();
       named_barrier(kConsumerBarrier, Shape::kConsumers);
 
-      const bool add_query = a.accumulate || key_block > 0;
       const uint64_t queries = panel_descriptor(shared + Shape::kWeightsOffset + warpgroup * Shape::kPanelBytes);
       float key_grad[32], query_grad[Blocks][32];
       clear(key_grad);
@@ -513,24 +595,32 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
           CCNET_UNROLL
           for (int k = 0; k < kTileRows / 16; ++k) {
             WarpgroupProduct<T, 64>::template multiply<Major::kOuter, Major::kOuter>(
-                query_grad[b], queries + static_cast<uint64_t>(2 * b * kPanelAdvance + k * kOuterAdvance),
-                key_side(slot) + static_cast<uint64_t>(k * kOuterAdvance), k > 0);
+                query_grad[b], advance(queries, 2 * b * kPanelAdvance + k * kOuterAdvance),
+                advance(key_side(slot), k * kOuterAdvance), k > 0);
           }
         }
         commit_products();
         wait_products<1>();
         hold(key_grad);
-        key_rows.write(key_grad, a.accumulate, a.grad_key.data, a.qk_channels, p * kWidth);
-        if (a.accumulate && p + 1 < qk_steps) key_rows.read(a.grad_key.data, a.qk_channels, (p + 1) * kWidth);
+        if (add_query) {
+          wait_copies();
+          converge_warp();
+        }
+        key_rows.write(own_thread(), key_grad, a.accumulate, staging, a.grad_key, p);
         wait_products<0>();
         if (leads_warp) ring.release(slot);
         CCNET_UNROLL
         for (int b = 0; b < Blocks; ++b) {
           hold(query_grad[b]);
-          LaneRows<T> query_rows(lane_tables + Shape::kQueryRowsOffset + b * kTileRows * 4);
-          if (add_query) query_rows.read(a.grad_query.data, a.qk_channels, p * kWidth);
-          query_rows.write(query_grad[b], add_query, a.grad_query.data, a.qk_channels, p * kWidth);
+          const WarpOutput<T> query_rows(own_thread(), a.grad_query, a.tiling, group, b * kTileRows);
+          if (add_query && !kFetchesAhead) {
+            query_rows.fetch(own_thread(), staging, a.grad_query, p);
+            wait_copies();
+            converge_warp();
+          }
+          query_rows.write(own_thread(), query_grad[b], add_query, other_staging, a.grad_query, p);
         }
+        if (p + 1 < qk_steps) fetch_old(p + 1);
       }
     }
   }
@@ -546,7 +636,7 @@ struct DenseDeltaArgs {
   const T* grad_out;
   const T* out;
   int64_t grad_out_step, out_step;  // from a position to the next; multiples of a segment, as are the addresses
-  int64_t positions;                // B * N
+  int64_t positions;                // B * N, below 2^31
   int channels;                     // a multiple of a segment
   float* delta;                     // (B, N)
   int blocks;
@@ -559,12 +649,16 @@ void dense_delta_kernel(DenseDeltaArgs<T> a) {
   constexpr int kPositions = 2, kChunks = 2;
   allow_next_launch();
   const int lane = thread_index() % kWarp;
-  const int64_t warp = block_index() * (kDenseDeltaThreads / kWarp) + thread_index() / kWarp;
-  const int64_t warps = int64_t{a.blocks} * (kDenseDeltaThreads / kWarp);
+  const uint32_t warps = static_cast<uint32_t>(a.blocks) * (kDenseDeltaThreads / kWarp);
+  const uint32_t positions = static_cast<uint32_t>(a.positions);
+  uint32_t first = (static_cast<uint32_t>(block_index()) * (kDenseDeltaThreads / kWarp) +
+                    static_cast<uint32_t>(thread_index() / kWarp)) * kPositions;
+  const T* grad_out = a.grad_out + first * a.grad_out_step + lane * kLength;
+  const T* out = a.out + first * a.out_step + lane * kLength;
+  const int64_t grad_out_stride = warps * kPositions * a.grad_out_step;
+  const int64_t out_stride = warps * kPositions * a.out_step;
   CCNET_UNROLL_BY(1)
-  for (int64_t first = warp * kPositions; first < a.positions; first += warps * kPositions) {
-    const T* const grad_out = a.grad_out + first * a.grad_out_step + lane * kLength;
-    const T* const out = a.out + first * a.out_step + lane * kLength;
+  for (; first < positions; first += warps * kPositions, grad_out += grad_out_stride, out += out_stride) {
     float sum[kPositions] = {0.f, 0.f};
     CCNET_UNROLL_BY(1)
     for (int c = 0; c < a.channels; c += kChunks * kWarp * kLength) {
@@ -575,7 +669,7 @@ void dense_delta_kernel(DenseDeltaArgs<T> a) {
         for (int k = 0; k < kChunks; ++k) {
           const int channel = c + k * kWarp * kLength;
           g[i][k] = o[i][k] = {{0, 0, 0, 0}};
-          if (first + i < a.positions && channel + lane * kLength < a.channels) {
+          if (first + i < positions && channel + lane * kLength < a.channels) {
             g[i][k] = load_global(reinterpret_cast<const Segment*>(grad_out + i * a.grad_out_step + channel));
             o[i][k] = load_global(reinterpret_cast<const Segment*>(out + i * a.out_step + channel));
           }
@@ -593,13 +687,13 @@ void dense_delta_kernel(DenseDeltaArgs<T> a) {
         }
       }
     }
+    // Even lanes go on with the first position's sum, odd lanes with the second's.
+    const bool odd = lane % 2 != 0;
+    float own = odd ? sum[1] : sum[0];
+    own += shuffle_xor(odd ? sum[0] : sum[1], 1);
     CCNET_UNROLL
-    for (int bit = 1; bit < kWarp; bit *= 2) {
-      CCNET_UNROLL
-      for (int i = 0; i < kPositions; ++i) sum[i] += shuffle_xor(sum[i], bit);
-    }
-    const float own = lane == 0 ? sum[0] : sum[1];
-    if (lane < kPositions && first + lane < a.positions) store_global(a.delta + first + lane, own);
+    for (int bit = 2; bit < kWarp; bit *= 2) own += shuffle_xor(own, bit);
+    if (lane < kPositions && first + lane < positions) store_global(a.delta + first + lane, own);
   }
 }
 

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "hopper_ring.h"
-#include "quad.h"
 
 namespace ccnet {
 namespace cuda {
@@ -68,7 +67,6 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
   ring.start();
   ring.clear_tails(tile_rows(tiling));
   // In segments, which keeps it in 32 bits (the plan sees to that).
-  constexpr uint32_t kNoRow = 0xffffffffu;
   char* const out_rows = dynamic_shared() + Shape::kRowsOffset;
   {
     const Line group = find_group(tiling, group_number);

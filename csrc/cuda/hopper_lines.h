@@ -67,24 +67,41 @@ CCNET_HD Line find_group(const Tiling& t, int number) {
   return {batch, {beyond - batch * t.others.divisor, (n - beyond * t.groups.divisor) * t.group}};
 }
 
-// A row of a tile: which line of the group and which position of it.
+// A row of a tile: which line of the group (where that has one only, 0) and which position of it.
 struct TileRow {
   int line;
   int position;  // on the line, counted from the tile's first
 };
 CCNET_HD TileRow tile_row(const Tiling& t, int row) {
-  if (t.group == 1) return {0, row};
   const int line = static_cast<int>(t.spans.quotient(static_cast<uint32_t>(row)));
   return {line, row - line * t.span};
 }
 // Whether a row is a position of the tensor, for a tile whose rows begin at `first` of its lines.
 CCNET_HD bool row_exists(const Tiling& t, const Line& group, int first, const TileRow& row) {
-  return row.line < t.group && group.at[kMaxAxes - 2] + row.line < t.neighbours &&
+  return row.line < min_of(t.group, t.neighbours - static_cast<int>(group.at[kMaxAxes - 2])) &&
          first + row.position < t.length;
 }
 // Element offset of that position, channel 0.
 CCNET_HD int64_t row_offset(const LineStrides& s, const Line& group, int first, const TileRow& row) {
   return offset_of(group, s) + row.line * s.other[kMaxAxes - 2] + (first + row.position) * s.step;
+}
+
+// The same in 32 bits: strides of a tensor whose places are counted in units of so many elements. The plan sees to it that
+// the last place fits; that a product of a size-1 axis' stride wraps does not matter.
+struct RowStrides {
+  uint32_t batch, other[kMaxAxes - 1], step;
+};
+inline RowStrides row_strides(const LineStrides& s, int unit) {
+  const auto places = [&](int64_t elements) { return static_cast<uint32_t>(elements / unit); };
+  return {places(s.batch), {places(s.other[0]), places(s.other[1])}, places(s.step)};
+}
+constexpr uint32_t kNoRow = 0xffffffffu;
+// Where the row is, or kNoRow if it is no position of the tensor.
+CCNET_HD uint32_t row_place(const RowStrides& s, const Tiling& t, const Line& group, int first, const TileRow& row) {
+  if (!row_exists(t, group, first, row)) return kNoRow;
+  return static_cast<uint32_t>(group.batch) * s.batch + static_cast<uint32_t>(group.at[0]) * s.other[0] +
+         (static_cast<uint32_t>(group.at[1]) + static_cast<uint32_t>(row.line)) * s.other[1] +
+         static_cast<uint32_t>(first + row.position) * s.step;
 }
 
 // The rows of another tile of the same group that a row attends to (and, the relation being symmetric, that attend to

@@ -167,13 +167,16 @@ int hopper_backward(const BackwardRequest& call, Launch&& launch) {
     if (error == 0) error = map(&args.value, call.value, call.channels);
     if (error == 0) error = map(&args.grad_out, call.grad_out, call.channels);
     if (error != 0) return error;
-    args.position = strides_along(g, scalar_strides(g), axis);
+    args.position = row_strides(strides_along(g, scalar_strides(g), axis), 1);
     args.drop_self = !keeps_self(g.axes, axis);
     args.qk_channels = call.qk_channels;
     args.channels = call.channels;
-    args.grad_query = output_of<T>(call.grad_query, g, axis, call.qk_channels);
-    args.grad_key = output_of<T>(call.grad_key, g, axis, call.qk_channels);
-    args.grad_value = output_of<T>(call.grad_value, g, axis, call.channels);
+    const auto output = [&](const TensorRef& t, int channels) {
+      return segment_output(output_of<T>(t, g, axis, channels), channels);
+    };
+    args.grad_query = output(call.grad_query, call.qk_channels);
+    args.grad_key = output(call.grad_key, call.qk_channels);
+    args.grad_value = output(call.grad_value, call.channels);
     args.lse = call.lse;
     args.delta = call.delta;
     args.accumulate = accumulate;

@@ -142,13 +142,23 @@ CCNET_DEVICE void load_panel(char* panel, const Rows<T>& from, int row0, int row
   }
 }
 
+// The two elements of a word, the inverse of pack().
+template <typename T>
+CCNET_DEVICE void unpack_pair(uint32_t word, float& a, float& b) {
+  a = to_float<T>(T{static_cast<uint16_t>(word)});
+  b = to_float<T>(T{static_cast<uint16_t>(word >> 16)});
+}
+// The same, but the compiler would shift the upper half down and up again.
+template <>
+CCNET_DEVICE void unpack_pair<BFloat16>(uint32_t word, float& a, float& b) {
+  a = bits_to_float(word << 16);
+  b = bits_to_float(word & 0xffff0000u);
+}
+
 template <typename T>
 CCNET_DEVICE void unpack(const Segment& s, float (&v)[kSegmentLength<T>]) {
   CCNET_UNROLL
-  for (int e = 0; e < kSegmentLength<T>; e += 2) {
-    v[e] = to_float<T>(T{static_cast<uint16_t>(s.word[e / 2])});
-    v[e + 1] = to_float<T>(T{static_cast<uint16_t>(s.word[e / 2] >> 16)});
-  }
+  for (int w = 0; w < 4; ++w) unpack_pair<T>(s.word[w], v[2 * w], v[2 * w + 1]);
 }
 template <>
 CCNET_DEVICE void unpack<float>(const Segment& s, float (&v)[4]) {
