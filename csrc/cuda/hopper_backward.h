@@ -5,6 +5,8 @@
 // warpgroups compute, each with 64 keys of a tile; one more warp does nothing but load. For each tile of keys:
 //   P^T = exp(K Q^T - lse);  dP^T = V dO^T over the channels, while dV = P^T dO is written panel by panel;
 //   dS^T = P^T (dP^T - delta);  dK = dS^T Q and dQ (+)= dS K, panel by panel.
+// delta, the sum over the channels of dO * O, comes from a launch of its own (dense_delta_kernel), or is found by the
+// first axis's launch on the way, as the diagonal of dO O^T.
 // Every output element is written by one thread of one CTA in a fixed order: no atomics, the same bits every time.
 #pragma once
 
@@ -13,10 +15,11 @@
 namespace ccnet {
 namespace cuda {
 
-// `Blocks`: tiles of a line.
-template <typename T, int Blocks>
+// `Blocks`: tiles of a line. `FindsDelta`: for the first axis, whose lines have one tile.
+template <typename T, int Blocks, bool FindsDelta = false>
 struct HopperBackwardShape {
   static_assert(sizeof(T) == 2 && (Blocks == 1 || Blocks == 2), "fp16 or bf16, at most 256 positions");
+  static_assert(!FindsDelta || Blocks == 1, "with two tiles there is no room for panels of O");
   static constexpr int kConsumers = 2 * kWarpgroup;
   static constexpr int kThreads = kConsumers + kWarpgroup;
   // Of each thread's equal share, 168, the warpgroup that loads gives up most.
@@ -30,7 +33,7 @@ struct HopperBackwardShape {
 
   // Shared memory: stages of panels (one of K or V, and for each tile of queries one of Q or dO); panels of P^T or dS^T
   // [key][64 queries]; panels through which outputs go; for each position of the tiles its exponent's offset
-  // (from lse) and delta; barriers.
+  // (from lse) and delta; barriers. Panels of O pass through those of dS^T, which are empty until delta is known.
   static constexpr int kPanelBytes = panel_bytes(kTileRows);
   static constexpr int kStages = Blocks == 1 ? 5 : 3;
   static constexpr int kStageBytes = (1 + Blocks) * kPanelBytes;
@@ -42,7 +45,14 @@ struct HopperBackwardShape {
   static constexpr int kTableBytes = Blocks * kTileRows * 4;
   static constexpr int kDeltaOffset = kOffsetsOffset + kTableBytes;
   static constexpr int kBarriersOffset = kDeltaOffset + kTableBytes;
-  static constexpr int kSharedBytes = kBarriersOffset + 2 * kStages * static_cast<int>(sizeof(SharedBarrier));
+  static constexpr int kOutBarriersOffset = kBarriersOffset + 2 * kStages * static_cast<int>(sizeof(SharedBarrier));
+  static constexpr int kOutStages = 2;  // panels of dS^T
+  static constexpr int kOutBarriers = FindsDelta ? 2 * kOutStages + 1 : 0;
+  static constexpr int kSharedBytes = kOutBarriersOffset + kOutBarriers * static_cast<int>(sizeof(SharedBarrier));
+  // The loader asks for so many stages of V and dO before the first panel of O, for which it has to wait until the CTA's
+  // last group is done.
+  static constexpr int kOutLag = 2;
+  static_assert(kOutLag < kStages, "the stage that O is wanted with must have been loaded");
 };
 
 // An output whose rows are written in whole segments.
@@ -62,13 +72,14 @@ SegmentOutput<T> segment_output(const Output<T>& out, int channels) {
 template <typename T>
 struct HopperBackwardArgs {
   TensorMap query, key, value, grad_out;  // boxes of 64 channels x span x group
+  TensorMap out;                          // where delta is to be found
   Tiling tiling;
   RowStrides position;  // of (B, N) statistics, in elements
   bool drop_self;
   int qk_channels, channels;
   SegmentOutput<T> grad_query, grad_key, grad_value;
   const float* lse;                            // (B, N)
-  const float* delta;                          // (B, N), of an earlier launch
+  float* delta;                                // (B, N), of an earlier launch or to be found
   bool accumulate;                             // an earlier launch has written the gradients
   int groups;                                  // of lines: CTA i takes groups i, i + blocks, ...
   int blocks;
@@ -318,10 +329,28 @@ CCNET_DEVICE int value_panel(int step, int key_block, int steps) {
   return key_block % 2 == 0 ? step : steps - 1 - step;
 }
 
-template <typename T, int Blocks>
-CCNET_KERNEL((HopperBackwardShape<T, Blocks>::kThreads), 1)
+// The diagonal of a warpgroup's products of 64 x 64, of which a lane holds at most one element for each row of its two.
+// Writes element i, where the lane has it, to table[i].
+CCNET_DEVICE void store_diagonal(const float (&d)[32], int thread, char* table) {
+  const int lane = thread % kWarp, warp = thread / kWarp % (kWarpgroup / kWarp);
+  const bool odd = lane / 4 % 2 != 0;
+  const bool holds = lane % 4 == lane / 8;
+  CCNET_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    float element = 0.f;
+    CCNET_UNROLL
+    for (int w = 0; w < kWarpgroup / kWarp; ++w) {
+      const int i = 4 * (2 * w + r) + 2 * r;
+      if (warp == w) element = odd ? d[i + 1] : d[i];
+    }
+    if (holds) store_shared<float>(table + (warp * 16 + r * 8 + lane / 4) * 4, element);
+  }
+}
+
+template <typename T, int Blocks, bool FindsDelta>
+CCNET_KERNEL((HopperBackwardShape<T, Blocks, FindsDelta>::kThreads), 1)
 void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
-  using Shape = HopperBackwardShape<T, Blocks>;
+  using Shape = HopperBackwardShape<T, Blocks, FindsDelta>;
   constexpr int kWidth = kPanelWidth<T>;
   constexpr int kConsumerWarps = Shape::kConsumers / kWarp;
   constexpr int kConsumerBarrier = 1;   // numbers of named barriers
@@ -331,13 +360,23 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   char* const offsets = shared + Shape::kOffsetsOffset;
   char* const delta = shared + Shape::kDeltaOffset;
   StageRing<Shape::kStages, Shape::kStageBytes, kConsumerWarps> ring(shared, shared + Shape::kBarriersOffset);
+  StageRing<Shape::kOutStages, Shape::kPanelBytes, kConsumerWarps> out_ring(shared + Shape::kWeightsOffset,
+                                                                            shared + Shape::kOutBarriersOffset);
+  // A group is done, and dS^T is read no more.
+  SharedBarrier* const group_done = out_ring.full + 2 * Shape::kOutStages;
+  const bool accumulate = !FindsDelta && a.accumulate;
   const int thread = thread_index();
   if (thread == Shape::kConsumers) {
     prefetch_map(&a.key);
     prefetch_map(&a.query);
+    if constexpr (FindsDelta) {
+      out_ring.init();
+      init_barrier(group_done, kConsumerWarps);
+    }
     ring.init();
     prefetch_map(&a.value);
     prefetch_map(&a.grad_out);
+    if constexpr (FindsDelta) prefetch_map(&a.out);
   }
   barrier();
   allow_next_launch();
@@ -349,6 +388,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   if (thread >= Shape::kConsumers) {
     release_registers<Shape::kLoaderRegisters>();
     if (thread > Shape::kConsumers) return;
+    int group_parity = 0;
     for (int number = static_cast<int>(block_index()); number < a.groups; number += a.blocks) {
       const Line group = find_group(a.tiling, number);
       const int other0 = static_cast<int>(group.at[1]), other1 = static_cast<int>(group.at[0]);
@@ -366,8 +406,18 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       };
       for (int key_block = 0; key_block < Blocks; ++key_block) {
         for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
-        for (int p = 0; p < value_steps; ++p) {
-          load(&a.value, &a.grad_out, key_block, value_panel(p, key_block, value_steps));
+        constexpr int kLag = FindsDelta ? Shape::kOutLag : 0;
+        for (int p = 0; p < value_steps + kLag; ++p) {
+          if (p < value_steps) load(&a.value, &a.grad_out, key_block, value_panel(p, key_block, value_steps));
+          if constexpr (FindsDelta) {
+            if (p < kLag) continue;
+            if (p == kLag && number >= a.blocks) {
+              wait_phase(group_done, group_parity);
+              group_parity ^= 1;
+            }
+            const int slot = out_ring.acquire(panel_bytes(box_rows));
+            load_box(out_ring.stage(slot), &a.out, (p - kLag) * kWidth, 0, other0, other1, batch, out_ring.full + slot);
+          }
         }
         for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
       }
@@ -379,7 +429,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   // Rows that no box brings must be zero: they are multiplied with zero weights.
   for (int row = box_rows + thread / kRowSegments; row < kTileRows; row += Shape::kConsumers / kRowSegments) {
     CCNET_UNROLL_BY(1)
-    for (int panel = 0; panel < Shape::kStages * (1 + Blocks); ++panel) {
+    for (int panel = 0; panel < Shape::kStages * (1 + Blocks) + (FindsDelta ? Shape::kOutStages : 0); ++panel) {
       char* const panel_row = shared + panel * Shape::kPanelBytes + row * kRowBytes;
       store_shared<Segment>(panel_row + thread % kRowSegments * kSegmentBytes, {{0, 0, 0, 0}});
     }
@@ -495,16 +545,29 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       if constexpr (!Shape::kSeparateScores) begin_pairs();
 
       float own_delta = 0.f;
+      float diagonal[32];  // of dO O^T
+      if constexpr (FindsDelta) clear(diagonal);
       const WarpOutput<T> value_rows(own_thread(), a.grad_value, a.tiling, group, key0);
       float grad[32];
       clear(grad);
       CCNET_UNROLL_BY(1)
       for (int p = 0; p < value_steps; ++p) {
         const bool last = p + 1 == value_steps;
+        int out_slot = 0;
+        if constexpr (FindsDelta) out_slot = out_ring.take();
         converge_warp();
         begin_products();
         CCNET_UNROLL
         for (int b = 0; b < Blocks; ++b) weights.multiply(grad, b, query_side(slot, b), b > 0);
+        if constexpr (FindsDelta) {
+          const uint64_t own_grads = advance(query_side(slot, 0), own_half);
+          const uint64_t own_outs = advance(panel_descriptor(out_ring.stage(out_slot)), own_half);
+          CCNET_UNROLL
+          for (int k = 0; k < kWidth / 16; ++k) {
+            WarpgroupProduct<T, 64>::template multiply<Major::kDepth, Major::kDepth>(
+                diagonal, advance(own_grads, k * kDepthAdvance), advance(own_outs, k * kDepthAdvance), p > 0 || k > 0);
+          }
+        }
         commit_products();
         const int released = slot;
         if (!last) {
@@ -516,36 +579,49 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
         begin_products();
         commit_products();
         // What earlier launches have left is needed here at last.
-        if (key_block == 0 && (a.accumulate ? p == 0 : last)) wait_for_previous_launch();
-        if (key_block == 0 && last && own_position != kNoRow) own_delta = load_global(a.delta + own_position);
+        if constexpr (!FindsDelta) {
+          if (key_block == 0 && (accumulate ? p == 0 : last)) wait_for_previous_launch();
+          if (key_block == 0 && last && own_position != kNoRow) own_delta = load_global(a.delta + own_position);
+        }
         const int channels = value_panel(p, key_block, value_steps);
         const int next_channels = value_panel(p + 1, key_block, value_steps);
         char* const panel = p % 2 == 0 ? staging : other_staging;
         char* const next_panel = p % 2 == 0 ? other_staging : staging;
-        if (a.accumulate && p == 0) value_rows.fetch(own_thread(), panel, a.grad_value, channels);
+        if (accumulate && p == 0) value_rows.fetch(own_thread(), panel, a.grad_value, channels);
         wait_products<1>();
         hold(grad);
-        if (leads_warp) ring.release(released);
-        if (a.accumulate) {
+        if (leads_warp) {
+          ring.release(released);
+          if constexpr (FindsDelta) out_ring.release(out_slot);
+        }
+        if (accumulate) {
           wait_copies();
           converge_warp();
           if (Shape::kStagingPanels > 1 && !last) value_rows.fetch(own_thread(), next_panel, a.grad_value, next_channels);
         }
-        value_rows.write(own_thread(), grad, a.accumulate, panel, a.grad_value, channels);
-        if (Shape::kStagingPanels == 1 && a.accumulate && !last) value_rows.fetch(own_thread(), panel, a.grad_value, next_channels);
+        value_rows.write(own_thread(), grad, accumulate, panel, a.grad_value, channels);
+        if (Shape::kStagingPanels == 1 && accumulate && !last) value_rows.fetch(own_thread(), panel, a.grad_value, next_channels);
       }
       wait_products<0>();
       CCNET_UNROLL
       for (int b = 0; b < Blocks; ++b) hold(pair[b]);
-      if (key_block == 0 && thread < Blocks * kTileRows) store_shared<float>(delta + thread * 4, own_delta);
+      if constexpr (FindsDelta) {
+        hold(diagonal);
+        store_diagonal(diagonal, thread, delta + warpgroup * 64 * 4);
+      } else if (key_block == 0 && thread < Blocks * kTileRows) {
+        store_shared<float>(delta + thread * 4, own_delta);
+      }
       named_barrier(kConsumerBarrier, Shape::kConsumers);  // delta is there, and P^T is read no more
+      if constexpr (FindsDelta) {
+        if (own_position != kNoRow) store_global(a.delta + own_position, load_shared<float>(delta + thread * 4));
+      }
 
       const WarpOutput<T> key_rows(own_thread(), a.grad_key, a.tiling, group, key0);
       // What is to be added to, as far as there is room for it.
       constexpr bool kFetchesAhead = Shape::kStagingPanels > Blocks;
-      const bool add_query = a.accumulate || key_block > 0;
+      const bool add_query = accumulate || key_block > 0;
       const auto fetch_old = [&](int p) {
-        if (a.accumulate) key_rows.fetch(own_thread(), staging, a.grad_key, p);
+        if (accumulate) key_rows.fetch(own_thread(), staging, a.grad_key, p);
         if (kFetchesAhead && add_query) {
           const WarpOutput<T> query_rows(own_thread(), a.grad_query, a.tiling, group, 0);
           query_rows.fetch(own_thread(), other_staging, a.grad_query, p);
@@ -606,7 +682,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
           wait_copies();
           converge_warp();
         }
-        key_rows.write(own_thread(), key_grad, a.accumulate, staging, a.grad_key, p);
+        key_rows.write(own_thread(), key_grad, accumulate, staging, a.grad_key, p);
         wait_products<0>();
         if (leads_warp) ring.release(slot);
         CCNET_UNROLL
@@ -622,6 +698,9 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
         }
         if (p + 1 < qk_steps) fetch_old(p + 1);
       }
+    }
+    if constexpr (FindsDelta) {
+      if (leads_warp) arrive(group_done);
     }
   }
 }

@@ -111,7 +111,7 @@ template <typename T>
 bool hopper_takes_backward(const BackwardRequest& call) {
   const Grid& g = call.grid;
   bool takes = call.device.capability == kHopperCapability &&
-               call.device.shared_bytes >= HopperBackwardShape<T, 1>::kSharedBytes &&
+               call.device.shared_bytes >= HopperBackwardShape<T, 1, true>::kSharedBytes &&
                call.device.shared_bytes >= HopperBackwardShape<T, 2>::kSharedBytes &&
                boxes_fit<T>(call.query, g, call.qk_channels) && boxes_fit<T>(call.key, g, call.qk_channels) &&
                boxes_fit<T>(call.value, g, call.channels) && boxes_fit<T>(call.grad_out, g, call.channels) &&
@@ -129,29 +129,38 @@ inline int hopper_backward_blocks(int64_t groups, const DeviceInfo& device) {
   return static_cast<int>(groups < device.multiprocessors ? groups : device.multiprocessors);
 }
 
-// launch.template backward<T, Blocks>(args, overlaps_previous), launch.template dense_delta<T>(args)
+// delta in a launch of its own, which may overlap the first axis's.
+template <typename T, typename Launch>
+int hopper_delta(const BackwardRequest& call, int blocks, Launch&& launch) {
+  const Grid& g = call.grid;
+  DenseDeltaArgs<T> args{};
+  args.grad_out = static_cast<const T*>(call.grad_out.data);
+  args.out = static_cast<const T*>(call.out.data);
+  args.grad_out_step = position_step(call.grad_out, g);
+  args.out_step = position_step(call.out, g);
+  args.positions = g.batch * g.positions();
+  args.channels = call.channels;
+  args.delta = call.delta;
+  const int64_t most = ceil_div(args.positions, 2 * (kDenseDeltaThreads / kWarp));
+  args.blocks = most < blocks ? static_cast<int>(most) : blocks;
+  return launch.template dense_delta<T>(args);
+}
+
+// launch.template backward<T, Blocks, FindsDelta>(args, overlaps_previous), launch.template dense_delta<T>(args)
 template <typename T, typename Launch>
 int hopper_backward(const BackwardRequest& call, Launch&& launch) {
   const Grid& g = call.grid;
-  {
-    DenseDeltaArgs<T> args{};
-    args.grad_out = static_cast<const T*>(call.grad_out.data);
-    args.out = static_cast<const T*>(call.out.data);
-    args.grad_out_step = position_step(call.grad_out, g);
-    args.out_step = position_step(call.out, g);
-    args.positions = g.batch * g.positions();
-    args.channels = call.channels;
-    args.delta = call.delta;
-    // The first axis needs delta late: where its CTAs leave many multiprocessors free, those compute delta meanwhile.
-    int first_axis = 0;
-    while (first_axis + 1 < g.axes && !has_keys(g, first_axis)) ++first_axis;
-    const int processors = call.device.multiprocessors;
-    const int64_t first_groups = line_groups(tiling_along(g, first_axis), g.batch);
-    const int free = processors - hopper_backward_blocks(first_groups, call.device);
-    const int64_t blocks = ceil_div(args.positions, 2 * (kDenseDeltaThreads / kWarp));
-    const int most = 4 * free >= processors ? free : processors;
-    args.blocks = blocks < most ? static_cast<int>(blocks) : most;
-    const int error = launch.template dense_delta<T>(args);
+  // The first axis needs delta late: where its CTAs leave many multiprocessors free, those compute delta meanwhile.
+  // Otherwise it finds delta itself, which saves reading dO once more, if its lines have one tile.
+  int first_axis = 0;
+  while (first_axis + 1 < g.axes && !has_keys(g, first_axis)) ++first_axis;
+  const Tiling first_tiling = tiling_along(g, first_axis);
+  const int processors = call.device.multiprocessors;
+  const int free = processors - hopper_backward_blocks(line_groups(first_tiling, g.batch), call.device);
+  const bool many_free = 4 * free >= processors;
+  const bool finds_delta = !many_free && first_tiling.line_tiles == 1;
+  if (!finds_delta) {
+    const int error = hopper_delta<T>(call, many_free ? free : processors, launch);
     if (error != 0) return error;
   }
   bool accumulate = false;
@@ -166,6 +175,7 @@ int hopper_backward(const BackwardRequest& call, Launch&& launch) {
     if (error == 0) error = map(&args.key, call.key, call.qk_channels);
     if (error == 0) error = map(&args.value, call.value, call.channels);
     if (error == 0) error = map(&args.grad_out, call.grad_out, call.channels);
+    if (error == 0) error = map(&args.out, call.out, call.channels);
     if (error != 0) return error;
     args.position = row_strides(strides_along(g, scalar_strides(g), axis), 1);
     args.drop_self = !keeps_self(g.axes, axis);
@@ -182,8 +192,12 @@ int hopper_backward(const BackwardRequest& call, Launch&& launch) {
     args.accumulate = accumulate;
     args.groups = static_cast<int>(line_groups(args.tiling, g.batch));
     args.blocks = hopper_backward_blocks(args.groups, call.device);
-    error = args.tiling.line_tiles > 1 ? launch.template backward<T, 2>(args, true)
-                                       : launch.template backward<T, 1>(args, true);
+    if (finds_delta && axis == first_axis) {
+      error = launch.template backward<T, 1, true>(args, false);
+    } else {
+      error = args.tiling.line_tiles > 1 ? launch.template backward<T, 2, false>(args, true)
+                                         : launch.template backward<T, 1, false>(args, true);
+    }
     if (error != 0) return error;
     accumulate = true;
   }

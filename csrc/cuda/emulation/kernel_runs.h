@@ -51,11 +51,11 @@ class HopperLauncher {
                       overlaps_previous);
     return 0;
   }
-  template <typename T, int Blocks>
+  template <typename T, int Blocks, bool FindsDelta>
   int backward(const HopperBackwardArgs<T>& args, bool overlaps_previous) {
-    using Shape = HopperBackwardShape<T, Blocks>;
+    using Shape = HopperBackwardShape<T, Blocks, FindsDelta>;
     machine_.run_grid(args.blocks, Shape::kThreads, Shape::kSharedBytes,
-                      [&] { hopper_backward_kernel<T, Blocks>(args); }, overlaps_previous);
+                      [&] { hopper_backward_kernel<T, Blocks, FindsDelta>(args); }, overlaps_previous);
     return 0;
   }
   template <typename T>
