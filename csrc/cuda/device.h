@@ -53,6 +53,9 @@ CCNET_DEVICE int64_t block_index() { return static_cast<int64_t>(blockIdx.x); }
 CCNET_DEVICE void barrier() { __syncthreads(); }
 CCNET_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 
+// A value that is the same for all lanes of a warp, in a way that tells the compiler so. A collective of the warp.
+CCNET_DEVICE int uniform(int v) { return __shfl_sync(0xffffffffu, v, 0); }
+
 // The same value, but computed anew: keeps what follows from it from being hoisted out of a loop, where it would occupy
 // registers all along.
 CCNET_DEVICE int recompute(int v) {

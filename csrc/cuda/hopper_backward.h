@@ -150,6 +150,12 @@ struct WarpOutput {
     }
   }
 
+  // Has the rows computed now and kept: the compiler would compute them anew for every panel.
+  CCNET_DEVICE void keep() {
+    CCNET_UNROLL
+    for (int i = 0; i < kRows; ++i) row[i] = static_cast<uint32_t>(recompute(static_cast<int>(row[i])));
+  }
+
   // Asks for what an earlier launch or an earlier tile of keys has left in 64 channels of the rows. No registers wait for
   // it: it is there for write() after wait_copies() and converge_warp().
   CCNET_DEVICE void fetch(int thread, char* panel, const SegmentOutput<T>& out, int step) const {
@@ -243,6 +249,14 @@ CCNET_DEVICE uint64_t advance(uint64_t descriptor, int distance) {
   return (descriptor & 0xffffffff00000000u) | lower;
 }
 
+// With one tile, descriptors are computed in uniform registers, where the products want them; with two there are not
+// enough.
+template <int Blocks>
+CCNET_DEVICE int warpgroup_of(int thread) {
+  const int warpgroup = thread / kWarpgroup;
+  return Blocks == 1 ? uniform(warpgroup) : warpgroup;
+}
+
 // P^T, later dS^T, of a warpgroup's 64 keys and of all queries of the line. A lane holds of each 16 queries, a step, four
 // words: word 2 h + r is row r of its two (8 apart), columns 8 h + lane % 4 * 2 and the next.
 template <typename T, int Blocks>
@@ -258,7 +272,7 @@ struct KeyWeights {
   CCNET_DEVICE KeyWeights(char* panels, int thread)
       : rows(panels + (thread / kWarp * 16 + thread % 16) * kRowBytes),
         swizzled((thread % kWarp / 16 ^ thread % 8) * kSegmentBytes),
-        descriptor(advance(panel_descriptor(panels), thread / kWarpgroup * kHalfAdvance)) {}
+        descriptor(advance(panel_descriptor(panels), warpgroup_of<Blocks>(thread) * kHalfAdvance)) {}
 
   CCNET_DEVICE char* place(int block, int step) const {
     return rows + (2 * block + step / 4) * Shape::kPanelBytes + (swizzled ^ step % 4 * 2 * kSegmentBytes);
@@ -435,7 +449,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
     }
   }
   fence_shared_for_async();
-  const int warpgroup = thread / kWarpgroup;
+  const int warpgroup = warpgroup_of<Blocks>(thread);
   const bool leads_warp = thread % kWarp == 0;
   const int lane_row = thread / kWarp * 16 + thread % kWarp / 4;
   const int lane_column = thread % 4 * 2;
@@ -547,7 +561,8 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       float own_delta = 0.f;
       float diagonal[32];  // of dO O^T
       if constexpr (FindsDelta) clear(diagonal);
-      const WarpOutput<T> value_rows(own_thread(), a.grad_value, a.tiling, group, key0);
+      WarpOutput<T> value_rows(own_thread(), a.grad_value, a.tiling, group, key0);
+      if constexpr (Blocks == 1) value_rows.keep();
       float grad[32];
       clear(grad);
       CCNET_UNROLL_BY(1)

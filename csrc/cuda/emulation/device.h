@@ -98,6 +98,17 @@ uint32_t pack(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
 
+inline int uniform(int v) {
+  machine().collective(140, &v, [](emulation::Machine&, void* const* operands) {
+    for (int lane = 1; lane < 32; ++lane) {
+      if (*static_cast<int*>(operands[lane]) != *static_cast<int*>(operands[0])) {
+        throw emulation::Error("uniform() of values that differ between the lanes of a warp");
+      }
+    }
+  });
+  return v;
+}
+
 inline float shuffle_xor(float v, int mask) {
   struct Operand {
     float value;
