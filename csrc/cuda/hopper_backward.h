@@ -30,23 +30,27 @@ struct HopperBackwardShape {
   static constexpr bool kWeightsInRegisters = Blocks == 1;
   // S^T and dP^T at the same time: the first products for dP run while P is formed.
   static constexpr bool kSeparateScores = Blocks == 1;
+  // Two panels of dV at the same time: the products for the next run while one is written.
+  static constexpr bool kValuesAhead = Blocks == 1;
 
   // Shared memory: stages of panels (one of K or V, and for each tile of queries one of Q or dO); panels of P^T or dS^T
   // [key][64 queries]; panels through which outputs go; for each position of the tiles its exponent's offset
-  // (from lse) and delta; barriers. Panels of O pass through those of dS^T, which are empty until delta is known.
+  // (from lse) and delta; barriers. Panels of O pass through those of dS^T, which are empty until delta is known, and
+  // through two more.
   static constexpr int kPanelBytes = panel_bytes(kTileRows);
-  static constexpr int kStages = Blocks == 1 ? 5 : 3;
+  static constexpr int kStages = Blocks == 2 ? 3 : FindsDelta ? 4 : 5;
   static constexpr int kStageBytes = (1 + Blocks) * kPanelBytes;
   static constexpr int kWeightsOffset = kStages * kStageBytes;
   static constexpr int kWeightsPanels = 2 * Blocks;
-  static constexpr int kStagingOffset = kWeightsOffset + kWeightsPanels * kPanelBytes;
+  static constexpr int kOutStages = 4;  // panels of dS^T and the next
+  static constexpr int kStagingOffset =
+      kWeightsOffset + (FindsDelta ? kOutStages : kWeightsPanels) * kPanelBytes;
   static constexpr int kStagingPanels = Blocks == 1 ? 2 : 1;
   static constexpr int kOffsetsOffset = kStagingOffset + kStagingPanels * kPanelBytes;
   static constexpr int kTableBytes = Blocks * kTileRows * 4;
   static constexpr int kDeltaOffset = kOffsetsOffset + kTableBytes;
   static constexpr int kBarriersOffset = kDeltaOffset + kTableBytes;
   static constexpr int kOutBarriersOffset = kBarriersOffset + 2 * kStages * static_cast<int>(sizeof(SharedBarrier));
-  static constexpr int kOutStages = 2;  // panels of dS^T
   static constexpr int kOutBarriers = FindsDelta ? 2 * kOutStages + 1 : 0;
   static constexpr int kSharedBytes = kOutBarriersOffset + kOutBarriers * static_cast<int>(sizeof(SharedBarrier));
   // The loader asks for so many stages of V and dO before the first panel of O, for which it has to wait until the CTA's
@@ -563,17 +567,16 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       if constexpr (FindsDelta) clear(diagonal);
       WarpOutput<T> value_rows(own_thread(), a.grad_value, a.tiling, group, key0);
       if constexpr (Blocks == 1) value_rows.keep();
-      float grad[32];
+      float grad[32], other_grad[32];
       clear(grad);
-      CCNET_UNROLL_BY(1)
-      for (int p = 0; p < value_steps; ++p) {
-        const bool last = p + 1 == value_steps;
-        int out_slot = 0;
+      int out_slot = 0;
+      // The products for dV, and for delta, of step p, whose panels are in the present stage.
+      const auto multiply_values = [&](float (&d)[32], int p) {
         if constexpr (FindsDelta) out_slot = out_ring.take();
         converge_warp();
         begin_products();
         CCNET_UNROLL
-        for (int b = 0; b < Blocks; ++b) weights.multiply(grad, b, query_side(slot, b), b > 0);
+        for (int b = 0; b < Blocks; ++b) weights.multiply(d, b, query_side(slot, b), b > 0);
         if constexpr (FindsDelta) {
           const uint64_t own_grads = advance(query_side(slot, 0), own_half);
           const uint64_t own_outs = advance(panel_descriptor(out_ring.stage(out_slot)), own_half);
@@ -583,41 +586,88 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
                 diagonal, advance(own_grads, k * kDepthAdvance), advance(own_outs, k * kDepthAdvance), p > 0 || k > 0);
           }
         }
-        commit_products();
-        const int released = slot;
-        if (!last) {
-          slot = ring.take();
-          converge_warp();
-          begin_products();
-          multiply_pairs(pair, slot, true);
-        }
-        begin_products();
-        commit_products();
-        // What earlier launches have left is needed here at last.
-        if constexpr (!FindsDelta) {
-          if (key_block == 0 && (accumulate ? p == 0 : last)) wait_for_previous_launch();
-          if (key_block == 0 && last && own_position != kNoRow) own_delta = load_global(a.delta + own_position);
-        }
+      };
+      // Writes step p's dV; `last`: of the steps.
+      const auto write_values = [&](int p, float (&d)[32], bool last) {
         const int channels = value_panel(p, key_block, value_steps);
         const int next_channels = value_panel(p + 1, key_block, value_steps);
         char* const panel = p % 2 == 0 ? staging : other_staging;
         char* const next_panel = p % 2 == 0 ? other_staging : staging;
-        if (accumulate && p == 0) value_rows.fetch(own_thread(), panel, a.grad_value, channels);
-        wait_products<1>();
-        hold(grad);
-        if (leads_warp) {
-          ring.release(released);
-          if constexpr (FindsDelta) out_ring.release(out_slot);
-        }
         if (accumulate) {
           wait_copies();
           converge_warp();
           if (Shape::kStagingPanels > 1 && !last) value_rows.fetch(own_thread(), next_panel, a.grad_value, next_channels);
         }
-        value_rows.write(own_thread(), grad, accumulate, panel, a.grad_value, channels);
-        if (Shape::kStagingPanels == 1 && accumulate && !last) value_rows.fetch(own_thread(), panel, a.grad_value, next_channels);
+        value_rows.write(own_thread(), d, accumulate, panel, a.grad_value, channels);
+        if (Shape::kStagingPanels == 1 && accumulate && !last) {
+          value_rows.fetch(own_thread(), panel, a.grad_value, next_channels);
+        }
+      };
+      const auto release_values = [&](int stage, int out_stage) {
+        if (!leads_warp) return;
+        ring.release(stage);
+        if constexpr (FindsDelta) out_ring.release(out_stage);
+      };
+      // A step but the last: the next step's products begin, this step's `own` are waited for and written.
+      const auto value_step = [&](int p, float (&own)[32], float (&next)[32]) {
+        const int released = slot, released_out = out_slot;
+        slot = ring.take();
+        converge_warp();
+        begin_products();
+        multiply_pairs(pair, slot, true);
+        if constexpr (Shape::kValuesAhead) multiply_values(next, p + 1);
+        commit_products();
+        wait_products<1>();
+        hold(own);
+        release_values(released, released_out);
+        write_values(p, own, false);
+      };
+      // What earlier launches have left is needed at last: here what is added to, delta after the loop.
+      if (accumulate) {
+        if (key_block == 0) wait_for_previous_launch();
+        value_rows.fetch(own_thread(), staging, a.grad_value, value_panel(0, key_block, value_steps));
       }
-      wait_products<0>();
+      // The last step.
+      const auto finish_values = [&](int p, float (&own)[32]) {
+        if (!FindsDelta && key_block == 0) {
+          if (!accumulate) wait_for_previous_launch();
+          if (own_position != kNoRow) own_delta = load_global(a.delta + own_position);
+        }
+        wait_products<0>();
+        hold(own);
+        release_values(slot, out_slot);
+        write_values(p, own, true);
+      };
+      int step = 0;
+      if constexpr (Shape::kValuesAhead) {
+        clear(other_grad);
+        multiply_values(grad, 0);
+        commit_products();
+        // Written so that the compiler sees which of the two is under way.
+        CCNET_UNROLL_BY(1)
+        for (;; ++step) {
+          if (step + 1 == value_steps) {
+            finish_values(step, grad);
+            break;
+          }
+          value_step(step, grad, other_grad);
+          if (++step + 1 == value_steps) {
+            finish_values(step, other_grad);
+            break;
+          }
+          value_step(step, other_grad, grad);
+        }
+      } else {
+        CCNET_UNROLL_BY(1)
+        for (; step + 1 < value_steps; ++step) {
+          multiply_values(grad, step);
+          commit_products();
+          value_step(step, grad, grad);
+        }
+        multiply_values(grad, step);
+        commit_products();
+        finish_values(step, grad);
+      }
       CCNET_UNROLL
       for (int b = 0; b < Blocks; ++b) hold(pair[b]);
       if constexpr (FindsDelta) {
