@@ -14,9 +14,11 @@ template <int Blocks>
 struct HopperForwardShape {
   static constexpr int kThreads = 2 * kWarpgroup;
   static constexpr int kBlocksPerSm = 2;
-  static constexpr int kSlots = 6;
-  // One panel more, in which each warp has 16 rows to rearrange its output.
-  using PanelRing = Ring<kSlots, kThreads / kWarp, 1>;
+  static constexpr int kSlots = 5;
+  // Two panels more, in which each warp has 16 rows to rearrange its output: one for the step under way, and one for what
+  // the next step adds to.
+  static constexpr int kOutPanels = 2;
+  using PanelRing = Ring<kSlots, kThreads / kWarp, kOutPanels>;
   static constexpr int kRowsOffset = PanelRing::kBytes;  // where the tile's rows lie in the output, see below
   static constexpr int kSharedBytes = kRowsOffset + kTileRows * static_cast<int>(sizeof(uint32_t));
 };
@@ -37,6 +39,23 @@ struct HopperForwardArgs {
   float* lse;                    // (B, N); null except on the last
   int steps_per_split;           // a range of channels, in panels
   int blocks;
+};
+
+// A lane's part of a warp's 16 rows of an output panel, as it is moved between shared and global memory: segment lane % 8
+// of the rows lane / 8 + 4 i.
+struct OutputRows {
+  char* warp_rows;
+  char* segments;
+  int segment_place;
+  const char* places;  // where the rows lie in the output
+
+  CCNET_DEVICE OutputRows(int thread, char* panel, const char* out_rows)
+      : warp_rows(panel + thread / kWarp * 16 * kRowBytes),
+        segments(warp_rows + thread % kWarp / 8 * kRowBytes),
+        segment_place((thread % 8 ^ thread % kWarp / 8) * kSegmentBytes),
+        places(out_rows + (thread / kWarp * 16 + thread % kWarp / 8) * sizeof(uint32_t)) {}
+  CCNET_DEVICE char* segment(int i) const { return segments + i * 4 * kRowBytes + (segment_place ^ i % 2 * 64); }
+  CCNET_DEVICE uint32_t place(int i) const { return load_shared<uint32_t>(places + 4 * i * sizeof(uint32_t)); }
 };
 
 template <typename T, int Blocks>
@@ -116,6 +135,22 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
     converge_warp();
   };
   refill(0);
+
+  // What earlier launches have left in a step's channels, for the step to add to: there after wait_copies().
+  const bool kept = a.stats_in != nullptr;
+  Segment* const out = reinterpret_cast<Segment*>(a.out.data);
+  const auto fetch_old = [&](int step) {
+    const int thread = recompute(thread_index());
+    const OutputRows rows(thread, ring.panel(Shape::kSlots + step % Shape::kOutPanels), out_rows);
+    const int segment = (step0 + step) * kRowSegments + thread % 8;
+    const bool exists = segment * kSegmentLength<T> < a.channels;
+    CCNET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t row = rows.place(i);
+      const bool there = exists && row != kNoRow;
+      copy_async(rows.segment(i), out + (there ? row + segment : 0), there ? kSegmentBytes : 0);
+    }
+  };
 
   const auto own_row = [](int thread) { return thread / kWarp * 16 + thread % kWarp / 4; };  // and the one 8 further
 
@@ -207,7 +242,10 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
     }
 
     // Merged with the keys of earlier launches.
-    if (a.stats_in != nullptr) wait_for_previous_launch();
+    if (kept) {
+      wait_for_previous_launch();
+      fetch_old(0);
+    }
     const Line group = ring.group();
     const int thread = recompute(thread_index());
     CCNET_UNROLL
@@ -219,7 +257,7 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
       if (!row_exists(tiling, group, query0, row)) continue;
       const int64_t position = row_offset(a.position, group, query0, row);
       Stats<float> before = empty_stats<float>();
-      if (a.stats_in != nullptr) before = load_global(a.stats_in + position);
+      if (kept) before = load_global(a.stats_in + position);
       const float max = fmaxf(before.max, row_max[r]);
       // exp(-inf - -inf) is NaN: an empty set counts for nothing.
       const float old_part = before.sum > 0.f ? before.sum * exp2_rounded((before.max - max) * kLog2E) : 0.f;
@@ -240,33 +278,18 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
   // out = P V * new_scale + out * old_scale. A warp's 16 rows of a panel go through shared memory, since the fragments
   // of wgmma hold two channels where memory wants eight: a lane reads and writes segment lane % 8 of the rows
   // lane / 8 + 4 i, whole 128-byte lines together.
-  const bool kept = a.stats_in != nullptr;
   refill(score_items);
-  Segment* const out = reinterpret_cast<Segment*>(a.out.data);
   CCNET_UNROLL_BY(1)
   for (int step = 0; step < steps; ++step) {
     const int thread = Blocks == 1 ? thread_index() : recompute(thread_index());  // where registers are short
-    char* const rows = ring.panel(Shape::kSlots) + thread / kWarp * 16 * kRowBytes;
-    char* const segments = rows + thread % kWarp / 8 * kRowBytes;
-    const int segment_place = (thread % 8 ^ thread % kWarp / 8) * kSegmentBytes;
-    const auto segment_at = [&](int i) { return segments + i * 4 * kRowBytes + (segment_place ^ i % 2 * 64); };
+    const OutputRows rows(thread, ring.panel(Shape::kSlots + step % Shape::kOutPanels), out_rows);
     // Of a fragment of 16 rows x 16 channels, as load_matrices() and store_matrices() take them.
-    char* const fragments = rows + thread % 16 * kRowBytes;
+    char* const fragments = rows.warp_rows + thread % 16 * kRowBytes;
     const int fragment_place = (thread % kWarp / 16 ^ thread % 8) * kSegmentBytes;
     const auto fragment_at = [&](int i) { return fragments + (fragment_place ^ i * 32); };
-    const char* const own_rows = out_rows + (thread / kWarp * 16 + thread % kWarp / 8) * sizeof(uint32_t);
-    const auto out_row = [&](int i) { return load_shared<uint32_t>(own_rows + 4 * i * sizeof(uint32_t)); };
     const int segment = (step0 + step) * kRowSegments + thread % 8;
     const bool exists = segment * kSegmentLength<T> < a.channels;
 
-    if (kept) {
-      CCNET_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t row = out_row(i);
-        const bool there = exists && row != kNoRow;
-        copy_async(segment_at(i), out + (there ? row + segment : 0), there ? kSegmentBytes : 0);
-      }
-    }
     float sums[kWidth / 2];
     hold(sums);
     const char* v[Blocks];
@@ -283,7 +306,10 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
       }
     }
     commit_products();
-    if (kept) wait_copies();
+    if (kept) {
+      wait_copies();
+      if (step + 1 < steps) fetch_old(step + 1);
+    }
     wait_products<0>();
     hold(sums);
     ring.template release<Blocks>();
@@ -309,8 +335,8 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
     converge_warp();
     CCNET_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const uint32_t row = out_row(i);
-      if (exists && row != kNoRow) store_global(out + row + segment, load_shared<Segment>(segment_at(i)));
+      const uint32_t row = rows.place(i);
+      if (exists && row != kNoRow) store_global(out + row + segment, load_shared<Segment>(rows.segment(i)));
     }
     converge_warp();
   }
