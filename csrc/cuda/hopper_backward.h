@@ -15,9 +15,14 @@
 namespace ccnet {
 namespace cuda {
 
-// `Blocks`: tiles of a line. `FindsDelta`: for the first axis, whose lines have one tile.
-template <typename T, int Blocks, bool FindsDelta = false>
+// Rows of a tile that short lines may leave unused: the products then take fewer.
+constexpr int kFewerRows = 104;
+
+// `Blocks`: tiles of a line. `FindsDelta`: for the first axis, whose lines have one tile. `Rows`: of a tile that are used,
+// 128 or 104.
+template <typename T, int Blocks, bool FindsDelta = false, int Rows = kTileRows>
 struct HopperBackwardShape {
+  static_assert(Rows == kTileRows || (Rows == kFewerRows && Blocks == 1), "a long line uses whole tiles");
   static_assert(sizeof(T) == 2 && (Blocks == 1 || Blocks == 2), "fp16 or bf16, at most 256 positions");
   static_assert(!FindsDelta || Blocks == 1, "with two tiles there is no room for panels of O");
   static constexpr int kConsumers = 2 * kWarpgroup;
@@ -263,10 +268,10 @@ CCNET_DEVICE int warpgroup_of(int thread) {
 
 // P^T, later dS^T, of a warpgroup's 64 keys and of all queries of the line. A lane holds of each 16 queries, a step, four
 // words: word 2 h + r is row r of its two (8 apart), columns 8 h + lane % 4 * 2 and the next.
-template <typename T, int Blocks>
+template <typename T, int Blocks, int Rows>
 struct KeyWeights {
-  using Shape = HopperBackwardShape<T, Blocks>;
-  static constexpr int kSteps = kTileRows / 16;
+  using Shape = HopperBackwardShape<T, Blocks, false, Rows>;
+  static constexpr int kSteps = static_cast<int>(ceil_div(Rows, 16));
 
   uint32_t registers[Shape::kWeightsInRegisters ? Blocks : 1][kSteps][4];
   char* rows;           // what load_matrices() and store_matrices() want of the lane: its row of the first panel,
@@ -317,12 +322,12 @@ struct KeyWeights {
   }
 };
 
-// d (+)= 64 rows of one panel times the 128 rows of another, transposed: both [row][64 channels].
-template <typename T>
-CCNET_DEVICE void multiply_rows(float (&d)[64], uint64_t a, uint64_t b, bool add_to) {
+// d (+)= 64 rows of one panel times the first rows of another, transposed: both [row][64 channels].
+template <typename T, int Rows>
+CCNET_DEVICE void multiply_rows(float (&d)[Rows / 2], uint64_t a, uint64_t b, bool add_to) {
   CCNET_UNROLL
   for (int k = 0; k < kPanelWidth<T> / 16; ++k) {
-    WarpgroupProduct<T, 128>::template multiply<Major::kDepth, Major::kDepth>(
+    WarpgroupProduct<T, Rows>::template multiply<Major::kDepth, Major::kDepth>(
         d, advance(a, k * kDepthAdvance), advance(b, k * kDepthAdvance), add_to || k > 0);
   }
 }
@@ -365,10 +370,11 @@ CCNET_DEVICE void store_diagonal(const float (&d)[32], int thread, char* table) 
   }
 }
 
-template <typename T, int Blocks, bool FindsDelta>
-CCNET_KERNEL((HopperBackwardShape<T, Blocks, FindsDelta>::kThreads), 1)
+template <typename T, int Blocks, bool FindsDelta, int Rows>
+CCNET_KERNEL((HopperBackwardShape<T, Blocks, FindsDelta, Rows>::kThreads), 1)
 void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
-  using Shape = HopperBackwardShape<T, Blocks, FindsDelta>;
+  using Shape = HopperBackwardShape<T, Blocks, FindsDelta, Rows>;
+  using Weights = KeyWeights<T, Blocks, Rows>;
   constexpr int kWidth = kPanelWidth<T>;
   constexpr int kConsumerWarps = Shape::kConsumers / kWarp;
   constexpr int kConsumerBarrier = 1;   // numbers of named barriers
@@ -462,7 +468,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   char* const staging = shared + Shape::kStagingOffset;
   char* const other_staging = staging + (Shape::kStagingPanels - 1) * Shape::kPanelBytes;
   const int own_half = warpgroup * kHalfAdvance;
-  KeyWeights<T, Blocks> weights(shared + Shape::kWeightsOffset, thread);
+  Weights weights(shared + Shape::kWeightsOffset, thread);
 
   // The panel of K or V in a stage, and that of Q or dO for a tile of queries.
   const auto key_side = [&](int slot) { return panel_descriptor(ring.stage(slot)); };
@@ -470,10 +476,10 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
     return advance(key_side(slot), (1 + b) * kPanelAdvance);
   };
   // d (+)= this warpgroup's keys times the queries, one panel deep.
-  const auto multiply_pairs = [&](float (&d)[Blocks][64], int slot, bool add_to) {
+  const auto multiply_pairs = [&](float (&d)[Blocks][Rows / 2], int slot, bool add_to) {
     CCNET_UNROLL
     for (int b = 0; b < Blocks; ++b) {
-      multiply_rows<T>(d[b], advance(key_side(slot), own_half), query_side(slot, b), add_to);
+      multiply_rows<T, Rows>(d[b], advance(key_side(slot), own_half), query_side(slot, b), add_to);
     }
   };
 
@@ -496,9 +502,9 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
     CCNET_UNROLL_BY(1)
     for (int key_block = 0; key_block < Blocks; ++key_block) {
       const int key0 = key_block * kTileRows;
-      float pair[Blocks][64];            // dP^T
-      float separate_scores[Blocks][64];  // S^T, where there are registers for it
-      float(&scores)[Blocks][64] = Shape::kSeparateScores ? separate_scores : pair;
+      float pair[Blocks][Rows / 2];             // dP^T
+      float separate_scores[Blocks][Rows / 2];  // S^T, where there are registers for it
+      float(&scores)[Blocks][Rows / 2] = Shape::kSeparateScores ? separate_scores : pair;
       CCNET_UNROLL
       for (int b = 0; b < Blocks; ++b) {
         clear(pair[b]);
@@ -538,11 +544,15 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
           columns[r] = lane_columns(partners, lane_column);
         }
         CCNET_UNROLL
-        for (int k = 0; k < kTileRows / 16; ++k) {
+        for (int k = 0; k < Weights::kSteps; ++k) {
           uint32_t words[4];
           CCNET_UNROLL
           for (int h = 0; h < 2; ++h) {
             const int j = 2 * k + h;
+            if (8 * j >= Rows) {
+              words[2 * h] = words[2 * h + 1] = 0;
+              continue;
+            }
             float offset0, offset1;
             load_pair(offsets + (b * kTileRows + 8 * j + lane_column) * 4, offset0, offset1);
             CCNET_UNROLL
@@ -696,12 +706,13 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       CCNET_UNROLL
       for (int b = 0; b < Blocks; ++b) {
         CCNET_UNROLL
-        for (int k = 0; k < kTileRows / 16; ++k) {
+        for (int k = 0; k < Weights::kSteps; ++k) {
           uint32_t words[4];
           weights.get(b, k, words);
           CCNET_UNROLL
           for (int h = 0; h < 2; ++h) {
             const int j = 2 * k + h;
+            if (8 * j >= Rows) continue;  // still 0
             float delta0, delta1;
             load_pair(delta + (b * kTileRows + 8 * j + lane_column) * 4, delta0, delta1);
             CCNET_UNROLL
@@ -714,6 +725,9 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
           }
           weights.template put<true>(b, k, words);
         }
+        // dQ takes whole halves of a tile, whose last rows nobody wants: but they must hold something.
+        CCNET_UNROLL
+        for (int k = Weights::kSteps; k < kTileRows / 16; ++k) store_matrices(weights.place(b, k), {0, 0, 0, 0});
       }
       fence_shared_for_async();
       named_barrier(kConsumerBarrier, Shape::kConsumers);
@@ -734,7 +748,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
         CCNET_UNROLL
         for (int b = 0; b < Blocks; ++b) {
           CCNET_UNROLL
-          for (int k = 0; k < kTileRows / 16; ++k) {
+          for (int k = 0; k < Weights::kSteps; ++k) {
             WarpgroupProduct<T, 64>::template multiply<Major::kOuter, Major::kOuter>(
                 query_grad[b], advance(queries, 2 * b * kPanelAdvance + k * kOuterAdvance),
                 advance(key_side(slot), k * kOuterAdvance), k > 0);

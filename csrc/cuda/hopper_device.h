@@ -140,6 +140,7 @@ CCNET_DEVICE void hold(float (&r)[Count]) {
   for (int i = 0; i < Count; ++i) asm volatile("" : "+f"(r[i])::"memory");
 }
 
+#define CCNET_D4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define CCNET_D8(d, i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
@@ -147,9 +148,11 @@ CCNET_DEVICE void hold(float (&r)[Count]) {
 #define CCNET_R32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
+#define CCNET_R52 \
+  CCNET_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51"
 #define CCNET_R64 \
-  CCNET_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
-            "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+  CCNET_R52 ", " \
+            "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // d = a b, or d += a b where `add`: a 64 rows x 16 deep, b 16 deep x N columns, d in fp32, of which a lane of warp w of
 // the warpgroup holds in d[4 j + e] row 16 w + lane / 4 (+ 8 for e >= 2), column 8 j + lane % 4 * 2 + e % 2. Asynchronous:
@@ -182,23 +185,31 @@ struct WarpgroupProduct;
     } \
   };
 #define CCNET_NEXT_64 "38"
+#define CCNET_NEXT_104 "58"
 #define CCNET_NEXT_128 "70"
 #define CCNET_D64N CCNET_D32(d, 0)
+#define CCNET_D104N CCNET_D32(d, 0), CCNET_D8(d, 32), CCNET_D8(d, 40), CCNET_D4(d, 48)
 #define CCNET_D128N CCNET_D32(d, 0), CCNET_D32(d, 32)
 
 CCNET_DEFINE_PRODUCT(Half, "f16", 64, CCNET_D64N, CCNET_R32, "32", "33", "34", "35", "36", "37")
 CCNET_DEFINE_PRODUCT(BFloat16, "bf16", 64, CCNET_D64N, CCNET_R32, "32", "33", "34", "35", "36", "37")
+CCNET_DEFINE_PRODUCT(Half, "f16", 104, CCNET_D104N, CCNET_R52, "52", "53", "54", "55", "56", "57")
+CCNET_DEFINE_PRODUCT(BFloat16, "bf16", 104, CCNET_D104N, CCNET_R52, "52", "53", "54", "55", "56", "57")
 CCNET_DEFINE_PRODUCT(Half, "f16", 128, CCNET_D128N, CCNET_R64, "64", "65", "66", "67", "68", "69")
 CCNET_DEFINE_PRODUCT(BFloat16, "bf16", 128, CCNET_D128N, CCNET_R64, "64", "65", "66", "67", "68", "69")
 
 #undef CCNET_DEFINE_PRODUCT
 #undef CCNET_NEXT_64
+#undef CCNET_NEXT_104
 #undef CCNET_NEXT_128
 #undef CCNET_D64N
+#undef CCNET_D104N
 #undef CCNET_D128N
+#undef CCNET_D4
 #undef CCNET_D8
 #undef CCNET_D32
 #undef CCNET_R32
+#undef CCNET_R52
 #undef CCNET_R64
 
 }  // namespace cuda

@@ -57,10 +57,10 @@ class HopperLauncher {
     using Shape = HopperForwardShape<Blocks>;
     return run(hopper_forward_kernel<T, Blocks>, args, Shape::kThreads, Shape::kSharedBytes, overlaps_previous);
   }
-  template <typename T, int Blocks, bool FindsDelta>
+  template <typename T, int Blocks, bool FindsDelta, int Rows>
   int backward(const HopperBackwardArgs<T>& args, bool overlaps_previous) const {
-    using Shape = HopperBackwardShape<T, Blocks, FindsDelta>;
-    return run(hopper_backward_kernel<T, Blocks, FindsDelta>, args, Shape::kThreads, Shape::kSharedBytes, overlaps_previous);
+    using Shape = HopperBackwardShape<T, Blocks, FindsDelta, Rows>;
+    return run(hopper_backward_kernel<T, Blocks, FindsDelta, Rows>, args, Shape::kThreads, Shape::kSharedBytes, overlaps_previous);
   }
   template <typename T>
   int dense_delta(const DenseDeltaArgs<T>& args) const {

@@ -146,7 +146,7 @@ int hopper_delta(const BackwardRequest& call, int blocks, Launch&& launch) {
   return launch.template dense_delta<T>(args);
 }
 
-// launch.template backward<T, Blocks, FindsDelta>(args, overlaps_previous), launch.template dense_delta<T>(args)
+// launch.template backward<T, Blocks, FindsDelta, Rows>(args, overlaps_previous), launch.template dense_delta<T>(args)
 template <typename T, typename Launch>
 int hopper_backward(const BackwardRequest& call, Launch&& launch) {
   const Grid& g = call.grid;
@@ -192,11 +192,14 @@ int hopper_backward(const BackwardRequest& call, Launch&& launch) {
     args.accumulate = accumulate;
     args.groups = static_cast<int>(line_groups(args.tiling, g.batch));
     args.blocks = hopper_backward_blocks(args.groups, call.device);
+    const int rows = args.tiling.group > 1 ? tile_rows(args.tiling) : args.tiling.length;
     if (finds_delta && axis == first_axis) {
-      error = launch.template backward<T, 1, true>(args, false);
+      error = launch.template backward<T, 1, true, kTileRows>(args, false);
+    } else if (args.tiling.line_tiles > 1) {
+      error = launch.template backward<T, 2, false, kTileRows>(args, true);
     } else {
-      error = args.tiling.line_tiles > 1 ? launch.template backward<T, 2, false>(args, true)
-                                         : launch.template backward<T, 1, false>(args, true);
+      error = rows > kFewerRows ? launch.template backward<T, 1, false, kTileRows>(args, true)
+                                : launch.template backward<T, 1, false, kFewerRows>(args, true);
     }
     if (error != 0) return error;
     accumulate = true;

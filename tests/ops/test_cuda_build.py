@@ -16,10 +16,10 @@ import pytest
 CUDA_SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 DTYPES = ("float", "half", "bfloat16")
 KERNELS = ("forward_kernel", "backward_kernel", "delta_kernel")
-# Two of each: lines of one block and of two; and one more that finds delta as well.
+# Two of each: lines of one block and of two; and two more: one that finds delta as well, one for fewer rows.
 HOPPER_KERNELS = (
     *("hopper_forward_kernel", "hopper_backward_kernel") * 2,
-    *("hopper_backward_kernel", "dense_delta_kernel"),
+    *("hopper_backward_kernel", "hopper_backward_kernel", "dense_delta_kernel"),
 )
 
 pytestmark = pytest.mark.skipif(not CUDA_SOURCES.is_dir(), reason="the CUDA sources are not here")

@@ -100,7 +100,7 @@ float element_value(uint16_t bits) {
 
 template <typename T, int N>
 struct WarpgroupProduct {
-  static_assert(sizeof(T) == 2 && (N == 64 || N == 128), "the products that hopper_device.h has");
+  static_assert(sizeof(T) == 2 && (N == 64 || N == 104 || N == 128), "the products that hopper_device.h has");
 
   template <Major A, Major B>
   static void multiply(float (&d)[N / 2], uint64_t a, uint64_t b_matrix, bool add_to) {

@@ -51,11 +51,11 @@ class HopperLauncher {
                       overlaps_previous);
     return 0;
   }
-  template <typename T, int Blocks, bool FindsDelta>
+  template <typename T, int Blocks, bool FindsDelta, int Rows>
   int backward(const HopperBackwardArgs<T>& args, bool overlaps_previous) {
-    using Shape = HopperBackwardShape<T, Blocks, FindsDelta>;
+    using Shape = HopperBackwardShape<T, Blocks, FindsDelta, Rows>;
     machine_.run_grid(args.blocks, Shape::kThreads, Shape::kSharedBytes,
-                      [&] { hopper_backward_kernel<T, Blocks, FindsDelta>(args); }, overlaps_previous);
+                      [&] { hopper_backward_kernel<T, Blocks, FindsDelta, Rows>(args); }, overlaps_previous);
     return 0;
   }
   template <typename T>
