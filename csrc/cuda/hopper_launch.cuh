@@ -52,10 +52,10 @@ class HopperLauncher {
  public:
   explicit HopperLauncher(void* stream) : stream_(static_cast<cudaStream_t>(stream)) {}
 
-  template <typename T, int Blocks>
-  int forward(const HopperForwardArgs<T>& args, bool overlaps_previous) const {
-    using Shape = HopperForwardShape<Blocks>;
-    return run(hopper_forward_kernel<T, Blocks>, args, Shape::kThreads, Shape::kSharedBytes, overlaps_previous);
+  template <typename T, int Blocks, int Keys>
+  int forward(const HopperForwardArgs& args) const {
+    using Shape = HopperForwardShape<Blocks, Keys>;
+    return run(hopper_forward_kernel<T, Blocks, Keys>, args, Shape::kThreads, Shape::kSharedBytes, true);
   }
   template <typename T, int Blocks, bool FindsDelta, int Rows>
   int backward(const HopperBackwardArgs<T>& args, bool overlaps_previous) const {
