@@ -110,6 +110,12 @@ CCNET_DEVICE void copy_async(char* shared, const void* global, int bytes) {
                : "memory");
 }
 CCNET_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;\n" ::: "memory"); }
+// Closes a group of copies, and waits for all groups but the last `Pending`.
+CCNET_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+template <int Pending>
+CCNET_DEVICE void wait_copies_but() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(Pending) : "memory");
+}
 
 template <typename V>
 CCNET_DEVICE V load_shared(const char* p) {

@@ -41,14 +41,16 @@ struct HopperBackwardShape {
   // (from lse) and delta; barriers. Panels of O pass through those of dS^T, which are empty until delta is known, and
   // through two more.
   static constexpr int kPanelBytes = panel_bytes(kTileRows);
-  static constexpr int kStages = Blocks == 2 ? 3 : FindsDelta ? 4 : 5;
+  static constexpr int kStages = Blocks == 2 ? 3 : 4;
   static constexpr int kStageBytes = (1 + Blocks) * kPanelBytes;
   static constexpr int kWeightsOffset = kStages * kStageBytes;
   static constexpr int kWeightsPanels = 2 * Blocks;
   static constexpr int kOutStages = 4;  // panels of dS^T and the next
   static constexpr int kStagingOffset =
       kWeightsOffset + (FindsDelta ? kOutStages : kWeightsPanels) * kPanelBytes;
-  static constexpr int kStagingPanels = Blocks == 1 ? 2 : 1;
+  static constexpr int kStagingPanels = Blocks == 2 ? 1 : FindsDelta ? 2 : 4;
+  // So many panels of what dV is added to are on their way at once, where there is room.
+  static constexpr int kFetchesAhead = kStagingPanels - 1;
   static constexpr int kOffsetsOffset = kStagingOffset + kStagingPanels * kPanelBytes;
   static constexpr int kTableBytes = Blocks * kTileRows * 4;
   static constexpr int kDeltaOffset = kOffsetsOffset + kTableBytes;
@@ -87,7 +89,9 @@ struct HopperBackwardArgs {
   SegmentOutput<T> grad_query, grad_key, grad_value;
   const float* lse;                            // (B, N)
   float* delta;                                // (B, N), of an earlier launch or to be found
+  bool first;                                  // launch of the call
   bool accumulate;                             // an earlier launch has written the gradients
+  int backwards;                               // 1: through the channels, starting with the last
   int groups;                                  // of lines: CTA i takes groups i, i + blocks, ...
   int blocks;
 };
@@ -254,11 +258,9 @@ struct KeyWeights {
   }
 };
 
-// The panel of channels that a step takes: every other tile of keys goes backwards through them, so that it meets first
-// what of dO the L2 cache has seen last.
-CCNET_DEVICE int value_panel(int step, int key_block, int steps) {
-  return key_block % 2 == 0 ? step : steps - 1 - step;
-}
+// The panel of channels that a step takes: every other tile of keys, and every other launch, goes backwards through them,
+// so that it meets first what the L2 cache has seen last.
+CCNET_DEVICE int value_panel(int step, int backwards, int steps) { return backwards == 0 ? step : steps - 1 - step; }
 
 // The diagonal of a warpgroup's products of 64 x 64, of which a lane holds at most one element for each row of its two.
 // Writes element i, where the lane has it, to table[i].
@@ -311,6 +313,8 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
     if constexpr (FindsDelta) prefetch_map(&a.out);
   }
   barrier();
+  // Inputs of a launch that is not the first were there before the one before began.
+  if (a.first) wait_for_previous_launch();
   allow_next_launch();
 
   const int qk_steps = static_cast<int>(ceil_div(a.qk_channels, kWidth));
@@ -340,7 +344,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
         for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
         constexpr int kLag = FindsDelta ? Shape::kOutLag : 0;
         for (int p = 0; p < value_steps + kLag; ++p) {
-          if (p < value_steps) load(&a.value, &a.grad_out, key_block, value_panel(p, key_block, value_steps));
+          if (p < value_steps) load(&a.value, &a.grad_out, key_block, value_panel(p, key_block ^ a.backwards, value_steps));
           if constexpr (FindsDelta) {
             if (p < kLag) continue;
             if (p == kLag && number >= a.blocks) {
@@ -348,7 +352,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
               group_parity ^= 1;
             }
             const int slot = out_ring.acquire(panel_bytes(box_rows));
-            load_box(out_ring.stage(slot), &a.out, (p - kLag) * kWidth, 0, other0, other1, batch, out_ring.full + slot);
+            load_box(out_ring.stage(slot), &a.out, value_panel(p - kLag, key_block ^ a.backwards, value_steps) * kWidth, 0, other0, other1, batch, out_ring.full + slot);
           }
         }
         for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
@@ -367,6 +371,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
     }
   }
   fence_shared_for_async();
+  named_barrier(kConsumerBarrier, Shape::kConsumers);
   const int warpgroup = warpgroup_of<Blocks>(thread);
   const bool leads_warp = thread % kWarp == 0;
   const int lane_row = thread / kWarp * 16 + thread % kWarp / 4;
@@ -400,12 +405,14 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
     const TileRow own = tile_row(a.tiling, thread % kTileRows);
     const uint32_t own_position =
         thread < Blocks * kTileRows ? row_place(a.position, a.tiling, group, own_first, own) : kNoRow;
-    if (thread < Blocks * kTileRows) {
-      // As P = 2^(log2(e) S + offset); a query that does not exist weighs nothing.
-      store_shared<float>(offsets + thread * 4,
-                          own_position != kNoRow ? load_global(a.lse + own_position) * -kLog2E : -INFINITY);
-    }
-    named_barrier(kConsumerBarrier, Shape::kConsumers);
+    // As P = 2^(log2(e) S + offset); a query that does not exist weighs nothing. Stored when the first products are done,
+    // if there are registers for it until then.
+    const float own_offset = own_position != kNoRow ? load_global(a.lse + own_position) * -kLog2E : -INFINITY;
+    const auto store_offset = [&]() {
+      if (thread < Blocks * kTileRows) store_shared<float>(offsets + thread * 4, own_offset);
+      named_barrier(kConsumerBarrier, Shape::kConsumers);
+    };
+    if constexpr (!Shape::kSeparateScores) store_offset();
 
     CCNET_UNROLL_BY(1)
     for (int key_block = 0; key_block < Blocks; ++key_block) {
@@ -430,6 +437,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
         for (int b = 0; b < Blocks; ++b) hold(scores[b]);
         if (leads_warp) ring.release(slot);
       }
+      if constexpr (Shape::kSeparateScores) store_offset();
       // From here on the products for dP are one stage ahead of those for dV.
       int slot = 0;
       const auto begin_pairs = [&]() {
@@ -505,21 +513,26 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
           }
         }
       };
+      const auto panel_of = [&](int p) { return value_panel(p, key_block ^ a.backwards, value_steps); };
+      // Asks for what step p's dV is added to, a group of copies also where there is no such step.
+      const auto fetch_values = [&](int p) {
+        if (p < value_steps) {
+          value_rows.fetch(own_thread(), staging + p % Shape::kStagingPanels * Shape::kPanelBytes, a.grad_value,
+                           panel_of(p));
+        }
+        commit_copies();
+      };
       // Writes step p's dV; `last`: of the steps.
       const auto write_values = [&](int p, float (&d)[32], bool last) {
-        const int channels = value_panel(p, key_block, value_steps);
-        const int next_channels = value_panel(p + 1, key_block, value_steps);
-        char* const panel = p % 2 == 0 ? staging : other_staging;
-        char* const next_panel = p % 2 == 0 ? other_staging : staging;
+        const int channels = panel_of(p);
+        char* const panel = staging + p % Shape::kStagingPanels * Shape::kPanelBytes;
         if (accumulate) {
-          wait_copies();
+          wait_copies_but<Shape::kFetchesAhead == 0 ? 0 : Shape::kFetchesAhead - 1>();
           converge_warp();
-          if (Shape::kStagingPanels > 1 && !last) value_rows.fetch(own_thread(), next_panel, a.grad_value, next_channels);
+          if constexpr (Shape::kFetchesAhead > 0) fetch_values(p + Shape::kFetchesAhead);
         }
         value_rows.write(own_thread(), d, accumulate, panel, a.grad_value, channels);
-        if (Shape::kStagingPanels == 1 && accumulate && !last) {
-          value_rows.fetch(own_thread(), panel, a.grad_value, next_channels);
-        }
+        if (Shape::kFetchesAhead == 0 && accumulate && !last) fetch_values(p + 1);
       };
       const auto release_values = [&](int stage, int out_stage) {
         if (!leads_warp) return;
@@ -543,7 +556,8 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       // What earlier launches have left is needed at last: here what is added to, delta after the loop.
       if (accumulate) {
         if (key_block == 0) wait_for_previous_launch();
-        value_rows.fetch(own_thread(), staging, a.grad_value, value_panel(0, key_block, value_steps));
+        CCNET_UNROLL
+        for (int i = 0; i < (Shape::kFetchesAhead == 0 ? 1 : Shape::kFetchesAhead); ++i) fetch_values(i);
       }
       // The last step.
       const auto finish_values = [&](int p, float (&own)[32]) {
@@ -601,11 +615,11 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
 
       const WarpOutput<T> key_rows(own_thread(), a.grad_key, a.tiling, group, key0);
       // What is to be added to, as far as there is room for it.
-      constexpr bool kFetchesAhead = Shape::kStagingPanels > Blocks;
+      constexpr bool kFetchesBoth = Shape::kStagingPanels > Blocks;
       const bool add_query = accumulate || key_block > 0;
       const auto fetch_old = [&](int p) {
         if (accumulate) key_rows.fetch(own_thread(), staging, a.grad_key, p);
-        if (kFetchesAhead && add_query) {
+        if (kFetchesBoth && add_query) {
           const WarpOutput<T> query_rows(own_thread(), a.grad_query, a.tiling, group, 0);
           query_rows.fetch(own_thread(), other_staging, a.grad_query, p);
         }
@@ -676,7 +690,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
         for (int b = 0; b < Blocks; ++b) {
           hold(query_grad[b]);
           const WarpOutput<T> query_rows(own_thread(), a.grad_query, a.tiling, group, b * kTileRows);
-          if (add_query && !kFetchesAhead) {
+          if (add_query && !kFetchesBoth) {
             query_rows.fetch(own_thread(), staging, a.grad_query, p);
             wait_copies();
             converge_warp();
@@ -713,6 +727,7 @@ CCNET_KERNEL(kDenseDeltaThreads, 1)
 void dense_delta_kernel(DenseDeltaArgs<T> a) {
   constexpr int kLength = kSegmentLength<T>;
   constexpr int kPositions = 2, kChunks = 2;
+  wait_for_previous_launch();
   allow_next_launch();
   const int lane = thread_index() % kWarp;
   const uint32_t warps = static_cast<uint32_t>(a.blocks) * (kDenseDeltaThreads / kWarp);

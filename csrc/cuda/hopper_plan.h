@@ -156,7 +156,7 @@ int hopper_delta(const BackwardRequest& call, int blocks, Launch&& launch) {
   return launch.template dense_delta<T>(args);
 }
 
-// launch.template backward<T, Blocks, FindsDelta, Rows>(args, overlaps_previous), launch.template dense_delta<T>(args)
+// launch.template backward<T, Blocks, FindsDelta, Rows>(args), launch.template dense_delta<T>(args)
 template <typename T, typename Launch>
 int hopper_backward(const BackwardRequest& call, Launch&& launch) {
   const Grid& g = call.grid;
@@ -174,6 +174,7 @@ int hopper_backward(const BackwardRequest& call, Launch&& launch) {
     if (error != 0) return error;
   }
   bool accumulate = false;
+  int backwards = 0;
   for (int axis = 0; axis < g.axes; ++axis) {
     if (!has_keys(g, axis)) continue;
     HopperBackwardArgs<T> args{};
@@ -199,17 +200,20 @@ int hopper_backward(const BackwardRequest& call, Launch&& launch) {
     args.grad_value = output(call.grad_value, call.channels);
     args.lse = call.lse;
     args.delta = call.delta;
+    args.first = finds_delta && axis == first_axis;
     args.accumulate = accumulate;
+    args.backwards = accumulate ? 1 - backwards : 0;
+    backwards = args.backwards;
     args.groups = static_cast<int>(line_groups(args.tiling, g.batch));
     args.blocks = hopper_backward_blocks(args.groups, call.device);
     const int rows = args.tiling.group > 1 ? tile_rows(args.tiling) : args.tiling.length;
-    if (finds_delta && axis == first_axis) {
-      error = launch.template backward<T, 1, true, kTileRows>(args, false);
+    if (args.first) {
+      error = launch.template backward<T, 1, true, kTileRows>(args);
     } else if (args.tiling.line_tiles > 1) {
-      error = launch.template backward<T, 2, false, kTileRows>(args, true);
+      error = launch.template backward<T, 2, false, kTileRows>(args);
     } else {
-      error = rows > kFewerRows ? launch.template backward<T, 1, false, kTileRows>(args, true)
-                                : launch.template backward<T, 1, false, kFewerRows>(args, true);
+      error = rows > kFewerRows ? launch.template backward<T, 1, false, kTileRows>(args)
+                                : launch.template backward<T, 1, false, kFewerRows>(args);
     }
     if (error != 0) return error;
     accumulate = true;

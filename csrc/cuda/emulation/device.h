@@ -208,6 +208,11 @@ void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 
 inline void copy_async(char* shared, const void* global, int bytes) { machine().copy_async(shared, global, bytes); }
 inline void wait_copies() { machine().wait_copies(); }
+inline void commit_copies() { machine().commit_copies(); }
+template <int Pending>
+void wait_copies_but() {
+  machine().wait_copies_but(Pending);
+}
 
 template <typename V>
 V load_shared(const char* p) {

@@ -177,7 +177,7 @@ class Machine {
     bytes_read_ += bytes;
     touch_global(from, bytes, GlobalShadow::Access::kRead);
     if (options_.fault == Fault::kDropTail && bytes < 16) bytes = 0;
-    Copy copy{to, {}};
+    Copy copy{to, {}, running().copy_groups};
     memcpy(copy.data, from, static_cast<size_t>(bytes));
     if (!options_.copies_land_late) memcpy(to, copy.data, 16);
     shadow_.begin_copy(shared_offset(to));
@@ -185,14 +185,22 @@ class Machine {
   }
 
   void wait_copies() {
-    Fiber& fiber = fibers_[static_cast<size_t>(running_)];
+    commit_copies();
+    wait_copies_but(0);
+  }
+  void commit_copies() { ++running().copy_groups; }
+  void wait_copies_but(int pending) {
+    Fiber& fiber = running();
     if (options_.fault == Fault::kCopyLate && fiber.copies.size() > 0 && ++late_ % 7 == 0) return;
-    for (const Copy& copy : fiber.copies) {
+    const int64_t reach = int64_t{fiber.copy_groups} - pending;
+    size_t landed = 0;
+    for (; landed < fiber.copies.size() && fiber.copies[landed].group < reach; ++landed) {
+      const Copy& copy = fiber.copies[landed];
       memcpy(copy.to, copy.data, 16);
       shadow_.land_copy(shared_offset(copy.to));
       shared_access(copy.to, 16, true, running_);
     }
-    fiber.copies.clear();
+    fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + static_cast<std::ptrdiff_t>(landed));
   }
 
   void count_matrix_rows(void* const* rows) {
@@ -396,6 +404,7 @@ class Machine {
   struct Copy {
     char* to;
     char data[16];
+    uint32_t group;  // how many were closed before it
   };
   struct Fiber {
     ucontext_t start;
@@ -407,6 +416,7 @@ class Machine {
     bool waited_for_launch = false;
     int register_count = 0;  // 0: the share it began with
     std::vector<Copy> copies;
+    uint32_t copy_groups = 0;
     std::vector<Box> stores;  // under way, those of committed groups first
     size_t committed_stores = 0;
     uint32_t store_groups = 0;
@@ -687,6 +697,7 @@ class Machine {
       fiber.waits_for = Wait::kNothing;
       fiber.barriers = fiber.register_count = 0;
       fiber.copies.clear();
+      fiber.copy_groups = 0;
       fiber.stores.clear();
       fiber.committed_stores = 0;
       fiber.store_groups = 0;
