@@ -62,7 +62,7 @@ def test_kernels_agree_with_brute_force_on_many_shapes(emulator: Path, dtype: st
         ("swap-fragments", "half", 90, "errors: "),
         ("skip-phase", "half", 90, "not all threads of the warpgroup have waited for"),
         ("wrong-parity", "bfloat16", 90, "not all threads of the warpgroup have waited for"),
-        ("refill-early", "half", 90, "under way"),
+        ("refill-early", "half", 90, "more arrivals in a phase than it takes"),
         ("lose-arrival", "bfloat16", 90, "deadlock"),
         ("skip-fence", "half", 90, "ordinary writes without a fence between"),
         ("plain-box", "bfloat16", 90, "errors: "),
