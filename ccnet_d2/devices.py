@@ -29,6 +29,13 @@ def available_device(device: str | torch.device, asked: str = "device '{}' was a
         count = torch.cuda.device_count()
         if found.index is not None and found.index >= count:
             raise UserError(f"{asked.format(device)}, but torch sees {count} GPUs, counted from 0.")
+    elif found.type != "cpu":
+        try:
+            torch.empty(1, device=found)
+        except (RuntimeError, AssertionError, ImportError) as error:  # of a kind that torch was not built for
+            raise UserError(
+                f"{asked.format(device)}, but torch has none here: take 'cpu' or 'cuda'."
+            ) from error
     return found
 
 

@@ -8,6 +8,9 @@ from typing import Any, NoReturn, TextIO
 
 __all__ = ["exit_with"]
 
+_INTERRUPTED = 128 + 2
+"""What a shell reports for a program that SIGINT, the signal 2, ended."""
+
 _CLOSED_PIPE = 128 + 13
 """What a shell reports for a program that SIGPIPE, the signal 13, ended."""
 
@@ -15,14 +18,17 @@ _CLOSED_PIPE = 128 + 13
 def exit_with(main: Callable[[], Any]) -> NoReturn:
     """End the program with the status that `main` returns.
 
-    Where the reader of its output went away (`demo.py … | head`), it ends without a traceback and with the status that
-    shells report for that.
+    Where the reader of its output went away (`demo.py … | head`), or Ctrl-C was pressed, it ends without a traceback
+    and with the status that shells report for that.
     """
     try:
         try:
             sys.exit(main())
         finally:
             sys.stdout.flush()  # of what was printed last, also by a parser that exits by itself
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
     except BrokenPipeError:
         # Another pipe or socket that breaks, to a worker for instance, is a fault of the program.
         closed = [stream for stream in (sys.stdout, sys.stderr) if _nobody_reads(stream)]

@@ -31,6 +31,17 @@ def test_devices_that_are_not_there(monkeypatch):
         available_device("cuda:2", "train.device={}")
 
 
+@pytest.mark.parametrize("kind", ["mps", "xpu", "hpu"])
+def test_kinds_of_device_that_torch_was_not_built_for(kind):
+    try:
+        torch.empty(1, device=kind)
+    except (RuntimeError, AssertionError, ImportError):
+        with pytest.raises(UserError, match=rf"^train.device={kind}, but torch has none here: take 'cpu'"):
+            available_device(kind, "train.device={}")
+    else:
+        assert available_device(kind).type == kind
+
+
 @pytest.mark.parametrize(
     "take",
     [

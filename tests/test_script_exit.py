@@ -1,6 +1,7 @@
-"""Scripts whose output nobody reads any more end quietly."""
+"""Scripts that are interrupted, or whose output nobody reads any more, end quietly."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,17 @@ def test_other_broken_pipes_keep_their_traceback():
     program = _PROGRAM.format(body="raise BrokenPipeError('of a worker')")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1 and "BrokenPipeError: of a worker" in done.stderr
+
+
+def test_an_interrupted_script_ends_without_a_traceback():
+    program = _PROGRAM.format(body="import time; print('begun', flush=True); time.sleep(60)")
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        _, printed = process.communicate(timeout=30)
+    assert (process.returncode, printed) == (130, "Interrupted.\n")
 
 
 @pytest.mark.parametrize("result", [0, 3])
