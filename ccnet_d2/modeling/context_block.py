@@ -36,14 +36,22 @@ def conv_norm_act(
 
 
 def named_context(
-    name: str, in_channels: int, channels: int, *, norm: NormLike, activation: str, align_corners: bool
+    name: str,
+    in_channels: int,
+    channels: int,
+    *,
+    norm: NormLike,
+    activation: str,
+    align_corners: bool,
+    others: tuple[str, ...] = (),
 ) -> nn.Module:
     """A module of `ccnet_d2.layers.CONTEXT_MODULES` by its name and suffixes.
 
     A suffix _r<R> sets the number of loops, and _recompute after it sets `recompute`, which saves memory in training:
     "rcca", "rcca_r3", "rcca_recompute", "rcca_r3_recompute".
 
-    Args as of `ContextBlock`.
+    Args as of `ContextBlock`, and
+        others: names that the caller knows besides, for the error.
 
     Raises:
         ValueError: the name is unknown or none, or its module has no loops or cannot recompute.
@@ -54,8 +62,8 @@ def named_context(
     module = match["name"] if match else name
     if module not in CONTEXT_MODULES:
         raise ValueError(
-            f"unknown context module {name!r}: use one of {', '.join(CONTEXT_MODULES)}, where it has loops also with "
-            "_r<R> for R of them, and _recompute to save memory, such as rcca_r1 or rcca_r3_recompute."
+            f"unknown context module {name!r}: use one of {', '.join([*others, *CONTEXT_MODULES])}, where it has loops "
+            "also with _r<R> for R of them, and _recompute to save memory, such as rcca_r1 or rcca_r3_recompute."
         )
     return build_context(
         module,

@@ -173,7 +173,13 @@ class RANetHead(nn.Module):
             )
         else:
             self.context = named_context(
-                context, channels, channels, norm=norm, activation=activation, align_corners=align_corners
+                context,
+                channels,
+                channels,
+                norm=norm,
+                activation=activation,
+                align_corners=align_corners,
+                others=(REGION,),
             )
         self.fuse = convolution(2 * channels)
         self.dropout = nn.Dropout2d(dropout)

@@ -258,7 +258,7 @@ def test_yacs_builds_the_same_head():
         ({"variant": "paperr"}, "variant='paperr' is not one of"),
         ({"variant": "paperr", "context": "psp"}, "variant='paperr' is not one of 'paper', 'code'"),
         ({"context": None}, "context=None is not the name of a context module: 'none'"),
-        ({"context": "rccaa"}, "unknown context module 'rccaa'"),
+        ({"context": "rccaa"}, "unknown context module 'rccaa': use one of region, none, rcca"),
     ],
 )
 def test_wrong_options(options, message):
