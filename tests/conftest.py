@@ -5,6 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 
+# Before any test has a reason to import pip, which takes setuptools' own distutils away: setuptools, which torch's
+# cpp_extension and so Detectron2's training import, could not be imported any more after that.
+import setuptools  # noqa: F401
+
 
 @pytest.fixture(autouse=True)
 def loggers_as_before() -> Iterator[None]:

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -126,10 +125,9 @@ def test_binding_compiles(tmp_path: Path) -> None:
     headers = _nvcc().resolve().parents[1] / "include"
     if compiler is None or not (headers / "cuda_runtime_api.h").is_file():
         pytest.skip("no C++ compiler or no CUDA headers")
-    # In a process of its own: the import brings setuptools, which insists on being there before distutils.
-    paths = "from torch.utils.cpp_extension import include_paths; print(*include_paths(), sep='\\n')"
-    torch_headers = _run([sys.executable, "-W", "ignore", "-c", paths]).splitlines()
-    includes = [option for path in [*torch_headers, str(headers)] for option in ("-isystem", path)]
+    from torch.utils.cpp_extension import include_paths
+
+    includes = [option for path in [*include_paths(), str(headers)] for option in ("-isystem", path)]
     defines = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     warnings = ["-Wall", "-Wextra", "-Werror"]
     source = str(CUDA_SOURCES / "bind_cuda.cpp")
