@@ -18,7 +18,6 @@ from collections.abc import Sequence
 
 from detectron2.config import LazyConfig
 from omegaconf import OmegaConf
-from tqdm import tqdm
 
 from ccnet_d2.data import DatasetError
 from ccnet_d2.data.check import DatasetReport, check_coverage, check_dataset, format_report
@@ -26,6 +25,7 @@ from ccnet_d2.engine.yacs import load_config
 from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import config_path
 from ccnet_d2.script_exit import exit_with
+from progress_bar import progress_bar
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -86,12 +86,7 @@ def _as_list(names: str | Sequence[str] | None) -> list[str]:
 
 def run_check(name: str, args: argparse.Namespace) -> DatasetReport:
     """Check one data set under a progress bar on standard error."""
-    with tqdm(desc=name, unit="sample", leave=False, disable=not sys.stderr.isatty()) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with progress_bar("sample", desc=name, leave=False, disable=not sys.stderr.isatty()) as progress:
         return check_dataset(
             name, with_images=not args.labels_only, threads=max(args.threads, 1), progress=progress
         )

@@ -6,7 +6,7 @@ in the same run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from official_kernels import OfficialKernels
 TIMED_SIZES = ((64, 64), (97, 97), (128, 256))
 TIMED_CHANNELS = (64, 512)  # C', C
 INPUT_SETS = 6  # together larger than the cache at 97 x 97
-PASSES = ("forward", "forward+backward")
+# Which of the forward and the backward pass's counts they take.
+PASSES = {"forward": slice(0, 1), "forward+backward": slice(0, 2), "backward": slice(1, 2)}
 OFFICIAL = "official fp32"
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -39,10 +40,15 @@ def measure_ceilings(device: torch.device, dtypes: tuple[str, ...] = tuple(DTYPE
     return ceilings
 
 
+def milliseconds_of(calls: Sequence[Callable[[], object]], repeats: int, most_seconds: float = 10.0) -> float:
+    """Median time of one of the calls, as replays of one CUDA graph of them all."""
+    return 1e3 * median_seconds(Recording(calls).replay, repeats, most_seconds) / len(calls)
+
+
 def graph_milliseconds(
     function: Attention, sets: list[Inputs], repeats: int, *, backward: bool, most_seconds: float = 10.0
 ) -> float:
-    """Median time of one call, as replays of one CUDA graph over all sets of inputs."""
+    """Median time of a formulation's forward pass, or with `backward` of both, over all sets of inputs."""
 
     def call(inputs: Inputs) -> object:
         query, key, value, grad_out = inputs
@@ -52,22 +58,18 @@ def graph_milliseconds(
         leaves = tuple(x.detach().requires_grad_() for x in (query, key, value))
         return torch.autograd.grad(function(*leaves), leaves, grad_out)
 
-    recording = Recording([lambda inputs=inputs: call(inputs) for inputs in sets])
-    return 1e3 * median_seconds(recording.replay, repeats, most_seconds) / len(sets)
+    return milliseconds_of([lambda inputs=inputs: call(inputs) for inputs in sets], repeats, most_seconds)
 
 
 def backward_milliseconds(sets: list[Inputs], repeats: int) -> float:
-    """Median time of the kernels' backward pass alone, what it needs of the forward pass being there."""
+    """The same of the kernels' backward pass alone, what it needs of the forward pass being there."""
     kernels = torch.ops.ccnet_d2
+    arguments = []
     with torch.no_grad():
-        results = [kernels.criss_cross_forward(query, key, value) for query, key, value, _ in sets]
-
-        def call(inputs: Inputs, result: tuple[Tensor, Tensor]) -> object:
-            query, key, value, grad_out = inputs
-            return kernels.criss_cross_backward(grad_out, query, key, value, *result)
-
-        recording = Recording([lambda x=x, y=y: call(x, y) for x, y in zip(sets, results, strict=True)])
-    return 1e3 * median_seconds(recording.replay, repeats) / len(sets)
+        for query, key, value, grad_out in sets:
+            results = kernels.criss_cross_forward(query, key, value)
+            arguments.append((grad_out, query, key, value, *results))
+        return milliseconds_of([lambda x=x: kernels.criss_cross_backward(*x) for x in arguments], repeats)
 
 
 def time_sizes(
@@ -103,39 +105,35 @@ def time_sizes(
     flops = operator_flops(1, key_channels, channels, sizes)
     elements = operator_elements(1, key_channels, channels, sizes)
     itemsize = DTYPES[dtype].itemsize
-
-    def floor_of(steps: slice) -> float:
-        flop_count, element_count = sum(flops[steps]), sum(elements[steps])
-        return 1e3 * max(flop_count / ceilings[dtype], element_count * itemsize / ceilings["bytes"])
-
     rows = []
-
-    def add_row(
-        pass_name: str, name: str, milliseconds: float, floor: float, others: dict[str, float]
-    ) -> None:
-        rows.append(
-            {
-                "dtype": dtype,
-                "sizes": "x".join(map(str, sizes)),
-                "pass": pass_name,
-                "formulation": name,
-                "milliseconds": milliseconds,
-                "floor_milliseconds": floor,
-                "times_floor": milliseconds / floor,
-                "times_faster_than_textbook": others["textbook"] / milliseconds if others else None,
-                "times_faster_than_official": others[OFFICIAL] / milliseconds if OFFICIAL in others else None,
+    for pass_name, counted in PASSES.items():
+        flop_count, element_count = sum(flops[counted]), sum(elements[counted])
+        floor = 1e3 * max(flop_count / ceilings[dtype], element_count * itemsize / ceilings["bytes"])
+        if pass_name == "backward":
+            times = {"compiled": backward_milliseconds(channels_last, repeats)}
+        else:
+            times = {
+                name: graph_milliseconds(function, sets, repeats, backward=pass_name != "forward")
+                for name, (function, sets) in formulations.items()
             }
-        )
-
-    for step, pass_name in enumerate(PASSES):
-        floor = floor_of(slice(step + 1))
-        times = {
-            name: graph_milliseconds(function, sets, repeats, backward=step == 1)
-            for name, (function, sets) in formulations.items()
-        }
         for name, milliseconds in times.items():
-            add_row(pass_name, name, milliseconds, floor, times)
-    add_row("backward", "compiled", backward_milliseconds(channels_last, repeats), floor_of(slice(1, 2)), {})
+            rows.append(
+                {
+                    "dtype": dtype,
+                    "sizes": "x".join(map(str, sizes)),
+                    "pass": pass_name,
+                    "formulation": name,
+                    "milliseconds": milliseconds,
+                    "floor_milliseconds": floor,
+                    "times_floor": milliseconds / floor,
+                    "times_faster_than_textbook": times["textbook"] / milliseconds
+                    if "textbook" in times
+                    else None,
+                    "times_faster_than_official": times[OFFICIAL] / milliseconds
+                    if OFFICIAL in times
+                    else None,
+                }
+            )
     return rows
 
 
