@@ -10,13 +10,11 @@
 // Every output element is written by one thread of one CTA in a fixed order: no atomics, the same bits every time.
 #pragma once
 
-#include "hopper_lines.h"
+#include "hopper_products.h"
+#include "hopper_ring.h"
 
 namespace ccnet {
 namespace cuda {
-
-// Rows of a tile that short lines may leave unused: the products then take fewer.
-constexpr int kFewerRows = 104;
 
 // `Blocks`: tiles of a line. `FindsDelta`: for the first axis, whose lines have one tile. `Rows`: of a tile that are used,
 // 128 or 104.
@@ -92,53 +90,6 @@ struct HopperBackwardArgs {
   bool accumulate;                             // an earlier launch has written the gradients
   int groups;                                  // of lines: CTA i takes groups i, i + blocks, ...
   int blocks;
-};
-
-// Stages in shared memory, filled by the loading warp and consumed by the others in turn.
-template <int Stages, int StageBytes, int Arrivals>
-struct StageRing {
-  char* stages;
-  SharedBarrier* full;  // Stages of them, and as many more, `empty`
-  int slot = 0, parity = 0;  // of the next stage
-  bool first_round = true;
-
-  CCNET_DEVICE StageRing(char* memory, char* barriers)
-      : stages(memory), full(reinterpret_cast<SharedBarrier*>(barriers)) {}
-
-  // By one thread.
-  CCNET_DEVICE void init() {
-    for (int s = 0; s < Stages; ++s) {
-      init_barrier(full + s, 1);
-      init_barrier(full + Stages + s, Arrivals);
-    }
-    fence_barriers();
-  }
-  CCNET_DEVICE char* stage(int s) const { return stages + s * StageBytes; }
-
-  // The loader's next stage, once everyone has released it: the caller brings `bytes` bytes into it, on full[it].
-  CCNET_DEVICE int acquire(int bytes) {
-    if (!first_round) wait_phase(full + Stages + slot, parity ^ 1);
-    arrive_and_expect(full + slot, bytes);
-    return step();
-  }
-  // A consumer's next stage, filled.
-  CCNET_DEVICE int take() {
-    wait_phase(full + slot, parity);
-    return step();
-  }
-  // By one lane of each warp, when the warp's products have read the stage.
-  CCNET_DEVICE void release(int s) { arrive(full + Stages + s); }
-
- private:
-  CCNET_DEVICE int step() {
-    const int s = slot;
-    if (++slot == Stages) {
-      slot = 0;
-      parity ^= 1;
-      first_round = false;
-    }
-    return s;
-  }
 };
 
 // A warp's 16 rows of an output, written from products of which a lane holds two channels where memory wants eight
@@ -232,30 +183,11 @@ struct WarpOutput {
   static constexpr CCNET_HD int word_at(int i, int w) { return 8 * i + w / 2 * 4 + w % 2 * 2; }
 };
 
-// A product that does not add still counts as reading its sums. Set before a loop, they occupy no registers outside it.
-template <int Count>
-CCNET_DEVICE void clear(float (&d)[Count]) {
-  CCNET_UNROLL
-  for (int i = 0; i < Count; ++i) d[i] = 0.f;
-}
-
 // Two neighbouring floats.
 CCNET_DEVICE void load_pair(const char* p, float& a, float& b) {
   const uint64_t v = load_shared<uint64_t>(p);
   a = bits_to_float(static_cast<uint32_t>(v));
   b = bits_to_float(static_cast<uint32_t>(v >> 32));
-}
-
-// Distances between operands in a descriptor, which counts 16 bytes.
-constexpr int kDepthAdvance = 16 * 2 / kSegmentBytes;           // 16 deep in an operand stored kDepth
-constexpr int kOuterAdvance = 16 * kRowBytes / kSegmentBytes;   // 16 deep in an operand stored kOuter
-constexpr int kHalfAdvance = 64 * kRowBytes / kSegmentBytes;    // from a tile's rows 0-63 to its rows 64-127
-constexpr int kPanelAdvance = kTileRows * kRowBytes / kSegmentBytes;  // to the next panel
-
-// In 32 bits: the upper half of a descriptor says how the panel is laid out.
-CCNET_DEVICE uint64_t advance(uint64_t descriptor, int distance) {
-  const uint32_t lower = static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(distance);
-  return (descriptor & 0xffffffff00000000u) | lower;
 }
 
 // With one tile, descriptors are computed in uniform registers, where the products want them; with two there are not
@@ -321,30 +253,6 @@ struct KeyWeights {
     }
   }
 };
-
-// d (+)= 64 rows of one panel times the first rows of another, transposed: both [row][64 channels].
-template <typename T, int Rows>
-CCNET_DEVICE void multiply_rows(float (&d)[Rows / 2], uint64_t a, uint64_t b, bool add_to) {
-  CCNET_UNROLL
-  for (int k = 0; k < kPanelWidth<T> / 16; ++k) {
-    WarpgroupProduct<T, Rows>::template multiply<Major::kDepth, Major::kDepth>(
-        d, advance(a, k * kDepthAdvance), advance(b, k * kDepthAdvance), add_to || k > 0);
-  }
-}
-
-// The columns of a tile that a lane holds, 8 j + lane_column and the next, as bits 2 j and 2 j + 1: those that a row of
-// its pairs with.
-CCNET_DEVICE uint32_t lane_columns(const Partners& p, int lane_column) {
-  const auto below = [&](int column) {
-    const int rest = column % 8 - lane_column;
-    const int count = column / 8 * 2 + (rest < 0 ? 0 : min_of(rest, 2));
-    return static_cast<uint32_t>((uint64_t{1} << count) - 1);
-  };
-  uint32_t columns = below(p.begin + p.count) & ~below(p.begin);
-  const bool holds_self = static_cast<unsigned>(p.self) < kTileRows && (p.self & 6) == lane_column;
-  if (holds_self) columns &= ~(1u << (p.self / 8 * 2 + p.self % 2));
-  return columns;
-}
 
 // The panel of channels that a step takes: every other tile of keys goes backwards through them, so that it meets first
 // what of dO the L2 cache has seen last.

@@ -79,6 +79,18 @@ CCNET_DEVICE void load_box(char* panel, const TensorMap* map, int channel, int p
       "r"(other1), "r"(batch)
       : "memory");
 }
+// The inverse: what of a box lies in the tensor is written from a panel, which holds what threads wrote before
+// fence_shared_for_async() and a barrier. By one thread, which commits boxes in groups: until wait_stores_read() the panel
+// may still be read. Written for the launches to come: nothing in this one may read it.
+CCNET_DEVICE void store_box(const TensorMap* map, const char* panel, int channel, int position, int other0, int other1,
+                            int batch) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];\n" ::"l"(
+                   reinterpret_cast<uint64_t>(map)),
+               "r"(shared_address(panel)), "r"(channel), "r"(position), "r"(other0), "r"(other1), "r"(batch)
+               : "memory");
+}
+CCNET_DEVICE void commit_stores() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
+CCNET_DEVICE void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
 CCNET_DEVICE void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
 }

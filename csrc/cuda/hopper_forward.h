@@ -1,344 +1,459 @@
 // Forward kernel for compute capability 9.0, fp16 and bf16: what forward.h does, with wgmma and TMA.
 //
-// CTA = (tile of lines, range of channels), two warpgroups of 64 query rows each. S = Q K^T and P = exp(S - row maximum)
-// stay in registers, where P is the left operand of P V; V streams through a ring of panels. The result is merged with
-// what the launches before it left, as in forward.h. One launch attends to up to Blocks * 128 keys of a line.
+// A job is a tile of lines and a range of channels; a CTA takes job after job. Two warpgroups compute, each for 64 query
+// rows: S = Q K^T and P = exp(S - row maximum) stay in registers, where P is the left operand of P V. One more warp moves
+// panels: Q, K and V in, and for each panel of V one of the output out, which it has filled with what the launches before
+// left, to be merged with as in forward.h. One launch attends to up to Blocks * 128 keys of a line.
 #pragma once
 
+#include "hopper_products.h"
 #include "hopper_ring.h"
 
 namespace ccnet {
 namespace cuda {
 
-template <int Blocks>
+// `Blocks`: tiles of keys. `Keys`: of a tile that are used, 128 or 104.
+template <int Blocks, int Keys = kTileRows>
 struct HopperForwardShape {
-  static constexpr int kThreads = 2 * kWarpgroup;
-  static constexpr int kBlocksPerSm = 2;
-  static constexpr int kSlots = 5;
-  // Two panels more, in which each warp has 16 rows to rearrange its output: one for the step under way, and one for what
-  // the next step adds to.
-  static constexpr int kOutPanels = 2;
-  using PanelRing = Ring<kSlots, kThreads / kWarp, kOutPanels>;
-  static constexpr int kRowsOffset = PanelRing::kBytes;  // where the tile's rows lie in the output, see below
-  static constexpr int kSharedBytes = kRowsOffset + kTileRows * static_cast<int>(sizeof(uint32_t));
+  static_assert(Keys == kTileRows || (Keys == kFewerRows && Blocks == 1), "a long line uses whole tiles");
+  static constexpr int kConsumers = 2 * kWarpgroup;
+  // With one tile of keys two CTAs hide each other's waits; with two, energies need the registers of both.
+  static constexpr int kBlocksPerSm = Blocks == 1 ? 2 : 1;
+  // There, the products for the next panel of the output run while one is written, and of each thread's equal share of the
+  // registers, 168, the warpgroup that moves panels gives up most.
+  static constexpr bool kAhead = Blocks == 2;
+  static constexpr int kThreads = kConsumers + (kAhead ? kWarpgroup : kWarp);
+  static constexpr int kConsumerRegisters = 216;
+  static constexpr int kMoverRegisters = 72;
+
+  static constexpr int kPanelBytes = panel_bytes(kTileRows);
+  static constexpr int kSlots = Blocks == 1 ? 4 : 10;
+  static constexpr int kOutPanels = Blocks == 1 ? 3 : 4;
+  static constexpr int kOutOffset = kSlots * kPanelBytes;
+  static constexpr int kBarriersOffset = kOutOffset + kOutPanels * kPanelBytes;
+  static constexpr int kOutBarriersOffset = kBarriersOffset + 2 * kSlots * static_cast<int>(sizeof(SharedBarrier));
+  static constexpr int kSharedBytes = kOutBarriersOffset + 2 * kOutPanels * static_cast<int>(sizeof(SharedBarrier));
+
+  using PanelRing = StageRing<kSlots, kPanelBytes, kConsumers / kWarp>;
+  using OutRing = OutputRing<kOutPanels, kPanelBytes, kConsumers / kWarp>;
 };
 
-template <typename T>
 struct HopperForwardArgs {
-  TensorMap query, key, value;
+  TensorMap query, key, value, out;
   Tiling tiling;
-  LineStrides position;  // of (B, N) statistics
+  RowStrides position;  // of (B, N) statistics, in elements
   bool drop_self;
-  Divisor within;             // of the CTAs of one group of lines: query tiles x splits
+  Divisor within;             // of the jobs of one group of lines: query tiles x splits
   Divisor by_split;           // of splits
   int first_key;              // position at which the keys of this launch begin
   int qk_channels, channels;  // C', C
-  Output<T> out;
+  bool backwards;             // through the channels: first those that the launch before has left in the L2 cache
   const Stats<float>* stats_in;  // (B, N); null on the first launch: nothing attended yet
   Stats<float>* stats_out;       // (B, N); null on the last
   float* lse;                    // (B, N); null except on the last
   int steps_per_split;           // a range of channels, in panels
+  int jobs;                      // CTA i takes jobs i, i + blocks, ...
   int blocks;
 };
 
-// A lane's part of a warp's 16 rows of an output panel, as it is moved between shared and global memory: segment lane % 8
-// of the rows lane / 8 + 4 i.
-struct OutputRows {
-  char* warp_rows;
-  char* segments;
-  int segment_place;
-  const char* places;  // where the rows lie in the output
+struct HopperForwardJob {
+  Line group;
+  int query0;        // position at which the tile of queries begins
+  int split;
+  int step0, steps;  // panels of channels
 
-  CCNET_DEVICE OutputRows(int thread, char* panel, const char* out_rows)
-      : warp_rows(panel + thread / kWarp * 16 * kRowBytes),
-        segments(warp_rows + thread % kWarp / 8 * kRowBytes),
-        segment_place((thread % 8 ^ thread % kWarp / 8) * kSegmentBytes),
-        places(out_rows + (thread / kWarp * 16 + thread % kWarp / 8) * sizeof(uint32_t)) {}
-  CCNET_DEVICE char* segment(int i) const { return segments + i * 4 * kRowBytes + (segment_place ^ i % 2 * 64); }
-  CCNET_DEVICE uint32_t place(int i) const { return load_shared<uint32_t>(places + 4 * i * sizeof(uint32_t)); }
+  CCNET_DEVICE HopperForwardJob(const HopperForwardArgs& a, int number, int panels) {
+    const int group_number = static_cast<int>(a.within.quotient(static_cast<uint32_t>(number)));
+    const int within = number - group_number * static_cast<int>(a.within.divisor);
+    const int query_tile = static_cast<int>(a.by_split.quotient(static_cast<uint32_t>(within)));
+    split = within - query_tile * static_cast<int>(a.by_split.divisor);
+    query0 = query_tile * kTileRows;
+    group = find_group(a.tiling, group_number);
+    step0 = split * a.steps_per_split;
+    steps = min_of(a.steps_per_split, panels - step0);
+  }
+  CCNET_DEVICE int channel(const HopperForwardArgs& a, int step, int width) const {
+    return (step0 + (a.backwards ? steps - 1 - step : step)) * width;
+  }
 };
 
-template <typename T, int Blocks>
-CCNET_KERNEL(HopperForwardShape<Blocks>::kThreads, HopperForwardShape<Blocks>::kBlocksPerSm)
-void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs<T> a) {
-  using Shape = HopperForwardShape<Blocks>;
-  using PanelRing = typename Shape::PanelRing;
-  constexpr int kWidth = kPanelWidth<T>;
-  constexpr int kDepthSteps = kWidth / 16;             // of one panel of C'
-  constexpr int kKeySteps = kTileRows / 16;            // of one block of keys
-  constexpr int kDepthStep = 16 * 2 >> 4;              // in a descriptor: 16 elements along a row
-  constexpr int kRowStep = 16 * kRowBytes >> 4;        // in a descriptor: 16 rows
-  // Energies are computed for so many keys at once. Where that is not all of them, for every unit twice but the last:
-  // first for the row maximum, then for P. Registers for all energies at once there are not.
-  constexpr int kUnit = Blocks == 1 ? kTileRows : kTileRows / 2;
-  constexpr int kUnits = Blocks * kTileRows / kUnit;
-  constexpr int kEvaluations = 2 * kUnits - 1;
+// What the one thread does that moves panels. It takes everything in order: an item is a panel of Q, K or V.
+template <typename T, int Blocks, int Keys>
+class HopperForwardMover {
+  using Shape = HopperForwardShape<Blocks, Keys>;
+  static constexpr int kWidth = kPanelWidth<T>;
 
-  const Tiling& tiling = a.tiling;
-  const int group_number = static_cast<int>(a.within.quotient(static_cast<uint32_t>(block_index())));
-  const int within = static_cast<int>(block_index()) - group_number * static_cast<int>(a.within.divisor);
-  const int query_tile = static_cast<int>(a.by_split.quotient(static_cast<uint32_t>(within)));
-  const int split = within - query_tile * static_cast<int>(a.by_split.divisor);
-  const int query0 = query_tile * kTileRows;
+ public:
+  CCNET_DEVICE HopperForwardMover(const HopperForwardArgs& a, const typename Shape::PanelRing& ring,
+                                  const typename Shape::OutRing& out)
+      : a_(a),
+        ring_(ring),
+        out_(out),
+        qk_items_(static_cast<int>(ceil_div(a.qk_channels, kWidth)) * (1 + Blocks)),
+        panels_(static_cast<int>(ceil_div(a.channels, kWidth))),
+        bytes_(panel_bytes(tile_rows(a.tiling))),
+        load_number_(static_cast<int>(block_index())),
+        load_job_(a, load_number_, panels_) {}
 
-  PanelRing ring(dynamic_shared());
-  allow_next_launch();
-  ring.start();
-  ring.clear_tails(tile_rows(tiling));
-  // In segments, which keeps it in 32 bits (the plan sees to that).
-  char* const out_rows = dynamic_shared() + Shape::kRowsOffset;
-  {
-    const Line group = find_group(tiling, group_number);
-    ring.keep_place(group);
-    if (thread_index() < kTileRows) {
-      const TileRow row = tile_row(tiling, thread_index());
-      store_shared<uint32_t>(
-          out_rows + thread_index() * sizeof(uint32_t),
-          row_exists(tiling, group, query0, row)
-              ? static_cast<uint32_t>(row_offset(a.out.strides, group, query0, row) / kSegmentLength<T>)
-              : kNoRow);
+  CCNET_DEVICE void run() {
+    const bool merges = a_.stats_in != nullptr;
+    // An item can be waited for without fear of a deadlock where its slot was that of an item of Q or K, or of a V whose
+    // step is done.
+    int done_items = qk_items_;  // up to the current step
+    load_until(done_items + Shape::kSlots);
+    if (merges) wait_for_previous_launch();
+    int number = static_cast<int>(block_index());
+    HopperForwardJob job(a_, number, panels_), ready_job = job;
+    int ready_number = number, ready_step = 0, step = 0;
+    // Hands out the next panel of the output.
+    const auto make_ready = [&]() {
+      if (ready_number >= a_.jobs) return;
+      SharedBarrier* const ready = out_.ready + ready_slot_;
+      arrive_and_expect(ready, merges ? bytes_ : 0);
+      if (merges) {
+        load_box(out_.panel(ready_slot_), &a_.out, ready_job.channel(a_, ready_step, kWidth), ready_job.query0,
+                 static_cast<int>(ready_job.group.at[1]), static_cast<int>(ready_job.group.at[0]),
+                 static_cast<int>(ready_job.group.batch), ready);
+      }
+      if (++ready_slot_ == Shape::kOutPanels) ready_slot_ = 0;
+      next(ready_number, ready_job, ready_step);
+    };
+    CCNET_UNROLL_BY(1)
+    for (int i = 0; i < Shape::kOutPanels; ++i) make_ready();
+    CCNET_UNROLL_BY(1)
+    while (number < a_.jobs) {
+      const int slot = out_.written();
+      store_box(&a_.out, out_.panel(slot), job.channel(a_, step, kWidth), job.query0,
+                static_cast<int>(job.group.at[1]), static_cast<int>(job.group.at[0]),
+                static_cast<int>(job.group.batch));
+      commit_stores();
+      done_items += Blocks;
+      load_until(done_items + Shape::kSlots);
+      wait_stores_read();
+      make_ready();
+      next(number, job, step);
+      if (step == 0) {
+        done_items += qk_items_;
+        load_until(done_items + Shape::kSlots);
+      }
     }
   }
+
+ private:
+  CCNET_DEVICE void next(int& number, HopperForwardJob& job, int& step) const {
+    if (++step < job.steps) return;
+    step = 0;
+    number += a_.blocks;
+    if (number < a_.jobs) job = HopperForwardJob(a_, number, panels_);
+  }
+  CCNET_DEVICE void load_until(int end) {
+    CCNET_UNROLL_BY(1)
+    for (; loaded_ < end && load_number_ < a_.jobs; ++loaded_) {
+      const TensorMap* map = &a_.value;
+      int channel, row;
+      if (load_item_ < qk_items_) {
+        const int panel = load_item_ / (1 + Blocks), which = load_item_ - panel * (1 + Blocks);
+        map = which == 0 ? &a_.query : &a_.key;
+        row = which == 0 ? load_job_.query0 : a_.first_key + (which - 1) * kTileRows;
+        channel = panel * kWidth;
+      } else {
+        const int v = load_item_ - qk_items_;
+        row = a_.first_key + v % Blocks * kTileRows;
+        channel = load_job_.channel(a_, v / Blocks, kWidth);
+      }
+      const int slot = ring_.acquire(bytes_);
+      load_box(ring_.stage(slot), map, channel, row, static_cast<int>(load_job_.group.at[1]),
+               static_cast<int>(load_job_.group.at[0]), static_cast<int>(load_job_.group.batch), ring_.full + slot);
+      if (++load_item_ == qk_items_ + load_job_.steps * Blocks) {
+        load_item_ = 0;
+        load_number_ += a_.blocks;
+        if (load_number_ < a_.jobs) load_job_ = HopperForwardJob(a_, load_number_, panels_);
+      }
+    }
+  }
+
+  const HopperForwardArgs& a_;
+  typename Shape::PanelRing ring_;
+  typename Shape::OutRing out_;
+  const int qk_items_;  // of a job
+  const int panels_, bytes_;
+  int loaded_ = 0;
+  int load_number_, load_item_ = 0;  // of the job
+  HopperForwardJob load_job_;
+  int ready_slot_ = 0;
+};
+
+// A warp's 16 rows x 64 channels of the output, from products of which a lane holds two channels where memory wants eight.
+// out = sums * new_scale, `Merges`: + what the panel holds * old_scale.
+template <typename T, bool Merges>
+CCNET_DEVICE void write_output(char* fragments, int place, const float (&sums)[32], const float (&new_scale)[2],
+                               const float (&old_scale)[2]) {
+  CCNET_UNROLL
+  for (int i = 0; i < 4; ++i) {  // 16 channels, as load_matrices() and store_matrices() take them
+    char* const fragment = fragments + (place ^ i * 2 * kSegmentBytes);
+    uint32_t words[4];
+    if constexpr (Merges) load_matrices(words, fragment);
+    CCNET_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      const int r = w % 2;
+      const float* const sum = sums + 8 * i + w / 2 * 4 + 2 * r;
+      float low = sum[0] * new_scale[r], high = sum[1] * new_scale[r];
+      if constexpr (Merges) {
+        float old_low, old_high;
+        unpack_pair<T>(words[w], old_low, old_high);
+        low = fmaf(old_low, old_scale[r], low);
+        high = fmaf(old_high, old_scale[r], high);
+      }
+      words[w] = pack<T>(low, high);
+    }
+    store_matrices(fragment, words);
+  }
+}
+
+template <typename T, int Blocks, int Keys>
+CCNET_KERNEL((HopperForwardShape<Blocks, Keys>::kThreads), (HopperForwardShape<Blocks, Keys>::kBlocksPerSm))
+void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs a) {
+  using Shape = HopperForwardShape<Blocks, Keys>;
+  constexpr int kKeySteps = static_cast<int>(ceil_div(Keys, 16));  // of one tile of keys
+  const int thread = thread_index();
+  char* const shared = dynamic_shared();
+  typename Shape::PanelRing ring(shared, shared + Shape::kBarriersOffset);
+  typename Shape::OutRing out(shared + Shape::kOutOffset, shared + Shape::kOutBarriersOffset);
+  const bool merges = a.stats_in != nullptr;
+  const int box_rows = tile_rows(a.tiling);
+
+  if (thread == Shape::kConsumers) {
+    prefetch_map(&a.query);
+    prefetch_map(&a.key);
+    prefetch_map(&a.value);
+    prefetch_map(&a.out);
+    ring.init();
+    out.init();
+  }
+  // Rows that no box brings must be finite: they are multiplied with zero weights.
+  for (int row = box_rows + thread / kRowSegments; row < kTileRows; row += Shape::kThreads / kRowSegments) {
+    CCNET_UNROLL_BY(1)
+    for (int panel = 0; panel < Shape::kSlots + Shape::kOutPanels; ++panel) {
+      char* const panel_row = shared + panel * Shape::kPanelBytes + row * kRowBytes;
+      store_shared<Segment>(panel_row + thread % kRowSegments * kSegmentBytes, {{0, 0, 0, 0}});
+    }
+  }
+  fence_shared_for_async();
+  converge_warp();
+  // All lanes of a warp meet at the same place, also those of the one that moves panels.
   barrier();
 
-  // The items in order: panels of Q and K, then of V.
-  const int qk_panels = static_cast<int>(ceil_div(a.qk_channels, kWidth));
-  const bool resident = Blocks > 1 && qk_panels == 1;  // Q and K stay until all energies are there
-  const int score_items = resident ? 1 + Blocks : 2 * qk_panels * kEvaluations;
-  const int step0 = split * a.steps_per_split;
-  const int steps = min_of(a.steps_per_split, static_cast<int>(ceil_div(a.channels, kWidth)) - step0);
-  const int items = score_items + steps * Blocks;
-  const auto load = [&](int item, char* panel, SharedBarrier* full) {
-    const TensorMap* map = &a.value;
-    int row = 0, channel = 0;
-    if (item >= score_items) {
-      const int v = item - score_items;
-      channel = (step0 + v / Blocks) * kWidth;
-      row = a.first_key + v % Blocks * kTileRows;
-    } else if (resident) {
-      map = item == 0 ? &a.query : &a.key;
-      row = item == 0 ? query0 : a.first_key + (item - 1) * kTileRows;
-    } else {
-      const int evaluation = qk_panels == 1 ? item / 2 : item / (2 * qk_panels);
-      const bool of_query = item % 2 == 0;
-      map = of_query ? &a.query : &a.key;
-      row = of_query ? query0 : a.first_key + evaluation % kUnits * kUnit / kTileRows * kTileRows;
-      channel = (item / 2 - evaluation * qk_panels) * kWidth;
-    }
-    load_box(panel, map, channel, row, ring.place(0), ring.place(1), ring.place(2), full);
-  };
-  // Fills the slots of the first `released` items.
-  const auto refill = [&](int released) {
-    if (thread_index() == 0) {
-      ring.fill(min_of(released + Shape::kSlots, items), tile_rows(tiling) * kRowBytes, load);
-    }
-    converge_warp();
-  };
-  refill(0);
+  if (thread >= Shape::kConsumers) {
+    if constexpr (Shape::kAhead) release_registers<Shape::kMoverRegisters>();
+    if (thread > Shape::kConsumers) return;
+    // Inputs of a launch that is not the first were there before the one before began.
+    if (!merges) wait_for_previous_launch();
+    allow_next_launch();
+    HopperForwardMover<T, Blocks, Keys> mover(a, ring, out);
+    mover.run();
+    wait_stores_read();
+    return;
+  }
+  if constexpr (Shape::kAhead) claim_registers<Shape::kConsumerRegisters>();
 
-  // What earlier launches have left in a step's channels, for the step to add to: there after wait_copies().
-  const bool kept = a.stats_in != nullptr;
-  Segment* const out = reinterpret_cast<Segment*>(a.out.data);
-  const auto fetch_old = [&](int step) {
-    const int thread = recompute(thread_index());
-    const OutputRows rows(thread, ring.panel(Shape::kSlots + step % Shape::kOutPanels), out_rows);
-    const int segment = (step0 + step) * kRowSegments + thread % 8;
-    const bool exists = segment * kSegmentLength<T> < a.channels;
+  const int warpgroup = uniform(thread / kWarpgroup);
+  const bool leads_warp = thread % kWarp == 0;
+  const int lane_row = thread / kWarp * 16 + thread % kWarp / 4;  // and the one 8 further
+  const int lane_column = thread % 4 * 2;
+  const int panels = static_cast<int>(ceil_div(a.channels, kPanelWidth<T>));
+  const int qk_steps = static_cast<int>(ceil_div(a.qk_channels, kPanelWidth<T>));
+  // Of the warp's rows in the first panel of the output, what load_matrices() and store_matrices() want of the lane.
+  char* const fragments = out.panel(0) + (thread / kWarp * 16 + thread % 16) * kRowBytes;
+  const int fragment_place = (thread % kWarp / 16 ^ thread % 8) * kSegmentBytes;
+  int to_release = 0;  // the slots are released in order
+  const auto release_slots = [&](int count) {
     CCNET_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t row = rows.place(i);
-      const bool there = exists && row != kNoRow;
-      copy_async(rows.segment(i), out + (there ? row + segment : 0), there ? kSegmentBytes : 0);
+    for (int i = 0; i < count; ++i) {
+      if (leads_warp) ring.release(to_release);
+      if (++to_release == Shape::kSlots) to_release = 0;
     }
   };
 
-  const auto own_row = [](int thread) { return thread / kWarp * 16 + thread % kWarp / 4; };  // and the one 8 further
-
-  uint32_t weights[Blocks][kKeySteps][4];  // P, as left operands
-  float new_scale[2], old_scale[2];
-  {
-    float scores[kUnit / 2];
-    float row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0.f, 0.f};
-    const char* q = nullptr;
-    const char* k[Blocks];
-    if (resident) {
-      q = ring.take();
-      CCNET_UNROLL
-      for (int b = 0; b < Blocks; ++b) k[b] = ring.take();
-    }
-    CCNET_UNROLL
-    for (int evaluation = 0; evaluation < kEvaluations; ++evaluation) {
-      const int unit = evaluation % kUnits;
-      const int key_block = unit * kUnit / kTileRows;
-      const int unit_row = unit * kUnit % kTileRows;  // of its block
-      CCNET_UNROLL_BY(1)
-      for (int p = 0; p < qk_panels; ++p) {
-        if (!resident) {
-          q = ring.take();
-          k[key_block] = ring.take();
-        }
-        const uint64_t q_matrix = panel_descriptor(q + thread_index() / kWarpgroup * 64 * kRowBytes);
-        const uint64_t k_matrix = panel_descriptor(k[key_block] + unit_row * kRowBytes);
-        hold(scores);
-        begin_products();
-        CCNET_UNROLL
-        for (int d = 0; d < kDepthSteps; ++d) {
-          WarpgroupProduct<T, kUnit>::template multiply<Major::kDepth, Major::kDepth>(
-              scores, q_matrix + d * kDepthStep, k_matrix + d * kDepthStep, p > 0 || d > 0);
-        }
-        commit_products();
-        wait_products<0>();
-        hold(scores);
-        if (!resident) {
-          ring.template release<2>();
-          refill(2 * (evaluation * qk_panels + p));  // not the two just released: other warps may still read them
-        }
-      }
-
-      const int thread = recompute(thread_index());
-      const int key0 = a.first_key + key_block * kTileRows;
-      const Partners partners[2] = {
-          partners_of(tiling, tile_row(tiling, own_row(thread)), query0, key0, a.drop_self),
-          partners_of(tiling, tile_row(tiling, own_row(thread) + 8), query0, key0, a.drop_self)};
-      CCNET_UNROLL
-      for (int j = 0; j < kUnit / 8; ++j) {
-        // Of a line on its own most eights of keys need no mask: only those beyond its end, and on the diagonal.
-        const int first = unit_row + 8 * j;
-        const bool at_end = key0 + first + 8 > tiling.length;
-        const bool on_diagonal = a.drop_self && (key0 + first) / 16 == query0 / 16 + thread / kWarp;
-        if (tiling.group == 1 && !at_end && !on_diagonal) continue;
-        CCNET_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          if (!partners[e / 2].has(first + thread % 4 * 2 + e % 2)) scores[4 * j + e] = -INFINITY;
-        }
-      }
+  CCNET_UNROLL_BY(1)
+  for (int number = static_cast<int>(block_index()); number < a.jobs; number += a.blocks) {
+    const HopperForwardJob job(a, number, panels);
+    uint32_t places[2];  // of the lane's rows in the statistics
+    float scores[Blocks][Keys / 2];
+    // Sets scores where a row does not attend to a key to minus infinity; with `others`, all others to 0.
+    const auto mask_scores = [&](bool others) {
       CCNET_UNROLL
       for (int r = 0; r < 2; ++r) {
-        if (evaluation < kUnits) {
-          float m[4] = {row_max[r], -INFINITY, -INFINITY, -INFINITY};
+        const TileRow row = tile_row(a.tiling, recompute(lane_row) + 8 * r);
+        CCNET_UNROLL
+        for (int b = 0; b < Blocks; ++b) {
+          const uint32_t columns = lane_columns(
+              partners_of(a.tiling, row, job.query0, a.first_key + b * kTileRows, a.drop_self), lane_column);
           CCNET_UNROLL
-          for (int i = 0; i < kUnit / 4; ++i) m[i % 4] = fmaxf(m[i % 4], scores[4 * (i / 2) + 2 * r + i % 2]);
-          m[0] = fmaxf(fmaxf(m[0], m[1]), fmaxf(m[2], m[3]));
-          m[0] = fmaxf(m[0], shuffle_xor(m[0], 1));
-          row_max[r] = fmaxf(m[0], shuffle_xor(m[0], 2));
-        }
-        if (evaluation >= kUnits - 1) {
-          const float reference = row_max[r] == -INFINITY ? 0.f : row_max[r] * -kLog2E;  // 0: nothing but masked keys
-          float sum[2] = {0.f, 0.f};
-          CCNET_UNROLL
-          for (int j = 0; j < kUnit / 8; ++j) {
-            const float low = exp2_rounded(fmaf(scores[4 * j + 2 * r], kLog2E, reference));
-            const float high = exp2_rounded(fmaf(scores[4 * j + 2 * r + 1], kLog2E, reference));
-            sum[0] += low;
-            sum[1] += high;
-            weights[key_block][unit_row / 16 + j / 2][j % 2 * 2 + r] = pack<T>(low, high);
+          for (int i = 0; i < Keys / 4; ++i) {
+            float& score = scores[b][4 * (i / 2) + 2 * r + i % 2];
+            score = (columns & 1u << i) == 0 ? -INFINITY : others ? 0.f : score;
           }
-          row_sum[r] += sum[0] + sum[1];
         }
       }
+    };
+    // The products add to what the mask leaves, so that it costs no time after them.
+    mask_scores(true);
+    CCNET_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      places[r] = row_place(a.position, a.tiling, job.group, job.query0, tile_row(a.tiling, lane_row + 8 * r));
     }
-    if (resident) {
-      ring.template release<1 + Blocks>();
+    CCNET_UNROLL
+    for (int b = 0; b < Blocks; ++b) hold(scores[b]);
+
+    CCNET_UNROLL_BY(1)
+    for (int p = 0; p < qk_steps; ++p) {
+      const uint64_t q = advance(panel_descriptor(ring.stage(ring.take())), warpgroup * kHalfAdvance);
+      uint64_t k[Blocks];
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) k[b] = panel_descriptor(ring.stage(ring.take()));
+      converge_warp();
+      begin_products();
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) multiply_rows<T, Keys>(scores[b], q, k[b], true);
+      commit_products();
+      wait_products<0>();
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) hold(scores[b]);
+      release_slots(1 + Blocks);
     }
 
-    // Merged with the keys of earlier launches.
-    if (kept) {
-      wait_for_previous_launch();
-      fetch_old(0);
+    // Keys of other lines in the tile may be no numbers.
+    if (Blocks == 1 && a.tiling.group > 1) mask_scores(false);
+
+    float row_max[2], row_sum[2];
+    uint32_t weights[Blocks][kKeySteps][4];  // P, as left operands
+    CCNET_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      float m[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) {
+        CCNET_UNROLL
+        for (int i = 0; i < Keys / 4; ++i) m[i % 4] = fmaxf(m[i % 4], scores[b][4 * (i / 2) + 2 * r + i % 2]);
+      }
+      m[0] = fmaxf(fmaxf(m[0], m[1]), fmaxf(m[2], m[3]));
+      m[0] = fmaxf(m[0], shuffle_xor(m[0], 1));
+      row_max[r] = fmaxf(m[0], shuffle_xor(m[0], 2));
+      const float reference = row_max[r] == -INFINITY ? 0.f : row_max[r] * -kLog2E;  // 0: no keys at all
+      float sum[2] = {0.f, 0.f};
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) {
+        CCNET_UNROLL
+        for (int j = 0; j < 2 * kKeySteps; ++j) {
+          uint32_t& word = weights[b][j / 2][j % 2 * 2 + r];
+          word = 0;
+          if (8 * j >= Keys) continue;
+          const float low = exp2_rounded(fmaf(scores[b][4 * j + 2 * r], kLog2E, reference));
+          const float high = exp2_rounded(fmaf(scores[b][4 * j + 2 * r + 1], kLog2E, reference));
+          sum[0] += low;
+          sum[1] += high;
+          word = pack<T>(low, high);
+        }
+      }
+      row_sum[r] = sum[0] + sum[1];
     }
-    const Line group = ring.group();
-    const int thread = recompute(thread_index());
+
+    // From here on panel by panel of the channels.
+    float sums[32], other_sums[32];
+    clear(sums);
+    const auto begin_values = [&](float (&d)[32]) {
+      uint64_t v[Blocks];
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) v[b] = panel_descriptor(ring.stage(ring.take()));
+      converge_warp();
+      begin_products();
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) {
+        CCNET_UNROLL
+        for (int s = 0; s < kKeySteps; ++s) {
+          WarpgroupProduct<T, 64>::template multiply<Major::kOuter>(d, weights[b][s], advance(v[b], s * kOuterAdvance),
+                                                                    b > 0 || s > 0);
+        }
+      }
+      commit_products();
+    };
+    begin_values(sums);
+
+    // Merged with the keys of earlier launches.
+    float new_scale[2], old_scale[2];
+    if (merges) wait_for_previous_launch();
     CCNET_UNROLL
     for (int r = 0; r < 2; ++r) {
       row_sum[r] += shuffle_xor(row_sum[r], 1);
       row_sum[r] += shuffle_xor(row_sum[r], 2);
-      new_scale[r] = old_scale[r] = 0.f;
-      const TileRow row = tile_row(tiling, own_row(thread) + 8 * r);
-      if (!row_exists(tiling, group, query0, row)) continue;
-      const int64_t position = row_offset(a.position, group, query0, row);
       Stats<float> before = empty_stats<float>();
-      if (kept) before = load_global(a.stats_in + position);
+      if (merges && places[r] != kNoRow) before = load_global(a.stats_in + places[r]);
       const float max = fmaxf(before.max, row_max[r]);
       // exp(-inf - -inf) is NaN: an empty set counts for nothing.
       const float old_part = before.sum > 0.f ? before.sum * exp2_rounded((before.max - max) * kLog2E) : 0.f;
       const float new_part = row_sum[r] > 0.f ? exp2_rounded((row_max[r] - max) * kLog2E) : 0.f;
       const Stats<float> merged{max, fmaf(new_part, row_sum[r], old_part)};
-      if (merged.sum > 0.f) {
-        const float inverse = 1.f / merged.sum;
-        new_scale[r] = new_part * inverse;
-        old_scale[r] = old_part * inverse;
-      }
-      if (split == 0 && thread % 4 == 0) {
-        if (a.stats_out != nullptr) store_global(a.stats_out + position, merged);
-        if (a.lse != nullptr) store_global(a.lse + position, log_sum_exp(merged));
+      const float inverse = merged.sum > 0.f ? 1.f / merged.sum : 0.f;
+      new_scale[r] = new_part * inverse;
+      old_scale[r] = old_part * inverse;
+      if (job.split == 0 && thread % 4 == 0 && places[r] != kNoRow) {
+        if (a.stats_out != nullptr) store_global(a.stats_out + places[r], merged);
+        if (a.lse != nullptr) store_global(a.lse + places[r], log_sum_exp(merged));
       }
     }
-  }
 
-  // out = P V * new_scale + out * old_scale. A warp's 16 rows of a panel go through shared memory, since the fragments
-  // of wgmma hold two channels where memory wants eight: a lane reads and writes segment lane % 8 of the rows
-  // lane / 8 + 4 i, whole 128-byte lines together.
-  refill(score_items);
-  CCNET_UNROLL_BY(1)
-  for (int step = 0; step < steps; ++step) {
-    const int thread = Blocks == 1 ? thread_index() : recompute(thread_index());  // where registers are short
-    const OutputRows rows(thread, ring.panel(Shape::kSlots + step % Shape::kOutPanels), out_rows);
-    // Of a fragment of 16 rows x 16 channels, as load_matrices() and store_matrices() take them.
-    char* const fragments = rows.warp_rows + thread % 16 * kRowBytes;
-    const int fragment_place = (thread % kWarp / 16 ^ thread % 8) * kSegmentBytes;
-    const auto fragment_at = [&](int i) { return fragments + (fragment_place ^ i * 32); };
-    const int segment = (step0 + step) * kRowSegments + thread % 8;
-    const bool exists = segment * kSegmentLength<T> < a.channels;
-
-    float sums[kWidth / 2];
-    hold(sums);
-    const char* v[Blocks];
-    CCNET_UNROLL
-    for (int b = 0; b < Blocks; ++b) v[b] = ring.take();
-    begin_products();
-    CCNET_UNROLL
-    for (int b = 0; b < Blocks; ++b) {
-      const uint64_t v_matrix = panel_descriptor(v[b]);
-      CCNET_UNROLL
-      for (int s = 0; s < kKeySteps; ++s) {
-        WarpgroupProduct<T, kWidth>::template multiply<Major::kOuter>(sums, weights[b][s], v_matrix + s * kRowStep,
-                                                                      b > 0 || s > 0);
+    const auto write = [&](const float (&d)[32]) {
+      const int slot = out.take();
+      converge_warp();
+      char* const rows = fragments + slot * Shape::kPanelBytes;
+      if (merges) {
+        write_output<T, true>(rows, fragment_place, d, new_scale, old_scale);
+      } else {
+        write_output<T, false>(rows, fragment_place, d, new_scale, old_scale);
       }
-    }
-    commit_products();
-    if (kept) {
-      wait_copies();
-      if (step + 1 < steps) fetch_old(step + 1);
-    }
-    wait_products<0>();
-    hold(sums);
-    ring.template release<Blocks>();
-    refill(score_items + step * Blocks);  // brings the lanes together, too: the old rows are there
-    CCNET_UNROLL
-    for (int i = 0; i < 4; ++i) {  // 16 channels
-      uint32_t words[4];
-      if (kept) load_matrices(words, fragment_at(i));
-      CCNET_UNROLL
-      for (int w = 0; w < 4; ++w) {
-        const int r = w % 2;
-        float* const sum = sums + 8 * i + w / 2 * 4 + 2 * r;
-        if (kept) {
-          words[w] = pack<T>(fmaf(to_float<T>(T{static_cast<uint16_t>(words[w])}), old_scale[r], sum[0] * new_scale[r]),
-                             fmaf(to_float<T>(T{static_cast<uint16_t>(words[w] >> 16)}), old_scale[r],
-                                  sum[1] * new_scale[r]));
-        } else {
-          words[w] = pack<T>(sum[0] * new_scale[r], sum[1] * new_scale[r]);
+      fence_shared_for_async();
+      converge_warp();
+      if (leads_warp) out.hand_back(slot);
+    };
+    if constexpr (Shape::kAhead) {
+      clear(other_sums);
+      const auto step = [&](float (&own)[32], float (&next)[32]) {
+        begin_values(next);
+        wait_products<1>();
+        hold(own);
+        release_slots(Blocks);
+        write(own);
+      };
+      const auto finish = [&](float (&own)[32]) {
+        wait_products<0>();
+        hold(own);
+        release_slots(Blocks);
+        write(own);
+      };
+      // Written so that the compiler sees which of the two is under way.
+      CCNET_UNROLL_BY(1)
+      for (int s = 0;; ++s) {
+        if (s + 1 == job.steps) {
+          finish(sums);
+          break;
         }
+        step(sums, other_sums);
+        if (++s + 1 == job.steps) {
+          finish(other_sums);
+          break;
+        }
+        step(other_sums, sums);
       }
-      store_matrices(fragment_at(i), words);
+    } else {
+      CCNET_UNROLL_BY(1)
+      for (int s = 0;;) {
+        wait_products<0>();
+        hold(sums);
+        release_slots(Blocks);
+        write(sums);
+        if (++s == job.steps) break;
+        begin_values(sums);
+      }
     }
-    converge_warp();
-    CCNET_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t row = rows.place(i);
-      if (exists && row != kNoRow) store_global(out + row + segment, load_shared<Segment>(rows.segment(i)));
-    }
-    converge_warp();
   }
 }
 

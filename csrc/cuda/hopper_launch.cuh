@@ -52,15 +52,16 @@ class HopperLauncher {
  public:
   explicit HopperLauncher(void* stream) : stream_(static_cast<cudaStream_t>(stream)) {}
 
-  template <typename T, int Blocks>
-  int forward(const HopperForwardArgs<T>& args, bool overlaps_previous) const {
-    using Shape = HopperForwardShape<Blocks>;
-    return run(hopper_forward_kernel<T, Blocks>, args, Shape::kThreads, Shape::kSharedBytes, overlaps_previous);
+  template <typename T, int Blocks, int Keys>
+  int forward(const HopperForwardArgs& args) const {
+    using Shape = HopperForwardShape<Blocks, Keys>;
+    return run(hopper_forward_kernel<T, Blocks, Keys>, args, Shape::kThreads, Shape::kSharedBytes, true);
   }
   template <typename T, int Blocks, bool FindsDelta, int Rows>
   int backward(const HopperBackwardArgs<T>& args, bool overlaps_previous) const {
     using Shape = HopperBackwardShape<T, Blocks, FindsDelta, Rows>;
-    return run(hopper_backward_kernel<T, Blocks, FindsDelta, Rows>, args, Shape::kThreads, Shape::kSharedBytes, overlaps_previous);
+    return run(hopper_backward_kernel<T, Blocks, FindsDelta, Rows>, args, Shape::kThreads, Shape::kSharedBytes,
+               overlaps_previous);
   }
   template <typename T>
   int dense_delta(const DenseDeltaArgs<T>& args) const {

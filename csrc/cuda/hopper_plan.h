@@ -44,7 +44,7 @@ inline int64_t hopper_forward_scratch(const Grid& g) {
   return stats_buffers(hopper_forward_launches(g)) * g.batch * g.positions() * int64_t{sizeof(Stats<float>)};
 }
 
-// launch.template forward<T, Blocks>(args, overlaps_previous)
+// launch.template forward<T, Blocks, Keys>(args)
 template <typename T, typename Launch>
 int hopper_forward(const ForwardRequest& call, Launch&& launch) {
   const Grid& g = call.grid;
@@ -54,37 +54,47 @@ int hopper_forward(const ForwardRequest& call, Launch&& launch) {
   int64_t done = 0;
   for (int axis = 0; axis < g.axes; ++axis) {
     if (!has_keys(g, axis)) continue;
-    HopperForwardArgs<T> args{};
+    HopperForwardArgs args{};
     args.tiling = tiling_along(g, axis);
     const Tiling& tiling = args.tiling;
-    int error = make_map(&args.query, box_source<T>(call.query, g, axis, call.qk_channels, tiling));
-    if (error == 0) error = make_map(&args.key, box_source<T>(call.key, g, axis, call.qk_channels, tiling));
-    if (error == 0) error = make_map(&args.value, box_source<T>(call.value, g, axis, call.channels, tiling));
+    const auto map = [&](TensorMap* to, const TensorRef& t, int channels) {
+      return make_map(to, box_source<T>(t, g, axis, channels, tiling));
+    };
+    int error = map(&args.query, call.query, call.qk_channels);
+    if (error == 0) error = map(&args.key, call.key, call.qk_channels);
+    if (error == 0) error = map(&args.value, call.value, call.channels);
+    if (error == 0) error = map(&args.out, call.out, call.channels);
     if (error != 0) return error;
-    args.position = strides_along(g, scalar_strides(g), axis);
+    args.position = row_strides(strides_along(g, scalar_strides(g), axis), 1);
     args.drop_self = !keeps_self(g.axes, axis);
     args.qk_channels = call.qk_channels;
     args.channels = call.channels;
-    args.out = output_of<T>(call.out, g, axis, call.channels);
-    // Two CTAs for each multiprocessor, where there are channels enough to share out.
     const int64_t tiles = line_groups(tiling, g.batch) * tiling.line_tiles;
     const int64_t steps = ceil_div(call.channels, kPanelWidth<T>);
-    int64_t splits = HopperForwardShape<1>::kBlocksPerSm * call.device.multiprocessors / tiles;
-    splits = splits < 1 ? 1 : splits > steps ? steps : splits;
-    args.steps_per_split = static_cast<int>(ceil_div(steps, splits));
-    splits = ceil_div(steps, args.steps_per_split);
-    args.by_split = divisor_of(splits);
-    args.within = divisor_of(tiling.line_tiles * splits);
-    args.blocks = static_cast<int>(tiles * splits);
     for (int64_t first_key = 0; first_key < tiling.length; first_key += kHopperKeysPerLaunch, ++done) {
       args.first_key = static_cast<int>(first_key);
+      const int64_t keys = tiling.group > 1 ? tile_rows(tiling) : tiling.length - first_key;
+      const bool two_blocks = keys > kTileRows;
+      // A job for each place on the machine, where there are channels enough to share out.
+      const int64_t places =
+          (two_blocks ? HopperForwardShape<2>::kBlocksPerSm : HopperForwardShape<1>::kBlocksPerSm) *
+          int64_t{call.device.multiprocessors};
+      int64_t splits = places / tiles;
+      splits = splits < 1 ? 1 : splits > steps ? steps : splits;
+      args.steps_per_split = static_cast<int>(ceil_div(steps, splits));
+      splits = ceil_div(steps, args.steps_per_split);
+      args.by_split = divisor_of(splits);
+      args.within = divisor_of(tiling.line_tiles * splits);
+      args.jobs = static_cast<int>(tiles * splits);
+      args.blocks = static_cast<int>(args.jobs < places ? args.jobs : places);
       const bool last = done + 1 == launches;
+      args.backwards = done % 2 != 0;
       args.stats_in = done == 0 ? nullptr : stats + (done - 1) % 2 * positions;
       args.stats_out = last ? nullptr : stats + done % 2 * positions;
       args.lse = last ? call.lse : nullptr;
-      const bool two_blocks = tiling.length - first_key > kTileRows;
-      const bool overlaps = done > 0;
-      error = two_blocks ? launch.template forward<T, 2>(args, overlaps) : launch.template forward<T, 1>(args, overlaps);
+      error = two_blocks          ? launch.template forward<T, 2, kTileRows>(args)
+              : keys > kFewerRows ? launch.template forward<T, 1, kTileRows>(args)
+                                  : launch.template forward<T, 1, kFewerRows>(args);
       if (error != 0) return error;
     }
   }

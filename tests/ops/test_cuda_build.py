@@ -16,11 +16,14 @@ import pytest
 CUDA_SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 DTYPES = ("float", "half", "bfloat16")
 KERNELS = ("forward_kernel", "backward_kernel", "delta_kernel")
-# Two of each: lines of one block and of two; and two more: one that finds delta as well, one for fewer rows.
+# Three of each: lines of one block, of two, and of one with fewer rows; and one more that finds delta as well.
 HOPPER_KERNELS = (
-    *("hopper_forward_kernel", "hopper_backward_kernel") * 2,
-    *("hopper_backward_kernel", "hopper_backward_kernel", "dense_delta_kernel"),
+    *("hopper_forward_kernel", "hopper_backward_kernel") * 3,
+    *("hopper_backward_kernel", "dense_delta_kernel"),
 )
+
+# What comes first where a wait for a phase of a barrier ends at the wrong time depends on whose turn it was.
+OUT_OF_STEP = "deadlock|more arrivals in a phase than it takes|not all threads of the warpgroup|under way"
 
 pytestmark = pytest.mark.skipif(not CUDA_SOURCES.is_dir(), reason="the CUDA sources are not here")
 
@@ -59,15 +62,16 @@ def test_kernels_agree_with_brute_force_on_many_shapes(emulator: Path, dtype: st
         ("shuffle", "float", 80, "errors: "),
         ("drop-tail", "bfloat16", 80, "errors: "),
         ("swap-fragments", "half", 90, "errors: "),
-        ("skip-phase", "half", 90, "not all threads of the warpgroup have waited for"),
-        ("wrong-parity", "bfloat16", 90, "deadlock"),
-        ("refill-early", "half", 90, "under way"),
+        ("skip-phase", "half", 90, OUT_OF_STEP),
+        ("wrong-parity", "bfloat16", 90, OUT_OF_STEP),
+        ("refill-early", "half", 90, OUT_OF_STEP),
         ("lose-arrival", "bfloat16", 90, "deadlock"),
         ("skip-fence", "half", 90, "ordinary writes without a fence between"),
         ("plain-box", "bfloat16", 90, "errors: "),
         ("keep-outside", "half", 90, "is not finite"),
         ("transpose-descriptor", "bfloat16", 90, "matrix descriptor"),
         ("wait-too-little", "half", 90, "product"),
+        ("skip-store-wait", "half", 90, "may still be read from shared memory"),
         ("skip-launch-wait", "bfloat16", 90, "while an earlier launch that writes it may be under way"),
     ],
 )
@@ -77,7 +81,7 @@ def test_emulation_notices_faults(
     command = [str(emulator), "--dtype", dtype, "--capability", str(capability), "--fault", fault]
     result = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert result.returncode == 1, result.stdout + result.stderr
-    assert symptom in result.stdout
+    assert re.search(symptom, result.stdout), result.stdout
 
 
 def test_emulated_machine_itself(tmp_path: Path) -> None:

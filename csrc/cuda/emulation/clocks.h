@@ -3,7 +3,7 @@
 //
 // Work is counted for agents: each thread; each thread again for those of its writes that fence_shared_for_async() has
 // made visible to wgmma and the TMA; each barrier in shared memory (its phases, for the boxes that end with them); each
-// warpgroup (its groups of products).
+// warpgroup (its groups of products); each warp (its groups of boxes that are stored).
 #pragma once
 
 #include <stdint.h>
@@ -20,10 +20,11 @@ class Clocks {
  public:
   static constexpr int kMostBarriers = 64;
   static constexpr int kWarpgroup = 128;
+  static constexpr int kWarp = 32;
 
   void start(int threads) {
     threads_ = threads;
-    agents_ = 2 * threads + kMostBarriers + threads / kWarpgroup;
+    agents_ = 2 * threads + kMostBarriers + threads / kWarpgroup + threads / kWarp;
     epoch_ = 1;
     const size_t count = static_cast<size_t>(threads);
     common_.assign(static_cast<size_t>(agents_), 0);
@@ -37,9 +38,11 @@ class Clocks {
   int fenced_writes(int thread) const { return threads_ + thread; }
   int phases(int barrier) const { return 2 * threads_ + barrier; }
   int products(int warpgroup) const { return 2 * threads_ + kMostBarriers + warpgroup; }
+  int stores(int thread) const { return products(threads_ / kWarpgroup) + thread / kWarp; }
   int threads() const { return threads_; }
   bool is_thread(int agent) const { return agent < threads_; }
   bool is_phase(int agent) const { return agent >= 2 * threads_ && agent < 2 * threads_ + kMostBarriers; }
+  bool is_store(int agent) const { return agent >= stores(0); }
   int barrier_of(int agent) const { return agent - 2 * threads_; }
 
   // The time of what a thread does now.

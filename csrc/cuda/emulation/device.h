@@ -16,7 +16,9 @@ inline emulation::Machine& machine() { return *emulation::Machine::current(); }
 
 inline int thread_index() { return machine().thread(); }
 inline int64_t block_index() { return machine().block(); }
-inline void barrier() { machine().barrier(); }
+inline void barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  machine().barrier({file, line});
+}
 inline int recompute(int v) { return v; }
 inline char* dynamic_shared() { return machine().shared(); }
 

@@ -14,8 +14,13 @@ namespace emulation {
 
 class GlobalShadow {
  public:
-  // How an access is made. What an asynchronous read reads must not change before the launch has ended.
   enum class Access { kRead, kAsynchronousRead, kWrite };
+
+  // Who makes an access, and when, as the clocks count it. Of asynchronous ones not the thread that asks for them.
+  struct Who {
+    int agent;
+    uint32_t time;
+  };
 
   explicit GlobalShadow(const Clocks& clocks) : clocks_(clocks) {}
 
@@ -39,10 +44,10 @@ class GlobalShadow {
     }
   }
 
-  // By a thread of a block of a launch; `has_ended(launch)` tells whether the thread may rely on an earlier launch's
-  // end.
+  // By, or at the request of, a thread of a block of a launch; `has_ended(launch)` tells whether the thread may rely on an
+  // earlier launch's end.
   template <typename HasEnded>
-  void touch(const void* p, int bytes, Access access, int64_t launch, int64_t block, int thread,
+  void touch(const void* p, int bytes, Access access, int64_t launch, int64_t block, int thread, const Who& who,
              const HasEnded& has_ended) {
     if (bytes == 0) return;
     const uintptr_t address = reinterpret_cast<uintptr_t>(p);
@@ -65,9 +70,9 @@ class GlobalShadow {
         fail(region, "touched while an earlier launch that writes it may be under way");
       }
       if (access == Access::kWrite) {
-        write(region, cell, launch, block, thread, has_ended);
+        write(region, cell, launch, block, thread, who, has_ended);
       } else {
-        read(region, cell, launch, block, thread, access == Access::kAsynchronousRead);
+        read(region, cell, launch, block, thread, who);
       }
     }
   }
@@ -107,7 +112,8 @@ class GlobalShadow {
   }
 
   template <typename HasEnded>
-  void write(const Region& region, Cell& cell, int64_t launch, int64_t block, int thread, const HasEnded& has_ended) {
+  void write(const Region& region, Cell& cell, int64_t launch, int64_t block, int thread, const Who& who,
+             const HasEnded& has_ended) {
     if (cell.read_launch == launch) {
       if (cell.read_block != block || !after_reads(cell, thread)) {
         fail(region, "written after a read in one launch by threads that are not ordered");
@@ -118,21 +124,23 @@ class GlobalShadow {
     cell.written = true;
     cell.write_launch = launch;
     cell.write_block = block;
-    cell.write_time = clocks_.now(thread);
-    cell.writer = thread;
+    cell.write_time = who.time;
+    cell.writer = who.agent;
   }
-  void read(const Region& region, Cell& cell, int64_t launch, int64_t block, int thread, bool asynchronous) {
+  void read(const Region& region, Cell& cell, int64_t launch, int64_t block, int thread, const Who& who) {
     if (!cell.written) fail(region, "read before it was written");
     const bool again = cell.read_launch == launch;
     cell.read_launch = launch;
-    if (asynchronous || (again && cell.read_block != block)) {
+    const bool others = again && (cell.read_block != block || !after_reads(cell, thread));
+    // Several readers that are ordered by nothing but a barrier of the whole CTA: no barrier orders asynchronous ones.
+    const bool asynchronous = !clocks_.is_thread(who.agent) || (again && !clocks_.is_thread(cell.reader));
+    if (others && (cell.read_block != block || asynchronous)) {
       cell.read_block = kSeveral;
       return;
     }
-    const bool others = again && !after_reads(cell, thread);
     cell.read_block = block;
-    cell.reader = others ? kSeveral : thread;
-    cell.read_at = others ? clocks_.epoch() : int64_t{clocks_.now(thread)};
+    cell.reader = others ? kSeveral : who.agent;
+    cell.read_at = others ? clocks_.epoch() : int64_t{who.time};
   }
 
   const Clocks& clocks_;

@@ -8,83 +8,11 @@
 
 #include <cmath>
 
-#include "hopper_map.h"
+#include "store_check.h"
 
 namespace ccnet {
 namespace cuda {
 namespace {
-
-using emulation::Error;
-using emulation::Fault;
-using emulation::Machine;
-using emulation::Options;
-
-constexpr int kThreads = 2 * kWarpgroup;
-constexpr int kBytes = panel_bytes(kTileRows);  // of a panel
-
-void require(bool condition, const std::string& what) {
-  if (!condition) throw Error(what);
-}
-
-// A tensor [batch][other0][other1][position][channel] whose rows are padded.
-template <typename T>
-struct Source {
-  int64_t size[5];    // as a box counts them: channel, position, other1, other0, batch
-  int64_t stride[5];  // elements
-  std::vector<T> memory;
-  T* data;
-
-  Source(int64_t channels, int64_t positions, int64_t other1, int64_t other0, int64_t batch, std::mt19937& random)
-      : size{channels, positions, other1, other0, batch} {
-    stride[0] = 1;
-    stride[1] = (channels + 7) / 8 * 8 + 16;
-    for (int d = 2; d < 5; ++d) stride[d] = stride[d - 1] * size[d - 1] + 8 * d;
-    memory.resize(static_cast<size_t>(stride[4] * batch + 8));
-    std::normal_distribution<float> normal;
-    for (T& e : memory) e = from_float<T>(normal(random));
-    data = memory.data();
-    while (reinterpret_cast<uintptr_t>(data) % 16 != 0) ++data;
-  }
-  bool has(const int64_t (&at)[5]) const {
-    for (int d = 0; d < 5; ++d) {
-      if (at[d] < 0 || at[d] >= size[d]) return false;
-    }
-    return true;
-  }
-  // An element; 0 outside.
-  float value(int64_t channel, int64_t position, int64_t other1, int64_t other0, int64_t batch) const {
-    const int64_t at[5] = {channel, position, other1, other0, batch};
-    if (!has(at)) return 0.f;
-    int64_t offset = 0;
-    for (int d = 0; d < 5; ++d) offset += at[d] * stride[d];
-    return to_float<T>(data[offset]);
-  }
-  BoxSource source(int positions, int group) const {
-    BoxSource b{};
-    b.data = data;
-    b.element_bytes = static_cast<int>(sizeof(T));
-    const int box[5] = {kPanelWidth<T>, positions, group, 1, 1};
-    for (int d = 0; d < 5; ++d) {
-      b.size[d] = size[d];
-      b.stride[d] = stride[d];
-      b.box[d] = box[d];
-    }
-    return b;
-  }
-  TensorMap map(int positions, int group) const {
-    TensorMap m;
-    make_map(&m, source(positions, group));
-    return m;
-  }
-  void add_to(Machine& machine, const char* name) const {
-    machine.add_region(data, static_cast<size_t>(memory.data() + memory.size() - data) * sizeof(T), false, name);
-  }
-};
-
-// Barriers lie behind the panels.
-SharedBarrier* barrier_at(int panels, int number) {
-  return reinterpret_cast<SharedBarrier*>(dynamic_shared() + panels * kBytes) + number;
-}
 
 // A box into shared memory and out again, element by element.
 template <typename T>
@@ -269,6 +197,7 @@ enum class Mistake {
   kOverwriteOperand,     // ... between the product and the wait
   kNoFence,              // ordinary writes, read by products
   kNoBarrier,
+  kLaneAlone,            // at a barrier of its own
   kLateFence,            // after the barrier
   kBoxOverWrites,        // ordinary writes, overwritten by a box, without a fence
   kWriteUnderProducts,   // ordinary writes to what products read
@@ -305,6 +234,7 @@ const Expectation kExpectations[] = {
     {Mistake::kOverwriteOperand, "a register of A changed"},
     {Mistake::kNoFence, "without a fence between"},
     {Mistake::kNoBarrier, "without a barrier after another thread's write"},
+    {Mistake::kLaneAlone, "lanes of one warp wait at different barriers"},
     {Mistake::kLateFence, "without a fence between"},
     {Mistake::kBoxOverWrites, "over ordinary writes without a fence"},
     {Mistake::kWriteUnderProducts, "written while a product that reads it may be under way"},
@@ -345,7 +275,11 @@ void pipeline_kernel(CCNET_CONSTANT_PARAMETER PipelineArgs a) {
     if (wrong(Mistake::kInitTwice)) init_barrier(full(0), 1);
     if (!wrong(Mistake::kNoInitFence)) fence_barriers();
   }
-  if (!wrong(Mistake::kNoInitBarrier)) barrier();
+  if (wrong(Mistake::kLaneAlone) && thread == 0) {
+    barrier();
+  } else if (!wrong(Mistake::kNoInitBarrier)) {
+    barrier();
+  }
   if (wrong(Mistake::kBarrierAsData)) load_shared<uint32_t>(reinterpret_cast<char*>(full(0)));
 
   int filled = 0;
@@ -596,14 +530,14 @@ int run() {
         Options options;
         options.order = static_cast<emulation::Order>(order);
         options.copies_land_late = late;
-        checks += check_boxes<Half>(options, random);
+        checks += check_boxes<Half>(options, random) + check_stores(options, random);
         checks += check_products<Half, 64>(options, random) + check_products<Half, 128>(options, random);
         checks += check_products<BFloat16, 64>(options, random) + check_products<BFloat16, 128>(options, random);
         run_pipeline(options, Mistake::kNone);
         ++checks;
       }
     }
-    checks += check_maps(random) + check_mistakes() + check_faults();
+    checks += check_maps(random) + check_mistakes() + check_faults() + check_store_mistakes();
     printf("%d checks passed\n", checks);
   } catch (const std::exception& e) {
     printf("FAILED: %s\n", e.what());

@@ -30,11 +30,19 @@ inline void load_box(char* panel, const TensorMap* map, int channel, int positio
                      SharedBarrier* b) {
   machine().load_box(panel, *map, {channel, position, other0, other1, batch}, reinterpret_cast<const char*>(b));
 }
+inline void store_box(const TensorMap* map, const char* panel, int channel, int position, int other0, int other1,
+                      int batch) {
+  machine().store_box(*map, panel, {channel, position, other0, other1, batch});
+}
+inline void commit_stores() { machine().commit_stores(); }
+inline void wait_stores_read() { machine().wait_stores_read(); }
 inline void prefetch_map(const TensorMap*) {}
 
 inline void fence_shared_for_async() { machine().fence_shared_for_async(); }
 inline void converge_warp() { machine().converge_warp(); }
-inline void named_barrier(int number, int threads) { machine().named_barrier(number, threads); }
+inline void named_barrier(int number, int threads, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  machine().named_barrier(number, threads, {file, line});
+}
 
 // Row r of 8x8 matrix i goes to the address that lane 8 i + r passed; its elements 2 c and 2 c + 1 come from word i of
 // lane 4 r + c.

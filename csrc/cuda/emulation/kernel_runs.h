@@ -44,11 +44,11 @@ class HopperLauncher {
  public:
   explicit HopperLauncher(Machine& machine) : machine_(machine) {}
 
-  template <typename T, int Blocks>
-  int forward(const HopperForwardArgs<T>& args, bool overlaps_previous) {
-    using Shape = HopperForwardShape<Blocks>;
-    machine_.run_grid(args.blocks, Shape::kThreads, Shape::kSharedBytes, [&] { hopper_forward_kernel<T, Blocks>(args); },
-                      overlaps_previous);
+  template <typename T, int Blocks, int Keys>
+  int forward(const HopperForwardArgs& args) {
+    using Shape = HopperForwardShape<Blocks, Keys>;
+    machine_.run_grid(args.blocks, Shape::kThreads, Shape::kSharedBytes,
+                      [&] { hopper_forward_kernel<T, Blocks, Keys>(args); }, true);
     return 0;
   }
   template <typename T, int Blocks, bool FindsDelta, int Rows>

@@ -5,7 +5,8 @@
 //   - two CTAs of one launch, or two threads of a CTA with no barrier in between, that touch the same global memory,
 //     one of them writing;
 //   - global memory outside the registered tensors, outputs read before they were written, misaligned accesses;
-//   - threads that do not meet at a barrier, or lanes that do not call the same warp collective;
+//   - threads that do not meet at a barrier, lanes of a warp that wait for one at different places of the program, or
+//     that do not call the same warp collective;
 //   - boxes (TMA) and products of a warpgroup (wgmma) on shared memory that ordinary accesses, or each other, may still
 //     touch: a box is there for the threads that waited for its phase, a product is done for those that waited for its
 //     group, and ordinary writes reach both only after a fence and a barrier;
@@ -59,6 +60,16 @@ enum class Fault {
   kTransposeDescriptor, // matrices in shared memory are read as if transposed
   kWaitTooLittle,       // waits for products leave one more group under way
   kSkipLaunchWait,      // wait_for_previous_launch() does nothing
+  kSkipStoreWait,       // wait_stores_read() does nothing
+};
+
+// Of a call in the kernels' sources.
+struct Place {
+  const char* file = "";
+  int line = 0;
+
+  bool operator==(const Place& other) const { return line == other.line && strcmp(file, other.file) == 0; }
+  std::string text() const { return std::string(file) + ":" + std::to_string(line); }
 };
 
 struct Options {
@@ -113,9 +124,10 @@ class Machine {
 
   int64_t shared_offset(const void* p) const { return static_cast<const char*>(p) - shared_; }
 
-  void barrier() {
+  void barrier(const Place& place) {
     Fiber& fiber = running();
     if (options_.fault == Fault::kSkipBarrier && ++fiber.barriers % 3 == 0) return;
+    gather_warp(place);
     ++at_barrier_;
     if (at_barrier_ == threads_) {
       at_barrier_ = 0;
@@ -127,10 +139,11 @@ class Machine {
     }
     wait(Wait::kBarrier);
   }
-  void named_barrier(int number, int threads) {
+  void named_barrier(int number, int threads, const Place& place) {
     if (number < 1 || number > 15) throw Error("a barrier's number is not within 1 and 15");
     if (threads % 32 != 0 || threads < 32 || threads > threads_) throw Error("a barrier of no whole number of warps");
     if (options_.fault == Fault::kSkipBarrier && ++running().barriers % 3 == 0) return;
+    gather_warp(place);
     NamedBarrier& b = named_[number];
     if (b.arrived.empty()) b.threads = threads;
     if (b.threads != threads) throw Error("threads give different counts to one barrier");
@@ -184,7 +197,7 @@ class Machine {
   }
 
   void wait_copies() {
-    Fiber& fiber = fibers_[static_cast<size_t>(running_)];
+    Fiber& fiber = running();
     if (options_.fault == Fault::kCopyLate && fiber.copies.size() > 0 && ++late_ % 7 == 0) return;
     for (const Copy& copy : fiber.copies) {
       memcpy(copy.to, copy.data, 16);
@@ -262,21 +275,49 @@ class Machine {
     const size_t number = find_barrier(at);
     PhaseBarrier& b = barriers_[number];
     if (b.fenced_at == 0) throw Error(b.name() + ": fence_barriers() must come before a box");
-    if (map.made != BoxMap::kMade) throw Error("a box of a tensor map that was not made");
-    Box box{map, {}, shared_offset(to), static_cast<int>(number)};
-    for (int d = 0; d < 5; ++d) box.from[d] = from[d];
-    if (box.to % kSwizzlePeriod != 0) throw Error("a box's place in shared memory is no multiple of 1024");
-    if (box.to < 0 || box.to + map.bytes() > shared_bytes_) throw Error("shared memory: box out of bounds");
+    Box box = make_box(to, map, from);
+    box.barrier = static_cast<int>(number);
     for (int64_t i = box.to; i < box.to + map.bytes(); i += SharedShadow::kGranule) {
       shadow_.write_box(i, running_, box.barrier, b.ended + 1);
     }
     box.for_each_row([&](int64_t, const char* source, int, int bytes) {
       bytes_read_ += bytes;
-      touch_global(source, bytes, GlobalShadow::Access::kAsynchronousRead);
+      touch_global(source, bytes, GlobalShadow::Access::kAsynchronousRead, {clocks_.phases(box.barrier), b.ended + 1});
     });
     ++b.under_way;
     boxes_.push_back(box);
     if (!options_.copies_land_late) land_box(boxes_.size() - 1);
+  }
+  void store_box(const BoxMap& map, const char* from, const int (&to)[5]) {
+    Fiber& fiber = running();
+    const Box box = make_box(from, map, to);
+    box.for_each_row([&](int64_t row, const char* target, int before, int bytes) {
+      for (int i = before; i < before + bytes; i += SharedShadow::kGranule) {
+        shadow_.read_store(swizzle_128(row + i), running_, fiber.store_groups + 1, [&](int b) {
+          return barriers_[static_cast<size_t>(b)].seen[static_cast<size_t>(running_)];
+        });
+      }
+      bytes_written_ += bytes;
+      // Done for certain only when the launch has ended.
+      touch_global(target, bytes, GlobalShadow::Access::kWrite, {clocks_.stores(running_), UINT32_MAX});
+    });
+    fiber.stores.push_back(box);
+    if (!options_.copies_land_late) write_out(box);
+  }
+  void commit_stores() {
+    Fiber& fiber = running();
+    ++fiber.store_groups;
+    fiber.committed_stores = fiber.stores.size();
+  }
+  void wait_stores_read() {
+    if (options_.fault == Fault::kSkipStoreWait) return;
+    Fiber& fiber = running();
+    for (size_t i = 0; i < fiber.committed_stores; ++i) {
+      if (options_.copies_land_late) write_out(fiber.stores[i]);
+    }
+    fiber.stores.erase(fiber.stores.begin(), fiber.stores.begin() + static_cast<std::ptrdiff_t>(fiber.committed_stores));
+    fiber.committed_stores = 0;
+    clocks_.learn(running_, clocks_.stores(running_), fiber.store_groups);
   }
 
   // Products of the running thread's warpgroup. Not inlined: the caller's registers lie above this frame.
@@ -378,6 +419,9 @@ class Machine {
     bool waited_for_launch = false;
     int register_count = 0;  // 0: the share it began with
     std::vector<Copy> copies;
+    std::vector<Box> stores;  // under way, those of committed groups first
+    size_t committed_stores = 0;
+    uint32_t store_groups = 0;
     std::vector<char> registers;  // its stack from registers_at on, when it called begin_products()
     const char* registers_at = nullptr;
     std::unique_ptr<char[]> stack;
@@ -391,6 +435,10 @@ class Machine {
     int threads = 0;
     std::vector<int> arrived;
   };
+  struct WarpAtBarrier {
+    int lanes = 0;
+    Place place;
+  };
   struct LaunchWait {
     int thread;
     uint32_t time;
@@ -403,6 +451,16 @@ class Machine {
   }
   void wake(const std::vector<int>& threads) {
     for (int t : threads) fibers_[static_cast<size_t>(t)].waits_for = Wait::kNothing;
+  }
+
+  // The lanes of a warp must wait for a barrier at the same place of the program.
+  void gather_warp(const Place& place) {
+    WarpAtBarrier& warp = at_barrier_of_[static_cast<size_t>(running_ / 32)];
+    if (warp.lanes == 0) warp.place = place;
+    if (!(warp.place == place)) {
+      throw Error("lanes of one warp wait at different barriers: " + warp.place.text() + " and " + place.text());
+    }
+    if (++warp.lanes == 32) warp.lanes = 0;
   }
 
   void meet(Meeting& meeting, int count, int kind, void* operand, void (*all)(Machine&, void* const*)) {
@@ -441,6 +499,23 @@ class Machine {
     }
   }
 
+  Box make_box(const char* shared, const BoxMap& map, const int (&at)[5]) const {
+    if (map.made != BoxMap::kMade) throw Error("a box of a tensor map that was not made");
+    Box box{map, {}, shared_offset(shared), -1};
+    for (int d = 0; d < 5; ++d) box.from[d] = at[d];
+    if (box.to % kSwizzlePeriod != 0) throw Error("a box's place in shared memory is no multiple of 1024");
+    if (box.to < 0 || box.to + map.bytes() > shared_bytes_) throw Error("shared memory: box out of bounds");
+    return box;
+  }
+  void write_out(const Box& box) {
+    box.for_each_row([&](int64_t from, const char* target, int before, int bytes) {
+      for (int i = before; i < before + bytes; i += 2) {
+        // The region's memory is its owner's, who registered it as an output.
+        memcpy(const_cast<char*>(target) + (i - before),
+               shared_ + (options_.fault == Fault::kPlainBox ? from + i : swizzle_128(from + i)), 2);
+      }
+    });
+  }
   void land_box(size_t number) {
     const Box box = boxes_[number];
     boxes_.erase(boxes_.begin() + static_cast<std::ptrdiff_t>(number));
@@ -567,7 +642,10 @@ class Machine {
   }
 
   void touch_global(const void* p, int bytes, GlobalShadow::Access access) {
-    global_.touch(p, bytes, access, launches_.current(), block_, running_,
+    touch_global(p, bytes, access, {running_, clocks_.now(running_)});
+  }
+  void touch_global(const void* p, int bytes, GlobalShadow::Access access, const GlobalShadow::Who& who) {
+    global_.touch(p, bytes, access, launches_.current(), block_, running_, who,
                   [&](int64_t launch) { return has_ended(launch); });
   }
 
@@ -619,6 +697,7 @@ class Machine {
     launches_.begin_block();
     at_barrier_ = 0;
     for (NamedBarrier& b : named_) b.arrived.clear();
+    at_barrier_of_.assign(static_cast<size_t>(threads_ / 32), {});
     warpgroups_.assign(static_cast<size_t>(threads / kProductThreads), Warpgroup());
     meetings_.assign(warpgroups_.size(), Meeting());
     error_.clear();
@@ -635,6 +714,9 @@ class Machine {
       fiber.waits_for = Wait::kNothing;
       fiber.barriers = fiber.register_count = 0;
       fiber.copies.clear();
+      fiber.stores.clear();
+      fiber.committed_stores = 0;
+      fiber.store_groups = 0;
       order[static_cast<size_t>(t)] = t;
     }
     if (options_.order == Order::kDescending) std::reverse(order.begin(), order.end());
@@ -662,6 +744,7 @@ class Machine {
         if (fiber.done) {
           --left;
           if (!fiber.copies.empty()) throw Error("a thread ended with copies under way");
+          if (!fiber.stores.empty()) throw Error("a thread ended with boxes that may still be read from shared memory");
         }
       }
       if (!progress && left > 0) {  // a random order may have left out the warps that can go on
@@ -707,6 +790,7 @@ class Machine {
   std::vector<Meeting> warps_, meetings_;
   std::vector<Warpgroup> warpgroups_;
   NamedBarrier named_[16];
+  std::vector<WarpAtBarrier> at_barrier_of_;
   Clocks clocks_;
   SharedShadow shadow_;
   GlobalShadow global_;

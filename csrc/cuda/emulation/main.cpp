@@ -207,6 +207,7 @@ int run(int argc, char** argv) {
       {"skip-fence", Fault::kSkipFence},         {"plain-box", Fault::kPlainBox},
       {"keep-outside", Fault::kKeepOutside},     {"transpose-descriptor", Fault::kTransposeDescriptor},
       {"wait-too-little", Fault::kWaitTooLittle}, {"skip-launch-wait", Fault::kSkipLaunchWait},
+      {"skip-store-wait", Fault::kSkipStoreWait},
   };
   for (int i = 1; i + 1 < argc; i += 2) {
     const std::string option = argv[i], value = argv[i + 1];

@@ -118,6 +118,32 @@ class SharedShadow {
     g.reads.push_back({agent, group, 0xffff});
   }
 
+  // 16 bytes that a group of a warp's stored boxes reads. `seen(barrier)`: the last phase that the thread waited for.
+  template <typename Seen>
+  void read_store(int64_t offset, int thread, uint32_t group, const Seen& seen) {
+    Granule& g = at(offset, kGranule);
+    if (g.barrier) fail(offset, "a barrier, stored by a box");
+    if (g.copying) fail(offset, "touched while a copy into it is under way");
+    if (g.written != 0xffff) fail(offset, "a box is stored of what was not written");
+    for (const Access& w : g.writes) {
+      if (clocks_.is_phase(w.agent)) {
+        if (seen(clocks_.barrier_of(w.agent)) < w.time) {
+          fail(offset, "a box is stored of another that the thread has not waited for");
+        }
+        continue;
+      }
+      if (!clocks_.knows(thread, w.agent, w.time)) {
+        fail(offset, "a box is stored without a barrier after another thread's write");
+      }
+      if (!clocks_.knows(thread, clocks_.fenced_writes(w.agent), w.time)) {
+        fail(offset, "a box is stored of ordinary writes without a fence between");
+      }
+    }
+    const int agent = clocks_.stores(thread);
+    drop(g.reads, [&](const Access& r) { return r.agent == agent; });
+    g.reads.push_back({agent, group, 0xffff});
+  }
+
   void make_barrier(int64_t offset) {
     Granule& g = at(offset, 8);
     g.barrier |= mask_of(offset, 8);
@@ -150,8 +176,9 @@ class SharedShadow {
   void check_reads(const Granule& g, int64_t offset, uint16_t mask, int thread) const {
     for (const Access& r : g.reads) {
       if (!(r.bytes & mask) || clocks_.knows(thread, r.agent, r.time)) continue;
-      fail(offset, clocks_.is_thread(r.agent) ? "written without a barrier after another thread's read"
-                                              : "written while a product that reads it may be under way");
+      fail(offset, clocks_.is_thread(r.agent)  ? "written without a barrier after another thread's read"
+                   : clocks_.is_store(r.agent) ? "written while a box that is stored of it may be under way"
+                                               : "written while a product that reads it may be under way");
     }
   }
   template <typename Drop>
