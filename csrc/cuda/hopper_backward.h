@@ -141,8 +141,8 @@ struct WarpOutput {
         for (int w = 0; w < 4; ++w) {
           float before[2];
           unpack_pair<T>(words[w], before[0], before[1]);
-          d[word_at(i, w)] += before[0];
-          d[word_at(i, w) + 1] += before[1];
+          d[fragment_element(i, w)] += before[0];
+          d[fragment_element(i, w) + 1] += before[1];
         }
       }
     }
@@ -150,7 +150,7 @@ struct WarpOutput {
     for (int i = 0; i < 4; ++i) {
       uint32_t words[4];
       CCNET_UNROLL
-      for (int w = 0; w < 4; ++w) words[w] = pack<T>(d[word_at(i, w)], d[word_at(i, w) + 1]);
+      for (int w = 0; w < 4; ++w) words[w] = pack<T>(d[fragment_element(i, w)], d[fragment_element(i, w) + 1]);
       store_matrices(fragment_place(thread, panel, i), words);
     }
     converge_warp();
@@ -175,12 +175,11 @@ struct WarpOutput {
     const int segment = (thread % kRowSegments ^ row) * kSegmentBytes;
     return warp_rows(thread, panel) + row * kRowBytes + i * 4 * kRowBytes + (segment ^ i % 2 * 4 * kSegmentBytes);
   }
-  // Of 16 rows x 16 channels, as load_matrices() and store_matrices() take them, and which of the products is in a word.
+  // Of 16 rows x 16 channels, as load_matrices() and store_matrices() take them.
   static CCNET_DEVICE char* fragment_place(int thread, char* panel, int i) {
     const int segment = (thread % kWarp / 16 ^ thread % 8) * kSegmentBytes;
     return warp_rows(thread, panel) + thread % 16 * kRowBytes + (segment ^ i * 2 * kSegmentBytes);
   }
-  static constexpr CCNET_HD int word_at(int i, int w) { return 8 * i + w / 2 * 4 + w % 2 * 2; }
 };
 
 // Two neighbouring floats.
@@ -323,17 +322,14 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
     int group_parity = 0;
     for (int number = static_cast<int>(block_index()); number < a.groups; number += a.blocks) {
       const Line group = find_group(a.tiling, number);
-      const int other0 = static_cast<int>(group.at[1]), other1 = static_cast<int>(group.at[0]);
-      const int batch = static_cast<int>(group.batch);
       const auto load = [&](const TensorMap* key_side, const TensorMap* query_side, int key_block, int panel) {
         const int slot = ring.acquire((1 + Blocks) * panel_bytes(box_rows));
         char* const stage = ring.stage(slot);
         SharedBarrier* const full = ring.full + slot;
-        load_box(stage, key_side, panel * kWidth, key_block * kTileRows, other0, other1, batch, full);
+        load_lines(stage, key_side, panel * kWidth, key_block * kTileRows, group, full);
         CCNET_UNROLL
         for (int b = 0; b < Blocks; ++b) {
-          load_box(stage + (1 + b) * Shape::kPanelBytes, query_side, panel * kWidth, b * kTileRows, other0, other1,
-                   batch, full);
+          load_lines(stage + (1 + b) * Shape::kPanelBytes, query_side, panel * kWidth, b * kTileRows, group, full);
         }
       };
       for (int key_block = 0; key_block < Blocks; ++key_block) {
@@ -348,7 +344,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
               group_parity ^= 1;
             }
             const int slot = out_ring.acquire(panel_bytes(box_rows));
-            load_box(out_ring.stage(slot), &a.out, (p - kLag) * kWidth, 0, other0, other1, batch, out_ring.full + slot);
+            load_lines(out_ring.stage(slot), &a.out, (p - kLag) * kWidth, 0, group, out_ring.full + slot);
           }
         }
         for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
@@ -358,15 +354,8 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   }
   claim_registers<Shape::kConsumerRegisters>();
 
-  // Rows that no box brings must be zero: they are multiplied with zero weights.
-  for (int row = box_rows + thread / kRowSegments; row < kTileRows; row += Shape::kConsumers / kRowSegments) {
-    CCNET_UNROLL_BY(1)
-    for (int panel = 0; panel < Shape::kStages * (1 + Blocks) + (FindsDelta ? Shape::kOutStages : 0); ++panel) {
-      char* const panel_row = shared + panel * Shape::kPanelBytes + row * kRowBytes;
-      store_shared<Segment>(panel_row + thread % kRowSegments * kSegmentBytes, {{0, 0, 0, 0}});
-    }
-  }
-  fence_shared_for_async();
+  clear_tails(shared, Shape::kStages * (1 + Blocks) + (FindsDelta ? Shape::kOutStages : 0), box_rows, thread,
+              Shape::kConsumers);
   const int warpgroup = warpgroup_of<Blocks>(thread);
   const bool leads_warp = thread % kWarp == 0;
   const int lane_row = thread / kWarp * 16 + thread % kWarp / 4;

@@ -35,7 +35,7 @@ struct HopperForwardShape {
   static constexpr int kSharedBytes = kOutBarriersOffset + 2 * kOutPanels * static_cast<int>(sizeof(SharedBarrier));
 
   using PanelRing = StageRing<kSlots, kPanelBytes, kConsumers / kWarp>;
-  using OutRing = OutputRing<kOutPanels, kPanelBytes, kConsumers / kWarp>;
+  using OutRing = StageRing<kOutPanels, kPanelBytes, kConsumers / kWarp>;
 };
 
 struct HopperForwardArgs {
@@ -108,12 +108,11 @@ class HopperForwardMover {
     // Hands out the next panel of the output.
     const auto make_ready = [&]() {
       if (ready_number >= a_.jobs) return;
-      SharedBarrier* const ready = out_.ready + ready_slot_;
+      SharedBarrier* const ready = out_.full + ready_slot_;
       arrive_and_expect(ready, merges ? bytes_ : 0);
       if (merges) {
-        load_box(out_.panel(ready_slot_), &a_.out, ready_job.channel(a_, ready_step, kWidth), ready_job.query0,
-                 static_cast<int>(ready_job.group.at[1]), static_cast<int>(ready_job.group.at[0]),
-                 static_cast<int>(ready_job.group.batch), ready);
+        load_lines(out_.stage(ready_slot_), &a_.out, ready_job.channel(a_, ready_step, kWidth), ready_job.query0,
+                   ready_job.group, ready);
       }
       if (++ready_slot_ == Shape::kOutPanels) ready_slot_ = 0;
       next(ready_number, ready_job, ready_step);
@@ -123,9 +122,7 @@ class HopperForwardMover {
     CCNET_UNROLL_BY(1)
     while (number < a_.jobs) {
       const int slot = out_.written();
-      store_box(&a_.out, out_.panel(slot), job.channel(a_, step, kWidth), job.query0,
-                static_cast<int>(job.group.at[1]), static_cast<int>(job.group.at[0]),
-                static_cast<int>(job.group.batch));
+      store_lines(&a_.out, out_.stage(slot), job.channel(a_, step, kWidth), job.query0, job.group);
       commit_stores();
       done_items += Blocks;
       load_until(done_items + Shape::kSlots);
@@ -162,8 +159,7 @@ class HopperForwardMover {
         channel = load_job_.channel(a_, v / Blocks, kWidth);
       }
       const int slot = ring_.acquire(bytes_);
-      load_box(ring_.stage(slot), map, channel, row, static_cast<int>(load_job_.group.at[1]),
-               static_cast<int>(load_job_.group.at[0]), static_cast<int>(load_job_.group.batch), ring_.full + slot);
+      load_lines(ring_.stage(slot), map, channel, row, load_job_.group, ring_.full + slot);
       if (++load_item_ == qk_items_ + load_job_.steps * Blocks) {
         load_item_ = 0;
         load_number_ += a_.blocks;
@@ -196,7 +192,7 @@ CCNET_DEVICE void write_output(char* fragments, int place, const float (&sums)[3
     CCNET_UNROLL
     for (int w = 0; w < 4; ++w) {
       const int r = w % 2;
-      const float* const sum = sums + 8 * i + w / 2 * 4 + 2 * r;
+      const float* const sum = sums + fragment_element(i, w);
       float low = sum[0] * new_scale[r], high = sum[1] * new_scale[r];
       if constexpr (Merges) {
         float old_low, old_high;
@@ -230,15 +226,7 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs a) {
     ring.init();
     out.init();
   }
-  // Rows that no box brings must be finite: they are multiplied with zero weights.
-  for (int row = box_rows + thread / kRowSegments; row < kTileRows; row += Shape::kThreads / kRowSegments) {
-    CCNET_UNROLL_BY(1)
-    for (int panel = 0; panel < Shape::kSlots + Shape::kOutPanels; ++panel) {
-      char* const panel_row = shared + panel * Shape::kPanelBytes + row * kRowBytes;
-      store_shared<Segment>(panel_row + thread % kRowSegments * kSegmentBytes, {{0, 0, 0, 0}});
-    }
-  }
-  fence_shared_for_async();
+  clear_tails(shared, Shape::kSlots + Shape::kOutPanels, box_rows, thread, Shape::kThreads);
   converge_warp();
   // All lanes of a warp meet at the same place, also those of the one that moves panels.
   barrier();
@@ -263,7 +251,7 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs a) {
   const int panels = static_cast<int>(ceil_div(a.channels, kPanelWidth<T>));
   const int qk_steps = static_cast<int>(ceil_div(a.qk_channels, kPanelWidth<T>));
   // Of the warp's rows in the first panel of the output, what load_matrices() and store_matrices() want of the lane.
-  char* const fragments = out.panel(0) + (thread / kWarp * 16 + thread % 16) * kRowBytes;
+  char* const fragments = out.stage(0) + (thread / kWarp * 16 + thread % 16) * kRowBytes;
   const int fragment_place = (thread % kWarp / 16 ^ thread % 8) * kSegmentBytes;
   int to_release = 0;  // the slots are released in order
   const auto release_slots = [&](int count) {
@@ -412,7 +400,7 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs a) {
       }
       fence_shared_for_async();
       converge_warp();
-      if (leads_warp) out.hand_back(slot);
+      if (leads_warp) out.release(slot);
     };
     if constexpr (Shape::kAhead) {
       clear(other_sums);

@@ -122,6 +122,17 @@ CCNET_HD Partners partners_of(const Tiling& t, const TileRow& row, int first, in
   return p;
 }
 
+// The box of a group of lines that begins at a channel and at a position of them.
+CCNET_DEVICE void load_lines(char* panel, const TensorMap* map, int channel, int position, const Line& group,
+                             SharedBarrier* b) {
+  load_box(panel, map, channel, position, static_cast<int>(group.at[1]), static_cast<int>(group.at[0]),
+           static_cast<int>(group.batch), b);
+}
+CCNET_DEVICE void store_lines(const TensorMap* map, const char* panel, int channel, int position, const Line& group) {
+  store_box(map, panel, channel, position, static_cast<int>(group.at[1]), static_cast<int>(group.at[0]),
+            static_cast<int>(group.batch));
+}
+
 // What a TMA box is cut from: dimensions from the fastest on: channels, positions of the line, the axis along which
 // lines are grouped, the other one, batch. Strides in elements.
 struct BoxSource {

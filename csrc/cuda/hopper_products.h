@@ -38,6 +38,11 @@ CCNET_DEVICE void multiply_rows(float (&d)[Rows / 2], uint64_t a, uint64_t b, bo
   }
 }
 
+// A warp's 16 rows of a panel pass between registers and shared memory 16 columns at a time, a fragment, by
+// load_matrices() and store_matrices(). Which element of a product's sums, 64 columns wide, is the first of word w of
+// fragment i:
+constexpr CCNET_HD int fragment_element(int i, int w) { return 8 * i + w / 2 * 4 + w % 2 * 2; }
+
 // The columns of a tile that a lane holds, 8 j + lane_column and the next, as bits 2 j and 2 j + 1: those that a row of
 // its pairs with.
 CCNET_DEVICE uint32_t lane_columns(const Partners& p, int lane_column) {

@@ -6,8 +6,10 @@
 namespace ccnet {
 namespace cuda {
 
-// Stages that one thread fills and all warps consume in turn.
-template <int Stages, int StageBytes, int Arrivals>
+// Stages of `Bytes` bytes, each with a barrier `full`, at which one thread hands it to the warps, and a barrier `empty`,
+// at which all warps give it back: operands that the thread loads, or panels of an output, handed out empty or with what
+// the warps add to, which the thread stores by the TMA.
+template <int Stages, int Bytes, int Arrivals>
 struct StageRing {
   char* stages;
   SharedBarrier* full;  // Stages of them, and as many more, `empty`
@@ -25,7 +27,7 @@ struct StageRing {
     }
     fence_barriers();
   }
-  CCNET_DEVICE char* stage(int s) const { return stages + s * StageBytes; }
+  CCNET_DEVICE char* stage(int s) const { return stages + s * Bytes; }
 
   // The loader's next stage, once everyone has released it: the caller brings `bytes` bytes into it, on full[it].
   CCNET_DEVICE int acquire(int bytes) {
@@ -33,13 +35,19 @@ struct StageRing {
     arrive_and_expect(full + slot, bytes);
     return step();
   }
-  // A consumer's next stage, filled.
+  // A warp's next stage, once it was handed out.
   CCNET_DEVICE int take() {
     wait_phase(full + slot, parity);
     return step();
   }
-  // By one lane of each warp, when the warp's products have read the stage.
+  // By one lane of each warp: of operands, when the warp's products have read them; of an output, when all its lanes'
+  // writes are there and fenced.
   CCNET_DEVICE void release(int s) { arrive(full + Stages + s); }
+  // The next panel of the output to be stored, once everyone has released it.
+  CCNET_DEVICE int written() {
+    wait_phase(full + Stages + slot, parity);
+    return step();
+  }
 
  private:
   CCNET_DEVICE int step() {
@@ -53,50 +61,18 @@ struct StageRing {
   }
 };
 
-// Panels that leave by the TMA: the thread that moves panels hands one out, empty or with what the warps add to; they
-// write it and hand it back; the thread stores it.
-template <int Panels, int PanelBytes, int Arrivals>
-struct OutputRing {
-  char* panels;
-  SharedBarrier* ready;  // Panels of them, and as many more, `written`
-  int slot = 0, parity = 0;  // of the next panel, of the warp, or to be stored
-
-  CCNET_DEVICE OutputRing(char* memory, char* barriers)
-      : panels(memory), ready(reinterpret_cast<SharedBarrier*>(barriers)) {}
-
-  // By one thread.
-  CCNET_DEVICE void init() {
-    for (int s = 0; s < Panels; ++s) {
-      init_barrier(ready + s, 1);
-      init_barrier(ready + Panels + s, Arrivals);
+// Zeroes the rows that boxes of `rows` rows leave of `count` panels: nothing but finite numbers may be multiplied with
+// weights of zero. By `threads` threads, of which `thread` is one; a barrier must follow.
+CCNET_DEVICE void clear_tails(char* panels, int count, int rows, int thread, int threads) {
+  for (int row = rows + thread / kRowSegments; row < kTileRows; row += threads / kRowSegments) {
+    CCNET_UNROLL_BY(1)
+    for (int panel = 0; panel < count; ++panel) {
+      char* const panel_row = panels + panel * panel_bytes(kTileRows) + row * kRowBytes;
+      store_shared<Segment>(panel_row + thread % kRowSegments * kSegmentBytes, {{0, 0, 0, 0}});
     }
-    fence_barriers();
   }
-  CCNET_DEVICE char* panel(int s) const { return panels + s * PanelBytes; }
-
-  // The warps' next panel. When all its lanes' writes are there and fenced, one lane of each warp hands it back.
-  CCNET_DEVICE int take() {
-    wait_phase(ready + slot, parity);
-    return step();
-  }
-  CCNET_DEVICE void hand_back(int s) { arrive(ready + Panels + s); }
-
-  // The next panel to be stored, once all warps have handed it back.
-  CCNET_DEVICE int written() {
-    wait_phase(ready + Panels + slot, parity);
-    return step();
-  }
-
- private:
-  CCNET_DEVICE int step() {
-    const int s = slot;
-    if (++slot == Panels) {
-      slot = 0;
-      parity ^= 1;
-    }
-    return s;
-  }
-};
+  fence_shared_for_async();
+}
 
 }  // namespace cuda
 }  // namespace ccnet

@@ -22,9 +22,6 @@ HOPPER_KERNELS = (
     *("hopper_backward_kernel", "dense_delta_kernel"),
 )
 
-# What comes first where a wait for a phase of a barrier ends at the wrong time depends on whose turn it was.
-OUT_OF_STEP = "deadlock|more arrivals in a phase than it takes|not all threads of the warpgroup|under way"
-
 pytestmark = pytest.mark.skipif(not CUDA_SOURCES.is_dir(), reason="the CUDA sources are not here")
 
 
@@ -62,9 +59,9 @@ def test_kernels_agree_with_brute_force_on_many_shapes(emulator: Path, dtype: st
         ("shuffle", "float", 80, "errors: "),
         ("drop-tail", "bfloat16", 80, "errors: "),
         ("swap-fragments", "half", 90, "errors: "),
-        ("skip-phase", "half", 90, OUT_OF_STEP),
-        ("wrong-parity", "bfloat16", 90, OUT_OF_STEP),
-        ("refill-early", "half", 90, OUT_OF_STEP),
+        ("skip-phase", "half", 90, "more arrivals in a phase than it takes"),
+        ("wrong-parity", "bfloat16", 90, "more arrivals in a phase than it takes"),
+        ("refill-early", "half", 90, "a box is loaded while another into the same place is under way"),
         ("lose-arrival", "bfloat16", 90, "deadlock"),
         ("skip-fence", "half", 90, "ordinary writes without a fence between"),
         ("plain-box", "bfloat16", 90, "errors: "),
@@ -81,7 +78,7 @@ def test_emulation_notices_faults(
     command = [str(emulator), "--dtype", dtype, "--capability", str(capability), "--fault", fault]
     result = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert result.returncode == 1, result.stdout + result.stderr
-    assert re.search(symptom, result.stdout), result.stdout
+    assert symptom in result.stdout
 
 
 def test_emulated_machine_itself(tmp_path: Path) -> None:

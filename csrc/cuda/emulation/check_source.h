@@ -1,6 +1,7 @@
 // Tensors for the checks of the emulated machine.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,16 @@ constexpr int kBytes = panel_bytes(kTileRows);  // of a panel
 
 void require(bool condition, const std::string& what) {
   if (!condition) throw Error(what);
+}
+
+// What an error says that ends `run`, or "nothing".
+std::string said_by(const std::function<void()>& run) {
+  try {
+    run();
+  } catch (const std::exception& e) {
+    return e.what();
+  }
+  return "nothing";
 }
 
 // A tensor [batch][other0][other1][position][channel] whose rows are padded.

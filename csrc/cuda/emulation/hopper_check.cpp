@@ -433,12 +433,7 @@ void run_pipeline(const Options& options, Mistake mistake) {
 
 // Whether it fails, and its message says so.
 bool fails(const Options& options, Mistake mistake, const char* message, std::string& said) {
-  try {
-    run_pipeline(options, mistake);
-    said = "nothing";
-  } catch (const std::exception& e) {
-    said = e.what();
-  }
+  said = said_by([&] { run_pipeline(options, mistake); });
   return said != "nothing" && said.find(message) != std::string::npos;
 }
 

@@ -95,53 +95,16 @@ class SharedShadow {
   // for.
   template <typename Seen>
   void read_product(int64_t offset, int warpgroup, uint32_t group, const Seen& seen) {
-    Granule& g = at(offset, kGranule);
-    if (g.barrier) fail(offset, "a barrier, read by a product");
-    if (g.copying) fail(offset, "touched while a copy into it is under way");
-    if (g.written != 0xffff) fail(offset, "a product reads what was not written");
-    for (const Access& w : g.writes) {
-      if (clocks_.is_phase(w.agent)) {
-        if (seen(clocks_.barrier_of(w.agent)) < w.time) {
-          fail(offset, "a product reads a box that not all threads of the warpgroup have waited for");
-        }
-        continue;
-      }
-      if (!clocks_.all_know(warpgroup, w.agent, w.time)) {
-        fail(offset, "a product reads without a barrier after another thread's write");
-      }
-      if (!clocks_.all_know(warpgroup, clocks_.fenced_writes(w.agent), w.time)) {
-        fail(offset, "a product reads ordinary writes without a fence between");
-      }
-    }
-    const int agent = clocks_.products(warpgroup);
-    drop(g.reads, [&](const Access& r) { return r.agent == agent; });
-    g.reads.push_back({agent, group, 0xffff});
+    const Reader reader{clocks_.products(warpgroup), group};
+    read_asynchronously(offset, "a product", "not all threads of the warpgroup have", reader, seen,
+                        [&](int agent, uint32_t time) { return clocks_.all_know(warpgroup, agent, time); });
   }
 
   // 16 bytes that a group of a warp's stored boxes reads. `seen(barrier)`: the last phase that the thread waited for.
   template <typename Seen>
   void read_store(int64_t offset, int thread, uint32_t group, const Seen& seen) {
-    Granule& g = at(offset, kGranule);
-    if (g.barrier) fail(offset, "a barrier, stored by a box");
-    if (g.copying) fail(offset, "touched while a copy into it is under way");
-    if (g.written != 0xffff) fail(offset, "a box is stored of what was not written");
-    for (const Access& w : g.writes) {
-      if (clocks_.is_phase(w.agent)) {
-        if (seen(clocks_.barrier_of(w.agent)) < w.time) {
-          fail(offset, "a box is stored of another that the thread has not waited for");
-        }
-        continue;
-      }
-      if (!clocks_.knows(thread, w.agent, w.time)) {
-        fail(offset, "a box is stored without a barrier after another thread's write");
-      }
-      if (!clocks_.knows(thread, clocks_.fenced_writes(w.agent), w.time)) {
-        fail(offset, "a box is stored of ordinary writes without a fence between");
-      }
-    }
-    const int agent = clocks_.stores(thread);
-    drop(g.reads, [&](const Access& r) { return r.agent == agent; });
-    g.reads.push_back({agent, group, 0xffff});
+    read_asynchronously(offset, "a stored box", "the thread has not", {clocks_.stores(thread), group}, seen,
+                        [&](int agent, uint32_t time) { return clocks_.knows(thread, agent, time); });
   }
 
   void make_barrier(int64_t offset) {
@@ -155,6 +118,10 @@ class SharedShadow {
     uint32_t time;
     uint16_t bytes;  // which of the granule
   };
+  struct Reader {
+    int agent;
+    uint32_t group;
+  };
   struct Granule {
     std::vector<Access> writes, reads;  // those that a later access might not be ordered after
     uint16_t written = 0;               // which bytes ever were
@@ -162,7 +129,7 @@ class SharedShadow {
     bool copying = false;
   };
 
-  [[noreturn]] static void fail(int64_t offset, const char* what) {
+  [[noreturn]] static void fail(int64_t offset, const std::string& what) {
     throw Error("shared memory, byte " + std::to_string(offset) + ": " + what);
   }
   static uint16_t mask_of(int64_t offset, int bytes) {
@@ -172,6 +139,28 @@ class SharedShadow {
     if (offset < 0 || offset + bytes > bytes_) fail(offset, "access out of bounds");
     if (offset % bytes != 0) fail(offset, "misaligned access");
     return granules_[static_cast<size_t>(offset / kGranule)];
+  }
+  // `name` and `not_waited`: of the reader and of those who ask for it, for errors. `known(agent, time)`: to them.
+  template <typename Seen, typename Known>
+  void read_asynchronously(int64_t offset, const char* name, const char* not_waited, const Reader& reader,
+                           const Seen& seen, const Known& known) {
+    Granule& g = at(offset, kGranule);
+    const auto fail_by = [&](const std::string& what) { fail(offset, name + (" reads " + what)); };
+    if (g.barrier) fail(offset, std::string("a barrier, read by ") + name);
+    if (g.copying) fail(offset, "touched while a copy into it is under way");
+    if (g.written != 0xffff) fail_by("what was not written");
+    for (const Access& w : g.writes) {
+      if (clocks_.is_phase(w.agent)) {
+        if (seen(clocks_.barrier_of(w.agent)) < w.time) {
+          fail_by(std::string("a box that ") + not_waited + " waited for");
+        }
+        continue;
+      }
+      if (!known(w.agent, w.time)) fail_by("without a barrier after another thread's write");
+      if (!known(clocks_.fenced_writes(w.agent), w.time)) fail_by("ordinary writes without a fence between");
+    }
+    drop(g.reads, [&](const Access& r) { return r.agent == reader.agent; });
+    g.reads.push_back({reader.agent, reader.group, 0xffff});
   }
   void check_reads(const Granule& g, int64_t offset, uint16_t mask, int thread) const {
     for (const Access& r : g.reads) {

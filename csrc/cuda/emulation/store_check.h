@@ -124,12 +124,8 @@ int check_store_mistakes() {
       Options options;
       options.copies_land_late = late;
       std::mt19937 random(5);
-      std::string said = "nothing";
-      try {
-        run_stores(options, {0, 0, 0, 1, 1}, 8, 3, expectation.first, random);
-      } catch (const std::exception& e) {
-        said = e.what();
-      }
+      const std::string said =
+          said_by([&] { run_stores(options, {0, 0, 0, 1, 1}, 8, 3, expectation.first, random); });
       require(said.find(expectation.second) != std::string::npos,
               std::string("a mistake with a stored box should be noticed (") + expectation.second +
                   "), but the machine said " + said);

@@ -72,6 +72,11 @@ def backward_milliseconds(sets: list[Inputs], repeats: int) -> float:
         return milliseconds_of([lambda x=x: kernels.criss_cross_backward(*x) for x in arguments], repeats)
 
 
+def times_faster(other: float | None, milliseconds: float) -> float | None:
+    """Than another formulation, where that was timed."""
+    return None if other is None else other / milliseconds
+
+
 def time_sizes(
     dtype: str,
     sizes: tuple[int, ...],
@@ -126,12 +131,8 @@ def time_sizes(
                     "milliseconds": milliseconds,
                     "floor_milliseconds": floor,
                     "times_floor": milliseconds / floor,
-                    "times_faster_than_textbook": times["textbook"] / milliseconds
-                    if "textbook" in times
-                    else None,
-                    "times_faster_than_official": times[OFFICIAL] / milliseconds
-                    if OFFICIAL in times
-                    else None,
+                    "times_faster_than_textbook": times_faster(times.get("textbook"), milliseconds),
+                    "times_faster_than_official": times_faster(times.get(OFFICIAL), milliseconds),
                 }
             )
     return rows
