@@ -123,7 +123,11 @@ def test_a_model_without_semantic_segmentation_is_told(random_image):
 
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("out_size", [(40, 61), (7, 5), (23, 31), (1, 1), (23, 90)])
-def test_label_bands_equal_the_argmax_of_the_whole_resize(align_corners, out_size):
+@pytest.mark.parametrize("rows_at_once", [None, 1, 3])
+def test_label_bands_equal_the_argmax_of_the_whole_resize(monkeypatch, align_corners, out_size, rows_at_once):
+    if rows_at_once:
+        chunk = rows_at_once * 6 * max(31, out_size[1])
+        monkeypatch.setattr("ccnet_d2.inference.label_bands._CHUNK_ELEMENTS", chunk)
     torch.manual_seed(1)
     logits = torch.randn(6, 23, 31)
     bands = LabelBands((23, 31), out_size, align_corners=align_corners)

@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -92,6 +93,18 @@ def test_tiles_are_halved_until_they_fit_and_it_is_remembered(hungry, random_ima
     assert len(caplog.records) == 2
 
 
+@pytest.mark.parametrize("mode", [WholeImage, partial(SlidingWindow, tile=64)])
+def test_what_did_not_fit_is_told_by_its_pixels_not_its_height(hungry, random_image, mode):
+    model = hungry(limit=20 * 40)
+    mode = mode(model, smallest_tile=8)
+    mode.logits(random_image(60, 20), (60, 20))
+    mode.logits(random_image(20, 60), (20, 60))
+    assert model.failures == 1
+    model.segmenter.calls.clear()
+    mode.logits(random_image(20, 40), (20, 40))
+    assert model.segmenter.calls == [[(3, 20, 40)]]
+
+
 def test_fewer_tiles_at_once_come_first_and_change_nothing(hungry, random_image):
     model = hungry(limit=24 * 24)
     image = random_image(50, 60)
@@ -118,6 +131,25 @@ def test_scales_that_do_not_fit_are_cut(hungry, random_image):
 
 
 @pytest.mark.parametrize(
+    ("size", "tile", "stride", "cut"),
+    [
+        ((64, 64), (64, 64), (64, 64), ((32, 32), (32, 32))),  # no overlap, and none afterwards
+        ((64, 64), (64, 64), (16, 48), ((32, 32), (8, 24))),
+        ((20, 90), (64, 64), (60, 40), ((10, 32), (10, 20))),  # the part of the tile in the image
+        ((90, 20), (64, 64), (40, 60), ((32, 10), (20, 10))),
+        ((12, 99), (64, 99), (64, 33), ((12, 50), (12, 16))),  # 6 is below the smallest side
+    ],
+)
+def test_the_overlap_of_halved_tiles(hungry, random_image, size, tile, stride, cut):
+    model = hungry(limit=cut[0][0] * cut[0][1])
+    image = random_image(*size)
+    found = SlidingWindow(model, tile=tile, stride=stride, smallest_tile=8).logits(image, size)
+    wanted = SlidingWindow(model.segmenter, tile=cut[0], stride=cut[1]).logits(image, size)
+    assert model.failures == 1
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
     "run", ["cityscapes/ranet_R_101_D8_769x769_40k.py", "lip/ce2p_ccl_R_101_D16_384x384_48k.py"]
 )
 def test_runs_over_scales_cut_them_too(hungry, random_image, run):
@@ -138,12 +170,19 @@ def test_there_is_an_end(hungry, random_image):
     assert model.failures == 4
 
 
-def test_other_errors_pass(random_image):
+@pytest.mark.parametrize("images", [1, 2])
+def test_other_errors_pass(random_image, images):
+    """At once: nothing is tried again in tiles, or one image after the other."""
+    calls = []
+
     def broken(inputs):
+        calls.append(len(inputs))
         raise RuntimeError("shapes cannot be multiplied")
 
+    items = [{"image": random_image(32, 32), "height": 32, "width": 32}] * images
     with pytest.raises(RuntimeError, match="multiplied"):
-        WholeImage(broken).logits(random_image(8, 8), (8, 8))
+        WholeImage(broken, smallest_tile=8)(items)
+    assert calls == [images]
 
 
 def test_another_model_starts_afresh(hungry, random_image):
