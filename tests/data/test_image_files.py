@@ -32,6 +32,18 @@ def _with_thumbnail() -> bytes:
     return plain[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + plain[2:]
 
 
+def _with_padding() -> bytes:
+    """A JPEG file with what may stand between its segments: fill bytes, and markers that have no segment."""
+    data, position = _encoded("JPEG", quality=95), 2
+    padded = bytearray(data[:position])
+    while True:
+        (length,) = struct.unpack_from(">H", data, position + 2)
+        padded += b"\xff\x01" + b"\xff\xd3" + b"\xff" * 3 + data[position : position + 2 + length]
+        position += 2 + length
+        if data[position - 2 - length + 1] == 0xDA:  # the pixels follow
+            return bytes(padded + data[position:-2] + b"\xff" * 3 + data[-2:])
+
+
 FORMATS = {
     "png": _encoded("PNG"),
     "png-stored": _encoded("PNG", compress_level=0),
@@ -39,6 +51,7 @@ FORMATS = {
     "jpg-progressive": _encoded("JPEG", progressive=True, quality=95),
     "jpg-restarts": _encoded("JPEG", restart_marker_blocks=4),
     "jpg-thumbnail": _with_thumbnail(),
+    "jpg-padded": _with_padding(),
     "bmp": _encoded("BMP"),
     "tif": _encoded("TIFF", compression="tiff_lzw"),
     "webp": _encoded("WEBP", lossless=True),
@@ -50,7 +63,8 @@ FORMATS = {
 def test_same_pixels_as_pillow(tmp_path: Path, kind: str, order: str) -> None:
     path = tmp_path / "image"
     path.write_bytes(FORMATS[kind])
-    with Image.open(path) as image:
+    # Pillow takes a marker without a segment for damage: it reads the file that was padded.
+    with Image.open(io.BytesIO(FORMATS[kind.removesuffix("-padded")])) as image:
         expected = np.asarray(image.convert("RGB")).astype(int)
     found = read_image(str(path), order)
     assert found.dtype == np.uint8 and found.flags.c_contiguous
@@ -58,6 +72,16 @@ def test_same_pixels_as_pillow(tmp_path: Path, kind: str, order: str) -> None:
     np.testing.assert_allclose(
         found if order == "RGB" else found[..., ::-1], expected, atol=4 * kind.startswith("jpg")
     )
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_images_of_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    (path := tmp_path / "image").write_bytes(FORMATS[kind])
+    monkeypatch.setattr("ccnet_d2.data.image_files.MAX_PIXELS", 96 * 64)
+    assert read_image(str(path)).shape == (64, 96, 3)
+    monkeypatch.setattr("ccnet_d2.data.image_files.MAX_PIXELS", 96 * 64 - 1)
+    with pytest.raises(SampleError, match="is 96x64, more than the 6143 pixels"):
+        read_image(str(path))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
