@@ -69,6 +69,15 @@ def test_a_class_that_only_the_answers_have_is_not_in_the_mean(register):
     assert math.isnan(results["IoU-d"]) and results["pACC"] == pytest.approx(100 * 71 / 72)
 
 
+def test_a_class_of_a_single_pixel_is_in_the_means(register):
+    label = np.zeros(SHAPE, np.uint8)
+    label[2, 3] = 2
+    records = register(label)
+    results = evaluate(CheckedSemSegEvaluator("checked_evaluator_test"), records, [np.zeros(SHAPE, np.uint8)])
+    assert results["mACC"] == 50 and results["mIoU"] == pytest.approx(50 * 71 / 72)
+    assert results["IoU-c"] == 0 and math.isnan(results["IoU-b"])
+
+
 def test_several_data_sets_of_the_same_classes(register):
     one, two = register(drawn(0), name="checked_one"), register(drawn(1), name="checked_two")
     perfect = [np.where(drawn(seed) == VOID, 0, drawn(seed)) for seed in (0, 1)]
@@ -76,7 +85,6 @@ def test_several_data_sets_of_the_same_classes(register):
     assert results["mIoU"] == 100
 
 
-# 4 + 1 classes: Detectron2's evaluator takes 5 for class 0 of the answer's next class.
 def test_one_image_with_the_label_maps_of_two_sets_is_refused(register, tmp_path):
     """Both of its answers were held against the second."""
     register(drawn(0), name="first")
@@ -90,6 +98,7 @@ def test_one_image_with_the_label_maps_of_two_sets_is_refused(register, tmp_path
         CheckedSemSegEvaluator(["first", both])
 
 
+# 4 + 1 classes: Detectron2's evaluator takes 5 for class 0 of the answer's next class.
 @pytest.mark.parametrize("value", [4, 5, 255])
 def test_a_value_that_is_neither_class_nor_void(register, value):
     label = drawn(0)
