@@ -2,8 +2,10 @@
 
 import pickle
 import re
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -252,6 +254,14 @@ def test_imagenet_backbones(tmp_path, layout, make, arguments):
     assert_close(model["backbone"](x)["res5"], theirs)
 
 
+def test_a_plain_resnet_of_timm_has_torchvisions_names():
+    weights = torchvision.models.resnet18().state_dict()
+    conversion, other = convert_weights(weights, "timm"), convert_weights(weights, "torchvision")
+    assert (conversion.layout, other.layout) == ("timm", "torchvision")
+    assert conversion.sources == other.sources
+    assert all(torch.equal(value, other.weights[name]) for name, value in conversion.weights.items())
+
+
 @torch.no_grad()
 def test_imagenet_weights_in_the_official_layout(official):
     """MIT's ResNets, which the official code starts from: ordinary norms."""
@@ -307,6 +317,7 @@ def test_what_does_not_fit_is_an_error(official, mmseg):
             "decode_head.norm.weight .* nothing here",
         ),
         (mmseg_weights, {"layout": "official"}, "have the mmseg layout, not official"),
+        (mmseg_weights, {"layout": "timm"}, "have the mmseg layout, not timm"),
         (mmseg_weights, {"layout": "caffe"}, "Unknown layout 'caffe'"),
         (
             {"encoder.weight": torch.zeros(1)},
@@ -351,6 +362,19 @@ def test_resnet_d_is_refused():
         convert_weights({name: value for name, value in short.items() if not name.startswith("layer3.1.")})
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_become_fp32(tmp_path, dtype):
+    """Torch would compute with them as they are, and numpy, for a .pkl file, knows no bfloat16."""
+    source = torchvision.models.resnet18().state_dict()
+    stored = {name: value.to(dtype) if value.is_floating_point() else value for name, value in source.items()}
+    torch.save(stored, tmp_path / "source.pth")
+    convert_file(tmp_path / "source.pth", tmp_path / "out.pkl")
+    weights = pickle.loads((tmp_path / "out.pkl").read_bytes())["model"]
+    first = stored["conv1.weight"].to(torch.float32).numpy()
+    np.testing.assert_array_equal(weights["backbone.stem.conv1.weight"], first)
+    assert {str(value.dtype) for value in weights.values()} == {"float32", "int64"}
+
+
 def test_files_that_are_no_weights(tmp_path):
     for content, sentence in (
         ({"state_dict": {"a": 1}}, "entry 'a' is a int"),
@@ -374,11 +398,17 @@ class Payload:
         return Path.touch, (self.target,)
 
 
-def test_code_in_a_source_is_not_run(tmp_path):
-    torch.save({"state_dict": {"stem.0.weight": Payload(tmp_path / "victim")}}, tmp_path / "evil.pth")
-    with pytest.raises(CheckpointError, match=r"evil\.pth"):
-        convert_file(tmp_path / "evil.pth", tmp_path / "out.pth")
-    assert not (tmp_path / "victim").exists() and not (tmp_path / "out.pth").exists()
+def test_code_in_a_source_runs_only_where_it_is_allowed(tmp_path):
+    evil, out, victim = tmp_path / "evil.pth", tmp_path / "out.pth", tmp_path / "victim"
+    torch.save({"state_dict": {"stem.0.weight": Payload(victim)}}, evil)
+    for read in (read_weights, partial(convert_file, target=out)):
+        with pytest.raises(CheckpointError, match=r"evil\.pth cannot be read as weights: .* would run code"):
+            read(evil)
+        assert not victim.exists()
+        with pytest.raises(CheckpointError, match=r"evil\.pth .* entry 'stem.0.weight' is a NoneType"):
+            read(evil, allow_pickle=True)
+        victim.unlink()
+    assert not out.exists()
 
 
 def test_the_target_is_written_whole_or_not_at_all(mmseg, tmp_path):
