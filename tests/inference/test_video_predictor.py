@@ -176,6 +176,7 @@ def test_models_of_single_frames_go_frame_by_frame(make_segmenter, frames):
     for t, prediction in enumerate(predictor.video(reading())):
         assert read == list(range(t + 1))  # nothing is read ahead
         assert np.array_equal(prediction.labels, Predictor(model)(frames[t]).labels)
+        assert prediction.logits is None
     with pytest.raises(
         UserError, match="a clip length of 5 was given, but TinySegmenter segments single frames"
     ):
