@@ -112,10 +112,12 @@ def test_damaged_videos(tmp_path):
         VideoFile(tmp_path / "none.mp4")
 
 
-def test_folders_are_read_in_the_order_of_numbers(tmp_path):
+# A superscript is a digit to str.isdigit, and no number to int.
+@pytest.mark.parametrize("name", ["frame_{}", "{}", "²{}", "take 2³{} of 3"])
+def test_folders_are_read_in_the_order_of_numbers(tmp_path, name):
     frames = moving_square(12, 24, 32)
     for t, frame in enumerate(frames):
-        Image.fromarray(frame).save(tmp_path / f"frame_{t}.png")
+        Image.fromarray(frame).save(tmp_path / f"{name.format(t)}.png")
     (tmp_path / "notes.txt").write_text("not a frame")
     video = open_video(tmp_path)
     assert isinstance(video, FrameFolder) and video.count == 12 and video.fps == 10
