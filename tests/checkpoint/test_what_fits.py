@@ -155,6 +155,31 @@ def test_caffe2_and_pycls_files(tmp_path):
         load_checkpoint(other, path)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_names_of_caffe2_are_detectron2s(tmp_path, wrapped):
+    """An ImageNet model holds its arrays as they are, a detection model under "blobs"."""
+    kernel = np.arange(12, dtype=np.float32).reshape(4, 3, 1, 1)
+    arrays = {"conv1_w": kernel, "conv1_w_momentum": np.zeros_like(kernel)}
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps({"blobs": arrays} if wrapped else arrays))
+    stem = nn.ModuleDict({"conv1": nn.Conv2d(3, 4, 1, bias=False)})
+    net = nn.ModuleDict({"backbone": nn.ModuleDict({"stem": stem})})
+    load_checkpoint(net, path)
+    np.testing.assert_array_equal(stem["conv1"].weight.detach().numpy(), kernel)
+
+
+def test_names_of_pycls_are_matched_by_their_ends(tmp_path):
+    source, net = Net(7), Net()
+    torch.save({"model_state": source.backbone.state_dict()}, tmp_path / "x.pyth")
+    load_checkpoint(net, tmp_path / "x.pyth", strict=False)
+    assert torch.equal(net.backbone[0].weight, source.backbone[0].weight)
+
+
+def test_no_checkpoint_at_all_is_an_error():
+    with pytest.raises(CheckpointError, match=r"No checkpoint given: name one with train\.init_checkpoint"):
+        load_checkpoint(Net(), "")
+
+
 def test_names_are_matched_by_their_ends_where_the_path_says_so(tmp_path):
     path = tmp_path / "backbone.pth"
     source = Net(7)
