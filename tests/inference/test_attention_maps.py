@@ -229,8 +229,23 @@ def test_pixels_of_a_resized_and_padded_image_find_their_cell():
         assert [one.shape for one in found.maps] == [(8, 12), (8, 12)]
         assert all(one.sum() == pytest.approx(1, abs=1e-5) for one in found.maps)
     assert len(predictor.attention(image, 0, 0, recurrence=3).maps) == 3
-    with pytest.raises(ValueError, match=r"pixel \(100, 0\) lies outside the image of 100x60"):
-        predictor.attention(image, 100, 0)
+    for x, y in ((100, 0), (0, 60), (-1, 0), (0, -1)):
+        with pytest.raises(ValueError, match=rf"pixel \({x}, {y}\) lies outside the image of 100x60"):
+            predictor.attention(image, x, y)
+
+
+def test_one_view_answers_for_any_number_of_loops():
+    torch.manual_seed(0)
+    image = np.random.default_rng(0).integers(0, 256, (40, 72, 3), dtype=np.uint8)
+    predictor = Predictor(PaddingModel())
+    view = predictor.look_into(image)
+    for loops in (1, 3, 2):
+        found, fresh = view.at(9, 30, recurrence=loops), predictor.attention(image, 9, 30, recurrence=loops)
+        assert len(found.maps) == loops
+        assert all(np.array_equal(one, other) for one, other in zip(found.maps, fresh.maps, strict=True))
+    for recurrence in (0, -1):
+        with pytest.raises(ValueError, match="recurrence must be at least 1"):
+            view.at(9, 30, recurrence=recurrence)
 
 
 def panel_pixels(picture, color):

@@ -15,6 +15,7 @@ from ccnet_d2.inference import (
     save_labels,
     save_prediction_grid,
     side_by_side,
+    visualize,
     write_image,
 )
 from ccnet_d2.inference.classes import distinct_colors
@@ -131,6 +132,39 @@ def test_grids_compare_models_row_by_row(tmp_path, classes):
     save_prediction_grid(tmp_path / "one.png", images, truths, classes)
     single = np.asarray(Image.open(tmp_path / "one.png"))
     assert count(single, GREEN) in range(3 * cell, 3 * cell + 400)
+
+
+def test_numbers_beside_the_pictures(tmp_path, classes, monkeypatch):
+    """What is written, taken before it is drawn: pixel accuracies over all images, and shares of classes."""
+    written = {}
+
+    def noting(function):
+        def noted(*args, **kwargs):
+            written[function.__name__] = args, kwargs
+            return function(*args, **kwargs)
+
+        return noted
+
+    for function in (panel_grid, legend):
+        monkeypatch.setattr(visualize, function.__name__, noting(function))
+    shapes = [(4, 5), (10, 10)]
+    images = [np.zeros((*shape, 3), np.uint8) for shape in shapes]
+    zeros = [np.zeros(shape, np.uint8) for shape in shapes]
+    truths = [labels.copy() for labels in zeros]
+    truths[0][0, :4] = (
+        1  # 4 pixels wrong; nobody can be right or wrong on those of the ignored label and of no class
+    )
+    truths[1][:3] = classes.ignore_label
+    truths[1][3] = len(classes)
+    models = {"R = 1": zeros, "R = 2": truths}
+    save_prediction_grid(tmp_path / "a.png", images, models, classes, truths, row_titles=["x", "y"])
+    (_, titles), options = written["panel_grid"]
+    assert titles == ["image", "ground truth", "R = 1 (95.0 % right)", "R = 2 (100.0 % right)"]  # 76 of 80
+    assert options == {"row_titles": ["x", "y"]}
+    labels = np.array([[2] * 400 + [0] * 599 + [1]], np.uint8)
+    overlay(np.zeros((1, 1000, 3), np.uint8), labels, classes)
+    (_, present, _), options = written["legend"]
+    assert present == [0, 2, 1] and options["notes"] == ["60 %", "40 %", "<1 %"]
 
 
 def test_grids_of_images_of_different_sizes(tmp_path, classes):
