@@ -86,10 +86,11 @@ class ClipMapper(SemSegMapper):
             cv2.setNumThreads(0)  # the workers are the parallelism
         frames = dataset_dict["frames"]
         images = self._read_images(frames)
-        labels = self._read_labels(frames, images) if self.is_train else None
+        labels, shown = None, self._loss_indices(len(frames))[0]
+        if self.is_train:
+            # Augmentations that look at labels (crops that are to show several classes) see those of a frame with loss.
+            labels, shown = self._read_labels(frames, images)
 
-        # Augmentations that look at labels (crops that are to show several classes) look at a frame with loss.
-        shown = self._loss_indices(len(frames))[0]
         augmented = T.AugInput(images[shown], sem_seg=None if labels is None else labels[shown])
         transforms = self.augmentations(augmented)
         clip = dict(dataset_dict, height=images[0].shape[0], width=images[0].shape[1])
@@ -120,25 +121,23 @@ class ClipMapper(SemSegMapper):
 
     def _read_labels(
         self, frames: Sequence[dict[str, Any]], images: Sequence[np.ndarray]
-    ) -> list[np.ndarray]:
+    ) -> tuple[list[np.ndarray], int]:
+        """Label maps, void throughout where a frame carries no loss, and the index of the first that is read."""
         with_loss = self._loss_indices(len(frames))
         real = [index for index, frame in enumerate(frames) if not frame.get("repeated")]
         # In a short sequence the frames wanted may all be repetitions of its last one.
         with_loss = [index for index in with_loss if index in real] or real[-1:]
         labels = [np.full(image.shape[:2], IGNORE_LABEL, np.uint8) for image in images]
-        labelled = False
-        for index in with_loss:
-            frame = frames[index]
-            if frame.get("sem_seg_file_name") is not None:
-                labels[index] = self._read_label(frame, images[index])
-                labelled = True
+        labelled = [index for index in with_loss if frames[index].get("sem_seg_file_name") is not None]
+        for index in labelled:
+            labels[index] = self._read_label(frames[index], images[index])
         if not labelled:
             raise SampleError(
                 f"The clip of {len(frames)} frames from '{frames[0]['file_name']}' has no label map for any frame that "
                 f"carries loss (loss_frames={self.loss_frames!r}).",
                 frames[0]["file_name"],
             )
-        return labels
+        return labels, labelled[0]
 
     def _loss_indices(self, length: int) -> list[int]:
         """Indices, in order, of the frames with loss in a clip of so many frames."""

@@ -108,6 +108,37 @@ def test_frames_without_labels_and_repetitions_carry_no_loss(clip):
         ClipMapper(True, augmentations=[], num_classes=5, loss_frames=[1])(clip)
 
 
+class Looks(T.Augmentation):
+    """Notes what an augmentation is shown, and changes nothing."""
+
+    def get_transform(self, image, sem_seg):
+        self.image, self.sem_seg = image, sem_seg
+        return T.NoOpTransform()
+
+
+@pytest.mark.parametrize(
+    ("loss_frames", "bare", "repeated", "expected"),
+    [
+        ("all", [], [], 0),
+        ([-2, -1], [], [], 2),
+        ("all", [0, 1], [], 2),  # a video of which some frames have label maps
+        ("last", [], [2, 3], 1),  # a sequence shorter than the clip
+    ],
+)
+def test_augmentations_look_at_a_frame_with_a_label_map(clip, loss_frames, bare, repeated, expected):
+    for t in bare:
+        del clip["frames"][t]["sem_seg_file_name"]
+    for t in repeated:
+        clip["frames"][t] = {**clip["frames"][t - 1], "repeated": True}
+    looks = Looks()
+    ClipMapper(True, augmentations=[looks], num_classes=5, loss_frames=loss_frames)(clip)
+    label = np.random.default_rng(expected).integers(0, 5, (24, 32), dtype=np.uint8)
+    np.testing.assert_array_equal(looks.sem_seg, label)
+    np.testing.assert_array_equal(looks.image[..., 0], 20 * label + expected)
+    ClipMapper(False, augmentations=[looks], num_classes=5)(clip)
+    assert looks.sem_seg is None
+
+
 def test_in_test_there_are_no_labels_and_single_images_are_mapped_too(clip):
     mapper = ClipMapper(False, augmentations=[T.Resize((12, 16))], image_format="BGR")
     mapped = mapper(clip)
