@@ -215,6 +215,9 @@ def test_unknown_names_and_disagreeing_sets(tmp_path: Path) -> None:
         classes_of(["mine", "camvid_sem_seg_train"])
     with pytest.raises(DatasetError, match="without stuff_classes"):
         classes_of("voc_2007_train")
+    DatasetCatalog.register("nothing", list)
+    with pytest.raises(DatasetError, match=r"^Data set 'nothing' is empty\.$"):
+        get_sem_seg_dataset_dicts(["nothing"])
 
 
 FIVE_LINES = """

@@ -245,6 +245,16 @@ def test_what_is_wrong_is_named(tmp_path, damage, message):
         convert_pascal_context(voc, annotations)
 
 
+def test_a_label_beyond_coco_s_is_named(tmp_path):
+    folder = coco_stuff(tmp_path)
+    savemat(
+        folder / "annotations" / "COCO_train2014_000000000081.mat",
+        {"S": np.array([[0, 182, 183]], np.uint16)},
+    )
+    with pytest.raises(SampleError, match=r"81\.mat' holds the label 183, but labels are 0 to 182\.$"):
+        convert_coco_stuff(folder)
+
+
 def test_sets_that_are_not_there_say_how_to_make_them(tmp_path):
     register_all(tmp_path)
     for name, tool in (
