@@ -254,6 +254,13 @@ def test_imagenet_backbones(tmp_path, layout, make, arguments):
     assert_close(model["backbone"](x)["res5"], theirs)
 
 
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_resnets_are_told_by_their_blocks(depth):
+    with torch.device("meta"):
+        weights = getattr(torchvision.models, f"resnet{depth}")().state_dict()
+    assert convert_weights(weights).network == f"ResNet-{depth}, basic stem"
+
+
 def test_a_plain_resnet_of_timm_has_torchvisions_names():
     weights = torchvision.models.resnet18().state_dict()
     conversion, other = convert_weights(weights, "timm"), convert_weights(weights, "torchvision")
