@@ -9,7 +9,7 @@ import pytest
 import torch
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 
-from ccnet_d2.data.bad_samples import BadSamples
+from ccnet_d2.data.bad_samples import BadSample, BadSamples
 from ccnet_d2.data.errors import DatasetError, SampleError
 from ccnet_d2.data.randomness import GeneratorStates, seed_of, seeded
 from ccnet_d2.data.train_loader import EpochShuffle, TrainLoader
@@ -251,3 +251,29 @@ def test_a_data_set_that_gives_samples_and_a_collate_function():
         seed=0,
     )
     assert next(iter(data)) == 2
+
+
+def test_bad_samples_are_counted_by_file(caplog):
+    """What the report file of a run holds."""
+    a, b = BadSample("a.png", "a is bad."), BadSample("b.png", "b is bad.")
+    found = BadSamples("skip", 2)
+    found.add([a, b, a])
+    found.add([a])
+    assert found.records() == [
+        {"path": "a.png", "message": "a is bad.", "times": 3},
+        {"path": "b.png", "message": "b is bad.", "times": 1},
+    ]
+    assert [record.args for record in caplog.records] == [
+        ("a is bad.",),
+        ("b is bad.",),
+    ]  # once for each file
+    resumed = BadSamples("skip", 30)
+    resumed.restore(found.records())
+    resumed.add([b, *(BadSample(f"{i}.png", f"{i} is bad.") for i in range(19))])
+    lines = resumed.summary().splitlines()
+    assert lines[:3] == ["21 bad samples were skipped (budget 30):", "  a is bad. (3 x)", "  b is bad. (2 x)"]
+    assert lines[20:] == ["  17 is bad. (1 x)", "  and 1 more."]
+    with pytest.raises(
+        DatasetError, match=r"3 bad samples are more than .*=2 allows; the last one: c is bad"
+    ):
+        found.add([BadSample("c.png", "c is bad.")])
