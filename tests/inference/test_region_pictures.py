@@ -9,6 +9,7 @@ from PIL import Image
 
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference import Predictor, RegionMap, draw_regions, find_regions
+from ccnet_d2.inference.visualize import heat_colors
 from ccnet_d2.modeling import CCNet, CCNetHead, PlainConvNet, RANetHead
 from tests.scripts import load_script
 
@@ -98,6 +99,26 @@ def test_dots_sit_on_representatives_of_regions_with_more_cells_than_k():
     # Region 2 has one cell and region 3 two, no more than K, so that they have no dots.
     assert found == {(0, 0), (2, 1), (1, 4)}
     assert green[:, int(width) + 8 :].any()  # and the same beside it
+
+
+def test_panels_show_regions_and_scores_cell_by_cell(monkeypatch):
+    found, panels = drawn_map(), []
+    module = importlib.import_module("ccnet_d2.inference.regions")
+    grid = module.panel_grid
+    monkeypatch.setattr(module, "panel_grid", lambda rows, heads: panels.extend(rows[0]) or grid(rows, heads))
+    draw_regions(found)
+    plain, tinted, heat = panels
+    side = plain.shape[0] // 4
+    # Off the outlines and dots: the lower left of each cell, between its centre and its corner.
+    at = np.ix_(np.arange(4) * side + side * 7 // 8, np.arange(6) * side + side // 8)
+    assert (plain[at] == 128).all()
+    colors = tinted[at].reshape(-1, 3)
+    alone = found.region.ravel() == 2
+    assert (colors[alone] == round(0.35 * 128 + 0.65 * 150)).all()
+    assert (np.ptp(colors[~alone].astype(int), axis=1) > 20).all()
+    assert len({tuple(color) for color in colors}) == len(np.unique(found.region))
+    scores = (255 * found.score).round() / 255
+    np.testing.assert_array_equal(heat[at], heat_colors(scores))
 
 
 def test_text_says_how_many_regions(monkeypatch):
