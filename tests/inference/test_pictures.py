@@ -2,8 +2,10 @@ import os
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image, ImageOps
 
+from ccnet_d2.data.datasets.camvid import CAMVID_CLASSES
 from ccnet_d2.data.image_files import read_image
 from ccnet_d2.inference import (
     ClassTable,
@@ -239,6 +241,14 @@ def test_distinct_colors_are_distinct():
     colors = distinct_colors(150)
     assert len(set(colors)) == 150
     assert all(0 <= channel <= 255 for color in colors for channel in color)
+
+
+@pytest.mark.parametrize("names", ["camvid_sem_seg_val", ["camvid_sem_seg_val", "voc12_sem_seg_val"]])
+def test_the_classes_of_a_run_are_those_of_its_first_test_set(names):
+    table = ClassTable.from_run(OmegaConf.create({"dataloader": {"test": {"dataset": {"names": names}}}}))
+    assert table.names == CAMVID_CLASSES and table.ignore_label == 11
+    for run in ({}, {"dataloader": {"test": {"dataset": {"names": []}}}}):
+        assert ClassTable.from_run(OmegaConf.create(run)) is None
 
 
 def test_class_tables():

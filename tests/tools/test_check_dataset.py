@@ -121,6 +121,12 @@ def test_problems_are_named_and_counted(
 def test_labels_from_one_are_recognised(sets: Path) -> None:
     _break(sets / "train", "from one")
     assert any("may start at 1" in note for note in check_dataset("checked_train").notes)
+    # A single wrong pixel of that value says nothing of the kind where 0 occurs.
+    label = _label(sets / "val" / "labels" / "1.png")
+    label[0, 0] = 3
+    cv2.imwrite(str(sets / "val" / "labels" / "1.png"), label)
+    report = check_dataset("checked_val")
+    assert len(report.problems) == 1 and report.notes == []
 
 
 def test_missing_pairs_and_folders(
