@@ -316,6 +316,7 @@ def test_finding_images(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "d[1].png").write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
 
     def names(*inputs):
         return [str(path.relative_to(tmp_path)) for path in find_images(inputs)]

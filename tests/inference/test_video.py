@@ -1,5 +1,6 @@
 """Pictures of videos: legend, sizes, and what is left when something goes wrong."""
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -133,3 +134,27 @@ def test_a_live_recording_ends_with_ctrl_c_and_is_whole(predictor, folder, tmp_p
     assert result.frames == 4 and len(list(open_video(tmp_path / "live.mp4"))) == 4
     with pytest.raises(UserError, match="opens no windows here: name a file to record to"):
         show_video(predictor, Interrupted())
+
+
+@pytest.mark.parametrize("key", [ord("q"), 27, 0x100000 | ord("q")])  # the last with the bits of a modifier
+def test_a_live_window_shows_every_picture_until_a_key(predictor, folder, monkeypatch, key):
+    """Windows are made of lists here: this machine may have no screen."""
+    shown, windows, keys = [], [], iter((-1, ord("a"), key))
+    monkeypatch.setattr(cv2, "namedWindow", windows.append)
+    monkeypatch.setattr(cv2, "destroyWindow", windows.remove)
+    monkeypatch.setattr(cv2, "destroyAllWindows", shown.clear)
+    pictures = []
+
+    def show(title, picture):
+        assert not windows  # the probe is gone
+        shown.append(title)
+        pictures.append(picture.copy())
+
+    monkeypatch.setattr(cv2, "imshow", show)
+    monkeypatch.setattr(cv2, "waitKey", lambda delay: next(keys))
+    with open_video(folder) as source:
+        result = show_video(predictor, source, title="live")
+    assert result.frames == 3 and shown == []
+    with open_video(folder) as source:
+        expected = [VideoPainter()(one) for one in predictor.video(source)][:3]
+    assert np.array_equal(np.stack(pictures)[..., ::-1], np.stack(expected))
