@@ -1,3 +1,4 @@
+import importlib
 import itertools
 import threading
 
@@ -271,6 +272,32 @@ def test_the_figure_shows_a_panel_for_each_loop_and_marks_the_pixel():
     assert titled.shape == one.shape
     with pytest.raises(ValueError, match="1 titles for 2 panels"):
         draw_attention(AttentionMaps(image, pixel, (3, 4), [cross], (12.0, 12.0)), titles=["a"])
+
+
+def test_marks_sit_on_the_pixel_and_titles_tell_the_largest_share(monkeypatch):
+    drawn = []
+    module = importlib.import_module("ccnet_d2.inference.attention_pictures")
+    grid = module.panel_grid
+
+    def noting(rows, heads, **options):
+        drawn.append((rows, heads))
+        return grid(rows, heads, **options)
+
+    monkeypatch.setattr(module, "panel_grid", noting)
+    image, (x, y), factor = np.full((48, 60, 3), 90, np.uint8), (41, 17), 4  # shown at 192 x 240
+    maps = [np.full((6, 8), share, np.float32) for share in (0.125, 0.0125, 0.00125)]
+    draw_attention(AttentionMaps(image, (x, y), (2, 5), maps, (6.0, 8.0)))
+    draw_clip_attention(np.stack([image] * 2), [np.stack([one] * 2) for one in maps], (1, x, y))
+    shares = ["R = 1 (max 12 %)", "R = 2 (max 1.2 %)", "R = 3 (max 0.12 %)"]
+    assert [heads for _, heads in drawn] == [[f"pixel ({x}, {y})", *shares], ["frame", *shares]]
+    ((row,), _), ((other, marked), _) = drawn
+    assert len(row) == len(marked) == 4 and not any(panel_pixels(panel, (40, 255, 60)) for panel in other)
+    for panel in (*row, *marked):
+        rows, columns = np.nonzero((panel == (40, 255, 60)).all(axis=2))
+        for found, at in ((rows, y), (columns, x)):
+            # The arms reach as far to one side as to the other.
+            assert (found.min() + found.max()) / 2 == pytest.approx((at + 0.5) * factor, abs=1)
+            assert found.max() - found.min() >= 16
 
 
 def test_brightness_is_relative_to_the_largest_share_even_in_the_padding():

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference import MultiScaleFlip, SlidingWindow, WholeImage, build_mode
+from ccnet_d2.inference.build import MODE_NAMES
 
 
 def as_input(image, height=None, width=None):
@@ -178,6 +179,31 @@ def test_modes_by_name(make_segmenter, random_image):
         ValueError, match="unknown test mode 'slid': choose one of whole, slide, ms, ms-slide"
     ):
         build_mode("slid")
+
+
+@pytest.mark.parametrize("name", MODE_NAMES)
+def test_modes_by_name_take_every_option(name):
+    mode = build_mode(
+        name,
+        tile=(40, 48),
+        stride=(16, 24),
+        tiles_per_batch=3,
+        scales=[0.5, 2],
+        flip=False,
+        pad=[1, 2, 3],
+        accumulate_on="meta",
+        align_corners=True,
+        smallest_tile=8,
+    )
+    assert mode.align_corners is True
+    if name.startswith("ms"):
+        assert (mode.scales, mode.flip, mode.accumulate_on) == ((0.5, 2), False, torch.device("meta"))
+        mode = mode.model
+    assert (mode.align_corners, mode.smallest_tile) == (True, 8)
+    assert isinstance(mode, SlidingWindow if name.endswith("slide") else WholeImage)
+    if name.endswith("slide"):
+        assert (mode.tile, mode.stride, mode.tiles_per_batch) == ((40, 48), (16, 24), 3)
+        assert (mode.pad, mode.accumulate_on) == ((1, 2, 3), torch.device("meta"))
 
 
 @pytest.mark.parametrize("scale", [3e5, 1e9, 1e30])
