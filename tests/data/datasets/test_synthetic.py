@@ -162,6 +162,7 @@ def test_more_images_leave_the_earlier_ones_as_they_are(tmp_path: Path) -> None:
 
 def test_reused_remade_and_completed(tmp_path: Path) -> None:
     root = tmp_path / "set"
+    root.mkdir()  # an empty folder is nobody's
     assert generate_synthetic_dataset(root, SMALL)
     assert not generate_synthetic_dataset(root, SMALL)
     (root / "labels" / "val" / "val_00003.png").unlink()
