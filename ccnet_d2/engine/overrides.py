@@ -45,7 +45,7 @@ def _check_key(config: DictConfig, key: str) -> None:
     node = config
     parts = key.split(".")
     for depth, part in enumerate(parts):
-        if isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):
+        if isinstance(node, ListConfig) and part.isdecimal() and int(part) < len(node):
             node = node[int(part)]
             continue
         if isinstance(node, DictConfig) and part in node:

@@ -263,10 +263,8 @@ def test_bad_samples_are_counted_by_file(caplog):
         {"path": "a.png", "message": "a is bad.", "times": 3},
         {"path": "b.png", "message": "b is bad.", "times": 1},
     ]
-    assert [record.args for record in caplog.records] == [
-        ("a is bad.",),
-        ("b is bad.",),
-    ]  # once for each file
+    # Once for each file.
+    assert [record.args for record in caplog.records] == [("a is bad.",), ("b is bad.",)]
     resumed = BadSamples("skip", 30)
     resumed.restore(found.records())
     resumed.add([b, *(BadSample(f"{i}.png", f"{i} is bad.") for i in range(19))])

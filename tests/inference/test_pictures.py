@@ -153,9 +153,8 @@ def test_numbers_beside_the_pictures(tmp_path, classes, monkeypatch):
     images = [np.zeros((*shape, 3), np.uint8) for shape in shapes]
     zeros = [np.zeros(shape, np.uint8) for shape in shapes]
     truths = [labels.copy() for labels in zeros]
-    truths[0][0, :4] = (
-        1  # 4 pixels wrong; nobody can be right or wrong on those of the ignored label and of no class
-    )
+    truths[0][0, :4] = 1  # wrong
+    # Nobody can be right or wrong on pixels of the ignored label and of no class.
     truths[1][:3] = classes.ignore_label
     truths[1][3] = len(classes)
     models = {"R = 1": zeros, "R = 2": truths}
