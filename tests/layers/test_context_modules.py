@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ccnet_d2.layers.build import CONTEXT_MODULES, build_context
+from ccnet_d2.layers.norm_act import ConvNormAct
 
 SMALL = {
     "aspp": {"branch_channels": 8, "dilations": (1, 2)},
@@ -82,6 +83,15 @@ def test_trains_with_each_norm(name):
     for norm in ("BN", "GN", "", lambda channels: nn.BatchNorm2d(channels, momentum=0.01)):
         module = small(name, norm=norm, activation="leaky_relu").train()
         assert torch.isfinite(module(torch.randn(2, 16, 6, 6))).all()
+
+
+@pytest.mark.parametrize("name", CONTEXT_MODULES)
+def test_every_convolution_has_the_norm_and_the_activation_given(name):
+    module = small(name, norm=nn.InstanceNorm2d, activation=nn.Hardswish)
+    blocks = [block for block in module.modules() if isinstance(block, ConvNormAct)]
+    assert bool(blocks) == (name in STANDALONE | {"asymmetric_nl"})
+    for block in blocks:
+        assert (type(block.norm), type(block.activation)) == (nn.InstanceNorm2d, nn.Hardswish)
 
 
 @pytest.mark.parametrize("name", CONTEXT_MODULES)

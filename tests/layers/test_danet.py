@@ -40,7 +40,7 @@ def test_large_maps_in_half_precision_stay_finite():
 
 def test_danet_is_the_sum_of_its_two_branches():
     torch.manual_seed(0)
-    module = DANet(6, 8, norm="", activation="").double()
+    module = DANet(6, 8, reduction=4, norm="", activation="").double()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     x = torch.randn(1, 6, 4, 3, dtype=torch.float64)
@@ -54,8 +54,8 @@ def test_danet_is_the_sum_of_its_two_branches():
         torch.einsum("oc,bchw->bohw", attention.qkv.weight[:, :, 0, 0], y) + attention.qkv.bias[:, None, None]
     )
     qkv = qkv.flatten(2)
-    weight = torch.einsum("bci,bcj->bij", qkv[:, :1], qkv[:, 1:2]).softmax(2)
-    y = y + attention.gamma * torch.einsum("bij,bcj->bci", weight, qkv[:, 2:]).reshape(y.shape)
+    weight = torch.einsum("bci,bcj->bij", qkv[:, :2], qkv[:, 2:4]).softmax(2)
+    y = y + attention.gamma * torch.einsum("bij,bcj->bci", weight, qkv[:, 4:]).reshape(y.shape)
     expected = conv(after, y)
     before, attention, after = module.channel
     y = conv(before, x)

@@ -40,10 +40,10 @@ def enlarge(x, size, align_corners):
     return out
 
 
-def convolve(block, x):
+def convolve(block, x, step=1):
     """Convolution as sums over shifted, zero-padded maps, then batch norm by its formula, then ReLU."""
     conv = block.conv
-    k, step = conv.kernel_size[0], conv.dilation[0]
+    k = conv.kernel_size[0]
     pad = step * (k // 2)
     padded = torch.nn.functional.pad(x, (pad,) * 4)
     out = x.new_zeros(x.shape[0], conv.out_channels, *x.shape[-2:])
@@ -81,9 +81,25 @@ def test_psp_against_cells(align_corners, size):
 def test_aspp_against_taps(size):
     module = randomised(ASPP(4, 3, dilations=(1, 2, 5), branch_channels=2))
     x = torch.randn(2, 4, *size, dtype=torch.float64)
-    maps = [convolve(module.pointwise, x), *(convolve(branch, x) for branch in module.dilated)]
+    maps = [convolve(module.pointwise, x)]
+    maps += [convolve(branch, x, step) for branch, step in zip(module.dilated, (1, 2, 5), strict=True)]
     maps.append(convolve(module.image, x.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *size))
     torch.testing.assert_close(module(x), convolve(module.fuse, torch.cat(maps, dim=1)))
+
+
+def test_aspp_looks_12_24_and_36_pixels_far():
+    module = ASPP(1, norm="", activation="").double()
+    torch.nn.init.zeros_(module.image.conv.weight)
+    x = torch.zeros(1, 1, 81, 81, dtype=torch.float64, requires_grad=True)
+    module(x)[0, 0, 40, 40].backward()
+    seen = [[i - 40, j - 40] for i, j in x.grad[0, 0].nonzero().tolist()]
+    assert seen == sorted(
+        [step * i, step * j]
+        for step in (12, 24, 36)
+        for i in (-1, 0, 1)
+        for j in (-1, 0, 1)
+        if i or j or step == 12
+    )
 
 
 def test_one_image_cannot_train_batch_norm_over_a_pooled_cell():

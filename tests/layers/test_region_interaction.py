@@ -298,6 +298,18 @@ def test_code_interaction_by_hand():
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_code_variant_trains_on_a_lone_representative():
+    """Batch norm of one vector is its bias, here 0: what is passed on is nothing, and each pixel keeps its query."""
+    features, _, semantic = maps((4, 5), batch=1)
+    attention = RegionAttention(8, variant="code", representatives=1, use_boundary=False).train()
+    alike = semantic[:, :, :1, :1].detach().expand_as(semantic)
+    (regions,) = attention.construction(torch.zeros(1, 4, 5), alike)
+    assert regions.representatives.tolist() == [0]
+    out = attention(features, torch.zeros(1, 4, 5), alike)
+    net = attention.interaction
+    torch.testing.assert_close(out, net.distribute(net.query(features)))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
