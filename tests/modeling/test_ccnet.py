@@ -62,19 +62,26 @@ def test_head_is_the_published_composition():
     assert losses == {}
 
 
-def test_losses_equal_plain_cross_entropy():
-    model = small_model(dropout=0.0, aux_feature="conv", aux_channels=8, aux_loss_weight=0.4)
+@pytest.mark.parametrize(("align_corners", "ignored"), [(False, 255), (True, 3)])
+def test_losses_equal_plain_cross_entropy(align_corners, ignored):
+    options = {"dropout": 0.0, "align_corners": align_corners, "ignore_value": ignored, "loss_weight": 0.7}
+    model = small_model(aux_feature="conv", aux_channels=8, aux_loss_weight=0.4, **options)
     batch = [sample(seed=0), sample(seed=1)]
-    batch[0]["sem_seg"][:4] = 255
+    batch[0]["sem_seg"][:4] = ignored
     losses = model(batch)
     assert set(losses) == {"loss_sem_seg", "loss_sem_seg_aux"}
     # The norm layers' batch statistics are those of the same batch, so a second pass gives the same features.
     images = torch.stack([(x["image"] - 127.5) / 64 for x in batch])
     targets = torch.stack([x["sem_seg"] for x in batch])
     features = model.backbone(images)["conv"]
-    main = F.interpolate(model.sem_seg_head.predict(features), (24, 32), mode="bilinear")
-    expected = F.cross_entropy(main, targets, ignore_index=255)
-    torch.testing.assert_close(losses["loss_sem_seg"], expected, rtol=1e-4, atol=1e-5)
+    head = model.sem_seg_head
+    for name, logits, weight in (
+        ("loss_sem_seg", head.predict(features), 0.7),
+        ("loss_sem_seg_aux", head.auxiliary(features), 0.7 * 0.4),
+    ):
+        enlarged = F.interpolate(logits, (24, 32), mode="bilinear", align_corners=align_corners)
+        expected = weight * F.cross_entropy(enlarged, targets, ignore_index=ignored)
+        torch.testing.assert_close(losses[name], expected, rtol=1e-4, atol=1e-5)
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in model.parameters())
 

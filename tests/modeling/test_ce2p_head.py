@@ -92,46 +92,49 @@ def paper_forward(head: CE2PHead, features: dict[str, torch.Tensor], align: bool
     }
 
 
-def edge_map(labels: np.ndarray) -> np.ndarray:
+def edge_map(labels: np.ndarray, ignored: int) -> np.ndarray:
     """(H, W) -> 1 where two different labels meet within one pixel, diagonals included."""
     height, width = labels.shape
     core = np.zeros(labels.shape, bool)
     for y in range(height):
         for x in range(width):
             for y2, x2 in ((y + 1, x), (y, x + 1)):
-                if y2 < height and x2 < width and IGNORE not in (labels[y, x], labels[y2, x2]):
+                if y2 < height and x2 < width and ignored not in (labels[y, x], labels[y2, x2]):
                     if labels[y, x] != labels[y2, x2]:
                         core[y, x] = core[y2, x2] = True
     padded = np.pad(core, 1)
     wide = np.any([padded[i : i + height, j : j + width] for i in range(3) for j in range(3)], axis=0)
-    return np.where(labels == IGNORE, IGNORE, wide)
+    return np.where(labels == ignored, ignored, wide)
 
 
-@pytest.mark.parametrize("align", [True, False])
-def test_losses_are_those_of_the_papers(align):
-    head = make_head(category_consistent="piecewise", align_corners=align)
+@pytest.mark.parametrize(("align", "ignored", "weight"), [(True, IGNORE, 1.0), (False, 4, 0.7)])
+def test_losses_are_those_of_the_papers(align, ignored, weight):
+    head = make_head(
+        category_consistent="piecewise", align_corners=align, ignore_value=ignored, loss_weight=weight
+    )
     nn.init.normal_(head.category_features.weight)
     features, labels = features_and_labels()
+    labels[labels == IGNORE] = ignored
     _, losses = head(features, labels)
     maps = paper_forward(head, features, align)
 
     def enlarged(name: str) -> torch.Tensor:
         return F.interpolate(maps[name], labels.shape[-2:], mode="bilinear", align_corners=align)
 
-    edges = torch.from_numpy(np.stack([edge_map(one) for one in labels.numpy()]))
+    edges = torch.from_numpy(np.stack([edge_map(one, ignored) for one in labels.numpy()]))
     positive, negative = (edges == 1).sum(), (edges == 0).sum()
-    weights = torch.stack([positive, negative]) / (positive + negative)
+    shares = torch.stack([positive, negative]) / (positive + negative)
     expected = {
-        "loss_parsing_1": F.cross_entropy(enlarged("parsing_1"), labels, ignore_index=IGNORE),
-        "loss_parsing_2": F.cross_entropy(enlarged("parsing_2"), labels, ignore_index=IGNORE),
-        "loss_edge": F.cross_entropy(enlarged("edge"), edges, weights, ignore_index=IGNORE),
-        "loss_category_consistent": CategoryConsistentLoss(align_corners=align)(
+        "loss_parsing_1": F.cross_entropy(enlarged("parsing_1"), labels, ignore_index=ignored),
+        "loss_parsing_2": F.cross_entropy(enlarged("parsing_2"), labels, ignore_index=ignored),
+        "loss_edge": F.cross_entropy(enlarged("edge"), edges, shares, ignore_index=ignored),
+        "loss_category_consistent": CategoryConsistentLoss(align_corners=align, ignore_index=ignored)(
             head.category_features(maps["context"]), labels
         ),
     }
     assert list(losses) == list(expected)
     for name, value in expected.items():
-        torch.testing.assert_close(losses[name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(losses[name], weight * value, rtol=1e-4, atol=1e-5)
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
 

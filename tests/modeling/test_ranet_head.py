@@ -33,10 +33,11 @@ def targets(batch: int = 2) -> torch.Tensor:
     return labels.repeat_interleave(8, 1).repeat_interleave(8, 2)
 
 
-@pytest.mark.parametrize("variant", ["paper", "code"])
-def test_losses_are_those_of_the_variant(variant):
-    net = head(variant=variant, align_corners=True).train()
+@pytest.mark.parametrize(("variant", "ignored"), [("paper", 255), ("code", 255), ("code", 2)])
+def test_losses_are_those_of_the_variant(variant, ignored):
+    net = head(variant=variant, align_corners=True, ignore_value=ignored, loss_weight=0.7).train()
     x, labels = features(), targets()
+    labels[labels == 255] = ignored
     none, losses = net(x, labels)
     assert none is None
     expected = {"loss_sem_seg", "loss_sem_seg_coarse", "loss_boundary"}
@@ -50,18 +51,22 @@ def test_losses_are_those_of_the_variant(variant):
     # The weights, from the maps that a head in the same state gives.
     again = copy.deepcopy(net)
     found = {}
-    for part in ("semantic", "boundary", "fine_boundary"):
+    for part in ("classifier", "semantic", "boundary", "fine_boundary"):
         module = getattr(again, part)
         if module is not None:
             module.register_forward_hook(lambda m, i, out, part=part: found.__setitem__(part, out))
     again(x, labels)
-    ce = CrossEntropy(align_corners=True)
-    be = BoundaryLoss(align_corners=True, resolution="map" if variant == "paper" else "labels")
-    torch.testing.assert_close(losses["loss_sem_seg_coarse"], 0.4 * ce(found["semantic"], labels))
-    scale = 0.2 if variant == "paper" else 0.08
-    torch.testing.assert_close(losses["loss_boundary"], scale * be(found["boundary"], labels))
-    if variant == "code":
-        torch.testing.assert_close(losses["loss_boundary_fine"], 0.2 * be(found["fine_boundary"], labels))
+    common = {"align_corners": True, "ignore_index": ignored}
+    ce = CrossEntropy(**common)
+    be = BoundaryLoss(**common, resolution="map" if variant == "paper" else "labels")
+    for name, weight, loss, part in (
+        ("loss_sem_seg", 1.0, ce, "classifier"),
+        ("loss_sem_seg_coarse", 0.4, ce, "semantic"),
+        ("loss_boundary", 0.2 if variant == "paper" else 0.08, be, "boundary"),
+        ("loss_boundary_fine", 0.2, be, "fine_boundary"),
+    ):
+        if name in losses:
+            torch.testing.assert_close(losses[name], 0.7 * weight * loss(found[part], labels))
 
 
 def test_fine_and_coarse_output():
