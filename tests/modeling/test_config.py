@@ -4,11 +4,11 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_backbone, build_sem_seg_head
+from detectron2.modeling import build_backbone, build_model, build_sem_seg_head
 from detectron2.modeling.backbone import BasicStem
 
 from ccnet_d2.errors import UserError
-from ccnet_d2.modeling import add_ccnet_config
+from ccnet_d2.modeling import CCNetHead, CE2PHead, RANetHead, add_ccnet_config, build_resnet
 
 STRIDES = {"res2": 4, "res3": 8, "res4": 8, "res5": 8}
 
@@ -71,6 +71,113 @@ def test_heads_without_features_say_so(name):
     cfg.MODEL.SEM_SEG_HEAD.NAME, cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = name, []
     with pytest.raises(UserError, match=r"^MODEL.SEM_SEG_HEAD.IN_FEATURES is empty"):
         build_sem_seg_head(cfg, {key: ShapeSpec(channels=8, stride=s) for key, s in STRIDES.items()})
+
+
+# Each key with a value of its own, and the argument that it is for.
+_HEAD_KEYS = {"CONVS_DIM": 24, "NORM": "BN", "NUM_CLASSES": 3, "IGNORE_VALUE": 7, "LOSS_WEIGHT": 0.5}
+_HEAD_ARGUMENTS = {"channels": 24, "norm": "BN", "num_classes": 3, "ignore_value": 7, "loss_weight": 0.5}
+_CCNET_KEYS = {"DROPOUT": 0.3, "ACTIVATION": "leaky_relu", "ALIGN_CORNERS": True}
+_CCNET_ARGUMENTS = {"dropout": 0.3, "activation": "leaky_relu", "align_corners": True}
+_HEADS = {
+    CCNetHead: (
+        "CCNET",
+        {
+            **{"CONTEXT": "rcca_r1", "LOSS": "ohem", "CATEGORY_CONSISTENT": "quadratic"},
+            **{"AUX_FEATURE": "res3", "AUX_CHANNELS": 40, "AUX_LOSS_WEIGHT": 0.6},
+        },
+        {
+            **{
+                "in_feature": "res5",
+                "context": "rcca_r1",
+                "loss": "ohem",
+                "category_consistent": "quadratic",
+            },
+            **{"aux_feature": "res3", "aux_channels": 40, "aux_loss_weight": 0.6},
+        },
+        {"AUX_FEATURE": "aux_feature", "CATEGORY_CONSISTENT": "category_consistent"},
+    ),
+    CE2PHead: (
+        "CCNET",
+        {"CONTEXT": "rcca_r1", "CATEGORY_CONSISTENT": "quadratic"},
+        {"in_features": ["res2", "res5"], "context": "rcca_r1", "category_consistent": "quadratic"},
+        {"CATEGORY_CONSISTENT": "category_consistent"},
+    ),
+    RANetHead: (
+        "RANET",
+        {
+            **{"VARIANT": "code", "CONTEXT": "psp", "COARSE_FEATURE": "res3", "OUTPUT": "coarse"},
+            **{"REPRESENTATIVES": 4, "PAIR_CELLS": 36, "BOUNDARY_RADIUS": 1.5},
+            **{"COARSE_LOSS_WEIGHT": 0.7, "BOUNDARY_LOSS_WEIGHT": 0.1},
+        },
+        {
+            **{"variant": "code", "context": "psp", "coarse_feature": "res3", "output": "coarse"},
+            **{"representatives": 4, "pair_cells": 36, "boundary_radius": 1.5, "in_feature": "res5"},
+            **{"coarse_loss_weight": 0.7, "boundary_loss_weight": 0.1},
+        },
+        {"COARSE_FEATURE": "coarse_feature"},
+    ),
+}
+
+
+@pytest.mark.parametrize("head", _HEADS, ids=lambda head: head.__name__)
+def test_each_key_is_for_its_argument(head):
+    node, keys, arguments, optional = _HEADS[head]
+    cfg = get_cfg()
+    add_ccnet_config(cfg)
+    shape = {key: ShapeSpec(channels=8, stride=stride) for key, stride in STRIDES.items()}
+    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res5"]
+    for own, values in (("SEM_SEG_HEAD", _HEAD_KEYS), ("CCNET", _CCNET_KEYS), (node, keys)):
+        for key, value in values.items():
+            assert cfg.MODEL[own][key] != value
+            cfg.MODEL[own][key] = value
+    expected = {"input_shape": shape, **_HEAD_ARGUMENTS, **_CCNET_ARGUMENTS, **arguments}
+    assert head.from_config(cfg, shape) == expected
+    for key, argument in optional.items():
+        cfg.MODEL[node][key] = ""
+        assert head.from_config(cfg, shape)[argument] is None
+
+
+def test_each_key_is_for_its_argument_of_the_backbone_and_of_the_model(monkeypatch):
+    built = []
+
+    def build(depth, **arguments):
+        built.append({"depth": depth, **arguments})
+        return build_resnet(depth, **arguments)
+
+    monkeypatch.setattr("ccnet_d2.modeling.backbone.resnet.build_resnet", build)
+    cfg = get_cfg()
+    add_ccnet_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.SEM_SEG_HEAD.NAME = "CCNet", "CCNetHead"
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = "build_ccnet_resnet_backbone", 1
+    resnets, ccnet = cfg.MODEL.RESNETS, cfg.MODEL.CCNET
+    resnets.DEPTH, resnets.NORM, resnets.OUT_FEATURES = 34, "BN", ["res3", "res5"]
+    resnets.RES2_OUT_CHANNELS = 64
+    ccnet.OUTPUT_STRIDE, ccnet.STEM_CHANNELS, ccnet.CEIL_MODE, ccnet.CONTRACT_DILATION = (
+        16,
+        (4, 6, 8),
+        True,
+        True,
+    )
+    ccnet.AUX_FEATURE, ccnet.SIZE_DIVISIBILITY = "res3", 48
+    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES, cfg.MODEL.SEM_SEG_HEAD.NORM = ["res5"], "BN"
+    cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE, cfg.INPUT.FORMAT, cfg.MODEL.DEVICE = 7, "RGB", "cpu"
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [1.0, 2.0, 3.0], [4.0, 5.0, 6.0]
+    model = build_model(cfg)
+    assert built == [
+        {
+            **{"depth": 34, "norm": "BN", "out_features": ["res3", "res5"], "freeze_at": 1, "in_channels": 3},
+            **{"output_stride": 16, "stem": "deep", "stem_channels": (4, 6, 8)},
+            **{"ceil_mode": True, "contract_dilation": True},
+        }
+    ]
+    frozen = [name for name, p in model.backbone.named_parameters() if not p.requires_grad]
+    assert frozen and all(name.startswith("stem.") for name in frozen)
+    assert (model.input_format, model.size_divisibility, model.ignore_value) == ("RGB", 48, 7)
+    assert model.pixel_mean.flatten().tolist() == [1, 2, 3] and model.pixel_std.flatten().tolist() == [
+        4,
+        5,
+        6,
+    ]
 
 
 def ccnet_resnet(**resnets):

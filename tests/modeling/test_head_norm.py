@@ -4,6 +4,7 @@ import pytest
 from detectron2.layers import ShapeSpec
 from torch import nn
 
+from ccnet_d2.layers import PSP
 from ccnet_d2.modeling import CCNetHead, CE2PHead, RANetHead
 
 SHAPE = {f"res{i}": ShapeSpec(channels=32, stride=8) for i in (2, 3, 4, 5)}
@@ -55,3 +56,14 @@ def test_norms_that_fit(head, norm, kind):
         type(m) for m in built.modules() if isinstance(m, nn.GroupNorm | nn.BatchNorm2d | nn.InstanceNorm2d)
     }
     assert (kind in norms) if kind else not norms
+
+
+@HEADS
+def test_the_context_module_has_the_head_s_activation_and_corners(head):
+    options = {"context": "psp", "norm": "BN", "activation": "leaky_relu"}
+    for align_corners in (False, True):
+        built = head(SHAPE, align_corners=align_corners, **options, **ARGUMENTS[head])
+        (context,) = (module for module in built.modules() if isinstance(module, PSP))
+        assert context.align_corners is align_corners
+        activations = {type(m) for m in built.modules() if isinstance(m, nn.ReLU | nn.LeakyReLU)}
+        assert activations == {nn.LeakyReLU}
