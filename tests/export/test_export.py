@@ -20,6 +20,7 @@ from ccnet_d2.export import (
     export_run,
     load_program,
 )
+from ccnet_d2.export.check import Difference
 from ccnet_d2.layers import CONTEXT_MODULES, CrissCrossAttention
 from ccnet_d2.model_zoo import get_config
 
@@ -161,6 +162,11 @@ def test_a_file_that_would_differ_is_not_written(toy, tmp_path):
     with pytest.raises(ExportError, match=r"nothing was written.*\(1x3x64x80: largest difference 1\.0e-03"):
         export_model(model, path, sizes=SIZES[:1])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("reach", "relative"), [(0.25, 3e-3), (1.0, 3e-3), (8.0, 3e-3 / 8)])
+def test_differences_are_shares_of_logits_above_1(reach, relative):
+    assert Difference((1, 64, 80), 3e-3, reach).relative == pytest.approx(relative)
 
 
 def test_nan_is_not_a_small_difference(toy):
