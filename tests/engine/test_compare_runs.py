@@ -1,7 +1,9 @@
 """Tables over values and seeds: real trainings of a few iterations, one of which fails."""
 
 import json
+import math
 import re
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +54,61 @@ def test_values_that_look_alike_get_folders_of_their_own():
     assert all(re.fullmatch(r"[A-Za-z0-9._]+", name) for name in names.values())
     again = _folder_names(["1e+3", "1e-3"])  # in another order, since finished runs are found by name
     assert all(names[value] == name for value, name in again.items())
+
+
+def finished(variant: Variant, folder: Path, miou: float, *seconds: float) -> VariantRun:
+    """A training that logged so many iterations, the last of which is half written."""
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"iteration": i, "time": time}) for i, time in enumerate(seconds)]
+    (folder / "metrics.json").write_text("\n".join([*lines, '{"iteration": 9, "ti']))
+    return VariantRun(variant, folder, ["--config-file", TOY], metrics={"sem_seg": {"mIoU": miou}})
+
+
+def test_a_row_is_of_the_runs_that_succeeded(tmp_path):
+    variant = Variant("a", "a")
+    row = _row(
+        "a",
+        [
+            finished(variant, tmp_path / "0", 50.0, 0.1, 0.3, 0.2),
+            VariantRun(variant, tmp_path / "1", [], error="It broke."),
+            finished(variant, tmp_path / "2", 60.0, 0.4),
+            finished(variant, tmp_path / "3", 70.0),
+        ],
+    )
+    assert row["miou"] == [50.0, None, 60.0, 70.0] and row["errors"] == ["It broke."]
+    assert row["mean"] == 60.0 and row["deviation"] == pytest.approx(math.sqrt((100 + 0 + 100) / 3))
+    assert row["seconds_per_iteration"] == pytest.approx((0.2 + 0.4) / 2)  # medians of two runs
+    assert _row("b", [VariantRun(variant, tmp_path / "1", [], error="It broke.")]) == {
+        **{"value": "b", "miou": [None], "mean": None, "deviation": None},
+        **{"seconds_per_iteration": None, "errors": ["It broke."]},
+    }
+
+
+def test_a_table_of_values_and_seeds(tmp_path, monkeypatch):
+    """With figures in the place of the trainings; one run fails, and then all do."""
+    asked = []
+
+    def trainings(config_file, variants, output, **options):
+        asked.append(options)
+        runs = [finished(variant, output / variant.name, 10.0 * i) for i, variant in enumerate(variants)]
+        for run in runs if len(asked) > 1 else runs[2:3]:
+            run.error = "It broke."
+        return runs
+
+    monkeypatch.setattr("ccnet_d2.engine.compare_runs.train_variants", trainings)
+    values, output = ["none", "rcca", "none"], tmp_path / "new" / "out"
+    result = compare_runs(TOY, CONTEXT, values, output, seeds=[0, 1, 0], overrides=["train.max_iter=2"])
+    assert [(row["value"], row["miou"]) for row in result["rows"]] == [
+        ("none", [0.0, 10.0]),
+        ("rcca", [None, 30.0]),
+    ]
+    assert result["seeds"] == [0, 1]
+    assert json.loads((output / "table.json").read_text()) == result
+    table, commands = (output / "table.md").read_text().split("\n\n```\n")
+    assert table == format_table(result) and len(commands.splitlines()) == 4 + 1
+    assert asked == [{"overrides": ["train.max_iter=2"], "keep_finished": True, "stop_at_failure": False}]
+    with pytest.raises(UserError, match=r"^All 1 runs failed; the first: It broke\."):
+        compare_runs(TOY, CONTEXT, ["none"], tmp_path / "other")
 
 
 def test_format_of_a_table():

@@ -87,6 +87,20 @@ def test_a_run_without_miou_is_a_failure(stand_in, tmp_path, evaluation, words):
     assert run.error.startswith("Training of a ended without a mIoU") and words in run.error
 
 
+def test_what_finished_with_the_same_arguments_is_kept_if_asked_for(stand_in, tmp_path):
+    stand_in("""echo x >> $PLACE/trained; echo '{"sem_seg": {"mIoU": 50}}' > $PLACE/out/a/evaluation.json""")
+    variants, trained = [Variant("a", "a")], tmp_path / "trained"
+    for keep, overrides, trainings in (
+        (True, ["seed=0"], 1),  # nothing to keep
+        (True, ["seed=0"], 1),
+        (True, ["seed=1"], 2),
+        (False, ["seed=1"], 3),
+    ):
+        (run,) = train_variants("run.py", variants, tmp_path / "out", overrides=overrides, keep_finished=keep)
+        assert (run.error, run.miou) == (None, 50.0) and run.seconds > 0
+        assert len(trained.read_text().split()) == trainings
+
+
 @pytest.mark.parametrize(
     ("variable", "gpus"),
     [(None, ["0", "1"]), ("", ["0", "1"]), ("3,5", ["3", "5"]), ("GPU-8d, GPU-3c, -1", ["GPU-8d", "GPU-3c"])],
