@@ -132,6 +132,16 @@ def test_the_message_says_it_all_and_the_file_repeats_it(tmp_path):
     assert replay(Net(Log()), step) == step.finding
 
 
+def test_statistics_that_the_step_spoiled_are_not_taken_for_its_cause():
+    large = batch()
+    for record in large:
+        record["image"] = record["image"].sign() * 3e38  # finite, until they are added up
+    net = Net(nn.ReLU())
+    nn.init.constant_(net.first.weight, 2.0)
+    with pytest.raises(NonFiniteError, match=r"not finite is first \(Linear\)"):
+        trainer(net, [large]).train(0, 1)
+
+
 def test_a_stored_step_repeats_dropout(tmp_path):
     """The loss is infinite only with the weights, images and dropout mask of the step."""
 

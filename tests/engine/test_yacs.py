@@ -6,10 +6,12 @@ import pickle
 import pytest
 import torch
 from detectron2.config import instantiate
+from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.solver import build_optimizer
 
 from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
+from ccnet_d2.data.transforms import RandomPhotometricDistortion, RandomScaleCrop, ResizeToFit
 from ccnet_d2.engine import yacs
 from ccnet_d2.engine.command_line import main
 from ccnet_d2.errors import UserError
@@ -115,6 +117,52 @@ def test_the_papers_schedule_starts_at_the_whole_rate_and_takes_no_other_word_fo
         cfg = yacs.load_config(CONFIG, [f"SOLVER.{key}", value])
         with pytest.raises(UserError, match=rf"^SOLVER.{key} is .*PolyLR has no warm-up"):
             yacs.YacsTrainer.build_lr_scheduler(cfg, optimizer)
+
+
+def test_each_key_of_the_images_is_for_its_argument(monkeypatch):
+    mappers = {}
+    for split in ("train", "test"):
+        name = f"build_detection_{split}_loader"
+        monkeypatch.setattr(yacs, name, lambda *_, mapper, split=split, **__: mappers.update({split: mapper}))
+    monkeypatch.setattr(yacs, "get_sem_seg_dataset_dicts", lambda names: [])
+    cfg = yacs.load_config(CONFIG, ["INPUT.FORMAT", "BGR"])
+    crop, extra = cfg.INPUT.CROP, cfg.INPUT.CCNET
+    crop.ENABLED, crop.TYPE, crop.SIZE = True, "absolute", [24, 32]
+    extra.BASE_SIZE, extra.SCALE_RANGE, extra.CATEGORY_MAX_RATIO = (64, 48), (0.5, 1.5), 0.7
+    extra.PHOTOMETRIC, cfg.INPUT.RANDOM_FLIP = True, "vertical"
+    cfg.MODEL.PIXEL_MEAN = [1.0, 2.0, 3.0]
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 20, 70
+    yacs.YacsTrainer.build_train_loader(cfg)
+    yacs.YacsTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])
+    for split, expected in (
+        (
+            "train",
+            [
+                RandomScaleCrop(
+                    (24, 32),
+                    scale_range=(0.5, 1.5),
+                    base_size=(64, 48),
+                    category_max_ratio=0.7,
+                    pad_value=(1.0, 2.0, 3.0),
+                ),
+                T.RandomFlip(horizontal=False, vertical=True),
+                RandomPhotometricDistortion(image_format="BGR"),
+            ],
+        ),
+        ("test", [ResizeToFit(long_side=70, short_side=20)]),
+    ):
+        mapper = mappers[split]
+        assert (mapper.is_train, mapper.image_format) == (split == "train", "BGR")
+        found = mapper.augmentations.augs
+        assert [type(one) for one in found] == [type(one) for one in expected]
+        for one, other in zip(found, expected, strict=True):
+            assert {k: str(v) for k, v in vars(one).items()} == {k: str(v) for k, v in vars(other).items()}
+    extra.BASE_SIZE, extra.SCALE_RANGE, extra.SHORT_SIDES = (), (), (30, 40)
+    ours = yacs.train_augmentations(cfg)[0]
+    theirs = RandomScaleCrop(
+        (24, 32), short_side_choices=(30, 40), category_max_ratio=0.7, pad_value=(1.0, 2.0, 3.0)
+    )
+    assert {k: str(v) for k, v in vars(ours).items()} == {k: str(v) for k, v in vars(theirs).items()}
 
 
 class Payload:
