@@ -24,7 +24,7 @@ from ccnet_d2.export.check import Difference
 from ccnet_d2.layers import CONTEXT_MODULES, CrissCrossAttention
 from ccnet_d2.model_zoo import get_config
 
-SIZES = [(1, 64, 80), (3, 49, 91), (2, 130, 57)]
+SIZES = [(1, 64, 80), (3, 49, 91), (2, 130, 32)]
 TOY = "toy/ccnet_synthetic.py"
 
 
