@@ -1,5 +1,7 @@
 """What our heads and backbones read from a yacs config alike."""
 
+import inspect
+
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -135,6 +137,22 @@ def test_each_key_is_for_its_argument(head):
     for key, argument in optional.items():
         cfg.MODEL[node][key] = ""
         assert head.from_config(cfg, shape)[argument] is None
+
+
+@pytest.mark.parametrize("head", [CCNetHead, RANetHead], ids=lambda head: head.__name__)
+def test_a_key_left_alone_is_an_argument_left_alone(head):
+    """Those of Detectron2's own keys aside, and CE2PHead, whose published layers are not the others'."""
+    cfg = get_cfg()
+    add_ccnet_config(cfg)
+    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res5"]
+    found = head.from_config(cfg, {})
+    parameters = inspect.signature(head.__init__).parameters
+    for name in found.keys() - {"input_shape", "num_classes", "channels", "norm"}:
+        assert found[name] == parameters[name].default, name
+    parameters = inspect.signature(build_resnet).parameters
+    for key in ("OUTPUT_STRIDE", "STEM", "CEIL_MODE", "CONTRACT_DILATION"):
+        assert cfg.MODEL.CCNET[key] == parameters[key.lower()].default, key
+    assert cfg.MODEL.CCNET.SIZE_DIVISIBILITY == 0
 
 
 def test_each_key_is_for_its_argument_of_the_backbone_and_of_the_model(monkeypatch):
