@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 from ccnet_d2.layers.cell_average import average_by_products
 
@@ -51,9 +52,16 @@ def trace(model: nn.Module) -> ExportedProgram:
             f"{type(model).__name__} with {type(head).__name__} does not export: its arithmetic depends on the "
             f"image's size ({_reason(error)})."
         ) from error
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine's files
+    _forget_this_machine(program)
     return program
+
+
+def _forget_this_machine(program: ExportedProgram) -> None:
+    """Drop where in which files each operator was traced, also of those in graphs within the graph (autocast's)."""
+    for module in program.graph_module.modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """Exported files against the model itself, on sizes that were not traced."""
 
 import json
+import logging
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -123,6 +125,10 @@ def test_a_torch_export_file_takes_three_sizes(toy, toy_pt2):
         torch.testing.assert_close(network(images), logits_of(toy, images), atol=1e-5, rtol=0)
     operators = {str(node.target) for node in torch.export.load(toy_pt2).graph.nodes}
     assert not any("ccnet_d2" in name for name in operators)
+    with zipfile.ZipFile(toy_pt2) as archive:
+        texts = [archive.read(name) for name in archive.namelist() if name.endswith(".json")]
+    assert any(b"einsum" in text for text in texts)
+    assert not any(b".py" in text for text in texts)  # no paths of the machine it was made on
 
 
 def test_the_file_of_a_run_names_its_classes(toy_pt2, tmp_path):
@@ -220,8 +226,10 @@ def test_arithmetic_that_depends_on_the_size_is_refused(tmp_path):
     model = make_model()
     model.sem_seg_head.context = SizeDependent()
     message = "CCNet with SizeDependent does not export: its arithmetic depends on the image's size"
+    before = logging.root.manager.disable
     with pytest.raises(ExportError, match=message):
         export_model(model, tmp_path / "model.pt2")
+    assert logging.root.manager.disable == before  # others are heard again
 
 
 @pytest.mark.parametrize(
