@@ -109,6 +109,13 @@ def test_what_was_there_before():
     assert found(Net()).where == "nowhere"
 
 
+def test_gradients_that_are_there_already_are_not_those_of_the_step():
+    net = Net()
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, math.nan)
+    assert found(net).where == "nowhere"
+
+
 def trainer(net, batches, output_dir=None, retries=0):
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
     return Trainer(net, iter(batches), optimizer, guard=NonFiniteGuard(output_dir, retries))
