@@ -1,17 +1,19 @@
 """Pictures of predictions during training."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog
+from omegaconf import OmegaConf
 from PIL import Image
 
 from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
 from ccnet_d2.engine import apply_overrides
-from ccnet_d2.engine.pictures import draw_predictions
+from ccnet_d2.engine.pictures import PredictionPictures, draw_predictions
 from ccnet_d2.model_zoo import get_config
 
 
@@ -44,6 +46,19 @@ def test_pictures_are_drawn_in_the_test_mode(run, tmp_path, mode, sizes):
     assert seen == sizes and model.training
     with Image.open(tmp_path / "pictures/one.png") as picture:
         assert np.ptp(np.asarray(picture)) > 100
+
+
+@pytest.mark.parametrize(("period", "drawn_after"), [(3, [3, 6, 7]), (7, [7]), (0, [7])])
+def test_pictures_are_drawn_with_each_evaluation_and_at_the_end(period, drawn_after, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("ccnet_d2.engine.pictures.draw_predictions", lambda *args: drawn.append(args))
+    cfg = OmegaConf.create({"train": {"eval_period": period, "output_dir": str(tmp_path)}})
+    model = torch.nn.Identity()
+    hook = PredictionPictures(cfg, model)
+    for iteration in range(7):
+        hook.trainer = SimpleNamespace(iter=iteration, max_iter=7)
+        hook.after_step()
+    assert drawn == [(cfg, model, tmp_path / f"pictures/iter_{done:07d}.png") for done in drawn_after]
 
 
 def test_predictions_are_the_models(run, tmp_path, monkeypatch):

@@ -110,3 +110,10 @@ def test_gradients_by_pytorch_where_the_library_does_not_go(dtype, x_last):
     tolerance = 8 * TOLERANCE[dtype]  # the products are rounded
     torch.testing.assert_close(got[1], wanted[1], rtol=tolerance, atol=tolerance * len(grad.flatten()) ** 0.5)
     assert got[0].dtype == dtype and got[1].dtype == gamma.dtype
+
+
+def test_gamma_s_gradient_is_summed_in_fp32_by_pytorch():
+    """A sum beyond what fp16 holds."""
+    x = torch.full((2, 8, 5, 6), 32.0, dtype=torch.float16)
+    attended = draw((2, 8, 6, 5), torch.float16, channels_last=True).transpose(2, 3).copy_(x)
+    assert residual_gradients(x, attended, torch.tensor([0.5]))[1].tolist() == [32.0 * 32 * x.numel()]
