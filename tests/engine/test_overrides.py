@@ -25,6 +25,11 @@ def test_values_change():
     assert cfg.train.max_iter == 20 and cfg.train.amp.enabled is True and cfg.model.out_channels == 8
 
 
+def test_a_place_in_a_list_is_its_number():
+    cfg = apply_overrides(config(), ["steps.0.size=5", "steps.1.size=7"])
+    assert OmegaConf.to_container(cfg.steps) == [{"size": 5}, {"size": 7}]
+
+
 def test_an_argument_of_the_target_may_be_added():
     assert apply_overrides(config(), ["model.padding=1"]).model.padding == 1
 
@@ -43,6 +48,8 @@ def test_plus_adds_a_key():
         ),
         ("model.chanels=3", "did you mean 'in_channels'|it has"),
         ("train.max_iter.x=1", "Unknown key 'train.max_iter.x': train.max_iter has no keys"),
+        ("steps.2.size=1", "Unknown key 'steps.2.size': steps has no keys"),
+        ("steps.1.sise=1", "Unknown key 'steps.1.sise': steps.1 has no 'sise'; did you mean 'size'"),
         ("train.max_iter", "'train.max_iter' is not of the form key=value"),
         ("train.max_iter=[1,", r"cannot be applied"),
     ],
