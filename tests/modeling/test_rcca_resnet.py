@@ -58,10 +58,14 @@ def test_yacs_resnet_is_detectron2_s_with_rcca():
         torch.testing.assert_close(built(x)[key], value, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("keys", [{}, {"NORM": "GN", "FUSE_TYPE": "avg", "OUT_CHANNELS": 64}])
 @pytest.mark.parametrize("kind", ["", "retinanet_"])
-def test_yacs_fpn_is_detectron2_s_with_rcca(kind):
-    built = build_backbone(yacs(f"build_{kind}resnet_rcca_fpn_backbone"))
-    plain = build_backbone(yacs(f"build_{kind}resnet_fpn_backbone"))
+def test_yacs_fpn_is_detectron2_s_with_rcca(kind, keys):
+    configs = [yacs(f"build_{kind}resnet{part}_fpn_backbone") for part in ("_rcca", "")]
+    for cfg in configs:
+        for key, value in keys.items():
+            cfg.MODEL.FPN[key] = value
+    built, plain = (build_backbone(cfg) for cfg in configs)
     assert isinstance(built, FPN) and built.output_shape() == plain.output_shape()
     assert plain.state_dict().keys() < built.state_dict().keys()
     plain.load_state_dict(built.state_dict(), strict=False)
