@@ -49,6 +49,7 @@ def test_plus_adds_a_key():
         ("model.chanels=3", "did you mean 'in_channels'|it has"),
         ("train.max_iter.x=1", "Unknown key 'train.max_iter.x': train.max_iter has no keys"),
         ("steps.2.size=1", "Unknown key 'steps.2.size': steps has no keys"),
+        ("steps.².size=1", "Unknown key 'steps.².size': steps has no keys"),  # a digit, but no number
         ("steps.1.sise=1", "Unknown key 'steps.1.sise': steps.1 has no 'sise'; did you mean 'size'"),
         ("train.max_iter", "'train.max_iter' is not of the form key=value"),
         ("train.max_iter=[1,", r"cannot be applied"),
