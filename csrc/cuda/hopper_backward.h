@@ -87,7 +87,11 @@ struct HopperBackwardArgs {
   SegmentOutput<T> grad_query, grad_key, grad_value;
   const float* lse;                            // (B, N)
   float* delta;                                // (B, N), of an earlier launch or to be found
+  bool first;                                  // launch of the call
   bool accumulate;                             // an earlier launch has written the gradients
+  int backwards;                               // 1: through the channels, starting with the last
+  // So many panels of V and dO the L2 cache keeps for the next launch, and of dO for the next tile of keys: the last ones.
+  int kept_steps, kept_between;
   int groups;                                  // of lines: CTA i takes groups i, i + blocks, ...
   int blocks;
 };
@@ -253,11 +257,9 @@ struct KeyWeights {
   }
 };
 
-// The panel of channels that a step takes: every other tile of keys goes backwards through them, so that it meets first
-// what of dO the L2 cache has seen last.
-CCNET_DEVICE int value_panel(int step, int key_block, int steps) {
-  return key_block % 2 == 0 ? step : steps - 1 - step;
-}
+// The panel of channels that a step takes: every other tile of keys, and every other launch, goes backwards through them,
+// so that it meets first what the L2 cache has seen last.
+CCNET_DEVICE int value_panel(int step, int backwards, int steps) { return backwards == 0 ? step : steps - 1 - step; }
 
 // The diagonal of a warpgroup's products of 64 x 64, of which a lane holds at most one element for each row of its two.
 // Writes element i, where the lane has it, to table[i].
@@ -310,6 +312,8 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
     if constexpr (FindsDelta) prefetch_map(&a.out);
   }
   barrier();
+  // Inputs of a launch that is not the first were there before the one before began.
+  if (a.first) wait_for_previous_launch();
   allow_next_launch();
 
   const int qk_steps = static_cast<int>(ceil_div(a.qk_channels, kWidth));
@@ -322,21 +326,30 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
     int group_parity = 0;
     for (int number = static_cast<int>(block_index()); number < a.groups; number += a.blocks) {
       const Line group = find_group(a.tiling, number);
-      const auto load = [&](const TensorMap* key_side, const TensorMap* query_side, int key_block, int panel) {
+      const auto load = [&](const TensorMap* key_side, const TensorMap* query_side, int key_block, int panel,
+                            CachePolicy key_policy, CachePolicy query_policy) {
         const int slot = ring.acquire((1 + Blocks) * panel_bytes(box_rows));
         char* const stage = ring.stage(slot);
         SharedBarrier* const full = ring.full + slot;
-        load_lines(stage, key_side, panel * kWidth, key_block * kTileRows, group, full);
+        load_lines(stage, key_side, panel * kWidth, key_block * kTileRows, group, full, key_policy);
         CCNET_UNROLL
         for (int b = 0; b < Blocks; ++b) {
-          load_lines(stage + (1 + b) * Shape::kPanelBytes, query_side, panel * kWidth, b * kTileRows, group, full);
+          load_lines(stage + (1 + b) * Shape::kPanelBytes, query_side, panel * kWidth, b * kTileRows, group, full,
+                     query_policy);
         }
       };
+      const auto load_scores = [&](int key_block) {
+        for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p, evict_normal(), evict_normal());
+      };
+      const auto policy = [&](int p, int kept) { return p >= value_steps - kept ? evict_last() : evict_first(); };
       for (int key_block = 0; key_block < Blocks; ++key_block) {
-        for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
+        load_scores(key_block);
         constexpr int kLag = FindsDelta ? Shape::kOutLag : 0;
         for (int p = 0; p < value_steps + kLag; ++p) {
-          if (p < value_steps) load(&a.value, &a.grad_out, key_block, value_panel(p, key_block, value_steps));
+          if (p < value_steps) {
+            load(&a.value, &a.grad_out, key_block, value_panel(p, key_block ^ a.backwards, value_steps),
+                 policy(p, a.kept_steps), policy(p, key_block + 1 == Blocks ? a.kept_steps : a.kept_between));
+          }
           if constexpr (FindsDelta) {
             if (p < kLag) continue;
             if (p == kLag && number >= a.blocks) {
@@ -344,10 +357,11 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
               group_parity ^= 1;
             }
             const int slot = out_ring.acquire(panel_bytes(box_rows));
-            load_lines(out_ring.stage(slot), &a.out, (p - kLag) * kWidth, 0, group, out_ring.full + slot);
+            const int panel = value_panel(p - kLag, key_block ^ a.backwards, value_steps);
+            load_lines(out_ring.stage(slot), &a.out, panel * kWidth, 0, group, out_ring.full + slot, evict_first());
           }
         }
-        for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
+        load_scores(key_block);
       }
     }
     return;
@@ -496,8 +510,8 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       };
       // Writes step p's dV; `last`: of the steps.
       const auto write_values = [&](int p, float (&d)[32], bool last) {
-        const int channels = value_panel(p, key_block, value_steps);
-        const int next_channels = value_panel(p + 1, key_block, value_steps);
+        const int channels = value_panel(p, key_block ^ a.backwards, value_steps);
+        const int next_channels = value_panel(p + 1, key_block ^ a.backwards, value_steps);
         char* const panel = p % 2 == 0 ? staging : other_staging;
         char* const next_panel = p % 2 == 0 ? other_staging : staging;
         if (accumulate) {
@@ -532,7 +546,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       // What earlier launches have left is needed at last: here what is added to, delta after the loop.
       if (accumulate) {
         if (key_block == 0) wait_for_previous_launch();
-        value_rows.fetch(own_thread(), staging, a.grad_value, value_panel(0, key_block, value_steps));
+        value_rows.fetch(own_thread(), staging, a.grad_value, value_panel(0, key_block ^ a.backwards, value_steps));
       }
       // The last step.
       const auto finish_values = [&](int p, float (&own)[32]) {
@@ -702,6 +716,7 @@ CCNET_KERNEL(kDenseDeltaThreads, 1)
 void dense_delta_kernel(DenseDeltaArgs<T> a) {
   constexpr int kLength = kSegmentLength<T>;
   constexpr int kPositions = 2, kChunks = 2;
+  wait_for_previous_launch();
   allow_next_launch();
   const int lane = thread_index() % kWarp;
   const uint32_t warps = static_cast<uint32_t>(a.blocks) * (kDenseDeltaThreads / kWarp);

@@ -68,26 +68,45 @@ CCNET_DEVICE void wait_phase(SharedBarrier* b, int parity) {
       : "memory");
 }
 
+// How soon the L2 cache gives up what a box brings or takes.
+using CachePolicy = uint64_t;
+CCNET_DEVICE CachePolicy evict_normal() {
+  CachePolicy p;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;\n" : "=l"(p));
+  return p;
+}
+CCNET_DEVICE CachePolicy evict_first() {
+  CachePolicy p;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(p));
+  return p;
+}
+CCNET_DEVICE CachePolicy evict_last() {
+  CachePolicy p;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;\n" : "=l"(p));
+  return p;
+}
+
 // Copies the box at coordinates (channel, position, other, other, batch) into a panel; what lies outside the tensor
 // becomes zero. Counts the whole box's bytes on the barrier. By one thread.
 CCNET_DEVICE void load_box(char* panel, const TensorMap* map, int channel, int position, int other0, int other1,
-                           int batch, SharedBarrier* b) {
+                           int batch, SharedBarrier* b, CachePolicy policy) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
-      "[%2];\n" ::"r"(shared_address(panel)),
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%3, %4, %5, %6, %7}], [%2], %8;\n" ::"r"(shared_address(panel)),
       "l"(reinterpret_cast<uint64_t>(map)), "r"(shared_address(b)), "r"(channel), "r"(position), "r"(other0),
-      "r"(other1), "r"(batch)
+      "r"(other1), "r"(batch), "l"(policy)
       : "memory");
 }
 // The inverse: what of a box lies in the tensor is written from a panel, which holds what threads wrote before
 // fence_shared_for_async() and a barrier. By one thread, which commits boxes in groups: until wait_stores_read() the panel
 // may still be read. Written for the launches to come: nothing in this one may read it.
 CCNET_DEVICE void store_box(const TensorMap* map, const char* panel, int channel, int position, int other0, int other1,
-                            int batch) {
-  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];\n" ::"l"(
-                   reinterpret_cast<uint64_t>(map)),
-               "r"(shared_address(panel)), "r"(channel), "r"(position), "r"(other0), "r"(other1), "r"(batch)
-               : "memory");
+                            int batch, CachePolicy policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5, %6}], [%1], %7;\n" ::
+          "l"(reinterpret_cast<uint64_t>(map)),
+      "r"(shared_address(panel)), "r"(channel), "r"(position), "r"(other0), "r"(other1), "r"(batch), "l"(policy)
+      : "memory");
 }
 CCNET_DEVICE void commit_stores() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
 CCNET_DEVICE void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }

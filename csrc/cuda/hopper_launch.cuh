@@ -55,22 +55,21 @@ class HopperLauncher {
   template <typename T, int Blocks, int Keys>
   int forward(const HopperForwardArgs& args) const {
     using Shape = HopperForwardShape<Blocks, Keys>;
-    return run(hopper_forward_kernel<T, Blocks, Keys>, args, Shape::kThreads, Shape::kSharedBytes, true);
+    return run(hopper_forward_kernel<T, Blocks, Keys>, args, Shape::kThreads, Shape::kSharedBytes);
   }
   template <typename T, int Blocks, bool FindsDelta, int Rows>
-  int backward(const HopperBackwardArgs<T>& args, bool overlaps_previous) const {
+  int backward(const HopperBackwardArgs<T>& args) const {
     using Shape = HopperBackwardShape<T, Blocks, FindsDelta, Rows>;
-    return run(hopper_backward_kernel<T, Blocks, FindsDelta, Rows>, args, Shape::kThreads, Shape::kSharedBytes,
-               overlaps_previous);
+    return run(hopper_backward_kernel<T, Blocks, FindsDelta, Rows>, args, Shape::kThreads, Shape::kSharedBytes);
   }
   template <typename T>
   int dense_delta(const DenseDeltaArgs<T>& args) const {
-    return run(dense_delta_kernel<T>, args, kDenseDeltaThreads, 0, false);
+    return run(dense_delta_kernel<T>, args, kDenseDeltaThreads, 0);
   }
 
  private:
   template <typename Args>
-  int run(void (*kernel)(Args), const Args& args, int threads, int shared_bytes, bool overlaps_previous) const {
+  int run(void (*kernel)(Args), const Args& args, int threads, int shared_bytes) const {
     cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                              cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return static_cast<int>(error);
@@ -83,7 +82,7 @@ class HopperLauncher {
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream_;
     config.attrs = &overlap;
-    config.numAttrs = overlaps_previous ? 1 : 0;
+    config.numAttrs = 1;
     error = cudaLaunchKernelEx(&config, kernel, args);
     return static_cast<int>(error == cudaSuccess ? cudaGetLastError() : error);
   }

@@ -37,9 +37,11 @@ template <typename T>
 DeviceInfo device_with(int key_blocks, int multiprocessors, int64_t blocks_per_grid) {
   const int shared =
       std::max(ForwardShape<T>::shared_bytes(key_blocks), static_cast<int>(BackwardShape<T>::kSharedBytes));
-  return {multiprocessors, shared, blocks_per_grid, 80};
+  return {multiprocessors, shared, blocks_per_grid, 80, 0};
 }
-inline DeviceInfo hopper(int multiprocessors) { return {multiprocessors, 227 * 1024, 1 << 30, kHopperCapability}; }
+inline DeviceInfo hopper(int multiprocessors) {
+  return {multiprocessors, 227 * 1024, 1 << 30, kHopperCapability, 50 << 20};
+}
 
 // What a drawn case might miss: every path of the kernels and of the plan.
 template <typename T>

@@ -26,12 +26,18 @@ inline void wait_phase(SharedBarrier* b, int parity) {
   machine().wait_phase(reinterpret_cast<const char*>(b), parity);
 }
 
+// Which results do not depend on.
+using CachePolicy = int;
+inline CachePolicy evict_normal() { return 0; }
+inline CachePolicy evict_first() { return 1; }
+inline CachePolicy evict_last() { return 2; }
+
 inline void load_box(char* panel, const TensorMap* map, int channel, int position, int other0, int other1, int batch,
-                     SharedBarrier* b) {
+                     SharedBarrier* b, CachePolicy = evict_normal()) {
   machine().load_box(panel, *map, {channel, position, other0, other1, batch}, reinterpret_cast<const char*>(b));
 }
 inline void store_box(const TensorMap* map, const char* panel, int channel, int position, int other0, int other1,
-                      int batch) {
+                      int batch, CachePolicy = evict_normal()) {
   machine().store_box(*map, panel, {channel, position, other0, other1, batch});
 }
 inline void commit_stores() { machine().commit_stores(); }
