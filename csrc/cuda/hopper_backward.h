@@ -133,6 +133,16 @@ struct WarpOutput {
     }
   }
 
+  // Has the L2 cache fetch the rows' first `panels` panels, of which fetch() will bring one after the other.
+  CCNET_DEVICE void prefetch(int thread, const SegmentOutput<T>& out, int panels) const {
+    const uint32_t segment = static_cast<uint32_t>(thread % kRowSegments * kRowSegments);
+    if (segment >= static_cast<uint32_t>(min_of(out.segments, panels * kRowSegments))) return;
+    CCNET_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      if (row[i] != kNoRow) prefetch_row(reinterpret_cast<const Segment*>(out.data) + (row[i] + segment));
+    }
+  }
+
   // `add`: to what fetch() has brought. A collective of the warp, which may use the panel anew afterwards.
   CCNET_DEVICE void write(int thread, float (&d)[32], bool add, char* panel, const SegmentOutput<T>& out,
                           int step) const {
@@ -546,6 +556,14 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       // What earlier launches have left is needed at last: here what is added to, delta after the loop.
       if (accumulate) {
         if (key_block == 0) wait_for_previous_launch();
+        // What dK and dQ are added to is needed when the loop is over, and then at once.
+        WarpOutput<T>(own_thread(), a.grad_key, a.tiling, group, key0).prefetch(own_thread(), a.grad_key, qk_steps);
+        CCNET_UNROLL
+        for (int b = 0; b < Blocks; ++b) {
+          if (key_block > 0) continue;  // written a moment ago
+          WarpOutput<T>(own_thread(), a.grad_query, a.tiling, group, b * kTileRows)
+              .prefetch(own_thread(), a.grad_query, qk_steps);
+        }
         value_rows.fetch(own_thread(), staging, a.grad_value, value_panel(0, key_block ^ a.backwards, value_steps));
       }
       // The last step.

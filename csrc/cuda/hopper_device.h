@@ -110,6 +110,8 @@ CCNET_DEVICE void store_box(const TensorMap* map, const char* panel, int channel
 }
 CCNET_DEVICE void commit_stores() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
 CCNET_DEVICE void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
+// Has the L2 cache fetch the 128 bytes at p.
+CCNET_DEVICE void prefetch_row(const void* p) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(p)); }
 CCNET_DEVICE void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
 }

@@ -42,6 +42,7 @@ inline void store_box(const TensorMap* map, const char* panel, int channel, int 
 }
 inline void commit_stores() { machine().commit_stores(); }
 inline void wait_stores_read() { machine().wait_stores_read(); }
+inline void prefetch_row(const void* p) { machine().global_access(p, 16, false); }
 inline void prefetch_map(const TensorMap*) {}
 
 inline void fence_shared_for_async() { machine().fence_shared_for_async(); }
