@@ -53,20 +53,24 @@ CCNET_DEVICE void arrive_and_expect(SharedBarrier* b, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(b)), "r"(bytes)
                : "memory");
 }
-// Waits for the end of the phase of this parity: 0 for the first, 1 for the second, ...
-CCNET_DEVICE void wait_phase(SharedBarrier* b, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra finished;\n"
-      "bra again;\n"
-      "finished:\n"
-      "}\n" ::"r"(shared_address(b)),
-      "r"(parity)
-      : "memory");
-}
+// Waits for the end of the phase of this parity: 0 for the first, 1 for the second, ...; `scope`: of the threads whose work
+// before their arrivals is waited for.
+#define CCNET_WAIT_PHASE(b, parity, scope) \
+  asm volatile( \
+      "{\n" \
+      ".reg .pred done;\n" \
+      "again:\n" \
+      "mbarrier.try_wait.parity" scope ".shared::cta.b64 done, [%0], %1;\n" \
+      "@done bra finished;\n" \
+      "bra again;\n" \
+      "finished:\n" \
+      "}\n" ::"r"(shared_address(b)), \
+      "r"(parity) \
+      : "memory")
+CCNET_DEVICE void wait_phase(SharedBarrier* b, int parity) { CCNET_WAIT_PHASE(b, parity, ""); }
+// Where threads of other CTAs arrive.
+CCNET_DEVICE void wait_phase_in_cluster(SharedBarrier* b, int parity) { CCNET_WAIT_PHASE(b, parity, ".acquire.cluster"); }
+#undef CCNET_WAIT_PHASE
 
 // How soon the L2 cache gives up what a box brings or takes.
 using CachePolicy = uint64_t;
@@ -84,6 +88,28 @@ CCNET_DEVICE CachePolicy evict_last() {
   CachePolicy p;
   asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;\n" : "=l"(p));
   return p;
+}
+
+// CTAs of a cluster run at the same time. The number of this one:
+CCNET_DEVICE int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+  return rank;
+}
+// A barrier of all threads of the cluster.
+CCNET_DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;\n" ::: "memory");
+}
+// Arrives at the barrier of the CTA with this number that has the place of `b`. That CTA must not have ended.
+CCNET_DEVICE void arrive_in_cluster(SharedBarrier* b, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "}\n" ::"r"(shared_address(b)),
+      "r"(rank)
+      : "memory");
 }
 
 // Copies the box at coordinates (channel, position, other, other, batch) into a panel; what lies outside the tensor

@@ -195,11 +195,11 @@ class HopperForwardMover {
 // A warp's 16 rows x 64 channels of the output, from products of which a lane holds two channels where memory wants eight.
 // out = sums * new_scale, `Merges`: + what the panel holds * old_scale.
 template <typename T, bool Merges>
-CCNET_DEVICE void write_output(char* fragments, int place, const float (&sums)[32], const float (&new_scale)[2],
+CCNET_DEVICE void write_output(char* row, int segment, const float (&sums)[32], const float (&new_scale)[2],
                                const float (&old_scale)[2]) {
   CCNET_UNROLL
   for (int i = 0; i < 4; ++i) {  // 16 channels, as load_matrices() and store_matrices() take them
-    char* const fragment = fragments + (place ^ i * 2 * kSegmentBytes);
+    char* const fragment = fragment_place(row, segment, i);
     uint32_t words[4];
     if constexpr (Merges) load_matrices(words, fragment);
     CCNET_UNROLL
@@ -263,9 +263,9 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs a) {
   const int lane_column = thread % 4 * 2;
   const int panels = static_cast<int>(ceil_div(a.channels, kPanelWidth<T>));
   const int qk_steps = static_cast<int>(ceil_div(a.qk_channels, kPanelWidth<T>));
-  // Of the warp's rows in the first panel of the output, what load_matrices() and store_matrices() want of the lane.
-  char* const fragments = out.stage(0) + (thread / kWarp * 16 + thread % 16) * kRowBytes;
-  const int fragment_place = (thread % kWarp / 16 ^ thread % 8) * kSegmentBytes;
+  // In the first panel of the output, for fragment_place().
+  char* const row = fragment_row(out.stage(0), thread);
+  const int segment = fragment_segment(thread);
   int to_release = 0;  // the slots are released in order
   const auto release_slots = [&](int count) {
     CCNET_UNROLL
@@ -405,41 +405,43 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs a) {
     const auto write = [&](const float (&d)[32]) {
       const int slot = out.take();
       converge_warp();
-      char* const rows = fragments + slot * Shape::kPanelBytes;
+      char* const panel_row = row + slot * Shape::kPanelBytes;
       if (merges) {
-        write_output<T, true>(rows, fragment_place, d, new_scale, old_scale);
+        write_output<T, true>(panel_row, segment, d, new_scale, old_scale);
       } else {
-        write_output<T, false>(rows, fragment_place, d, new_scale, old_scale);
+        write_output<T, false>(panel_row, segment, d, new_scale, old_scale);
       }
       fence_shared_for_async();
       converge_warp();
       if (leads_warp) out.release(slot);
     };
+    // `ahead`: the next panel's products have begun.
+    const auto finish = [&](float (&own)[32], bool ahead) {
+      if (ahead) {
+        wait_products<1>();
+      } else {
+        wait_products<0>();
+      }
+      hold(own);
+      release_slots(Blocks);
+      write(own);
+    };
     if constexpr (Shape::kAhead) {
       clear(other_sums);
       const auto step = [&](float (&own)[32], float (&next)[32]) {
         begin_values(next);
-        wait_products<1>();
-        hold(own);
-        release_slots(Blocks);
-        write(own);
-      };
-      const auto finish = [&](float (&own)[32]) {
-        wait_products<0>();
-        hold(own);
-        release_slots(Blocks);
-        write(own);
+        finish(own, true);
       };
       // Written so that the compiler sees which of the two is under way.
       CCNET_UNROLL_BY(1)
       for (int s = 0;; ++s) {
         if (s + 1 == job.steps) {
-          finish(sums);
+          finish(sums, false);
           break;
         }
         step(sums, other_sums);
         if (++s + 1 == job.steps) {
-          finish(other_sums);
+          finish(other_sums, false);
           break;
         }
         step(other_sums, sums);
@@ -447,10 +449,7 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs a) {
     } else {
       CCNET_UNROLL_BY(1)
       for (int s = 0;;) {
-        wait_products<0>();
-        hold(sums);
-        release_slots(Blocks);
-        write(sums);
+        finish(sums, false);
         if (++s == job.steps) break;
         begin_values(sums);
       }

@@ -60,7 +60,8 @@ class HopperLauncher {
   template <typename T, int Blocks, bool FindsDelta, int Rows>
   int backward(const HopperBackwardArgs<T>& args) const {
     using Shape = HopperBackwardShape<T, Blocks, FindsDelta, Rows>;
-    return run(hopper_backward_kernel<T, Blocks, FindsDelta, Rows>, args, Shape::kThreads, Shape::kSharedBytes);
+    return run(hopper_backward_kernel<T, Blocks, FindsDelta, Rows>, args, Shape::kThreads, Shape::kSharedBytes,
+               Shape::kClusterBlocks);
   }
   template <typename T>
   int dense_delta(const DenseDeltaArgs<T>& args) const {
@@ -69,20 +70,22 @@ class HopperLauncher {
 
  private:
   template <typename Args>
-  int run(void (*kernel)(Args), const Args& args, int threads, int shared_bytes) const {
+  int run(void (*kernel)(Args), const Args& args, int threads, int shared_bytes, int cluster_blocks = 1) const {
     cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                              cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return static_cast<int>(error);
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(cluster_blocks), 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(args.blocks));
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream_;
-    config.attrs = &overlap;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = cluster_blocks > 1 ? 2 : 1;
     error = cudaLaunchKernelEx(&config, kernel, args);
     return static_cast<int>(error == cudaSuccess ? cudaGetLastError() : error);
   }

@@ -141,9 +141,10 @@ bool hopper_takes_backward(const BackwardRequest& call) {
   return takes;
 }
 
-// One CTA for each multiprocessor, or fewer where there are fewer groups of lines.
-inline int hopper_backward_blocks(int64_t groups, const DeviceInfo& device) {
-  return static_cast<int>(groups < device.multiprocessors ? groups : device.multiprocessors);
+// One CTA for each multiprocessor, or fewer where there are fewer tiles of keys; in whole clusters.
+inline int hopper_backward_blocks(const Tiling& tiling, int64_t groups, const DeviceInfo& device) {
+  const int64_t clusters = device.multiprocessors / tiling.line_tiles;
+  return static_cast<int>((clusters < 1 ? 1 : groups < clusters ? groups : clusters) * tiling.line_tiles);
 }
 
 // delta in a launch of its own, which may overlap the first axis's.
@@ -173,7 +174,7 @@ int hopper_backward(const BackwardRequest& call, Launch&& launch) {
   while (first_axis + 1 < g.axes && !has_keys(g, first_axis)) ++first_axis;
   const Tiling first_tiling = tiling_along(g, first_axis);
   const int processors = call.device.multiprocessors;
-  const int free = processors - hopper_backward_blocks(line_groups(first_tiling, g.batch), call.device);
+  const int free = processors - hopper_backward_blocks(first_tiling, line_groups(first_tiling, g.batch), call.device);
   const bool many_free = 4 * free >= processors;
   const bool finds_delta = !many_free && first_tiling.line_tiles == 1;
   if (!finds_delta) {
@@ -213,10 +214,9 @@ int hopper_backward(const BackwardRequest& call, Launch&& launch) {
     args.accumulate = accumulate;
     args.backwards = backwards;
     args.kept_steps = axis == last_axis ? 0 : static_cast<int>(kept_panels(g, call.device, 2));
-    args.kept_between = static_cast<int>(kept_panels(g, call.device, 1));
-    if (args.tiling.line_tiles % 2 != 0) backwards ^= 1;
+    backwards ^= 1;
     args.groups = static_cast<int>(line_groups(args.tiling, g.batch));
-    args.blocks = hopper_backward_blocks(args.groups, call.device);
+    args.blocks = hopper_backward_blocks(args.tiling, args.groups, call.device);
     const int rows = args.tiling.group > 1 ? tile_rows(args.tiling) : args.tiling.length;
     if (args.first) {
       error = launch.template backward<T, 1, true, kTileRows>(args);

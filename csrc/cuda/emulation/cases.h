@@ -81,6 +81,7 @@ std::vector<Case> fixed_cases() {
       {grid(1, {2, 97}), 64, 136, Layout::kChannelsLast, 1.f, hopper(1)},
       {grid(2, {5, 33}), 72, 264, Layout::kChannelsLast, 1.f, hopper(100)},
       {grid(1, {3, 130}), 64, 72, Layout::kPadded, 2.f, hopper(1)},
+      {grid(1, {202, 2}), 136, 40, Layout::kChannelsLast, 1.f, hopper(3)},
       {grid(1, {2, 300}), 72, 72, Layout::kChannelsLast, 2.f, hopper(4)},
       {grid(2, {3, 4, 5}), 16, 32, Layout::kChannelsLast, 30.f, hopper(10)},
       {grid(2, {7, 1}), 8, 8, Layout::kChannelsLast, 1.f, hopper(10)},

@@ -55,7 +55,7 @@ class HopperLauncher {
   int backward(const HopperBackwardArgs<T>& args) {
     using Shape = HopperBackwardShape<T, Blocks, FindsDelta, Rows>;
     machine_.run_grid(args.blocks, Shape::kThreads, Shape::kSharedBytes,
-                      [&] { hopper_backward_kernel<T, Blocks, FindsDelta, Rows>(args); }, true);
+                      [&] { hopper_backward_kernel<T, Blocks, FindsDelta, Rows>(args); }, true, Shape::kClusterBlocks);
     return 0;
   }
   template <typename T>
