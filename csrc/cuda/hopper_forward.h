@@ -46,12 +46,14 @@ struct HopperForwardArgs {
   Divisor within;             // of the jobs of one group of lines: query tiles x splits
   Divisor by_split;           // of splits
   int first_key;              // position at which the keys of this launch begin
-  int qk_channels, channels;  // C', C
+  int qk_channels;            // C'
   bool backwards;             // through the channels: first those that the launch before has left in the L2 cache
+  int first_step, end_step;   // panels of channels that this launch is about
   int kept_steps;             // at the end of each job, whose V and output the L2 cache keeps for the next launch
-  const Stats<float>* stats_in;  // (B, N); null on the first launch: nothing attended yet
-  Stats<float>* stats_out;       // (B, N); null on the last
-  float* lse;                    // (B, N); null except on the last
+  bool first, last;           // launch of the call; that computes these channels
+  const Stats<float>* stats_in;  // (B, N); null on these channels' first launch: nothing attended yet
+  Stats<float>* stats_out;       // (B, N); null on the last, and where other channels' launches have written them
+  float* lse;                    // (B, N); null except on the last, or there
   int steps_per_split;           // a range of channels, in panels
   int jobs;                      // CTA i takes jobs i, i + blocks, ...
   int blocks;
@@ -63,15 +65,15 @@ struct HopperForwardJob {
   int split;
   int step0, steps;  // panels of channels
 
-  CCNET_DEVICE HopperForwardJob(const HopperForwardArgs& a, int number, int panels) {
+  CCNET_DEVICE HopperForwardJob(const HopperForwardArgs& a, int number) {
     const int group_number = static_cast<int>(a.within.quotient(static_cast<uint32_t>(number)));
     const int within = number - group_number * static_cast<int>(a.within.divisor);
     const int query_tile = static_cast<int>(a.by_split.quotient(static_cast<uint32_t>(within)));
     split = within - query_tile * static_cast<int>(a.by_split.divisor);
     query0 = query_tile * kTileRows;
     group = find_group(a.tiling, group_number);
-    step0 = split * a.steps_per_split;
-    steps = min_of(a.steps_per_split, panels - step0);
+    step0 = a.first_step + split * a.steps_per_split;
+    steps = min_of(a.steps_per_split, a.end_step - step0);
   }
   CCNET_DEVICE int channel(const HopperForwardArgs& a, int step, int width) const {
     return (step0 + (a.backwards ? steps - 1 - step : step)) * width;
@@ -91,13 +93,12 @@ class HopperForwardMover {
         ring_(ring),
         out_(out),
         qk_items_(static_cast<int>(ceil_div(a.qk_channels, kWidth)) * (1 + Blocks)),
-        panels_(static_cast<int>(ceil_div(a.channels, kWidth))),
         bytes_(panel_bytes(tile_rows(a.tiling))),
         normal_(evict_normal()),
         first_(evict_first()),
         last_(evict_last()),
         load_number_(static_cast<int>(block_index())),
-        load_job_(a, load_number_, panels_) {}
+        load_job_(a, load_number_) {}
 
   CCNET_DEVICE void run() {
     const bool merges = a_.stats_in != nullptr;
@@ -107,7 +108,7 @@ class HopperForwardMover {
     load_until(done_items + Shape::kSlots);
     if (merges) wait_for_previous_launch();
     int number = static_cast<int>(block_index());
-    HopperForwardJob job(a_, number, panels_), ready_job = job;
+    HopperForwardJob job(a_, number), ready_job = job;
     int ready_number = number, ready_step = 0, step = 0;
     // Hands out the next panel of the output.
     const auto make_ready = [&]() {
@@ -127,7 +128,7 @@ class HopperForwardMover {
     while (number < a_.jobs) {
       const int slot = out_.written();
       store_lines(&a_.out, out_.stage(slot), job.channel(a_, step, kWidth), job.query0, job.group,
-                  a_.stats_out == nullptr ? normal_ : policy(job, step, first_));
+                  a_.last ? normal_ : policy(job, step, first_));
       commit_stores();
       done_items += Blocks;
       load_until(done_items + Shape::kSlots);
@@ -151,7 +152,7 @@ class HopperForwardMover {
     if (++step < job.steps) return;
     step = 0;
     number += a_.blocks;
-    if (number < a_.jobs) job = HopperForwardJob(a_, number, panels_);
+    if (number < a_.jobs) job = HopperForwardJob(a_, number);
   }
   CCNET_DEVICE void load_until(int end) {
     CCNET_UNROLL_BY(1)
@@ -175,7 +176,7 @@ class HopperForwardMover {
       if (++load_item_ == qk_items_ + load_job_.steps * Blocks) {
         load_item_ = 0;
         load_number_ += a_.blocks;
-        if (load_number_ < a_.jobs) load_job_ = HopperForwardJob(a_, load_number_, panels_);
+        if (load_number_ < a_.jobs) load_job_ = HopperForwardJob(a_, load_number_);
       }
     }
   }
@@ -184,7 +185,7 @@ class HopperForwardMover {
   typename Shape::PanelRing ring_;
   typename Shape::OutRing out_;
   const int qk_items_;  // of a job
-  const int panels_, bytes_;
+  const int bytes_;
   const CachePolicy normal_, first_, last_;
   int loaded_ = 0;
   int load_number_, load_item_ = 0;  // of the job
@@ -248,11 +249,13 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs a) {
     if constexpr (Shape::kAhead) release_registers<Shape::kMoverRegisters>();
     if (thread > Shape::kConsumers) return;
     // Inputs of a launch that is not the first were there before the one before began.
-    if (!merges) wait_for_previous_launch();
+    if (a.first) wait_for_previous_launch();
     allow_next_launch();
     HopperForwardMover<T, Blocks, Keys> mover(a, ring, out);
     mover.run();
     wait_stores_read();
+    // So that the end of a launch is the end of all before it, also where it needs nothing of them.
+    wait_for_previous_launch();
     return;
   }
   if constexpr (Shape::kAhead) claim_registers<Shape::kConsumerRegisters>();
@@ -261,7 +264,6 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs a) {
   const bool leads_warp = thread % kWarp == 0;
   const int lane_row = thread / kWarp * 16 + thread % kWarp / 4;  // and the one 8 further
   const int lane_column = thread % 4 * 2;
-  const int panels = static_cast<int>(ceil_div(a.channels, kPanelWidth<T>));
   const int qk_steps = static_cast<int>(ceil_div(a.qk_channels, kPanelWidth<T>));
   // In the first panel of the output, for fragment_place().
   char* const row = fragment_row(out.stage(0), thread);
@@ -277,7 +279,7 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs a) {
 
   CCNET_UNROLL_BY(1)
   for (int number = static_cast<int>(block_index()); number < a.jobs; number += a.blocks) {
-    const HopperForwardJob job(a, number, panels);
+    const HopperForwardJob job(a, number);
     uint32_t places[2];  // of the lane's rows in the statistics
     float scores[Blocks][Keys / 2];
     // Sets scores where a row does not attend to a key to minus infinity; with `others`, all others to 0.

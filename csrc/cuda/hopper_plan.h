@@ -50,13 +50,25 @@ inline int64_t kept_panels(const Grid& g, const DeviceInfo& device, int tensors)
   return device.l2_bytes * 2 / 5 / (tensors * g.batch * g.positions() * kRowBytes);
 }
 
+// The panels of channels that the launches of all axes compute before they go on to the next ones: as many as leave V and
+// the output in the L2 cache from one axis to the other, if those are worth forming the energies again, otherwise all.
+inline int64_t panels_at_once(const Grid& g, const DeviceInfo& device, int64_t launches, int64_t panels) {
+  constexpr int64_t kWorth = 4;
+  const int64_t most = device.l2_bytes * 2 / 3 / (2 * g.batch * g.positions() * kRowBytes);
+  // A fourth launch would overwrite statistics that the next panels' launches need.
+  if (launches < 2 || launches > 3 || most < kWorth || most >= panels) return panels;
+  return ceil_div(panels, ceil_div(panels, most));
+}
+
+// The launches for panels first_step to end_step of the channels.
 // launch.template forward<T, Blocks, Keys>(args)
 template <typename T, typename Launch>
-int hopper_forward(const ForwardRequest& call, Launch&& launch) {
+int hopper_forward_steps(const ForwardRequest& call, int64_t first_step, int64_t end_step, Launch&& launch) {
   const Grid& g = call.grid;
   Stats<float>* const stats = static_cast<Stats<float>*>(call.stats);
   const int64_t positions = g.batch * g.positions();
-  const int64_t launches = hopper_forward_launches(g);
+  const int64_t launches = hopper_forward_launches(g), steps = end_step - first_step;
+  const bool all_steps = steps == ceil_div(call.channels, kPanelWidth<T>);
   int64_t done = 0;
   for (int axis = 0; axis < g.axes; ++axis) {
     if (!has_keys(g, axis)) continue;
@@ -74,9 +86,9 @@ int hopper_forward(const ForwardRequest& call, Launch&& launch) {
     args.position = row_strides(strides_along(g, scalar_strides(g), axis), 1);
     args.drop_self = !keeps_self(g.axes, axis);
     args.qk_channels = call.qk_channels;
-    args.channels = call.channels;
     const int64_t tiles = line_groups(tiling, g.batch) * tiling.line_tiles;
-    const int64_t steps = ceil_div(call.channels, kPanelWidth<T>);
+    args.first_step = static_cast<int>(first_step);
+    args.end_step = static_cast<int>(end_step);
     for (int64_t first_key = 0; first_key < tiling.length; first_key += kHopperKeysPerLaunch, ++done) {
       args.first_key = static_cast<int>(first_key);
       const int64_t keys = tiling.group > 1 ? tile_rows(tiling) : tiling.length - first_key;
@@ -93,17 +105,30 @@ int hopper_forward(const ForwardRequest& call, Launch&& launch) {
       args.within = divisor_of(tiling.line_tiles * splits);
       args.jobs = static_cast<int>(tiles * splits);
       args.blocks = static_cast<int>(args.jobs < places ? args.jobs : places);
-      const bool last = done + 1 == launches;
-      args.kept_steps = last ? 0 : static_cast<int>(kept_panels(g, call.device, 2) / splits);
+      args.first = first_step == 0 && done == 0;
+      args.last = done + 1 == launches;
+      args.kept_steps = args.last ? 0 : static_cast<int>(all_steps ? kept_panels(g, call.device, 2) / splits : steps);
       args.backwards = done % 2 != 0;
       args.stats_in = done == 0 ? nullptr : stats + (done - 1) % 2 * positions;
-      args.stats_out = last ? nullptr : stats + done % 2 * positions;
-      args.lse = last ? call.lse : nullptr;
+      args.stats_out = args.last || first_step > 0 ? nullptr : stats + done % 2 * positions;
+      args.lse = args.last && first_step == 0 ? call.lse : nullptr;
       error = two_blocks          ? launch.template forward<T, 2, kTileRows>(args)
               : keys > kFewerRows ? launch.template forward<T, 1, kTileRows>(args)
                                   : launch.template forward<T, 1, kFewerRows>(args);
       if (error != 0) return error;
     }
+  }
+  return 0;
+}
+
+template <typename T, typename Launch>
+int hopper_forward(const ForwardRequest& call, Launch&& launch) {
+  const int64_t panels = ceil_div(call.channels, kPanelWidth<T>);
+  const int64_t at_once = panels_at_once(call.grid, call.device, hopper_forward_launches(call.grid), panels);
+  for (int64_t first = 0; first < panels; first += at_once) {
+    const int64_t end = first + at_once < panels ? first + at_once : panels;
+    const int error = hopper_forward_steps<T>(call, first, end, launch);
+    if (error != 0) return error;
   }
   return 0;
 }

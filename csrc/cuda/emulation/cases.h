@@ -39,20 +39,21 @@ DeviceInfo device_with(int key_blocks, int multiprocessors, int64_t blocks_per_g
       std::max(ForwardShape<T>::shared_bytes(key_blocks), static_cast<int>(BackwardShape<T>::kSharedBytes));
   return {multiprocessors, shared, blocks_per_grid, 80, 0};
 }
-inline DeviceInfo hopper(int multiprocessors) {
-  return {multiprocessors, 227 * 1024, 1 << 30, kHopperCapability, 50 << 20};
+inline DeviceInfo hopper(int multiprocessors, int64_t l2_bytes = 50 << 20) {
+  return {multiprocessors, 227 * 1024, 1 << 30, kHopperCapability, l2_bytes};
+}
+
+inline Grid grid(int64_t batch, const std::vector<int64_t>& sizes) {
+  Grid g{};
+  g.batch = batch;
+  g.axes = static_cast<int>(sizes.size());
+  for (size_t a = 0; a < sizes.size(); ++a) g.size[a] = sizes[a];
+  return g;
 }
 
 // What a drawn case might miss: every path of the kernels and of the plan.
 template <typename T>
 std::vector<Case> fixed_cases() {
-  const auto grid = [](int64_t batch, std::vector<int64_t> sizes) {
-    Grid g{};
-    g.batch = batch;
-    g.axes = static_cast<int>(sizes.size());
-    for (size_t a = 0; a < sizes.size(); ++a) g.size[a] = sizes[a];
-    return g;
-  };
   const int64_t all = 1 << 30;
   return {
       {grid(1, {1, 1}), 1, 1, Layout::kChannelsLast, 1.f, device_with<T>(1, 1, all)},
@@ -85,6 +86,9 @@ std::vector<Case> fixed_cases() {
       {grid(1, {2, 300}), 72, 72, Layout::kChannelsLast, 2.f, hopper(4)},
       {grid(2, {3, 4, 5}), 16, 32, Layout::kChannelsLast, 30.f, hopper(10)},
       {grid(2, {7, 1}), 8, 8, Layout::kChannelsLast, 1.f, hopper(10)},
+      // channels in several parts, for the L2 cache
+      {grid(1, {5, 33}), 24, 584, Layout::kChannelsLast, 1.f, hopper(3, 300 << 10)},
+      {grid(1, {3, 4, 5}), 16, 584, Layout::kChannelsLast, 1.f, hopper(10, 100 << 10)},
       // items enough to go around the ring of panels several times
       {grid(1, {1, 97}), 136, 520, Layout::kChannelsLast, 1.f, hopper(1)},
   };
@@ -110,7 +114,7 @@ Case draw_case(std::mt19937& random) {
   c.layout = static_cast<Layout>(draw(0, 4));
   const float scales[] = {0.1f, 1.f, 1.f, 3.f, 30.f};
   c.logit_scale = scales[draw(0, 4)];
-  c.device = draw(0, 1) ? hopper(draw(0, 1) ? 1 : 200)
+  c.device = draw(0, 1) ? hopper(draw(0, 1) ? 1 : 200, int64_t{1} << draw(17, 20))
                         : device_with<T>(draw(1, 4), draw(0, 1) ? 1 : 200, draw(0, 3) == 0 ? 3 : 1 << 30);
   return c;
 }

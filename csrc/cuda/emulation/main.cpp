@@ -116,6 +116,28 @@ void check_lines(std::mt19937& random) {
   }
 }
 
+// Panels that leave room in a cache of 50 MiB for V and the output, in equal parts.
+void check_panels_at_once() {
+  const struct {
+    std::vector<int64_t> sizes;
+    int64_t panels, expected;
+  } cases[] = {
+      {{97, 97}, 8, 8},        // all fit
+      {{128, 256}, 8, 4},      // a panel of both takes 8 MiB
+      {{128, 256}, 9, 3},
+      {{256, 256}, 8, 8},      // no more than two panels fit
+      {{4, 64, 128}, 8, 4},    // three launches
+      {{4, 32, 300}, 8, 8},    // four
+      {{32768}, 8, 8},         // many more
+  };
+  for (const auto& c : cases) {
+    const Grid g = grid(1, c.sizes);
+    if (panels_at_once(g, hopper(132), hopper_forward_launches(g), c.panels) != c.expected) {
+      throw Error("channels should be taken " + std::to_string(c.expected) + " panels at once");
+    }
+  }
+}
+
 // Every pair of blocks once, no block twice in one launch.
 void check_pairs() {
   for (int blocks = 1; blocks < 9; ++blocks) {
@@ -238,6 +260,7 @@ int run(int argc, char** argv) {
     std::mt19937 random(seed);
     check_lines(random);
     check_pairs();
+    check_panels_at_once();
     if (dtype.empty() || dtype == "float") check_dtype<float>("float", cases, capability, seed, fault);
     if (dtype.empty() || dtype == "half") check_dtype<Half>("half", cases, capability, seed, fault);
     if (dtype.empty() || dtype == "bfloat16") check_dtype<BFloat16>("bfloat16", cases, capability, seed, fault);
