@@ -39,6 +39,12 @@ def test_loops_share_weights(dims, sizes, recurrence):
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [CrissCrossAttention, RCCA, ClipRCCA])
+def test_reduction_is_of_query_and_key(layer):
+    for given, key_channels in (({}, 3), ({"reduction": 4}, 6)):
+        assert layer(24, **given).qkv.weight.shape[:2] == (24 + 2 * key_channels, 24)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("recurrence", [1, 2, 3])
 def test_maps_between_loops_are_channels_last(recurrence, channels_last):
@@ -61,6 +67,16 @@ def test_maps_between_loops_are_channels_last(recurrence, channels_last):
     assert out.stride() == grad.stride() == x.stride()
     assert len(maps) == recurrence
     assert all(between.is_contiguous(memory_format=torch.channels_last) for between in maps[:-1])
+
+
+@pytest.mark.parametrize("backend", ["matmul", "reference"])
+@pytest.mark.parametrize("recurrence", [1, 2])
+def test_differentiable_twice_where_the_compiled_op_is_not_chosen(backend, recurrence):
+    """What the errors of the others recommend."""
+    torch.manual_seed(0)
+    layer = with_gamma(RCCA(8, recurrence, reduction=4, backend=backend)).double()
+    x = torch.randn(1, 8, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(layer, x, fast_mode=True)
 
 
 def influence(layer, sizes, position):

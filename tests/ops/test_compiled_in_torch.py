@@ -24,7 +24,7 @@ def draw(*sizes, requires_grad=False, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("sizes", [(7,), (5, 6), (3, 4, 5), (1, 6)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_opcheck(sizes, dtype):
     inputs = draw(*sizes, requires_grad=True, dtype=dtype)
     library.opcheck(torch.ops.ccnet_d2.criss_cross_forward, inputs)

@@ -225,6 +225,7 @@ def test_auto_chooses_by_device_and_dtype(monkeypatch, device, dtype, backend):
         assert reason is None if major == 8 else "8.0 or later, the Tesla has 7.5" in reason
     monkeypatch.setattr(compiled, "_CUDA_REASON", "it is not built.")
     monkeypatch.setattr(compiled, "_CPU_REASON", "it is not built.")
+    assert available_backends() == {"compiled": "it is not built.", "matmul": None, "reference": None}
     assert automatic_backend(x, x, x) == "matmul"
 
 

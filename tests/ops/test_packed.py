@@ -34,6 +34,7 @@ def test_equals_the_op_on_three_tensors(sizes, dtype, channels_last):
     out, lse = packed.forward(x, KEY_CHANNELS)
     wanted, wanted_lse = torch.ops.ccnet_d2.criss_cross_forward(*packed.split(x, KEY_CHANNELS))
     assert torch.equal(out, wanted) and torch.equal(lse, wanted_lse)
+    assert out.requires_grad and not lse.requires_grad
     grad = torch.randn_like(out)
     got, expected = torch.autograd.grad(out, x, grad), torch.autograd.grad(wanted, x, grad)
     assert torch.equal(got[0], expected[0])
@@ -54,7 +55,7 @@ def test_by_way_of_parts(sizes):
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(sizes, dtype):
     x = draw(*sizes, dtype=dtype)
     library.opcheck(torch.ops.ccnet_d2.criss_cross_packed_forward, (x, KEY_CHANNELS))
@@ -96,6 +97,11 @@ def test_flops_are_counted():
     counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     assert counts["ccnet_d2.criss_cross_packed_forward"] == 2 * pairs * (3 + 7)
     assert counts["ccnet_d2.criss_cross_packed_backward"] == 2 * pairs * (3 * 3 + 2 * 7)
+    query, key, value = packed.split(x.detach(), KEY_CHANNELS)
+    out, lse = torch.ops.ccnet_d2.criss_cross_forward(query, key, value)
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.ccnet_d2.criss_cross_backward_into(out, query, key, value, out, lse, torch.empty_like(out))
+    assert counter.get_total_flops() == 2 * pairs * (3 * 3 + 2 * 7)
 
 
 @pytest.mark.parametrize("key_channels", [0, -1, 7])

@@ -131,3 +131,23 @@ def test_by_way_of_fp32_rounds_once(dtype, monkeypatch):
     add_input_gradient(total, grad, weight)
     add_input_gradient(wide[4], wide[1], wide[2])
     assert torch.equal(total, wide[4].to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels_last", "shape"),
+    [(1, False, (30, 24)), (1, True, (30, 24)), (2, True, (60, 24)), (2, False, (2, 30, 24))],
+)
+def test_one_matrix_where_the_map_is_one_in_memory(batch, channels_last, shape):
+    """One long product is faster than several, and no map is copied for it."""
+    x = draw(batch, 24, 5, 6, dtype=torch.float32, channels_last=channels_last)
+    rows = projection._rows(x)
+    assert rows.shape == shape and rows.data_ptr() == x.data_ptr()
+    assert torch.equal(rows.reshape(-1, 24), x.movedim(1, -1).reshape(-1, 24))
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_pytorch_s_library_says_which_half_precision_it_multiplies(answer, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: answer)
+    for there in (True, False):
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda there=there: there)
+        assert projection._has_products_of("bf16") is (there and answer)

@@ -117,3 +117,28 @@ def test_gamma_s_gradient_is_summed_in_fp32_by_pytorch():
     x = torch.full((2, 8, 5, 6), 32.0, dtype=torch.float16)
     attended = draw((2, 8, 6, 5), torch.float16, channels_last=True).transpose(2, 3).copy_(x)
     assert residual_gradients(x, attended, torch.tensor([0.5]))[1].tolist() == [32.0 * 32 * x.numel()]
+
+
+@pytest.mark.parametrize("trained", ["attended", "gamma"])
+def test_what_is_frozen_takes_no_other_gradient_along(trained):
+    torch.manual_seed(0)
+    shape = (2, 8, 5, 6)
+    inputs = {
+        "attended": draw(shape, torch.float32, channels_last=True),
+        "gamma": torch.tensor([0.75]),
+        "x": draw(shape, torch.float32, channels_last=False),
+    }
+    grad = draw(shape, torch.float32, channels_last=False)
+    inputs[trained].requires_grad_()
+    (got,) = torch.autograd.grad(gated_residual(**inputs), inputs[trained], grad)
+    wanted = {"attended": 0.75 * grad, "gamma": (grad * inputs["attended"].detach()).sum().reshape(1)}
+    torch.testing.assert_close(got, wanted[trained])
+
+
+def test_second_derivative_is_refused():
+    attended, x = (draw((2, 8, 5, 6), torch.float32, channels_last=last) for last in (True, False))
+    attended.requires_grad_()
+    out = gated_residual(attended, torch.tensor([0.75], requires_grad=True), x)
+    (grad,) = torch.autograd.grad(out.square().sum(), attended, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
