@@ -20,7 +20,7 @@ from ccnet_d2.checkpoint import SafeCheckpointer
 from ccnet_d2.checkpoint.convert import LAYOUTS
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference import Predictor
-from ccnet_d2.model_zoo import PUBLISHED, __main__, cache_dir, get_config, weights_file
+from ccnet_d2.model_zoo import PUBLISHED, __main__, cache_dir, download, get_config, weights_file
 from tests.checkpoint.source_networks import MMSegCCNet, randomize
 from tests.checkpoint.test_convert import Payload, image, logits
 
@@ -158,6 +158,13 @@ def test_a_connection_that_breaks(entry, server, monkeypatch):
 
     monkeypatch.setattr(handler, "copyfile", half)
     with pytest.raises(UserError, match="broke after 1000 of"):
+        weights_file(entry.name)
+    assert files_in_cache() == []
+
+
+def test_a_download_without_an_end_is_refused(entry, monkeypatch):
+    monkeypatch.setattr(download, "_LARGEST", 1000)
+    with pytest.raises(UserError, match=r"net\.pth cannot be downloaded .*\(it is larger than"):
         weights_file(entry.name)
     assert files_in_cache() == []
 
