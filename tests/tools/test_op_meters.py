@@ -1,0 +1,93 @@
+"""The clock, the memory meter and the floors of benchmark_op.py, where they are known."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import op_meters
+from op_meters import Machine, MemoryMeter, Timer
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Stands still but for calls that take as long as they are told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+
+    def call(self, name: str, times: list[float]) -> Callable[[], None]:
+        left = iter(times)
+
+        def take() -> None:
+            self.calls.append(name)
+            self.now += next(left)
+
+        return take
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(op_meters, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def test_candidates_take_turns(clock: Clock) -> None:
+    """Neither the call that warms up nor the first of each turn counts."""
+    calls = {
+        "a": clock.call("a", [9, *(9, 1, 2), *(9, 3, 5), *(9, 4, 8)]),
+        "b": clock.call("b", [7, *(7, 6, 6), *(7, 5, 5), *(7, 4, 4)]),
+    }
+    assert Timer(CPU).compare(calls, 40) == {"a": 3.5, "b": 5}
+    assert "".join(clock.calls) == "ab" + 3 * "aaabbb"
+
+
+def test_a_call_that_takes_all_the_time_is_made_twice(clock: Clock) -> None:
+    calls = {"slow": clock.call("slow", [100, 50]), "fast": clock.call("fast", [1, *3 * (1, 0.5, 0.5)])}
+    assert Timer(CPU).compare(calls, 4) == {"slow": 50, "fast": 0.5}
+
+
+def test_rates_are_the_best_that_were_seen(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(Timer(CPU), seconds=10)
+    assert machine._best(clock.call("", [1, 5, 2, 4])) == 2
+    for product, convolution, copy in ((4, 2, 0.5), (8, 9, 1)):
+        best = iter((product, convolution, copy))
+        monkeypatch.setattr(machine, "_best", lambda call, best=best: next(best))
+        machine.measure(torch.float32)
+    assert machine.flops_per_second(torch.float32) == 2048**3  # of a product, two operations, in two seconds
+    assert machine.bytes_per_second == 2 * 2**26 / 0.5  # 64 MiB read and written
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flops", "bandwidth", "forward", "both"),
+    [
+        # By hand: 16 pairs of 2 + 3 multiply-adds, and 4 positions of 10 numbers; backward 16 of 12, and 4 of 20.
+        (torch.float32, 160, 1e9, 1, 1 + 384 / 160),
+        (torch.float32, 1e9, 16, 160 / 16, (160 + 320) / 16),
+        (torch.bfloat16, 1e9, 16, 80 / 16, (80 + 160) / 16),
+    ],
+)
+def test_floors(dtype: torch.dtype, flops: float, bandwidth: float, forward: float, both: float) -> None:
+    machine = Machine(Timer(CPU), seconds=1)
+    machine._flops[dtype], machine.bytes_per_second = flops, bandwidth
+    assert machine.floors(1, 2, 3, (2, 2), dtype) == pytest.approx((forward, both))
+
+
+def test_peak_is_above_what_was_held() -> None:
+    meter = MemoryMeter(CPU)
+    if not meter.available:
+        pytest.skip("the peak of a call cannot be read here")
+    held = torch.ones(2**24)
+    once: list[torch.Tensor] = []
+
+    def call() -> torch.Tensor:
+        if not once:
+            once.append(torch.ones(2**25))
+        return held.exp().add(1).sum()
+
+    # Two maps of 64 MiB at once; what the first call leaves is not the second one's.
+    assert meter.peak(call) == pytest.approx(2 * 2**26 / 1e6, rel=0.05)
