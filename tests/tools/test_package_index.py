@@ -5,6 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import http.server
+import importlib
+import os
+import re
+import ssl
 import subprocess
 import sys
 import threading
@@ -21,11 +25,12 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Index(http.server.ThreadingHTTPServer):
-    """Serves ``pages`` (path to content) and keeps the headers of what was asked."""
+    """Serves ``pages`` (path to content), sends on to ``elsewhere`` and keeps the headers of what was asked."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.pages: dict[str, bytes] = {}
+        self.elsewhere: dict[str, str] = {}
         self.asked: list[tuple[str, str | None]] = []
 
     @property
@@ -39,7 +44,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.asked.append((self.path, self.headers.get("Authorization")))
         content = self.server.pages.get(self.path)
-        self.send_response(404 if content is None else 200)
+        if self.path in self.server.elsewhere:
+            self.send_response(302)
+            self.send_header("Location", self.server.elsewhere[self.path])
+        else:
+            self.send_response(404 if content is None else 200)
         self.end_headers()
         self.wfile.write(content or b"")
 
@@ -62,6 +71,8 @@ def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Index]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home" / "config"))
+    monkeypatch.setenv("XDG_CONFIG_DIRS", str(tmp_path / "etc" / "xdg"))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("PIP_INDEX_URL", f"http://{server.address}/simple/")
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
@@ -129,6 +140,43 @@ def test_credentials_go_to_the_index_only_and_into_no_message(
     assert "p%40ss" not in str(error.value) and "p@ss" not in str(error.value)
 
 
+def test_credentials_do_not_follow_to_where_the_index_sends(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index.elsewhere["/moved/thing/"] = f"http://localhost:{index.server_address[1]}/simple/thing/"
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://me:secret@{index.address}/moved")
+    assert package_index.fetch_file("thing", "thing-1.1.tar.gz", SHA256, tmp_path).is_file()
+    [first, *others] = index.asked
+    assert first[1] is not None
+    assert others == [("/simple/thing/", None), ("/files/thing-1%2E1.tar.gz", None)]
+
+
+def test_address_with_a_query(index: Index, tmp_path: Path) -> None:
+    index.pages["/simple/asked/"] = b'<a href="/get/thing.zip?a=1&amp;b=2#sha256=00">thing</a>'
+    index.pages["/get/thing.zip?a=1&b=2"] = CONTENT
+    assert package_index.fetch_file("asked", "thing.zip", SHA256, tmp_path).read_bytes() == CONTENT
+
+
+def test_a_file_without_an_end_is_refused(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package_index, "MAX_BYTES", len(CONTENT) - 1)
+    with pytest.raises(InstallError, match="it sends more than 699 bytes"):
+        package_index.fetch_file("thing", "thing-1.1.tar.gz", SHA256, tmp_path)
+
+
+def test_certificates_given_are_the_only_ones(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = "-----END CERTIFICATE-----\n"
+    all_of_pip = Path(importlib.import_module("pip._vendor.certifi").where()).read_text()
+    (tmp_path / "one.pem").write_text(all_of_pip.partition(end)[0] + end)
+    monkeypatch.setenv("PIP_CERT", str(tmp_path / "one.pem"))
+    context = package_index._ssl_context()
+    assert len(context.get_ca_certs()) == 1 and context.verify_mode == ssl.CERT_REQUIRED
+
+
 def test_index_from_the_configuration_file(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +191,39 @@ def test_index_from_the_configuration_file(
     last.write_text("[install]\nindex-url = https://last.example/simple\n")
     monkeypatch.setenv("PIP_CONFIG_FILE", str(last))
     assert package_index.configured_indexes()[0] == "https://last.example/simple"
+
+
+@pytest.mark.parametrize("named", [None, "named.conf", "missing.conf", os.devnull])
+def test_configuration_files_are_those_that_pip_reads(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None
+) -> None:
+    """Every file names an index, and an option of its own, which tells that it is read."""
+    own = {
+        "etc/xdg/pip/pip.conf": "proxy",
+        "home/.pip/pip.conf": "timeout",
+        "home/config/pip/pip.conf": "retries",
+        "named.conf": "cert",
+    }
+    for number, (name, option) in enumerate(own.items()):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(
+            f"[global]\nindex-url = https://{number}.example/simple\n{option} = {number}\n"
+        )
+    options = ("index-url", *own.values())
+    for option in options:
+        monkeypatch.delenv("PIP_" + option.upper().replace("-", "_"), raising=False)
+    if named is not None:
+        monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / named))
+    # Of pip itself, in this environment.
+    monkeypatch.setattr(sys, "prefix", sys.exec_prefix)
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    ).stdout
+    wanted = dict(re.findall(r"^global\.(\S+)='(.*)'$", listed, flags=re.MULTILINE))
+    assert ("proxy" in wanted) == (named != os.devnull)
+    assert {option: package_index.pip_option(option) for option in options} == {
+        option: wanted.get(option) for option in options
+    }
 
 
 def test_broken_configuration_file(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import importlib.util
 import os
 import re
 import ssl
+import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -36,21 +37,30 @@ def pip_option(name: str) -> str | None:
     from_environment = os.environ.get("PIP_" + name.upper().replace("-", "_"))
     if from_environment:
         return from_environment
-    home = Path(os.path.expanduser("~"))
-    config_home = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
-    # Later files win, as with pip.
-    files = [Path("/etc/pip.conf"), home / ".pip" / "pip.conf", config_home / "pip" / "pip.conf"]
-    if os.environ.get("PIP_CONFIG_FILE"):
-        files.append(Path(os.environ["PIP_CONFIG_FILE"]))
     parser = configparser.RawConfigParser()
     try:
-        parser.read(files, encoding="utf-8")
+        parser.read(_configuration_files(), encoding="utf-8")
     except (configparser.Error, UnicodeDecodeError) as error:
         raise InstallError(f"pip's configuration cannot be read: {str(error).splitlines()[0]}.") from error
     for section in ("install", "global"):
         if parser.has_option(section, name):
             return parser.get(section, name).strip() or None
     return None
+
+
+def _configuration_files() -> list[Path]:
+    """Return the places of pip's configuration files; later ones win."""
+    named = os.environ.get("PIP_CONFIG_FILE")
+    if named == os.devnull:
+        return []
+    system = (os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg").split(os.pathsep)
+    files = [*(Path(folder, "pip", "pip.conf") for folder in system), Path("/etc/pip.conf")]
+    if not (named and os.path.exists(named)):
+        home = Path(os.path.expanduser("~"))
+        config_home = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
+        files += [home / ".pip" / "pip.conf", config_home / "pip" / "pip.conf"]
+    files.append(Path(sys.prefix, "pip.conf"))
+    return [*files, Path(named)] if named else files
 
 
 def configured_indexes() -> list[str]:
