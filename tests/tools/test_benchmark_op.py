@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
+from ccnet_d2.layers import RCCA
 from ccnet_d2.ops import available_backends, criss_cross_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "projects" / "CCNet" / "tools"))
 import benchmark_op
+import op_report
 from attention_formulations import (
+    RecurrentModule,
+    TextbookModule,
     non_local_attention,
     non_local_sdpa,
     operator_flops,
@@ -59,6 +64,116 @@ def test_speed_of_threads_is_against_one_thread():
     }
     assert "x textbook" in head["core"] and "textbook" not in head["threads"]
     assert "x one thread" in head["threads"]
+
+
+def test_table_of_one_case():
+    case = Case(parse_arguments(["--channels", "16"], ""), (6, 5), torch.float32)
+    row = {"section": "core", "size": "6x5", "dtype": "float32", "pass": "forward"}
+    rows = [
+        row | {"candidate": "textbook", "ms": 12.3456, "speedup": 1.0, "to_floor": 24.0},
+        row | {"candidate": "non-local", "ms": 1.5, "speedup": 8.2304, "to_floor": None},
+        row | {"candidate": "of another dtype", "dtype": "bfloat16", "ms": 1.0},
+        row | {"candidate": "of another size", "size": "5x6", "ms": 1.0},
+    ]
+    assert render_rows(rows, case).splitlines() == [
+        "",
+        "core: 6x5, float32",
+        "                       ms  x textbook  x floor",
+        "forward  textbook   12.35        1.00    24.00",
+        "forward  non-local   1.50        8.23        –",
+    ]
+    assert render_rows(rows[3:], case) == ""
+
+
+def test_bars_are_as_long_as_the_speed_up():
+    axis = Figure().subplots()
+    row = {"dtype": "float32", "size": "6x5"}
+    rows = [
+        row | {"pass": what, "candidate": name, "speedup": speedup}
+        for what, speedups in (("forward", (1.0, 3.0, 0.5)), ("backward", (1.0, 7.0, 2.0)))
+        for name, speedup in zip(("textbook", "compiled", "matmul"), speedups, strict=True)
+    ]
+    op_report._draw_speedups(axis, rows)
+    found = {
+        bars.get_label(): [(bar.get_width(), round(bar.get_y(), 6)) for bar in bars]
+        for bars in axis.containers
+    }
+    assert found == {"compiled": [(3.0, 0.0), (7.0, 1.0)], "matmul": [(0.5, 0.4), (2.0, 1.4)]}
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    assert labels == ["6x5 float32\nforward", "6x5 float32\nbackward"]
+
+
+def test_growth_is_drawn_in_milliseconds():
+    axis = Figure().subplots()
+    series = {"dtype": "float32", "pass": "forward", "exponent": 1.5, "points": [(100, 0.003), (400, 0.024)]}
+    op_report._draw_growth(axis, [series])
+    [line] = axis.lines
+    assert line.get_xydata().tolist() == [[100, 3], [400, 24]]
+
+
+def test_weights_of_all_pairs_are_tried_where_the_memory_holds_them():
+    arguments = parse_arguments(["--channels", "16", "--device", "cpu"])
+    for size, fits in ((8, True), (4000, False)):  # 20 x 4000^4 bytes
+        cores = Case(arguments, (size, size), torch.float32).cores()
+        assert ("non-local" in cores) == fits and "non-local SDPA" in cores
+
+
+def small_case():
+    return Case(parse_arguments(["--channels", "16", "--device", "cpu"]), (6, 5), torch.float32)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_calls_are_the_passes_that_they_are_called(backward):
+    """In the layout that each is made for."""
+    case = small_case()
+    case.arguments.backends = ["matmul", "compiled"]
+    last, seen = {}, []
+
+    def recording(query, key, value):
+        seen.append([x.movedim(1, -1).is_contiguous() for x in (query, key, value)])
+        return query.sum() + key.sum() + value
+
+    case.cores = lambda: dict.fromkeys(["textbook", "matmul", "compiled", "non-local"], recording)
+    for name, call in case.core_calls(backward=backward).items():
+        result = call()
+        last[name] = all(seen[-1]) if all(seen[-1]) == any(seen[-1]) else None
+        if backward:
+            assert [len(x[0]) for x in result] == [2, 2, 16]
+        else:
+            assert not result.requires_grad
+    assert last == {
+        "textbook": False,
+        "matmul": True,
+        "compiled": True,
+        "compiled, NCHW": False,
+        "non-local": False,
+    }
+
+
+def test_layers_are_comparable():
+    case = small_case()
+    modules = case.modules()
+    assert next(iter(modules)) == "textbook" and set(modules) >= {"textbook", "matmul", "reference"}
+    for name, module in modules.items():
+        assert module.gamma.item() == 1 and sum(p.numel() for p in module.parameters()) == 16 * 20 + 20 + 1
+        assert getattr(module, "recompute", False) == (name == "compiled, recompute")
+    for name, call in case.module_calls(modules, backward=True).items():
+        shapes = [gradient.shape for gradient in call()]
+        assert shapes == [(1, 16, 6, 5), *(p.shape for p in modules[name].parameters())]
+    assert not case.module_calls(modules, backward=False)["textbook"]().requires_grad
+
+
+def test_textbook_layer_is_the_layer():
+    ours = RCCA(16, 2, backend="reference")
+    theirs = TextbookModule(16, 8, 2)
+    torch.nn.init.constant_(ours.gamma, 0.7)
+    torch.nn.init.constant_(theirs.gamma, 0.7)
+    convolutions = (theirs.query, theirs.key, theirs.value)
+    parts = zip(convolutions, ours.qkv.weight.split([2, 2, 16]), ours.qkv.bias.split([2, 2, 16]), strict=True)
+    for convolution, weight, bias in parts:
+        convolution.weight.data, convolution.bias.data = weight.data.clone(), bias.data.clone()
+    x = torch.randn(2, 16, 6, 5)
+    torch.testing.assert_close(RecurrentModule(theirs, 2)(x), ours(x), rtol=1e-4, atol=1e-5)
 
 
 def test_small_run(tmp_path, capsys):

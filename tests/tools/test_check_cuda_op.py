@@ -11,7 +11,7 @@ from torch import Tensor
 import check_cuda_op
 import cuda_op_checks
 from ccnet_d2.ops import compiled
-from cuda_op_cases import SMALL_SHAPES, draw_cases, make_inputs, small_cases
+from cuda_op_cases import SMALL_SHAPES, Case, draw_cases, make_inputs, small_cases
 from official_kernels import OfficialKernels
 
 CPU = torch.device("cpu")
@@ -73,8 +73,18 @@ def test_lists_of_cases() -> None:
     assert draw_cases(0, 0) == []
     drawn = draw_cases(90, 3)
     assert len(drawn) == 90 and drawn == draw_cases(90, 3) != draw_cases(90, 4)
+    assert len(draw_cases(91, 3)) == 93  # as many of each dtype, and no fewer than asked for
     assert {case.dtype for case in draw_cases(20, 0, ("float16",))} == {"float16"}
     assert len(small_cases(0)) == 3 * len(SMALL_SHAPES)
+
+
+@pytest.mark.parametrize("key_channels", [8, 64])
+def test_logits_are_as_large_as_the_case_says(key_channels: int) -> None:
+    case = Case("float32", 1, (30, 40), key_channels, 16, "contiguous", 3.0, 0)
+    query, key, value, grad = make_inputs(case, CPU)
+    logits = query.flatten(2)[0].T @ key.flatten(2)[0]
+    assert logits.std().item() == pytest.approx(3.0, rel=0.05)
+    assert value.std().item() == pytest.approx(1, rel=0.05) == grad.std().item()
 
 
 def test_layouts_are_what_they_are_called() -> None:

@@ -10,7 +10,8 @@ import pytest
 import pip_wheel
 
 
-def test_installed_wheel_of_pip_is_found(tmp_path: Path) -> None:
+def test_installed_wheel_of_pip_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no command is needed for it
     wheels = tmp_path / "root" / "usr" / "share" / "python-wheels"
     wheels.mkdir(parents=True)
     (wheels / "pip-23.0.1-py3-none-any.whl").touch()
@@ -54,3 +55,17 @@ def test_wheel_of_pip_from_a_package_that_is_not_installed(
 def test_no_wheel_of_pip_where_there_is_no_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert pip_wheel.system_pip(tmp_path, tmp_path / "nothing") is None
+
+
+def test_wheel_of_pip_is_the_system_s_or_else_the_index_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(project: str, filename: str, sha256: str, directory: Path) -> Path:
+        assert project == "pip" and len(sha256) == 64
+        return directory / filename
+
+    monkeypatch.setattr(pip_wheel, "fetch_file", fetch)
+    for of_system in (tmp_path / "pip-1.whl", None):
+        monkeypatch.setattr(pip_wheel, "system_pip", lambda directory, found=of_system: found)
+        expected = of_system or tmp_path / pip_wheel.PIP_WHEEL
+        assert pip_wheel.get_pip_wheel(tmp_path) == expected
