@@ -12,6 +12,7 @@ import check_cuda_op
 import cuda_op_checks
 from ccnet_d2.ops import compiled
 from cuda_op_cases import SMALL_SHAPES, Case, draw_cases, make_inputs, small_cases
+from cuda_op_checks import CheckFailed, differentiate, judge, masked_attention
 from official_kernels import OfficialKernels
 
 CPU = torch.device("cpu")
@@ -67,6 +68,59 @@ def test_results_that_change_are_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cuda_op_checks, "run_kernels", lambda case, inputs: next(results))
     with pytest.raises(cuda_op_checks.CheckFailed, match="out differs between two runs"):
         cuda_op_checks.check_case(small_cases(0)[0], CPU)
+
+
+def exact_results(case: Case) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    inputs = make_inputs(case, CPU)
+    return inputs, differentiate(masked_attention, tuple(x.double() for x in inputs))
+
+
+def test_errors_are_held_to_those_of_the_textbook_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as large in the output, and three times in the gradients."""
+    case = Case("float32", 1, (4, 5), 8, 16, "contiguous", 1.0, 0)
+    inputs, exact = exact_results(case)
+    monkeypatch.setattr(cuda_op_checks, "textbook_attention", lambda *x: 1.01 * masked_attention(*x))
+    judge(case, inputs, {name: x * (1.019 if name == "out" else 1.029) for name, x in exact.items()})
+    for name, factor in (("out", 1.021), ("grad_query", 1.031), ("grad_key", 1.031), ("grad_value", 1.031)):
+        with pytest.raises(CheckFailed, match=f"{name} has a relative error"):
+            judge(case, inputs, exact | {name: factor * exact[name]})
+
+
+@pytest.mark.parametrize(
+    ("batch", "scale", "judged"), [(1, 30.0, True), (1, 1e5, False), (2500, 1.0, True), (2501, 1.0, False)]
+)
+def test_what_one_rounding_decides_is_not_held_to_an_oracle(batch: int, scale: float, judged: bool) -> None:
+    """Nor are more positions than the oracle takes in a moment."""
+    case = Case("float32", batch, (4, 5), 8, 8, "contiguous", scale, 0)
+    inputs, exact = exact_results(case)
+    wrong = exact | {"out": 1.1 * exact["out"]}
+    if judged:
+        with pytest.raises(CheckFailed, match=r"out has a relative error of 1\.00e-01"):
+            judge(case, inputs, wrong)
+    else:
+        assert judge(case, inputs, wrong) == {}
+
+
+@needs_library
+@pytest.mark.parametrize("poisoned", [True, False])
+def test_memory_is_poisoned_before_each_pass(poisoned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+    case = small_cases(0, ("float32",))[1]
+    monkeypatch.setattr(cuda_op_checks, "poison", lambda *_: order.append("poison"))
+    for name in ("criss_cross_forward", "criss_cross_backward"):
+        operator = getattr(torch.ops.ccnet_d2, name)
+
+        def call(*inputs: Tensor, name: str = name, operator: Callable[..., object] = operator) -> object:
+            order.append(name)
+            return operator(*inputs)
+
+        monkeypatch.setattr(torch.ops.ccnet_d2, name, call)
+    results = cuda_op_checks.run_kernels(case, make_inputs(case, CPU), poisoned=poisoned)
+    assert set(results) == {"lse", *cuda_op_checks.NAMES}
+    if poisoned:
+        assert order == ["poison", "criss_cross_forward", "poison", "criss_cross_backward"]
+    else:
+        assert order == ["criss_cross_forward", "criss_cross_backward"]
 
 
 def test_lists_of_cases() -> None:
