@@ -34,6 +34,8 @@ def test_ccnet_table():
         else:  # without the compiled op the energies are kept as well
             assert row["memory_mb"] <= 1.1 * memory
     assert rows["RCCA (R=1)"]["backend"] in [n for n, why in available_backends().items() if why is None]
+    # At its peak non-local attention holds the map and its gradient.
+    assert rows["NL"]["peak_mb"] > 2 * 4e-6 * N * N
     # Fused attention does without the map; every loop but the first also keeps its input.
     assert rows["NL, fused"]["memory_mb"] < rows["NL"]["memory_mb"] - 0.9 * 4e-6 * N * N
     loops = [rows[f"RCCA (R={r})"]["memory_mb"] for r in (1, 2, 3)]
@@ -43,6 +45,21 @@ def test_ccnet_table():
     text = format_ccnet_table(table)
     assert "RCCA (R=2)         16.5   16.54  +0.2%          127" in text
     assert all(key in text for key in table["conventions"])
+
+
+def test_ccnet_table_as_text():
+    row = {"method": "RCCA", "paper_gflops": 8.0, "gflops": 8.4567, "difference_percent": 5.70875}
+    row |= {"paper_memory_mb": 53, "memory_mb": 41.24, "peak_mb": 97.04, "backend": "matmul"}
+    unprinted = dict.fromkeys(("paper_gflops", "difference_percent", "paper_memory_mb"))
+    table = {"source": "a paper", "input": [1, 2, 3, 4], "conventions": {}}
+    text = format_ccnet_table(table | {"rows": [row, row | unprinted | {"method": "NL"}]}).splitlines()
+    assert text[0] == "a paper, on a map of 1x2x3x4"
+    cells = [line.split() for line in text if line.startswith(("method", "RCCA", "NL"))]
+    assert cells == [
+        ["method", "paper", "here", "diff", "paper", "here", "peak", "backend"],
+        ["RCCA", "8", "8.46", "+5.7%", "53", "41.2", "97.0", "matmul"],
+        ["NL", "-", "8.46", "-", "41.2", "97.0", "matmul"],
+    ]
 
 
 def test_ranet_table():
