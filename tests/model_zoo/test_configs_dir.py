@@ -17,6 +17,15 @@ def test_by_name_with_and_without_suffix_and_by_path():
     assert config_path("toy/ccnet_synthetic") == path == config_path(str(path))
 
 
+def test_a_file_here_goes_before_the_project_s_own(tmp_path, monkeypatch):
+    own = config_path("toy/ccnet_synthetic.py").resolve()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy/ccnet_synthetic.py").touch()
+    assert config_path("toy/ccnet_synthetic.py").resolve() == tmp_path / "toy/ccnet_synthetic.py"
+    assert config_path("toy/ccnet_synthetic").resolve() == own
+
+
 def test_get_config_gives_a_run():
     cfg = get_config("toy/ccnet_synthetic.py")
     assert {"model", "dataloader", "optimizer", "lr_multiplier", "train"} <= set(cfg)

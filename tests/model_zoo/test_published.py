@@ -1,5 +1,6 @@
 """Published weights: fetched once, checked, converted, kept; and one clear sentence where that cannot be."""
 
+import hashlib
 import re
 import socket
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from ccnet_d2.checkpoint import SafeCheckpointer
 from ccnet_d2.checkpoint.convert import LAYOUTS
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference import Predictor
-from ccnet_d2.model_zoo import PUBLISHED, __main__, cache_dir, download, get_config, weights_file
+from ccnet_d2.model_zoo import PUBLISHED, __main__, cache, cache_dir, download, get_config, weights_file
 from tests.checkpoint.source_networks import MMSegCCNet, randomize
 from tests.checkpoint.test_convert import Payload, image, logits
 
@@ -110,12 +112,53 @@ def test_a_tampered_file_in_a_local_folder_is_refused_and_left_alone(entry, serv
 
 def test_a_local_folder_needs_no_network(entry, server, tmp_path, monkeypatch):
     (tmp_path / "zoo").mkdir()
-    monkeypatch.setenv("CCNET_D2_ZOO", str(tmp_path / "zoo"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CCNET_D2_ZOO", "~/zoo")
     with pytest.raises(UserError, match=r"has no net\.pth: download it there from http"):
         weights_file(entry.name)
     (tmp_path / "zoo/net.pth").write_bytes((server.folder / "net.pth").read_bytes())
     assert weights_file(entry.name).is_file()
     assert server.asked == [] and (tmp_path / "zoo/net.pth").exists()
+
+
+def test_places_by_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value, place in (
+        ("CCNET_D2_CACHE", "~/of mine", "of mine"),
+        ("CCNET_D2_CACHE", "", ".cache/ccnet_d2"),
+        ("XDG_CACHE_HOME", str(tmp_path / "xdg"), "xdg/ccnet_d2"),
+    ):
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setenv(name, value)
+        assert cache_dir() == tmp_path / place
+
+
+def test_what_was_published_anew_is_fetched_anew(entry, server, network, monkeypatch):
+    first = weights_file(entry.name)
+    bias = network[0].decode_head.conv_seg.bias
+    torch.save(
+        {"state_dict": network[0].state_dict() | {"decode_head.conv_seg.bias": bias + 1}, "meta": {}},
+        server.folder / "net.pth",
+    )
+    digits = hashlib.sha256((server.folder / "net.pth").read_bytes()).hexdigest()[:8]
+    monkeypatch.setitem(PUBLISHED, entry.name, replace(entry, sha256=digits))
+    weights = torch.load(weights_file(entry.name), weights_only=True)["model"]
+    assert torch.equal(weights["sem_seg_head.classifier.bias"], bias + 1)
+    assert first.is_file() and len(server.asked) == 2
+
+
+def test_who_waits_for_another_takes_what_that_one_made(entry, server, monkeypatch):
+    path = weights_file(entry.name)
+    content = path.read_bytes()
+    path.unlink()
+
+    @contextmanager
+    def lock_of_another(name):
+        path.write_bytes(content)
+        yield
+
+    monkeypatch.setattr(cache, "file_lock", lock_of_another)
+    assert weights_file(entry.name) == path and len(server.asked) == 1
 
 
 def test_a_mirror_takes_the_place_of_every_address(entry, server, monkeypatch):
