@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ class Difference:
 
     Attributes:
         size: (batch, height, width).
-        largest: largest absolute difference of two logits.
+        largest: largest absolute difference of two logits; infinite if one of them is not finite.
         reach: largest absolute logit of the model.
     """
 
@@ -33,7 +34,12 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """`largest`, as a share of `reach` where that is above 1: rounding grows with the numbers rounded."""
+        """`largest`, as a share of `reach` where that is above 1: rounding grows with the numbers rounded.
+
+        Infinite where `largest` is.
+        """
+        if math.isinf(self.largest):
+            return self.largest
         return self.largest / max(self.reach, 1.0)
 
     def __str__(self) -> str:
@@ -61,9 +67,9 @@ def compare(
         expected = torch.stack([output["sem_seg"].float().cpu() for output in model(inputs)])
         found = run(images.float())
         if found.shape != expected.shape:
-            largest = float("inf")
+            largest = math.inf
         else:
-            # A NaN on either side must not pass for a small difference.
-            largest = (found - expected).abs().nan_to_num(nan=float("inf")).max().item()
+            # What is not finite on either side must not pass for a small difference.
+            largest = (found - expected).abs().nan_to_num(nan=math.inf, posinf=math.inf).max().item()
         differences.append(Difference((batch, height, width), largest, expected.abs().max().item()))
     return differences

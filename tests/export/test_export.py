@@ -20,7 +20,9 @@ from ccnet_d2.export import (
     compare,
     export_model,
     export_run,
+    files,
     load_program,
+    run,
 )
 from ccnet_d2.export.check import Difference
 from ccnet_d2.layers import CONTEXT_MODULES, CrissCrossAttention
@@ -182,6 +184,70 @@ def test_nan_is_not_a_small_difference(toy):
     assert difference.largest == float("inf")
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("of_file", [0.0, None])
+def test_logits_that_are_not_finite_are_no_small_difference(value, of_file):
+    """Of the model alone, and of both."""
+
+    def model(inputs):
+        return [{"sem_seg": torch.full((4, 64, 80), value)}]
+
+    found = torch.full((1, 4, 64, 80), value if of_file is None else of_file)
+    (difference,) = compare(lambda images: found, model, SIZES[:1])
+    assert difference.largest == difference.relative == float("inf")
+
+
+@pytest.fixture
+def export_of(toy, monkeypatch):
+    """`export_model` to a file of seven bytes that has these differences."""
+
+    def export_of(largest, path, reach=1.0, **options):
+        reaches = (1.0, reach, 1.0)
+        differences = [Difference(*figures) for figures in zip(SIZES, largest, reaches, strict=True)]
+        monkeypatch.setattr(files, "trace", lambda model: None)
+        monkeypatch.setattr(files, "_pt2", lambda program, metadata: (b"content", None))
+        monkeypatch.setattr(files, "compare", lambda run, model, sizes: differences)
+        return export_model(toy, path, sizes=SIZES, **options)
+
+    return export_of
+
+
+@pytest.mark.parametrize(
+    ("worst", "reach"), [(2e-3, 1.0), (torch.inf, 1.0), (torch.inf, torch.nan), (torch.inf, torch.inf)]
+)
+def test_the_largest_difference_decides(export_of, tmp_path, worst, reach):
+    path = tmp_path / "model.pt2"
+    with pytest.raises(ExportError, match=r"nothing was written.*\(3x3x49x91: largest difference"):
+        export_of([1e-6, worst, 1e-5], path, reach=reach)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tolerance_is_the_one_given(export_of, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ExportError, match="nothing was written"):
+        export_of([1e-6, 2e-4, 1e-5], "~/model.pt2")
+    report = export_of([1e-6, 2e-4, 1e-5], "~/model.pt2", tolerance=2e-4)
+    assert report.path == tmp_path / "model.pt2" and report.size == 7
+    assert report.path.read_bytes() == b"content"
+
+
+def test_a_run_s_own_weights_and_what_is_passed_on(toy, tmp_path, monkeypatch):
+    torch.save({"model": toy.state_dict()}, tmp_path / "model.pth")
+    seen = {}
+
+    def keep(model, path, **options):
+        seen.update(options, path=path, model=model)
+
+    monkeypatch.setattr(run, "export_model", keep)
+    overrides = [f"train.init_checkpoint={tmp_path / 'model.pth'}", "model.input_format=BGR"]
+    cfg = apply_overrides(get_config(TOY), overrides)
+    export_run(cfg, "toy.pt2", sizes=SIZES[:1], tolerance=0.25)
+    assert (seen["path"], seen["sizes"], seen["tolerance"]) == ("toy.pt2", SIZES[:1], 0.25)
+    assert seen["metadata"]["input_format"] == "BGR"
+    for name, value in seen["model"].state_dict().items():
+        assert torch.equal(value, toy.state_dict()[name]), name
+
+
 def detectron2_segmentor():
     """Detectron2's own network, which has parts of the same names."""
     cfg = get_cfg()
@@ -238,9 +304,13 @@ def test_arithmetic_that_depends_on_the_size_is_refused(tmp_path):
         ("model.tflite", SIZES, "must end in .onnx or .pt2"),
         ("model.onnx", [], "sizes to check on must be"),
         ("model.onnx", [(1, 8, 64)], "sides of at least 32"),
+        ("model.onnx", [(1, 64, 31)], "sides of at least 32"),
+        ("model.onnx", [(1, 64, 32), (0, 64, 64)], "sizes to check on must be"),
+        ("folder.pt2", SIZES, "is a folder: name a file"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(toy, tmp_path, name, sizes, message):
+    (tmp_path / "folder.pt2").mkdir()
     with pytest.raises(ExportError, match=message):
         export_model(toy, tmp_path / name, sizes=sizes)
 
