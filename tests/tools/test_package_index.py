@@ -152,6 +152,21 @@ def test_credentials_do_not_follow_to_where_the_index_sends(
     assert others == [("/simple/thing/", None), ("/files/thing-1%2E1.tar.gz", None)]
 
 
+def test_credentials_are_not_sent_unencrypted_by_an_encrypted_page(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def read(url: str, _: ssl.SSLContext, credentials: str) -> tuple[bytes, str]:
+        asked.append((url, credentials))
+        return (CONTENT if url.endswith(".zip") else b'<a href="http://host/thing.zip">thing</a>'), url
+
+    monkeypatch.setattr(package_index, "_read", read)
+    monkeypatch.setenv("PIP_INDEX_URL", "https://me:secret@host/simple")
+    assert package_index.fetch_file("thing", "thing.zip", SHA256, tmp_path).is_file()
+    assert asked == [("https://host/simple/thing/", "me:secret"), ("http://host/thing.zip", "")]
+
+
 def test_address_with_a_query(index: Index, tmp_path: Path) -> None:
     index.pages["/simple/asked/"] = b'<a href="/get/thing.zip?a=1&amp;b=2#sha256=00">thing</a>'
     index.pages["/get/thing.zip?a=1&b=2"] = CONTENT

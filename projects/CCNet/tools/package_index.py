@@ -156,8 +156,9 @@ def fetch_file(project: str, filename: str, sha256: str, directory: Path) -> Pat
             if link is None:
                 failures.append(f"{place} has no {filename}")
                 continue
-            same_host = urllib.parse.urlsplit(link).netloc == urllib.parse.urlsplit(place).netloc
-            content, _ = _read(link, context, credentials if same_host else "")
+            # The same host without encryption is another place.
+            same_origin = urllib.parse.urlsplit(link)[:2] == urllib.parse.urlsplit(place)[:2]
+            content, _ = _read(link, context, credentials if same_origin else "")
         except (OSError, ValueError) as error:  # URLError and HTTPError are OSErrors
             reason = getattr(error, "reason", None) or error
             if isinstance(reason, ssl.SSLCertVerificationError):
