@@ -1,12 +1,15 @@
 """The demo at a few iterations: real trainings in processes of their own, report and pictures."""
 
+import functools
 import json
 
 import cv2
 import numpy as np
 import pytest
 
-from ccnet_d2.engine.comparison import Variant, train_variants
+from ccnet_d2.data import register_all
+from ccnet_d2.engine import demo_report
+from ccnet_d2.engine.comparison import Variant, VariantRun, train_variants
 from ccnet_d2.engine.demo_report import _pixel_to_explain, run_demo
 from ccnet_d2.errors import UserError
 
@@ -28,6 +31,84 @@ def test_demo_writes_report_and_pictures(tmp_path, capsys):
     assert "| no attention (FCN) |" in capsys.readouterr().out
 
 
+@pytest.fixture
+def trainings(monkeypatch):
+    """Takes the trainings' place: notes what they are given, and makes up what they reach."""
+    given = {}
+
+    def train(config_file, variants, output, *, overrides, environment):
+        given.update(config_file=config_file, overrides=list(overrides), environment=environment)
+        runs = []
+        for place, variant in enumerate(variants, 1):
+            metrics = {"sem_seg": {"mIoU": 10.128 * place, "pACC": 20.256 * place}}
+            runs.append(VariantRun(variant, output / variant.name, [variant.name], 40.06 * place, metrics))
+        return runs
+
+    monkeypatch.setattr(demo_report, "train_variants", train)
+    monkeypatch.setattr(demo_report, "_draw", lambda *_: None)
+    few = functools.partial(demo_report.SyntheticConfig, train_images=3, val_images=2)
+    monkeypatch.setattr(demo_report, "SyntheticConfig", few)
+    return given
+
+
+def test_the_trainings_get_the_seed_and_the_demo_s_own_data(tmp_path, trainings, monkeypatch):
+    monkeypatch.setattr(demo_report, "has_fast_bf16", lambda: True)
+    run_demo("synthetic", tmp_path, seed=5, overrides=["train.max_iter=7"])
+    assert trainings["config_file"] == "toy/ccnet_synthetic.py"
+    # The user's come last, and count.
+    assert trainings["overrides"] == ["train.seed=5", "train.max_iter=7"]
+    (variable, folder), *others = trainings["environment"].items()
+    assert (variable, folder, others) == ("DETECTRON2_DATASETS", str(tmp_path / "datasets"), [])
+    first = cv2.imread(f"{folder}/ccnet_synthetic/images/train/train_00000.png")
+    run_demo("synthetic", tmp_path / "other", seed=6)
+    other = cv2.imread(str(tmp_path / "other/datasets/ccnet_synthetic/images/train/train_00000.png"))
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_real_images_are_trained_in_half_precision_where_it_is_fast(tmp_path, trainings, monkeypatch, fast):
+    for folder, channels in (("train", 3), ("trainannot", 1), ("val", 3), ("valannot", 1)):
+        (tmp_path / "sets/camvid" / folder).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "sets/camvid" / folder / "a.png"), np.zeros((8, 8, channels), np.uint8))
+    register_all(tmp_path / "sets")
+    monkeypatch.setattr(demo_report, "has_fast_bf16", lambda: fast)
+    run_demo("camvid", tmp_path / "out")
+    assert trainings["config_file"] == "camvid/ccnet_R_18_D8_half.py"
+    assert trainings["overrides"] == ["train.seed=0", *["train.amp.enabled=True"] * fast]
+    assert trainings["environment"] == {}
+    assert not (tmp_path / "out/datasets").exists()
+
+
+def test_numbers_of_the_report_are_those_of_the_trainings(tmp_path, trainings):
+    report = run_demo("synthetic", tmp_path, seed=5, overrides=["train.max_iter=7"])
+    # In the order of the paper's table, which is not that of the trainings.
+    assert list(report["miou"].items()) == [("fcn", 30.38), ("rcca_r1", 20.26), ("rcca_r2", 10.13)]
+    assert report["pixel_accuracy"] == {"fcn": 60.77, "rcca_r1": 40.51, "rcca_r2": 20.26}
+    assert report["train_seconds"] == {"fcn": 120.2, "rcca_r1": 80.1, "rcca_r2": 40.1}
+    assert (report["dataset"], report["seed"], report["iterations"]) == ("synthetic", 5, 7)
+    text = (tmp_path / "report.md").read_text()
+    rows = [
+        "no attention (FCN) | 30.4 | 60.8 | 120",
+        "RCCA, R=1 | 20.3 | 40.5 | 80",
+        "RCCA, R=2 | 10.1 | 20.3 | 40",
+    ]
+    assert [line for line in text.splitlines() if line.startswith("| ")][2:] == [f"| {row} |" for row in rows]
+    assert "7 iterations each with seed 5; measured on the 2 images of" in text
+
+
+def test_a_demo_that_fails_leaves_no_report_of_an_earlier_one(tmp_path, trainings, monkeypatch):
+    run_demo("synthetic", tmp_path)
+    assert (tmp_path / "report.json").exists()
+
+    def fail(*_, **__):
+        raise UserError("a training failed")
+
+    monkeypatch.setattr(demo_report, "train_variants", fail)
+    with pytest.raises(UserError, match="a training failed"):
+        run_demo("synthetic", tmp_path)
+    assert not (tmp_path / "report.json").exists()
+
+
 def test_wrong_override_stops_before_training(tmp_path):
     with pytest.raises(UserError, match=r"train\.max_itr"):
         run_demo("synthetic", tmp_path, overrides=["train.max_itr=3"])
@@ -46,3 +127,11 @@ def test_pixel_to_explain_is_where_the_second_loop_helps():
     one_loop = np.zeros_like(truth)
     image, (x, y) = _pixel_to_explain([truth * 0, truth], [truth * 0, one_loop], [truth * 0, truth])
     assert (image, x, y) == (1, 6, 8)
+
+
+def test_pixel_to_explain_where_one_loop_is_right_everywhere_is_within_what_two_get_right():
+    truth = np.zeros((20, 20), np.uint8)
+    two_loops = np.ones_like(truth)
+    two_loops[10:17, 2:9] = 0
+    image, (x, y) = _pixel_to_explain([truth], [truth], [two_loops])
+    assert (image, x, y) == (0, 5, 13)
