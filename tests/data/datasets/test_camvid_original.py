@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ccnet_d2.data import DatasetError, SampleError, SemSegMapper, get_sem_seg_dataset_dicts, register_all
-from ccnet_d2.data.datasets.camvid import CAMVID_CLASSES
+from ccnet_d2.data.datasets.camvid import CAMVID_CLASSES, CAMVID_COLORS
 from ccnet_d2.data.datasets.camvid_original import (
     ORIGINAL_CLASSES,
     colors_to_labels,
@@ -63,6 +63,14 @@ def test_every_colour_becomes_its_class():
     strange = np.array([[[1, 2, 3], [255, 255, 255], [0, 0, 0]]], np.uint8)
     labels, unknown = colors_to_labels(strange)
     assert labels.tolist() == [[11, 11, 11]] and unknown == 2
+
+
+def test_classes_stand_in_the_benchmark_s_order_with_the_release_s_colours():
+    """The label maps of SegNet's layout hold the numbers, so the order is what gives a number its name."""
+    first = {group: tuple(map(int, texts[0].split())) for group, texts in GROUPS.items() if group}
+    assert tuple(first) == CAMVID_CLASSES
+    first["Pavement"] = (60, 40, 222)  # SegNet's own
+    assert tuple(first.values()) == CAMVID_COLORS
 
 
 def test_the_split_has_the_sizes_of_the_benchmark():

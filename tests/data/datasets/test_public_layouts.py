@@ -20,6 +20,7 @@ from detectron2.data import (
 )
 from detectron2.data.datasets import load_sem_seg
 from detectron2.data.datasets.builtin import register_all_ade20k, register_all_cityscapes
+from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_OBJECTS
 from detectron2.evaluation import SemSegEvaluator
 from PIL import Image
 from scipy.io import savemat
@@ -183,7 +184,16 @@ def test_names_and_colours_of_camvid() -> None:
     assert colors["Road"] == (128, 64, 128) and colors["Pavement"] == (60, 40, 222)
     assert colors["Bicyclist"] == (0, 128, 192) and len(set(metadata.stuff_colors)) == 11
     assert metadata.ignore_label == 11
-    assert VOC12_CLASSES[15] == "person" and len(set(VOC12_CLASSES)) == 21
+    original = MetadataCatalog.get("camvid_original_sem_seg_train")
+    assert original.stuff_colors == metadata.stuff_colors
+
+
+def test_names_and_label_maps_of_voc12() -> None:
+    assert list(VOC12_CLASSES) == ["background", *VOC_OBJECTS]
+    for split, labels in (("train_aug", "ClassAug"), ("train", "Class"), ("val", "Class")):
+        metadata = MetadataCatalog.get(f"voc12_sem_seg_{split}")
+        assert metadata.stuff_classes == list(VOC12_CLASSES)
+        assert os.path.basename(metadata.sem_seg_root) == f"Segmentation{labels}"
 
 
 @pytest.mark.parametrize(
