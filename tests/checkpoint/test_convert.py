@@ -147,10 +147,30 @@ def test_report(official):
     assert text.startswith("CCNet of 19 classes on ResNet-50, deep stem 64/64/128 (official layout)")
     assert "unused   fc.weight (the ImageNet classifier)" in text
     assert "missing  none" in text and "InPlaceABN" in text
+    used = sum(not name.startswith("dsn.") for name in weights)
+    # The weights and biases of query, key and value are joined.
+    assert f"mapped   {used} of {used + 1} tensors, to {used - 4} here" in text
     model = instantiate_on_meta(OFFICIAL, depth=50, channels=64, aux_channels=64)
     conversion = convert_weights({k: v for k, v in weights.items() if not k.startswith("dsn.")}, model=model)
     assert len(conversion.missing) == 7
-    assert "missing  sem_seg_head.auxiliary.0.weight" in conversion.text()
+    assert re.search(
+        r"missing  sem_seg_head\.auxiliary\.0\.weight, [^,]+, [^,]+ and 4 more\n", conversion.text()
+    )
+
+
+def test_what_is_left_out_as_asked_adds_to_what_is_missing_and_unused(official):
+    weights = {k: v for k, v in read_weights(official[1]).items() if not k.startswith("dsn.")}
+    model = instantiate_on_meta(OFFICIAL, depth=50, channels=64, aux_channels=64)
+    conversion = convert_weights(weights | {"fc.weight": torch.zeros(1000, 2048)}, model=model)
+    cut = conversion.without_classifier()
+    gone = {"sem_seg_head.classifier.weight", "sem_seg_head.classifier.bias"}
+    assert len(conversion.missing) == 7 and set(cut.missing) == {*conversion.missing, *gone}
+    assert cut.unused == {
+        "fc.weight": "the ImageNet classifier",
+        "head.bottleneck.3.weight": "left out as asked",
+        "head.bottleneck.3.bias": "left out as asked",
+    }
+    assert cut.sources.keys() == cut.weights.keys() == conversion.weights.keys() - gone
 
 
 def instantiate_on_meta(run: str, *, depth: int, **head) -> nn.Module:
@@ -331,6 +351,7 @@ def test_what_does_not_fit_is_an_error(official, mmseg):
             {},
             r"none of official, mmseg, torchvision, timm .*encoder\.weight",
         ),
+        ({"conv1.weight": torch.zeros(6, 1, 5, 5)}, {}, r"none of official, mmseg, .*conv1\.weight"),
         ({"backbone.res2.0.conv1.weight": torch.zeros(1)}, {}, "Detectron2's names already"),
     ):
         with pytest.raises(CheckpointError, match=sentence):

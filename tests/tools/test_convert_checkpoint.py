@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 
+from ccnet_d2.checkpoint import CheckpointError
 from tests.checkpoint.test_convert import Payload
 from tests.scripts import PROJECT, load_script
 
@@ -29,13 +30,15 @@ def resnet18(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("layout", ["auto", "torchvision", "timm"])
 def test_report_and_file(script, resnet18, tmp_path, capsys, layout):
-    target = tmp_path / "new/out.pth"
+    target = tmp_path / "new/folder/out.pth"
     assert script.main([str(resnet18), str(target), "--from", layout, "--verbose"]) == 0
     out = capsys.readouterr().out
     assert f"ResNet-18, basic stem ({'timm' if layout == 'timm' else 'torchvision'} layout)" in out
     assert "unused   fc.weight, fc.bias (the ImageNet classifier)" in out and "missing  none" in out
     assert "layer2.0.downsample.1.running_var -> backbone.res3.0.shortcut.norm.running_var" in out
     assert len(torch.load(target, weights_only=True)["model"]) == 120
+    assert script.main([str(resnet18), str(target), "--from", layout]) == 0
+    assert "layer2.0.downsample.1.running_var" not in capsys.readouterr().out
 
 
 def test_a_run_that_the_weights_have_to_fit(script, resnet18, tmp_path, capsys):
@@ -72,6 +75,19 @@ def test_trusted_code_is_run_if_asked_for(script, tmp_path, capsys):
     arguments = [str(tmp_path / "trusted.pth"), str(tmp_path / "out.pth")]
     assert script.main(arguments) == 1 and not (tmp_path / "trace").exists()
     assert script.main([*arguments, "--allow-pickle"]) == 0 and (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--without-classifier"]])
+def test_the_classifier_is_left_out_only_where_asked(script, monkeypatch, flags):
+    given = []
+
+    def convert(*_, classifier, **__):
+        given.append(classifier)
+        raise CheckpointError("enough.")
+
+    monkeypatch.setattr(script, "convert_file", convert)
+    assert script.main(["a.pth", "b.pth", *flags]) == 1
+    assert given == [not flags]
 
 
 @pytest.mark.slow
