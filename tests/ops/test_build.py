@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -250,9 +251,91 @@ def test_kernels_that_may_be_left_out_exist(setup_module):
         assert "CCNET_LEAVE_OUT_KERNEL" in (ROOT / "csrc" / "cpu" / name).read_text()
 
 
+@pytest.mark.parametrize(("version", "enough"), [("2.9.1+cu128", False), ("2.10.0", True), ("3.0.0a0", True)])
+def test_the_oldest_torch(setup_module, monkeypatch, version, enough):
+    monkeypatch.setattr(torch, "__version__", version)
+    if enough:
+        assert setup_module.import_torch() is torch
+    else:
+        with pytest.raises(
+            setup_module.NotBuilt, match=r"needs torch 2\.10 or newer, and torch 2\.9\.1\+cu128"
+        ):
+            setup_module.import_torch()
+
+
+@pytest.mark.parametrize(
+    ("wish", "forced", "required"),
+    [
+        ("", "1", []),
+        ("1", "1", []),
+        ("require", None, ["cpu"]),
+        ("require", "0", ["cpu"]),
+        ("require", "1", ["cpu", "cuda"]),
+    ],
+)
+def test_what_has_to_be_built(setup_module, monkeypatch, wish, forced, required):
+    monkeypatch.setenv("CCNET_EXT", wish)
+    monkeypatch.delenv("FORCE_CUDA", raising=False)
+    if forced is not None:
+        monkeypatch.setenv("FORCE_CUDA", forced)
+    extensions = setup_module.extensions()
+    assert [extension.name for extension in extensions] == ["ccnet_d2.ops._C_cpu", "ccnet_d2.ops._C_cuda"]
+    assert [e.name.rpartition("_")[2] for e in extensions if not e.optional] == required
+
+
+@pytest.mark.skipif(not TORCH_IS_NEW_ENOUGH, reason="the compiled op needs torch 2.10")
+def test_a_file_is_compiled_again_where_it_or_a_header_or_the_command_changes(
+    setup_module, monkeypatch, tmp_path, capfd
+):
+    compiler = tmp_path / "c++"
+    compiler.write_text(OLD_COMPILER.format(python=sys.executable))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    sources, header = [tmp_path / "a.cpp", tmp_path / "b.cpp"], tmp_path / "c.h"
+    for path in (*sources, header):
+        path.touch()
+
+    def compiled():
+        capfd.readouterr()
+        setup_module.Build("library", tmp_path / "temp").run(sources, [header], tmp_path / "library.so")
+        told = capfd.readouterr().out
+        return [path.name for path in sources if f"-c {path}" in told]
+
+    assert compiled() == ["a.cpp", "b.cpp"]
+    assert compiled() == []
+    for changed, again in ((sources[1], ["b.cpp"]), (header, ["a.cpp", "b.cpp"])):
+        later = time.time() + 10
+        os.utime(changed, (later, later))
+        assert compiled() == again
+        os.utime(changed, (1, 1))
+        assert compiled() == []
+    monkeypatch.setenv("CXXFLAGS", "-g")
+    assert compiled() == ["a.cpp", "b.cpp"]
+    assert compiled() == []
+
+
 def test_toolkit_that_is_none(setup_module, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(setup_module.NotBuilt, match="has no bin/nvcc"):
+        setup_module.find_cuda_toolkit()
+
+
+def test_toolkit_of_cuda_home_or_else_of_path(setup_module, monkeypatch, tmp_path):
+    for name in ("named", "on_path", "script"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "bin" / "nvcc").write_text("#!/bin/sh\n")
+        (tmp_path / name / "bin" / "nvcc").chmod(0o755)
+    for name in ("named", "on_path"):
+        (tmp_path / name / "include").mkdir()
+        (tmp_path / name / "include" / "cuda_runtime.h").touch()
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "on_path" / "bin"))
+    assert setup_module.find_cuda_toolkit() == tmp_path / "on_path"
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path / "named"))
+    assert setup_module.find_cuda_toolkit() == tmp_path / "named"
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "script"))  # has no headers
+    with pytest.raises(setup_module.NotBuilt, match=r"script has no bin/nvcc or no include/cuda_runtime\.h"):
         setup_module.find_cuda_toolkit()
 
 
@@ -313,3 +396,30 @@ def test_nvcc_takes_the_compiler_of_cxx(cuda_build, tmp_path):
     assert host_compilers(CXX=f"{compiler} -pipe") == [str(compiler)]
     assert host_compilers(CXX=f"{launcher} {compiler}") == [str(compiler)]
     assert host_compilers(NVCC_CCBIN="g++-13") == []
+
+
+@pytest.mark.skipif(not TORCH_IS_NEW_ENOUGH, reason="the compiled op needs torch 2.10")
+@pytest.mark.parametrize(
+    ("forced", "of_torch", "gpu", "words"),
+    [
+        ("0", "12.4", True, "FORCE_CUDA=0 asks to leave it out"),
+        ("", None, True, "built without CUDA"),
+        ("", "12.4", False, "torch sees no GPU here: set FORCE_CUDA=1"),
+        ("1", "11.8", False, r"of CUDA 12\.9 and torch of CUDA 11\.8: .* same major version"),
+        ("1", "12.4", False, ""),
+        ("", "12.4", True, ""),
+    ],
+)
+def test_where_the_library_for_cuda_is_built(
+    cuda_build, setup_module, monkeypatch, tmp_path, forced, of_torch, gpu, words
+):
+    (tmp_path / "bin" / "nvcc").write_text(
+        "#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.1'\n"
+    )
+    monkeypatch.setattr(torch.version, "cuda", of_torch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    if words:
+        with pytest.raises(setup_module.NotBuilt, match=words):
+            cuda_build(FORCE_CUDA=forced)
+    else:
+        assert cuda_build(FORCE_CUDA=forced).nvcc == tmp_path / "bin" / "nvcc"
