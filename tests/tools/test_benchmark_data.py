@@ -1,6 +1,8 @@
 """The input pipeline's benchmark, at a size at which it takes no time."""
 
+import itertools
 import re
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -49,3 +51,39 @@ def test_prints_stages_and_rates(script: ModuleType, capsys: pytest.CaptureFixtu
     assert len(re.findall(r"worker.*: [\d.]+ images/s", out)) == 2
     assert script.main(["--dataset", "no_such_set"]) == 1
     DatasetCatalog.pop(script.NAME)
+
+
+class Clock:
+    """A time that passes only where it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, script: ModuleType) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(script.time, "perf_counter", lambda: self.now)
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_stage_s_time_is_that_of_one_image(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, script)
+    assert script.milliseconds(lambda index: clock.wait(0.25 * (1 + index)), 3) == pytest.approx(500)
+
+
+@pytest.mark.parametrize(("workers", "free"), [(0, 2), (1, 2), (3, 6)])
+def test_rate_counts_images_and_leaves_out_the_start(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, workers: int, free: int
+) -> None:
+    clock = Clock(monkeypatch, script)
+    given = {}
+
+    def load(dataset: list[dict], **options: object) -> Iterator[None]:
+        given.update(options)
+        for index in itertools.count():
+            clock.wait(50.0 if index < free else 0.5)
+            yield
+
+    monkeypatch.setattr(script, "build_detection_train_loader", load)
+    monkeypatch.setattr(script, "SemSegMapper", lambda *_, **__: None)
+    # Batches of 6 in half a second each.
+    assert script.images_per_second([], "none", 65, workers, 6, 3.0) == pytest.approx(12)
+    assert (given["total_batch_size"], given["num_workers"]) == (6, workers)
