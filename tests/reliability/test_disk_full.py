@@ -1,9 +1,11 @@
 """A disk that is full: a clear error, and what was saved before is whole."""
 
+import errno
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +103,18 @@ def test_no_room_for_the_tag(tmp_path, monkeypatch):
     with pytest.raises(DiskFullError, match=r"model_0000001\.pth, is whole"):
         checkpointer.save("model_0000003")
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_quotas_and_size_limits_are_full_disks_too(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=3.25 * 2**20))
+    with (
+        pytest.raises(
+            DiskFullError, match=f"failed: {os.strerror(number)} \\(3\\.2 MiB are free\\); remove something"
+        ),
+        atomic_file.disk_full_reported(tmp_path, lambda: "remove something"),
+    ):
+        raise OSError(number, os.strerror(number))
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
