@@ -8,12 +8,16 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ccnet_d2.engine import launch as module
+from ccnet_d2.engine.child_process import Report
 from ccnet_d2.engine.command_line import main
-from ccnet_d2.engine.launch import Processes, ProcessFailedError, launch
+from ccnet_d2.engine.launch import Processes, ProcessFailedError, _Child, _Supervisor, launch
 from ccnet_d2.engine.network import interface_to
 from ccnet_d2.errors import UserError
 from tests.engine import rank_programs as programs
@@ -222,6 +226,89 @@ def test_torchrun_says_how_many_processes_there_are(capsys, monkeypatch):
         monkeypatch.setenv(name, "0")
     assert main(["--config-file", "toy/ccnet_synthetic.py", "--num-processes", "2"]) == 1
     assert "leave out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("per_machine", "variable", "threads"), [(3, None, 2), (8, None, 1), (9, None, 1), (3, "5", 0)]
+)
+def test_place_and_threads_of_each_process(monkeypatch, per_machine, variable, threads):
+    """The second of three machines, of 8 cores."""
+    places = []
+
+    class Process:
+        def __init__(self, target, args, name):
+            places.append(args[1])
+
+        def start(self):
+            pass
+
+    context = SimpleNamespace(
+        Process=Process, Pipe=lambda duplex: (None, SimpleNamespace(close=lambda: None))
+    )
+    monkeypatch.setattr(module.multiprocessing, "get_context", lambda method: context)
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    processes = Processes(per_machine, machines=3, machine_rank=1, url="tcp://h:1")
+    _Supervisor(processes, SimpleNamespace(address=("h", 1))).start(print, (), timedelta(seconds=7))
+    assert [place.local_rank for place in places] == list(range(per_machine))
+    assert [place.rank for place in places] == list(range(per_machine, 2 * per_machine))
+    told = {(p.world_size, p.machine_rank, p.threads, p.address, p.timeout, p.supervisor) for p in places}
+    assert told == {(3 * per_machine, 1, threads, ("h", 1), timedelta(seconds=7), os.getpid())}
+
+
+def ended(rank, exitcode, kind=None, when=0.0):
+    """A process that has ended, with a report or without one."""
+    process = SimpleNamespace(exitcode=exitcode, is_alive=lambda: False, join=lambda *_: None, sentinel=None)
+    report = None if kind is None else Report(kind, f"{kind} error", status=exitcode, time=when)
+    return _Child(rank, process, SimpleNamespace(closed=True), report)
+
+
+def outcome(*children, asked_to_stop=0, elsewhere=None):
+    """What a supervisor makes of such processes, and what it tells the other machines."""
+    told = []
+    machines = SimpleNamespace(
+        report_failure=told.append,
+        failure_elsewhere=lambda: elsewhere,
+        finish=lambda: None,
+        check=lambda: None,
+    )
+    supervisor = _Supervisor(Processes(len(children)), machines)
+    supervisor._children = list(children)
+    supervisor._asked_to_stop = asked_to_stop
+    try:
+        supervisor._wait()
+    except (UserError, SystemExit) as error:
+        return type(error), str(error), told
+    return None, "", told
+
+
+def test_the_first_cause_is_told_and_not_what_follows_from_it():
+    lost = ended(0, 1, "lost", 1.0)
+    late, early = ended(1, 1, "user", 3.0), ended(2, 1, "fault", 2.0)
+    message = "Process 2 of 3 failed: fault error; the others were stopped."
+    assert outcome(lost, late, early) == (ProcessFailedError, message, [message])
+    assert outcome(lost, ended(1, 143, "exit"), late) == (UserError, "user error", ["user error"])
+    # A process that could not report is the cause, whatever the others say.
+    message = (
+        "Process 1 of 2 was killed by SIGKILL (by the system if memory ran out); the others were stopped."
+    )
+    assert outcome(early, ended(1, -9)) == (ProcessFailedError, message, [message])
+    message = "Process 1 of 2 ended with status 3 without telling why; the others were stopped."
+    assert outcome(lost, ended(1, 3)) == (ProcessFailedError, message, [message])
+    # What broke a connection is another machine, if that one says so.
+    message = "Machine 1 failed: x. The processes of this machine were stopped."
+    assert outcome(lost, ended(1, 0), elsewhere="Machine 1 failed: x.") == (ProcessFailedError, message, [])
+
+
+def test_status_of_processes_that_end_of_themselves_or_as_asked():
+    assert outcome(ended(0, 0), ended(1, 0)) == (None, "", [])
+    assert outcome(ended(0, 0), ended(1, 5, "exit"))[:2] == (SystemExit, "5")
+    # Killed by the signal that was passed on, which a process without a handler is.
+    assert outcome(ended(0, 0), ended(1, -15), asked_to_stop=15)[:2] == (SystemExit, "143")
+    assert outcome(ended(0, 0), ended(1, -9), asked_to_stop=15)[0] is ProcessFailedError
+    assert outcome(ended(0, 0), ended(1, -15))[0] is ProcessFailedError
 
 
 def test_taken_port(free_port):
