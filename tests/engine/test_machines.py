@@ -76,6 +76,24 @@ def test_silence(start, monkeypatch):
     assert "Machine 1 has been silent" in lost(first)
 
 
+def test_a_machine_that_is_done_may_be_silent(start, monkeypatch):
+    monkeypatch.setattr(module, "_SILENCE_SECONDS", 0.5)
+    first, second = start(0), start(1)
+    assert lost(first, 0.5) == ""
+    second.finish()
+    second._over.set()
+    assert lost(first, 1.5) == ""
+
+
+def test_a_machine_that_hears_nothing_of_machine_0(start, monkeypatch):
+    """Its own thread waits for an answer that a broken network does not bring."""
+    monkeypatch.setattr(module, "_SILENCE_SECONDS", 0.5)
+    start(0)
+    second = start(1)
+    second._over.set()
+    assert lost(second).startswith("Machine 0 (127.0.0.1) has been silent for ")
+
+
 def test_two_of_one_rank(start):
     start(0), start(1)
     with pytest.raises(UserError, match="--machine-rank 1"):

@@ -5,9 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from ccnet_d2.engine.torchrun import ElasticRun, TorchrunProcess, agree_on_round
+from ccnet_d2.engine.torchrun import ElasticRun, TorchrunProcess, agree_on_round, joined_torchrun
+from ccnet_d2.errors import UserError
 
 
 def process(**changes) -> TorchrunProcess:
@@ -24,6 +26,28 @@ def test_torchrun_is_recognised(monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
     assert TorchrunProcess.from_environment() == TorchrunProcess(5, 8, 1, 2, 3, "job", "h")
+
+
+class GoneOn(Exception):
+    """The process would look for the others now."""
+
+
+@pytest.mark.parametrize(
+    ("device", "local_rank", "error", "words"),
+    [
+        ("cuda", 1, GoneOn, "^h$"),
+        ("cuda", 2, UserError, "process 3 of this machine, but torch sees 2 GPUs"),
+        ("cpu", 2, GoneOn, "^h$"),
+    ],
+)
+def test_a_process_needs_a_gpu_of_its_own(monkeypatch, device, local_rank, error, words):
+    def go_on(address):
+        raise GoneOn(address)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("ccnet_d2.engine.torchrun.choose_interface", go_on)
+    with pytest.raises(error, match=words), joined_torchrun(process(local_rank=local_rank), device):
+        pass
 
 
 def test_each_start_agrees_on_a_round_of_its_own_in_one_store():
