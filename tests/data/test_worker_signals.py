@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -26,8 +27,11 @@ def start_thread():
     threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
 
 
-@pytest.mark.parametrize("library", [None, start_thread])
-def test_workers_end_only_when_their_parent_says_so(tmp_path, monkeypatch, library):
+@pytest.mark.parametrize(
+    ("library", "held_back"),
+    [(None, nullcontext), (None, sigterm_held_back), (start_thread, sigterm_held_back)],
+)
+def test_workers_end_only_when_their_parent_says_so(tmp_path, monkeypatch, library, held_back):
     """Whether or not a library starts a thread of its own in every new process."""
     if library is not None:
         monkeypatch.setattr(f"{__name__}.at_fork", [library])
@@ -36,11 +40,13 @@ def test_workers_end_only_when_their_parent_says_so(tmp_path, monkeypatch, libra
         num_workers=2,
         worker_init_fn=functools.partial(leave_sigterm_to_parent, then=functools.partial(note, tmp_path)),
     )
-    with sigterm_held_back():
+    with held_back():
         batches = iter(loader)
     values = [int(next(batches))]
     workers = batches._workers
+    end = time.monotonic() + 60
     while len(os.listdir(tmp_path)) < len(workers):  # the other one may not have begun
+        assert time.monotonic() < end
         time.sleep(0.01)
     subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)
     time.sleep(0.3)
