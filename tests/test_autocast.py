@@ -28,7 +28,8 @@ def test_old_gpus_have_float16_alone(monkeypatch):
 
 def test_products_inside():
     x = torch.ones(2, 2)
-    with autocast("cpu", torch.bfloat16):
-        assert (x @ x).dtype == torch.bfloat16
+    for dtype in (torch.bfloat16, torch.float16):
+        with autocast("cpu", dtype):
+            assert (x @ x).dtype == dtype
     with autocast("cpu", None):
         assert (x @ x).dtype == torch.float32

@@ -1,9 +1,11 @@
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from ccnet_d2 import collect_env
 from ccnet_d2.collect_env import collect_env_info
 from ccnet_d2.ops import available_backends, compiled
 
@@ -28,3 +30,19 @@ def test_report_names_an_instruction_set_that_does_not_exist(monkeypatch):
     monkeypatch.setenv("CCNET_CPU_ISA", "AVX2")
     report = collect_env_info()
     assert "compiled on cpu: fails: " in report and "CCNET_CPU_ISA=AVX2 is unknown: choose portable" in report
+
+
+def test_report_names_the_gpus_and_what_the_environment_sets(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.delenv("FORCE_CUDA", raising=False)
+    report = collect_env_info()
+    assert re.search(r"^GPU +none that torch sees$", report, re.MULTILINE)
+    assert re.search(r"^CUDA_VISIBLE_DEVICES +2,3$", report, re.MULTILINE) and "FORCE_CUDA" not in report
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, index))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Card {index}")
+    rows = collect_env._gpus()
+    assert rows == [(f"GPU {i}", f"Card {i}, compute capability 8.{i}") for i in range(2)]
+    assert collect_env._version("no-such-distribution") == "not installed"

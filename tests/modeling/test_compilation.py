@@ -107,6 +107,10 @@ def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler on the CPU and there is none"):
         compile_model(make_model())
     compile_model(make_model(), backend="aot_eager")
+    compiler = tmp_path / "own"
+    compiler.touch(mode=0o755)
+    monkeypatch.setenv("CXX", f"{compiler} -pipe")
+    compile_model(make_model())
 
 
 def test_a_run_and_the_predictor_compile_when_asked(tmp_path):
