@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import time
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,14 @@ class Recorded(Environment):
             return Stage(name, name, run, hash_of(self.root, inputs), wishes or {})
 
         return [stage("first", "a.txt"), stage("second", "csrc", wishes=self.wish), stage("check")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_space_is_enough() -> Iterator[None]:
+    """These stages install nothing, and the disk may be nearly full."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup_environment, "NEEDED_BYTES", 10**8)
+        yield
 
 
 @pytest.fixture(scope="module")
