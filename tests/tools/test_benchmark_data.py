@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 from detectron2.data import DatasetCatalog
 
+from tests.clock import Clock
 from tests.scripts import load_script
 
 
@@ -53,27 +54,21 @@ def test_prints_stages_and_rates(script: ModuleType, capsys: pytest.CaptureFixtu
     DatasetCatalog.pop(script.NAME)
 
 
-class Clock:
-    """A time that passes only where it is told to."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, script: ModuleType) -> None:
-        self.now = 100.0
-        monkeypatch.setattr(script.time, "perf_counter", lambda: self.now)
-
-    def wait(self, seconds: float) -> None:
-        self.now += seconds
+@pytest.fixture
+def clock(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(script, "time", clock)
+    return clock
 
 
-def test_a_stage_s_time_is_that_of_one_image(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch, script)
+def test_a_stage_s_time_is_that_of_one_image(script: ModuleType, clock: Clock) -> None:
     assert script.milliseconds(lambda index: clock.wait(0.25 * (1 + index)), 3) == pytest.approx(500)
 
 
 @pytest.mark.parametrize(("workers", "free"), [(0, 2), (1, 2), (3, 6)])
 def test_rate_counts_images_and_leaves_out_the_start(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, workers: int, free: int
+    script: ModuleType, clock: Clock, monkeypatch: pytest.MonkeyPatch, workers: int, free: int
 ) -> None:
-    clock = Clock(monkeypatch, script)
     given = {}
 
     def load(dataset: list[dict], **options: object) -> Iterator[None]:

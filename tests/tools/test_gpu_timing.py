@@ -1,10 +1,9 @@
 """The median of what calls take on a GPU, with times that are given."""
 
-from types import SimpleNamespace
-
 import pytest
 
 import gpu_timing
+from tests.clock import Clock
 
 
 @pytest.mark.parametrize(
@@ -15,13 +14,14 @@ import gpu_timing
     ],
 )
 def test_median(times: list[float], repeats: int, median: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    passed: list[float] = []
+    clock, passed = Clock(), []
 
     def take(call: object) -> float:
         passed.append(times[len(passed)])
+        clock.wait(passed[-1])
         return passed[-1]
 
     monkeypatch.setattr(gpu_timing, "device_seconds", take)
-    monkeypatch.setattr(gpu_timing, "time", SimpleNamespace(perf_counter=lambda: sum(passed)))
+    monkeypatch.setattr(gpu_timing, "time", clock)
     assert gpu_timing.median_seconds(lambda: None, repeats, most_seconds=10) == median
     assert passed == times

@@ -1,22 +1,22 @@
 """The clock, the memory meter and the floors of benchmark_op.py, where they are known."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import op_meters
 from op_meters import Machine, MemoryMeter, Timer
+from tests.clock import Clock
 
 CPU = torch.device("cpu")
 
 
-class Clock:
-    """Stands still but for calls that take as long as they are told."""
+class CallClock(Clock):
+    """Passes by calls that take as long as they are told."""
 
     def __init__(self) -> None:
-        self.now = 0.0
+        super().__init__()
         self.calls: list[str] = []
 
     def call(self, name: str, times: list[float]) -> Callable[[], None]:
@@ -24,19 +24,19 @@ class Clock:
 
         def take() -> None:
             self.calls.append(name)
-            self.now += next(left)
+            self.wait(next(left))
 
         return take
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(op_meters, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+def clock(monkeypatch: pytest.MonkeyPatch) -> CallClock:
+    clock = CallClock()
+    monkeypatch.setattr(op_meters, "time", clock)
     return clock
 
 
-def test_candidates_take_turns(clock: Clock) -> None:
+def test_candidates_take_turns(clock: CallClock) -> None:
     """Neither the call that warms up nor the first of each turn counts."""
     calls = {
         "a": clock.call("a", [9, *(9, 1, 2), *(9, 3, 5), *(9, 4, 8)]),
@@ -46,12 +46,12 @@ def test_candidates_take_turns(clock: Clock) -> None:
     assert "".join(clock.calls) == "ab" + 3 * "aaabbb"
 
 
-def test_a_call_that_takes_all_the_time_is_made_twice(clock: Clock) -> None:
+def test_a_call_that_takes_all_the_time_is_made_twice(clock: CallClock) -> None:
     calls = {"slow": clock.call("slow", [100, 50]), "fast": clock.call("fast", [1, *3 * (1, 0.5, 0.5)])}
     assert Timer(CPU).compare(calls, 4) == {"slow": 50, "fast": 0.5}
 
 
-def test_rates_are_the_best_that_were_seen(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_are_the_best_that_were_seen(clock: CallClock, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(Timer(CPU), seconds=10)
     assert machine._best(clock.call("", [1, 5, 2, 4])) == 2
     for product, convolution, copy in ((4, 2, 0.5), (8, 9, 1)):
