@@ -86,10 +86,12 @@ class ClipMapper(SemSegMapper):
             cv2.setNumThreads(0)  # the workers are the parallelism
         frames = dataset_dict["frames"]
         images = self._read_images(frames)
-        labels, shown = None, self._loss_indices(len(frames))[0]
+        labels: list[np.ndarray] | None
+        # Augmentations that look at labels (crops that are to show several classes) see those of a frame with loss.
         if self.is_train:
-            # Augmentations that look at labels (crops that are to show several classes) see those of a frame with loss.
             labels, shown = self._read_labels(frames, images)
+        else:
+            labels, shown = None, self._loss_indices(len(frames))[0]
 
         augmented = T.AugInput(images[shown], sem_seg=None if labels is None else labels[shown])
         transforms = self.augmentations(augmented)
