@@ -6,14 +6,14 @@ from torch import Tensor, nn
 from ccnet_d2.ops import criss_cross_attention
 from ccnet_d2.ops.loop import criss_cross_loop, supports_loop
 from ccnet_d2.ops.projection import project
-from ccnet_d2.ops.recompute import recomputed_loop
+from ccnet_d2.ops.recompute import recomputed_loops
 from ccnet_d2.ops.residual import gated_residual
 from ccnet_d2.ops.transforms import is_traced
 
 from .context_module import CONVOLUTIONS, ContextModule, check_recurrence, key_channels
 
-RECOMPUTED_CHUNKS = 4
-"""Chunks of channels that `recompute=True` works in."""
+RECOMPUTED_CHUNKS = 5
+"""Chunks of channels that `recompute=True` works in, at most."""
 
 
 class CrissCrossAttention(ContextModule):
@@ -41,9 +41,9 @@ class CrissCrossAttention(ContextModule):
             reduction: C' = channels / reduction.
             spatial_dims: 2 for (B, C, H, W), 3 for (B, C, T, H, W), 1 for (B, C, W).
             backend: see `ccnet_d2.ops.criss_cross_attention`.
-            recompute: keep for the backward pass nothing but the input of each loop, and compute everything else
-                there again, in chunks of channels: less than half the memory in training, more time. A number says
-                how many chunks; more need less memory and more time.
+            recompute: keep for the backward pass nothing but the input and the maps between the loops, and compute
+                everything else there again, in chunks of channels: less than half the memory in training, more time.
+                A number says how many chunks at most; more need less memory and more time.
 
         Raises:
             ValueError: channels is not a positive multiple of reduction, spatial_dims is not 1, 2 or 3, or recompute
@@ -75,31 +75,45 @@ class CrissCrossAttention(ContextModule):
         query, key, value = projected.split([self.key_channels, self.key_channels, self.channels], dim=1)
         return query, key, value
 
+    def _recomputes(self, x: Tensor) -> bool:
+        """Whether `recompute` applies here."""
+        return bool(self.recompute) and torch.is_grad_enabled() and x.numel() > 0 and not is_traced()
+
+    def _recomputed(self, x: Tensor, *, loops: int) -> Tensor:
+        """So many loops, of which little is kept: (B, C, *S) -> (B, C, *S)."""
+        bias = self.qkv.bias
+        if bias is None or not self._projects_plainly():
+            raise RuntimeError(
+                "A layer with recompute takes the weight and the bias of its qkv alone, which has hooks (of pruning or "
+                "weight_norm, for instance), has no bias or was replaced: use recompute=False there."
+            )
+        return recomputed_loops(
+            x,
+            self.qkv.weight.flatten(1),
+            bias,
+            self.gamma,
+            self.key_channels,
+            loops=loops,
+            chunks=RECOMPUTED_CHUNKS if self.recompute is True else self.recompute,
+            backend=self.backend,
+        )
+
     def attend(self, x: Tensor, *, channels_last: bool | None = None) -> Tensor:
         """One loop of attention with its residual: (B, C, *S) -> (B, C, *S).
 
         `channels_last` says how the compiled operator's result is to lie in memory; like x if None.
         """
-        recompute = self.recompute and torch.is_grad_enabled() and x.numel() > 0 and not is_traced()
+        if self._recomputes(x):
+            return self._recomputed(x, loops=1)
         bias = self.qkv.bias
         if bias is not None and self._projects_plainly():
             weight = self.qkv.weight.flatten(1)
-            if recompute:
-                chunks = RECOMPUTED_CHUNKS if self.recompute is True else self.recompute
-                return recomputed_loop(
-                    x, weight, bias, self.gamma, self.key_channels, chunks=chunks, backend=self.backend
-                )
             # Compiled for any image size, the loop in one step would keep the projection as a view on four axes, on
             # which torch 2.14's compiler fails; query, key and value apart are views that it makes again.
             if not torch.compiler.is_compiling() and supports_loop(x, weight, bias, self.gamma, self.backend):
                 return criss_cross_loop(
                     x, weight, bias, self.gamma, self.key_channels, channels_last=channels_last
                 )
-        elif recompute:
-            raise RuntimeError(
-                "A layer with recompute takes the weight and the bias of its qkv alone, which has hooks (of pruning or "
-                "weight_norm, for instance), has no bias or was replaced: use recompute=False there."
-            )
         out = criss_cross_attention(*self.project(x), backend=self.backend)
         if self.backend in ("auto", "compiled"):
             return gated_residual(out, self.gamma, x)
@@ -168,6 +182,8 @@ class RCCA(CrissCrossAttention):
 
     def _recur(self, x: Tensor) -> Tensor:
         """The loops. On CPU the maps between them are channels-last, as attention reads and writes them."""
+        if self._recomputes(x):
+            return self._recomputed(x, loops=self.recurrence)
         chosen = x.device.type == "cpu" and x.is_contiguous()
         for loop in range(1, self.recurrence + 1):
             x = self.attend(x, channels_last=loop < self.recurrence if chosen else None)

@@ -133,33 +133,75 @@ def refuse_unsupported(*inputs: Tensor) -> None:
 
 
 def attention_with_pullback(
-    query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-    """The attended map, and a function that takes its gradient to those of query and key and writes that of value.
+    query: Tensor, key: Tensor, value: Tensor, room: Tensor | None
+) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor, bool], None]]:
+    """The attended map, and a function that takes its gradient to those of query, key and value.
 
-    The function's second argument is where it is written: (B, C, *S), all or some channels of a channels-last tensor.
+    Args:
+        query: (B, C', *S).
+        key: (B, C', *S).
+        value: (B, C, *S).
+        room: where the gradient of value is written, and on CPU the map before: (B, C, *S), all or some channels of a
+            channels-last tensor; None if the map is all that is wanted.
+
+    Returns:
+        The map, and the function: of its gradient, of two (B, C', *S) tensors, some channels of a channels-last one,
+        for the gradients of query and key, and of whether these are added to what is there or replace it.
     """
-    out, lse = torch.ops.ccnet_d2.criss_cross_forward(query, key, value)
+    if room is not None and reuses_memory(room):
+        out, lse = room, torch.ops.ccnet_d2.criss_cross_forward_into(query, key, value, room)
+    else:
+        out, lse = torch.ops.ccnet_d2.criss_cross_forward(query, key, value)
 
-    def pullback(grad: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor]:
+    def pullback(grad: Tensor, total_query: Tensor, total_key: Tensor, accumulate: bool) -> None:
         refuse_unsupported(grad)
-        grads: tuple[Tensor, Tensor] = torch.ops.ccnet_d2.criss_cross_backward_into(
-            grad, query, key, value, out, lse, grad_value
+        totals = total_query, total_key
+        # Sums in a wider dtype are not the kernels' to write.
+        wider = total_query.dtype != query.dtype
+        grads = tuple(empty_channels_last(query) for _ in totals) if wider else totals
+        torch.ops.ccnet_d2.criss_cross_backward_into(
+            grad, query, key, value, out, lse, *grads, room, accumulate and not wider
         )
-        return grads
+        if wider:
+            for total, part in zip(totals, grads, strict=True):
+                write_or_add(total, part, accumulate)
 
     return out, pullback
 
 
+def reuses_memory(x: Tensor) -> bool:
+    """Whether operators here may be given one piece of memory of x for two uses, one after the other.
+
+    The CUDA kernels write to memory of their own, and a graph would not see what comes first.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def write_or_add(total: Tensor, part: Tensor, accumulate: bool) -> None:
+    """Add `part` to `total`, or have it replace what is there."""
+    if accumulate:
+        total.add_(part)
+    else:
+        total.copy_(part)
+
+
 def backward_and_copy(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_value: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`criss_cross_backward_into` where the kernels write the gradient of value to memory of its own."""
-    grad_query, grad_key, grad = torch.ops.ccnet_d2.criss_cross_backward(
-        grad_out, query, key, value, out, lse
-    )
-    grad_value.copy_(grad)
-    return grad_query, grad_key
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    accumulate: bool,
+) -> None:
+    """`criss_cross_backward_into` where the kernels write the gradients to memory of their own."""
+    grads = torch.ops.ccnet_d2.criss_cross_backward(grad_out, query, key, value, out, lse)
+    write_or_add(grad_query, grads[0], accumulate)
+    write_or_add(grad_key, grads[1], accumulate)
+    grad_value.copy_(grads[2])
 
 
 def empty_channels_last(like: Tensor) -> Tensor:
@@ -184,10 +226,12 @@ def _backward_fake(
     return empty_channels_last(query), empty_channels_last(key), empty_channels_last(value)
 
 
-def _backward_into_fake(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_value: Tensor
-) -> tuple[Tensor, Tensor]:
-    return empty_channels_last(query), empty_channels_last(key)
+def _forward_into_fake(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> Tensor:
+    return empty_statistic(query)
+
+
+def _backward_into_fake(*arguments: Tensor | bool) -> None:
+    return None
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -247,6 +291,7 @@ def _register() -> None:
     backward = "ccnet_d2::criss_cross_backward"
     library.register_fake(forward, _forward_fake)
     library.register_fake(backward, _backward_fake)
+    library.register_fake(f"{forward}_into", _forward_into_fake)
     library.register_fake(f"{backward}_into", _backward_into_fake)
     library.register_kernel(f"{backward}_into", "cuda", backward_and_copy)
     library.register_autograd(forward, _differentiate, setup_context=_save)
@@ -254,6 +299,7 @@ def _register() -> None:
     library.register_fake("ccnet_d2::to_channels_last", empty_channels_last)
     library.register_autograd("ccnet_d2::to_channels_last", lambda ctx, grad: grad)
     register_flop_formula(torch.ops.ccnet_d2.criss_cross_forward)(_forward_formula)
+    register_flop_formula(torch.ops.ccnet_d2.criss_cross_forward_into)(_forward_formula)
     register_flop_formula(torch.ops.ccnet_d2.criss_cross_backward)(_backward_formula)
     register_flop_formula(torch.ops.ccnet_d2.criss_cross_backward_into)(_backward_formula)
 

@@ -95,6 +95,11 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
+def project_into(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """The same, written to `out`: (B, O, *S), all or some channels of a channels-last map."""
+    torch.ops.ccnet_d2.projection_forward_into(x, weight, bias, out)
+
+
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """(B, O, *S) and (B, C, *S) -> (O, C)."""
     out: Tensor = torch.ops.ccnet_d2.projection_weight_gradient(grad, x)
@@ -105,6 +110,11 @@ def input_gradient(grad: Tensor, weight: Tensor, residual: Tensor | None, *, cha
     """(B, O, *S) and (O, C) -> (B, C, *S), to which `residual` is added if given; channels-last in memory or NCHW."""
     out: Tensor = torch.ops.ccnet_d2.projection_input_gradient(grad, weight, residual, channels_last)
     return out
+
+
+def input_gradient_into(grad: Tensor, weight: Tensor, residual: Tensor, out: Tensor) -> None:
+    """The same with a residual, written to `out`, (B, C, *S) without gaps, which may be the residual itself."""
+    torch.ops.ccnet_d2.projection_input_gradient_into(grad, weight, residual, out)
 
 
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -122,6 +132,10 @@ def _input_gradient_fake(
     if channels_last:
         return grad.new_empty((batch, *spatial, weight.shape[1])).movedim(-1, 1)
     return grad.new_empty((batch, weight.shape[1], *spatial))
+
+
+def _into_fake(*tensors: Tensor) -> None:
+    return None
 
 
 def _flops(maps: torch.Size, weight: torch.Size, *args: Any, **kwargs: Any) -> int:
@@ -153,8 +167,10 @@ def _register() -> None:
 
     for name, fake, flops in (
         ("projection_forward", _forward_fake, _flops),
+        ("projection_forward_into", _into_fake, _flops),
         ("projection_weight_gradient", _weight_gradient_fake, _weight_gradient_flops),
         ("projection_input_gradient", _input_gradient_fake, _flops),
+        ("projection_input_gradient_into", _into_fake, _flops),
     ):
         library.register_fake(f"ccnet_d2::{name}", fake)
         register_flop_formula(getattr(torch.ops.ccnet_d2, name))(flops)

@@ -16,6 +16,21 @@ def is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or is_channels_last(x)
 
 
+def has_even_rows(x: Tensor) -> bool:
+    """Whether the channels of each position of (B, C, *S) lie side by side, and the positions at one distance.
+
+    So do some channels of a channels-last map.
+    """
+    step = None
+    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+        if size == 1:
+            continue
+        if step is not None and stride != step:
+            return False
+        step = size * stride
+    return x.shape[1] == 1 or x.stride(1) == 1
+
+
 def to_channels_last(x: Tensor) -> Tensor:
     """(B, C, *S) itself where it is channels-last without gaps, else a copy that is; differentiable."""
     return x if is_channels_last(x) else compiled.channels_last_copy(x)

@@ -72,6 +72,17 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out.view(batch, *spatial, outputs).movedim(-1, 1)
 
 
+def project_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """`project`, written to `out`: (B, O, *S), all or some channels of a channels-last map; not differentiable."""
+    if better_in_fp32(x):
+        out.copy_(project(x, weight, bias))
+    elif fp32_products.pays(x, weight, bias):
+        fp32_products.project_into(x, weight, bias, out)
+    else:
+        for image, result in zip(_image_rows(x), _image_rows(out), strict=True):
+            torch.addmm(bias, image, weight.t(), out=result)
+
+
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """Of the weight: (B, O, *S) channels-last and (B, C, *S) -> (O, C)."""
     if better_in_fp32(x):
@@ -128,6 +139,26 @@ def add_input_gradient(total: Tensor, grad: Tensor, weight: Tensor) -> None:
     # Transposed in memory first, the weight makes the product of half precision a third faster on CPUs.
     transposed = weight.t().contiguous().expand(total.shape[0], -1, -1)
     total.flatten(2).baddbmm_(transposed, _image_rows(grad).transpose(1, 2))
+
+
+def input_gradient_into(room: Tensor, residual: Tensor, grad: Tensor, weight: Tensor) -> None:
+    """The gradient of the input and `residual`, written to `room`.
+
+    Args:
+        room: (B, C, *S), NCHW or channels-last without gaps, of residual's dtype; may be the residual itself.
+        residual: (B, C, *S), NCHW or channels-last without gaps.
+        grad: (B, O, *S), channels-last.
+        weight: (O, C), of grad's dtype.
+    """
+    if residual.dtype == grad.dtype and fp32_products.pays(grad, weight):
+        fp32_products.input_gradient_into(grad, weight, residual, room)
+        return
+    if room is not residual:
+        room.copy_(residual)
+    if residual.dtype == grad.dtype:
+        add_input_gradient(room, grad, weight)
+    else:
+        room.add_(input_gradient(grad, weight))
 
 
 def _rows(x: Tensor) -> Tensor:

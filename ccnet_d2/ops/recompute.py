@@ -1,15 +1,20 @@
-"""One loop of the criss-cross layer that keeps nothing but its input for the backward pass.
+"""Loops of the criss-cross layer that keep little for the backward pass: their input and the maps between them.
 
-The backward pass computes query and key again, and then the value and the attended map in chunks of channels: given
-query and key, attention is linear in the value, so that a chunk is projected, attended and differentiated without the
-others. Beside maps that are there anyhow (the input, the gradients of output and input) it holds query, key, the
-gradient of the projection and three maps of one chunk. The price is one more projection, one more attention, and the
-energies once for each chunk.
+The backward pass computes query and key of a loop again, and then the value and the attended map in chunks of channels:
+given query and key, attention is linear in the value, so that a chunk is projected, attended and differentiated without
+the others. The price is one more projection, one more attention, and the energies once for each chunk.
+
+Of two loops, the backward pass holds one map (that between them, whose place its gradient takes, and then the input's),
+the gradient of the projection, query and key, and one map of a chunk (the attended map's gradient). Where memory can
+have two uses, the others lie where gradients of values come later: a chunk's attended map in its own place, its value
+in that of chunks after it.
 
 Shapes: B batch, C channels, C' query/key channels, S spatial sizes.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,29 +23,52 @@ from torch import Tensor
 from . import compiled
 from .autocast import autocast_disabled, compute_dtype, refuse_mixed_dtypes
 from .backends import automatic_backend_on, require_compiled, select_backend
-from .layout import is_dense, on_huge_pages
+from .chunks import backward_chunks, forward_chunks
+from .layout import is_channels_last, is_dense, on_huge_pages
 from .loop import loop_without_gradients, projection_gradients, refusing_second_derivatives
 from .packed import split
-from .projection import project
-from .residual import gated_residual, residual_gradients
+from .projection import input_gradient_into, project, project_into
+from .residual import gated_residual, gated_residual_into, residual_gradients
 from .transforms import is_transformed, refuse_batches
 
-_CHUNK_MULTIPLE = 16  # channels; fewer do not fill the vectors of the kernels
-
-Pullback = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Pullback = Callable[[Tensor, Tensor, Tensor, bool], None]
 
 
-def recomputed_loop(
+@dataclass(frozen=True)
+class _Settings:
+    """How a loop is computed."""
+
+    key_channels: int
+    chunks: int
+    backend: str
+    dtype: torch.dtype  # of the projection and the attention
+
+    def low(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors in the dtype that is computed in."""
+        return tuple(tensor.to(self.dtype) for tensor in tensors)
+
+    def query_and_key(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        """Their projection."""
+        rows = slice(0, 2 * self.key_channels)
+        return project(x, weight[rows], bias[rows]).chunk(2, dim=1)
+
+    def rows(self, channels: slice) -> slice:
+        """Those of the projection's weight that make these channels of the value."""
+        return slice(2 * self.key_channels + channels.start, 2 * self.key_channels + channels.stop)
+
+
+def recomputed_loops(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     gamma: Tensor,
     key_channels: int,
     *,
+    loops: int = 1,
     chunks: int,
     backend: str = "auto",
 ) -> Tensor:
-    """`x + gamma * attention(q, k, v)`, where (q, k, v) is the projection of x.
+    """`x + gamma * attention(q, k, v)`, where (q, k, v) is the projection of x, `loops` times over.
 
     Args:
         x: (B, C, *S).
@@ -48,7 +76,8 @@ def recomputed_loop(
         bias: (2C' + C,).
         gamma: one number, (1,).
         key_channels: C'.
-        chunks: how many chunks the backward pass works on the C channels in, at most; each has a multiple of 16.
+        loops: how many, each on the result of the one before.
+        chunks: how many chunks both passes work on the C channels in, at most.
         backend: see `ccnet_d2.ops.criss_cross_attention`.
 
     Returns:
@@ -71,11 +100,16 @@ def recomputed_loop(
     if backend == "compiled":
         require_compiled(x.device.type, dtype)
     refuse_mixed_dtypes(x, weight)
-    out: Tensor = _RecomputedLoop.apply(x, weight, bias, gamma, key_channels, chunks, backend, dtype)
+    settings = key_channels, chunks, backend, dtype
+    if torch.compiler.is_compiling():  # a graph holds each loop as a step of its own
+        for _ in range(loops):
+            x = _RecomputedLoops.apply(x, weight, bias, gamma, 1, *settings)
+        return x
+    out: Tensor = _RecomputedLoops.apply(x, weight, bias, gamma, loops, *settings)
     return out
 
 
-class _RecomputedLoop(torch.autograd.Function):
+class _RecomputedLoops(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -83,92 +117,195 @@ class _RecomputedLoop(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         gamma: Tensor,
+        loops: int,
         key_channels: int,
         chunks: int,
         backend: str,
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, gamma)
-        ctx.key_channels, ctx.chunks, ctx.backend, ctx.dtype = key_channels, chunks, backend, dtype
-        if backend == "compiled":
-            return loop_without_gradients(x, weight, bias, gamma, key_channels, dtype)
-        parts = split(project(x.to(dtype), weight.to(dtype), bias.to(dtype)), key_channels)
-        return gated_residual(select_backend(backend, *parts)(*parts), gamma, x)
+        ctx.loops = loops
+        ctx.settings = settings = _Settings(key_channels, chunks, backend, dtype)
+        if torch.compiler.is_compiling():
+            return _whole_loop(x, weight, bias, gamma, settings)
+        *between, out = _loops(x, weight, bias, gamma, loops, settings)
+        # Not saved by autograd, which would hold them to the end of the backward pass.
+        ctx.between = between
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_batches(grad)
+        x, weight, bias, gamma = ctx.saved_tensors
+        maps = [x]
         # Here too the dtype is the forward pass's, whatever autocast says where the backward pass runs.
-        with autocast_disabled(grad.device):
-            return _gradients(ctx, grad)
+        with torch.no_grad(), autocast_disabled(grad.device):
+            if ctx.loops > 1:
+                if ctx.between is None:  # a second backward pass: the first one wrote over them
+                    maps_again = _loops(x, weight, bias, gamma, ctx.loops, ctx.settings)
+                    ctx.between = list(islice(maps_again, ctx.loops - 1))
+                maps += ctx.between
+                ctx.between = None
+            result = _gradients(ctx, grad, maps, weight, bias, gamma)
+        return *refusing_second_derivatives(result, (grad, x, weight, bias, gamma)), *(None,) * 5
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, gamma = ctx.saved_tensors
+def _whole_loop(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, settings: _Settings) -> Tensor:
+    """For graphs, which hold no chunks: what they keep and free they see to themselves."""
+    if settings.backend == "compiled":
+        return loop_without_gradients(x, weight, bias, gamma, settings.key_channels, settings.dtype)
+    parts = split(project(*settings.low(x, weight, bias)), settings.key_channels)
+    return gated_residual(select_backend(settings.backend, *parts)(*parts), gamma, x)
+
+
+def _loops(
+    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, loops: int, settings: _Settings
+) -> Iterator[Tensor]:
+    """The result of each loop, on CPU the last of them in memory like x."""
+    ends_nchw = x.device.type == "cpu" and not is_channels_last(x)
+    for loop in range(1, loops + 1):
+        # Attention reads and writes channels-last maps, and on GPUs another layout is another pass.
+        channels_last = loop < loops or not ends_nchw
+        x = _loop(x, weight, bias, gamma, settings, channels_last=channels_last)
+        yield x
+
+
+def _loop(
+    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, settings: _Settings, *, channels_last: bool
+) -> Tensor:
+    """One loop in chunks; the result lies in memory channels-last or NCHW."""
+    if not is_dense(x):
+        x = x.contiguous()  # so that its chunks are read in place
+    out = on_huge_pages(compiled.empty_channels_last(x) if channels_last else x.new_empty(x.shape))
+    x_low, w, b = settings.low(x, weight, bias)
+    query, key = settings.query_and_key(x_low, w, b)
+    attend = select_backend(settings.backend, query, key, x_low)
+    for channels in forward_chunks(x.shape[1], settings.key_channels, settings.chunks):
+        rows = settings.rows(channels)
+        attended = attend(query, key, project(x_low, w[rows], b[rows]))
+        gated_residual_into(attended, gamma, x[:, channels], out[:, channels])
+        del attended  # before the next chunk's is made
+    return out
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, maps: list[Tensor], weight: Tensor, bias: Tensor, gamma: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Those of x, weight, bias and gamma; `maps` are the inputs of the loops, the first of them x."""
     need_x, need_weight, need_bias, need_gamma, *_ = ctx.needs_input_grad
     if not is_dense(grad):
         grad = grad.contiguous()  # so that its chunks are read in place
-    x_low, w, b = x.to(ctx.dtype), weight.to(ctx.dtype), bias.to(ctx.dtype)
+    sums: list[Tensor | None] = [None, None, None]
+    own = False  # whether the gradient may be written over
+    while maps:
+        x = maps.pop()
+        needed = (need_x or len(maps) > 0, need_weight, need_bias)
+        room = grad if own else x if maps else None
+        grad_x, *others = _loop_gradients(grad, x, weight, bias, gamma, ctx.settings, needed, room)
+        sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, others, strict=True)]
+        if grad_x is not None:
+            grad, own = grad_x, True
+    grad_weight, grad_bias, grad_gamma = sums
+    return grad if need_x else None, grad_weight, grad_bias, grad_gamma if need_gamma else None
+
+
+def _loop_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    settings: _Settings,
+    needed: tuple[bool, bool, bool],
+    room: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Those of x, weight and bias as far as `needed`, and of gamma.
+
+    That of x is written to `room`, which may be `grad` or x, if there is one.
+    """
+    x_low, w, b = settings.low(x, weight, bias)
     grads = None
-    if need_x or need_weight or need_bias:
+    if any(needed):
         grads = on_huge_pages(x_low.new_empty((x.shape[0], *x.shape[2:], w.shape[0]))).movedim(-1, 1)
-    grad_gamma = _attention_gradients(ctx, grad, x_low, w, b, gamma, grads)
-    grad_x = grad_weight = grad_bias = None
-    if grads is not None:
-        grad_x, grad_weight, grad_bias = projection_gradients(
-            (need_x, need_weight, need_bias), grad, grads, x_low, weight, bias.dtype
-        )
-    result = (grad_x, grad_weight, grad_bias, grad_gamma if need_gamma else None)
-    return *refusing_second_derivatives(result, (grad, x, weight, bias, gamma)), *(None,) * 4
+    grad_gamma = _attention_gradients(grad, x_low, w, b, gamma, settings, grads)
+    if grads is None:
+        return None, None, None, grad_gamma
+    if room is None:
+        return *projection_gradients(needed, grad, grads, x_low, weight, bias.dtype), grad_gamma
+    _, grad_weight, grad_bias = projection_gradients(
+        (False, *needed[1:]), grad, grads, x_low, weight, bias.dtype
+    )
+    del x_low
+    if needed[0]:
+        input_gradient_into(room, grad, grads, w)
+    return room if needed[0] else None, grad_weight, grad_bias, grad_gamma
 
 
 def _attention_gradients(
-    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, grads: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    settings: _Settings,
+    grads: Tensor | None,
 ) -> Tensor:
     """The gradient of gamma; that of the projection, (B, 2C' + C, *S), goes into `grads` unless it is None."""
-    query_and_key = slice(0, 2 * ctx.key_channels)
-    query, key = project(x, weight[query_and_key], bias[query_and_key]).chunk(2, dim=1)
+    query, key = settings.query_and_key(x, weight, bias)
     # Sums over the chunks, in fp32 at least.
     grad_gamma = torch.zeros_like(gamma, dtype=torch.promote_types(gamma.dtype, torch.float32))
-    total = None
+    narrow = total = None
     if grads is not None:
+        narrow = grads[:, : 2 * settings.key_channels]
         total_dtype = torch.promote_types(grads.dtype, torch.float32)
-        total = grads[:, query_and_key]
-        total = (total if total.dtype == total_dtype else torch.empty_like(total, dtype=total_dtype)).zero_()
-    for channels, rows in _chunks(x.shape[1], ctx.key_channels, ctx.chunks):
-        attended, pullback = _attend(query, key, project(x, weight[rows], bias[rows]), ctx.backend)
+        total = narrow if narrow.dtype == total_dtype else torch.empty_like(narrow, dtype=total_dtype)
+    for channels in backward_chunks(x.shape[1], settings.chunks):
+        rows = settings.rows(channels)
+        value = _value(
+            x, weight[rows], bias[rows], None if grads is None else grads[:, rows.stop :], settings
+        )
+        room = None if grads is None else grads[:, rows]
+        attended, pullback = _attend(query, key, value, room, settings.backend)
         grad_attended, grad_of_chunk = residual_gradients(grad[:, channels], attended, gamma)
         grad_gamma += grad_of_chunk
-        if grads is not None and total is not None:
-            grad_query, grad_key = pullback(grad_attended, grads[:, rows])
-            total[:, : ctx.key_channels].add_(grad_query)
-            total[:, ctx.key_channels :].add_(grad_key)
-            del grad_query, grad_key
-        del attended, pullback, grad_attended  # before the next chunk's are made
-    if grads is not None and total is not None and total.dtype != grads.dtype:
-        grads[:, query_and_key].copy_(total)
+        if total is not None:
+            total_query, total_key = total.chunk(2, dim=1)
+            pullback(grad_attended, total_query, total_key, channels.start > 0)
+        del value, attended, pullback, grad_attended  # before the next chunk's are made
+    if narrow is not None and total is not None and total.dtype != narrow.dtype:
+        narrow.copy_(total)
     return grad_gamma.to(gamma.dtype)
 
 
-def _chunks(channels: int, key_channels: int, count: int) -> Iterator[tuple[slice, slice]]:
-    """For each chunk its channels in the map, and its rows in the projection's weight."""
-    size = -(-channels // count)
-    size = -(-size // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
-    for first in range(0, channels, size):
-        last = min(first + size, channels)
-        yield slice(first, last), slice(2 * key_channels + first, 2 * key_channels + last)
+def _value(x: Tensor, weight: Tensor, bias: Tensor, later: Tensor | None, settings: _Settings) -> Tensor:
+    """A chunk's value, which may lie in `later`, room of the chunks after it, if it fits there."""
+    channels = weight.shape[0]
+    if (
+        later is None
+        or later.shape[1] < channels
+        or settings.backend != "compiled"
+        or not compiled.reuses_memory(later)
+    ):
+        return project(x, weight, bias)
+    value = later[:, :channels]
+    project_into(value, x, weight, bias)
+    return value
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, backend: str) -> tuple[Tensor, Pullback]:
-    """The attended map, and what takes its gradient to those of query and key and writes that of value."""
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, room: Tensor | None, backend: str
+) -> tuple[Tensor, Pullback]:
+    """See `compiled.attention_with_pullback`."""
     if backend == "compiled":
-        return compiled.attention_with_pullback(query, key, value)
+        return compiled.attention_with_pullback(query, key, value, room)
     attend = select_backend(backend, query, key, value)
     out, vjp = torch.func.vjp(attend, query, key, value)[:2]
 
-    def pullback(grad: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor]:
-        grad_query, grad_key, grad_of_value = vjp(grad)
-        grad_value.copy_(grad_of_value)
-        return grad_query, grad_key
+    def pullback(grad: Tensor, total_query: Tensor, total_key: Tensor, accumulate: bool) -> None:
+        grad_query, grad_key, grad_value = vjp(grad)
+        compiled.write_or_add(total_query, grad_query, accumulate)
+        compiled.write_or_add(total_key, grad_key, accumulate)
+        if room is not None:
+            room.copy_(grad_value)
 
     return out, pullback

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, library
 
 from . import compiled
-from .layout import is_dense, to_channels_last
+from .layout import has_even_rows, is_dense, to_channels_last
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -41,6 +41,21 @@ def gated_residual(
     return out
 
 
+def gated_residual_into(attended: Tensor, gamma: Tensor, x: Tensor, out: Tensor) -> None:
+    """`gated_residual`, written to `out`.
+
+    Args:
+        attended: (B, c, *S).
+        gamma: (1,).
+        x: (B, c, *S), all or some channels of a map that is NCHW or channels-last without gaps.
+        out: the same of another one, of x's dtype.
+    """
+    if _runs_compiled(attended, gamma, x):
+        torch.ops.ccnet_d2.gated_residual_forward_into(attended, gamma.to(_computed(x)), x, out)
+    else:
+        torch.addcmul(x, gamma.to(x.dtype), attended, out=out)
+
+
 def residual_gradients(grad: Tensor, attended: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of `gated_residual` other than that of x, which is `grad` itself.
 
@@ -68,7 +83,7 @@ def _runs_compiled(attended: Tensor, gamma: Tensor, x: Tensor) -> bool:
     return (
         compiled.runs_on_cpu(x, attended, gamma)
         and attended.shape == x.shape
-        and is_dense(attended)
+        and (is_dense(attended) or has_even_rows(attended))
         and (attended.dtype == x.dtype or (x.dtype == torch.float32 and attended.dtype in _HALF))
     )
 
@@ -80,6 +95,10 @@ def _computed(x: Tensor) -> torch.dtype:
 
 def _forward_fake(attended: Tensor, gamma: Tensor, x: Tensor, channels_last: bool) -> Tensor:
     return compiled.empty_channels_last(x) if channels_last else x.new_empty(x.shape)
+
+
+def _forward_into_fake(attended: Tensor, gamma: Tensor, x: Tensor, out: Tensor) -> None:
+    return None
 
 
 def _backward_fake(grad: Tensor, attended: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,6 +120,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None
 
 if compiled.is_available():
     library.register_fake("ccnet_d2::gated_residual_forward", _forward_fake)
+    library.register_fake("ccnet_d2::gated_residual_forward_into", _forward_into_fake)
     library.register_fake("ccnet_d2::gated_residual_backward", _backward_fake)
     library.register_autograd("ccnet_d2::gated_residual_forward", _differentiate, setup_context=_save)
     library.register_autograd("ccnet_d2::gated_residual_backward", compiled.refuse_second_derivative)

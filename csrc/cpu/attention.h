@@ -34,7 +34,9 @@ struct BackwardArgs : AttentionArgs {
   TensorRef grad_out;
   TensorRef grad_query, grad_key, grad_value;
   const void* lse;
-  void* delta;  // (B, N) sum_c grad_out * out, written by the first axis
+  void* delta;       // (B, N) sum_c grad_out * out, written by the first axis
+  bool delta_first;  // before anything else: grad_value is written over out
+  bool accumulate;   // add to grad_query and grad_key, which are replaced otherwise
 };
 
 struct CopyArgs {

@@ -22,8 +22,9 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
   const int64_t dq_row = args.grad_query.strides.axis[axis], dk_row = args.grad_key.strides.axis[axis];
   const int64_t dv_row = args.grad_value.strides.axis[axis];
 
-  const Store query_store = first ? Store::kReplace : Store::kJoin;
+  const Store query_store = narrow_store(args, first);
   const Store value_store = axis_store(grid, args.grad_value, C, first);
+  const bool sum = sums_delta(args, first);
 
   run_items(args, grid.lines(axis), [&](auto next) {
     const int64_t kept = blocks > 1 ? l32 * (qk32 + c32) : 0;
@@ -63,7 +64,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         ahead.add(line_data<BFloat16>(args.key, grid, axis, next_line), k_row, L, QK);
         ahead.add(line_data<BFloat16>(args.query, grid, axis, next_line), q_row, n, QK);
         ahead.add(line_data<BFloat16>(args.grad_out, grid, axis, next_line), g_row, n, C);
-        if (first) ahead.add(line_data<BFloat16>(args.out, grid, axis, next_line), o_row, n, C);
+        if (sum) ahead.add(line_data<BFloat16>(args.out, grid, axis, next_line), o_row, n, C);
         ahead.add(line_data<BFloat16>(args.value, grid, axis, next_line), v_row, L, C);
         if (value_store != Store::kPastCaches) {
           ahead.add(line_data<BFloat16>(args.grad_value, grid, axis, next_line), dv_row, L, C);
@@ -72,7 +73,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         ahead.add(line_data<BFloat16>(args.grad_key, grid, axis, next_line), dk_row, L, QK);
         const int64_t products = Engine::steps(key_rows, n, qk32) + Engine::steps(key_rows, n, c32) +
                                  Engine::steps(n, qk32, key_depth) + Engine::steps(key_rows, qk32 + c32, n);
-        const int64_t packing = n / 16 * (qk32 + c32) / 32 + n / 4 + (first ? n : 0);
+        const int64_t packing = n / 16 * (qk32 + c32) / 32 + n / 4 + (sum ? n : 0);
         const int64_t weighing = (n + columns - 1) / columns * (l32 / 8);
         const int64_t storing = (qk32 + c32) / kPanel * (key_rows / 4);
         ahead.spread(blocks * (products + packing + weighing + storing) + key_rows / 4);
@@ -108,7 +109,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
           }
           for (int64_t n = i; n < i + here; ++n) {
             lse[n] = lse_in[n * stat_row];
-            if (first) {
+            if (sum) {
               ahead.ask();
               delta_io[n * stat_row] = dot_words(g + n * g_row, o + n * o_row, C);
             }
@@ -175,5 +176,6 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
 
 template <class Engine>
 void backward(const BackwardArgs& args) {
+  if (args.delta_first) sum_delta<V, BFloat16>(args);
   for_axes(args.grid, [&](int axis, bool first, bool) { backward_axis<Engine>(args, axis, first); });
 }

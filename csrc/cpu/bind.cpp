@@ -40,7 +40,7 @@ void run_forward(const Grid& grid, DType dtype, const Operands& in, const Tensor
 }
 
 void run_backward(const Grid& grid, DType dtype, const Operands& in, const Tensor& grad_out, const Tensor& out,
-                  const Tensor& lse, const Operands& grad) {
+                  const Tensor& lse, const Operands& grad, bool accumulate = false) {
   const Tensor grad_out_last = channels_last(grad_out, grid), out_last = channels_last(out, grid);
   Tensor delta = torch::stable::empty_like(lse);
   auto args = arguments<BackwardArgs>(grid, dtype, in, out_last);
@@ -50,6 +50,8 @@ void run_backward(const Grid& grid, DType dtype, const Operands& in, const Tenso
   args.grad_value = grad.value;
   args.lse = lse.data_ptr();
   args.delta = delta.data_ptr();
+  args.delta_first = args.out.data == grad.value.data;
+  args.accumulate = accumulate;
   select_kernels(dtype).backward(args);
 }
 
@@ -57,9 +59,16 @@ Operands separate(const Tensor& query, const Tensor& key, const Tensor& value, c
   return {reference(query, grid), reference(key, grid), reference(value, grid), query.size(1), value.size(1)};
 }
 
-std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value) {
+// A tensor that a result is written to: all or some channels of a channels-last one.
+void check_result(const Tensor& result, const Tensor& query, int64_t channels, const char* name) {
+  check_alike(result, query, name);
+  STD_TORCH_CHECK(result.size(1) == channels, name, " must have ", channels, " channels, got ", result.size(1), ".");
+  STD_TORCH_CHECK(result.stride(1) == 1 || channels == 1, name, " must be channels-last in memory.");
+}
+
+Tensor forward_into(Tensor query, Tensor key, Tensor value, Tensor out) {
   const Grid grid = checked_grid(query, key, value);
-  Tensor out = empty_channels_last(value, value.size(1));
+  check_result(out, query, value.size(1), "out");
   Tensor lse = empty_statistic(query);
   if (lse.numel() > 0) {
     query = channels_last(query, grid);
@@ -67,33 +76,37 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value) {
     value = channels_last(value, grid);
     run_forward(grid, kernel_dtype(query), separate(query, key, value, grid), out, lse);
   }
+  return lse;
+}
+
+std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value) {
+  Tensor out = empty_channels_last(value, value.size(1));
+  const Tensor lse = forward_into(query, key, value, out);
   return {out, lse};
 }
 
-// The gradient of value goes into grad_value, which may be some channels of a larger channels-last tensor.
-std::tuple<Tensor, Tensor> backward_into(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,
-                                         Tensor lse, Tensor grad_value) {
+// grad_value may be the memory of out; grad_query and grad_key are added to if so asked.
+void backward_into(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor grad_query,
+                   Tensor grad_key, Tensor grad_value, bool accumulate) {
   const Grid grid = checked_grid(query, key, value);
   check_backward(query, value.size(1), grad_out, out, lse, grid);
-  check_alike(grad_value, query, "grad_value");
-  STD_TORCH_CHECK(grad_value.size(1) == value.size(1), "grad_value must have the channels of value.");
-  STD_TORCH_CHECK(grad_value.stride(1) == 1 || grad_value.size(1) == 1, "grad_value must be channels-last in memory.");
-  Tensor grad_query = empty_channels_last(query, query.size(1));
-  Tensor grad_key = empty_channels_last(key, key.size(1));
-  if (lse.numel() > 0) {
-    query = channels_last(query, grid);
-    key = channels_last(key, grid);
-    value = channels_last(value, grid);
-    run_backward(grid, kernel_dtype(query), separate(query, key, value, grid), grad_out, out, lse,
-                 separate(grad_query, grad_key, grad_value, grid));
-  }
-  return {grad_query, grad_key};
+  check_result(grad_query, query, query.size(1), "grad_query");
+  check_result(grad_key, query, query.size(1), "grad_key");
+  check_result(grad_value, query, value.size(1), "grad_value");
+  if (lse.numel() == 0) return;
+  query = channels_last(query, grid);
+  key = channels_last(key, grid);
+  value = channels_last(value, grid);
+  run_backward(grid, kernel_dtype(query), separate(query, key, value, grid), grad_out, out, lse,
+               separate(grad_query, grad_key, grad_value, grid), accumulate);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,
                                             Tensor lse) {
+  Tensor grad_query = empty_channels_last(query, query.size(1));
+  Tensor grad_key = empty_channels_last(key, key.size(1));
   Tensor grad_value = empty_channels_last(value, value.size(1));
-  const auto [grad_query, grad_key] = backward_into(grad_out, query, key, value, out, lse, grad_value);
+  backward_into(grad_out, query, key, value, out, lse, grad_query, grad_key, grad_value, false);
   return {grad_query, grad_key, grad_value};
 }
 
@@ -157,9 +170,10 @@ STABLE_TORCH_LIBRARY(ccnet_d2, m) {
   m.def(
       "criss_cross_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse) -> "
       "(Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+  m.def("criss_cross_forward_into(Tensor query, Tensor key, Tensor value, Tensor(a!) out) -> Tensor");
   m.def(
       "criss_cross_backward_into(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-      "Tensor(a!) grad_value) -> (Tensor grad_query, Tensor grad_key)");
+      "Tensor(a!) grad_query, Tensor(b!) grad_key, Tensor(c!) grad_value, bool accumulate) -> ()");
   m.def("criss_cross_packed_forward(Tensor packed, int key_channels) -> (Tensor out, Tensor lse)");
   m.def(
       "criss_cross_packed_backward(Tensor grad_out, Tensor packed, int key_channels, Tensor out, Tensor lse) -> "
@@ -172,6 +186,7 @@ STABLE_TORCH_LIBRARY(ccnet_d2, m) {
 STABLE_TORCH_LIBRARY_IMPL(ccnet_d2, CPU, m) {
   m.impl("criss_cross_forward", TORCH_BOX(&ccnet::cpu::forward));
   m.impl("criss_cross_backward", TORCH_BOX(&ccnet::cpu::backward));
+  m.impl("criss_cross_forward_into", TORCH_BOX(&ccnet::cpu::forward_into));
   m.impl("criss_cross_backward_into", TORCH_BOX(&ccnet::cpu::backward_into));
   m.impl("criss_cross_packed_forward", TORCH_BOX(&ccnet::cpu::packed_forward));
   m.impl("criss_cross_packed_backward", TORCH_BOX(&ccnet::cpu::packed_backward));

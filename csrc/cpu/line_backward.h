@@ -93,13 +93,14 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
                 jpad = edge ? L - edge : round_up(L, V::W), row_pad = round_up(L, V::W);
   const int64_t panel = 2 * V::kPanelVectors * V::W, g_ld = leading<V>(panel), qkpad = leading<V>(QK);
   const bool masked = !keeps_self(grid.axes, axis);
+  const bool sum = sums_delta(args, first);
   const auto pack_with_edges = edge == 0   ? pack_gradient<V, 0, S>
                                : edge == 1 ? pack_gradient<V, 1, S>
                                            : pack_gradient<V, 2, S>;
   const Strides stat = scalar_strides(grid);
   // Blocks of queries after the first add to a line that should still be at hand.
-  const Store query_store = first ? Store::kReplace : Store::kJoin;
-  const Store value_store = block < L ? query_store : axis_store<V, S>(grid, args.grad_value, C, first);
+  const Store query_store = narrow_store(args, first);
+  const Store value_store = block < L && first ? Store::kReplace : axis_store<V, S>(grid, args.grad_value, C, first);
 
   run_items(args, grid.lines(axis), [&](auto next) {
     Scratch<T> scratch(QK * lpad + qkpad * (L + block) + 2 * block * lpad + block * g_ld + panel * lpad +
@@ -138,7 +139,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         const int64_t first_cols = panel < C ? panel : C;
         Ahead first_panel;  // each product asks for what the next ones need
         if (value_store != Store::kPastCaches) first_panel.add(dv.data, dv.row, L, first_cols);
-        if (first) first_panel.add(o.data, o.row, rows, first_cols);
+        if (sum) first_panel.add(o.data, o.row, rows, first_cols);
         first_panel.spread(steps<V>(rows, row_pad / V::W, QK));
         gemm<V, kRowMajor>(rows, row_pad, QK, qr, qkpad, kt, lpad, p, lpad, false, &first_panel);
         for (int64_t i = 0; i < rows; ++i) {
@@ -155,14 +156,14 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
           const int64_t next_cols = C - c - cols < panel ? C - c - cols : panel;
           if (edge > 0) pack_rows<V>(LineView<const S>{v.data + jpad * v.row, v.row}, edge, c, cols, tile, width);
           // delta_i = sum_c grad_out * out, while grad_out is at hand.
-          pack_with_edges(g, first ? &o : nullptr, tile, rows, c, cols, gp, g_ld, sums);
+          pack_with_edges(g, sum ? &o : nullptr, tile, rows, c, cols, gp, g_ld, sums);
           pack_columns<V>(v, edge > 0 ? jpad : L, c, cols, vt, lpad);
           Ahead ahead;
           if (next_cols > 0) {
             ahead.add(g.data + c + cols, g.row, rows, next_cols);
             ahead.add(v.data + c + cols, v.row, L, next_cols);
             if (value_store != Store::kPastCaches) ahead.add(dv.data + c + cols, dv.row, L, next_cols);
-            if (first) ahead.add(o.data + c + cols, o.row, rows, next_cols);
+            if (sum) ahead.add(o.data + c + cols, o.row, rows, next_cols);
           } else {
             next_block.ask_narrow(args, axis, views, rows, &ahead);
           }
@@ -174,7 +175,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
 
         for (int64_t i = 0; i < rows; ++i) {
           lse[i] = lse_in[i * stat_row];
-          if (first) delta_io[i * stat_row] = sum_lanes<V>(sums + i * V::W);
+          if (sum) delta_io[i * stat_row] = sum_lanes<V>(sums + i * V::W);
           delta[i] = delta_io[i * stat_row];
           const reg d = V::set1(delta[i]);
           T* row = ds + i * lpad;
@@ -201,5 +202,6 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
 
 template <class V, class S>
 void backward_typed(const BackwardArgs& args) {
+  if (args.delta_first) sum_delta<V, S>(args);
   for_axes(args.grid, [&](int axis, bool first, bool) { backward_axis<V, S>(args, axis, first); });
 }

@@ -22,6 +22,7 @@
 #include "merge_rows.h"
 #include "micro_kernels.h"
 
+#include "delta.h"
 #include "line_forward.h"
 #include "line_backward.h"
 

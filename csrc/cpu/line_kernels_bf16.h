@@ -38,5 +38,6 @@ int64_t words_leading(int64_t n) { return 2 * leading<V>(n / 2); }
 
 #include "bf16_packing.h"
 #include "bf16_storing.h"
+#include "delta.h"
 #include "bf16_forward.h"
 #include "bf16_backward.h"

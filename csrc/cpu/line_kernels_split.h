@@ -41,6 +41,7 @@ void split_forward_typed(const ForwardArgs& args) {
 
 template <class S>
 void split_backward_typed(const BackwardArgs& args) {
+  if (args.delta_first) sum_delta<V, S>(args);
   for_axes(args.grid, [&](int axis, bool first, bool) {
     (pays(args, axis) ? split_backward_axis<S> : backward_axis<V, S>)(args, axis, first);
   });

@@ -58,39 +58,60 @@ MatmulArgs arguments(int64_t batch, int64_t rows, int64_t depth, int64_t columns
   return args;
 }
 
-Tensor forward(Tensor x, Tensor weight, Tensor bias) {
+// To all or some channels of a channels-last map.
+void forward_into(Tensor x, Tensor weight, Tensor bias, Tensor out) {
   check(x, "x", weight.size(1), weight);
   STD_TORCH_CHECK(bias.is_cpu() && bias.scalar_type() == ScalarType::Float && bias.dim() == 1 &&
                       bias.size(0) == weight.size(0) && (bias.stride(0) == 1 || bias.size(0) == 1),
                   "bias must be a dense CPU tensor (O,) of float32.");
-  const Tensor out = empty_channels_last(x, weight.size(0));
-  if (out.numel() == 0) return out;
+  STD_TORCH_CHECK(out.is_cpu() && out.dim() == x.dim() && out.scalar_type() == ScalarType::Float &&
+                      out.size(1) == weight.size(0),
+                  "out must be a CPU tensor (B, O, *S) of float32 with the channels of weight.");
+  check_same_positions(x, out);
+  if (out.numel() == 0) return;
   MatmulArgs args = arguments(x.size(0), grid_of(x).positions(), weight.size(1), weight.size(0));
   args.left = positions_first(x, "x");
   args.right = transposed(matrix(weight));
   args.out = positions_first(out, "the result");
   args.bias = static_cast<const float*>(bias.data_ptr());
   usable(select_kernels(DType::kFloat).matmul)(args);
+}
+
+Tensor forward(Tensor x, Tensor weight, Tensor bias) {
+  const Tensor out = empty_channels_last(x, weight.size(0));
+  forward_into(x, weight, bias, out);
   return out;
 }
 
-// The gradient of the input, to which `residual` is added where there is one.
-Tensor input_gradient(Tensor grad, Tensor weight, std::optional<Tensor> residual, bool out_channels_last) {
+// out = the gradient of the input, and `residual` where there is one: out itself, or another.
+void input_gradient_to(const Tensor& out, const Tensor& grad, const Tensor& weight,
+                       const std::optional<Tensor>& residual) {
   check(grad, "grad", weight.size(0), weight);
   if (residual.has_value()) {
     check(*residual, "residual", weight.size(1), weight);
     check_same_positions(grad, *residual);
   }
-  const Tensor out = out_channels_last ? empty_channels_last(grad, weight.size(1))
-                                       : empty_channels_second(grad, weight.size(1));
-  if (out.numel() == 0) return out;
+  if (out.numel() == 0) return;
   MatmulArgs args = arguments(grad.size(0), grid_of(grad).positions(), weight.size(0), weight.size(1));
   args.left = positions_first(grad, "grad");
   args.right = matrix(weight);
   args.out = positions_first(out, "the result");
   if (residual.has_value()) args.added = positions_first(*residual, "residual");
   usable(select_kernels(DType::kFloat).matmul)(args);
+}
+
+// The gradient of the input, to which `residual` is added where there is one.
+Tensor input_gradient(Tensor grad, Tensor weight, std::optional<Tensor> residual, bool out_channels_last) {
+  const Tensor out = out_channels_last ? empty_channels_last(grad, weight.size(1))
+                                       : empty_channels_second(grad, weight.size(1));
+  input_gradient_to(out, grad, weight, residual);
   return out;
+}
+
+void input_gradient_into(Tensor grad, Tensor weight, Tensor residual, Tensor out) {
+  check(out, "out", weight.size(1), weight);
+  check_same_positions(grad, out);
+  input_gradient_to(out, grad, weight, residual);
 }
 
 Tensor weight_gradient(Tensor grad, Tensor x) {
@@ -115,13 +136,17 @@ bool has_fp32_products() { return select_kernels(DType::kFloat).matmul_pays; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ccnet_d2, m) {
   m.def("projection_forward(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  m.def("projection_forward_into(Tensor x, Tensor weight, Tensor bias, Tensor(a!) out) -> ()");
   m.def("projection_weight_gradient(Tensor grad, Tensor x) -> Tensor");
   m.def("projection_input_gradient(Tensor grad, Tensor weight, Tensor? residual, bool channels_last) -> Tensor");
+  m.def("projection_input_gradient_into(Tensor grad, Tensor weight, Tensor residual, Tensor(a!) out) -> ()");
   m.def("has_fp32_products() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ccnet_d2, CPU, m) {
   m.impl("projection_forward", TORCH_BOX(&ccnet::cpu::forward));
+  m.impl("projection_input_gradient_into", TORCH_BOX(&ccnet::cpu::input_gradient_into));
+  m.impl("projection_forward_into", TORCH_BOX(&ccnet::cpu::forward_into));
   m.impl("projection_weight_gradient", TORCH_BOX(&ccnet::cpu::weight_gradient));
   m.impl("projection_input_gradient", TORCH_BOX(&ccnet::cpu::input_gradient));
 }

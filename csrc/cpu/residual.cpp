@@ -49,13 +49,24 @@ ResidualArgs arguments(const Tensor& attended, const Tensor& gamma, const Tensor
   return args;
 }
 
+void run_forward(const Tensor& attended, const Tensor& gamma, const Tensor& x, const Tensor& out) {
+  const Tensor attended_last = channels_last(attended, grid_of(attended));
+  select_kernels(kernel_dtype(x)).residual_forward(arguments(attended_last, gamma, x, out));
+}
+
 Tensor residual_forward(Tensor attended, Tensor gamma, Tensor x, bool out_channels_last) {
   check(attended, x, gamma, computed_dtype(x.scalar_type()));
   const Tensor out = out_channels_last ? empty_channels_last(x, x.size(1)) : empty_channels_second(x, x.size(1));
-  if (x.numel() == 0) return out;
-  attended = channels_last(attended, grid_of(attended));
-  select_kernels(kernel_dtype(x)).residual_forward(arguments(attended, gamma, x, out));
+  if (x.numel() > 0) run_forward(attended, gamma, x, out);
   return out;
+}
+
+// All or some channels of a map, into the same channels of another of its dtype.
+void residual_forward_into(Tensor attended, Tensor gamma, Tensor x, Tensor out) {
+  check(attended, x, gamma, computed_dtype(x.scalar_type()));
+  check(out, x, gamma, computed_dtype(x.scalar_type()));
+  STD_TORCH_CHECK(out.scalar_type() == x.scalar_type(), "the result must have the dtype of x.");
+  if (x.numel() > 0) run_forward(attended, gamma, x, out);
 }
 
 std::tuple<Tensor, Tensor> residual_backward(Tensor grad, Tensor attended, Tensor gamma) {
@@ -79,6 +90,7 @@ std::tuple<Tensor, Tensor> residual_backward(Tensor grad, Tensor attended, Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ccnet_d2, m) {
   m.def("gated_residual_forward(Tensor attended, Tensor gamma, Tensor x, bool channels_last) -> Tensor");
+  m.def("gated_residual_forward_into(Tensor attended, Tensor gamma, Tensor x, Tensor(a!) out) -> ()");
   m.def(
       "gated_residual_backward(Tensor grad, Tensor attended, Tensor gamma) -> (Tensor grad_attended, Tensor "
       "grad_gamma)");
@@ -86,5 +98,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ccnet_d2, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(ccnet_d2, CPU, m) {
   m.impl("gated_residual_forward", TORCH_BOX(&ccnet::cpu::residual_forward));
+  m.impl("gated_residual_forward_into", TORCH_BOX(&ccnet::cpu::residual_forward_into));
   m.impl("gated_residual_backward", TORCH_BOX(&ccnet::cpu::residual_backward));
 }

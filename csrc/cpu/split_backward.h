@@ -16,9 +16,10 @@ void split_backward_axis(const BackwardArgs& args, int axis, bool first) {
   const int64_t panel_tiles = kBackwardPanel / kTile;
   const int64_t edge_floats = round_up(C, kBackwardPanel) + 2 * round_up(QK, kStep);
   // Blocks of queries after the first add to a line that should still be at hand.
-  const Store query_store = first ? Store::kReplace : Store::kJoin;
-  const Store value_store = block < L ? query_store : axis_store<V, S>(grid, args.grad_value, C, first);
+  const Store query_store = narrow_store(args, first);
+  const Store value_store = block < L && first ? Store::kReplace : axis_store<V, S>(grid, args.grad_value, C, first);
 
+  const bool sum = sums_delta(args, first);
   run_items(args, grid.lines(axis), [&](auto next) {
     Scratch<float> scratch(tile_floats(tiles(L) + tiles(block), depth(QK)) +
                            tile_floats(tiles(QK), depth(L) + depth(block)) + 2 * l32 * ld +
@@ -73,7 +74,7 @@ void split_backward_axis(const BackwardArgs& args, int axis, bool first) {
         Background background;  // each product asks for what the next ones need
         Ahead& asking = background.ahead;
         if (value_store != Store::kPastCaches) asking.add(dv.data, dv.row, L, first_cols);
-        if (first) asking.add(o.data, o.row, rows, first_cols);
+        if (sum) asking.add(o.data, o.row, rows, first_cols);
         Ahead none;
         if (i0 == 0) pack(LeftPacker<S>(k.data, k.row, L, QK, k_left), &none);
         pack(TransposedPacker<S>(q.data, q.row, rows, QK, q_transposed), &none);
@@ -116,7 +117,7 @@ void split_backward_axis(const BackwardArgs& args, int axis, bool first) {
             from.with = v.data + keys * v.row + c;
             from.with_dots = last_key_sums;
           }
-          if (first) {
+          if (sum) {
             from.other = o.data + c;
             from.other_row = o.row;
             from.other_dots = delta_sums;
@@ -137,7 +138,7 @@ void split_backward_axis(const BackwardArgs& args, int axis, bool first) {
             background.add(&pack_values);
             background.add(&pack_gradient);
             if (value_store != Store::kPastCaches) asking.add(dv.data + next_c, dv.row, L, next_cols);
-            if (first) asking.add(o.data + next_c, o.row, rows, next_cols);
+            if (sum) asking.add(o.data + next_c, o.row, rows, next_cols);
           } else {
             next_block.ask_narrow(args, axis, views, rows, &asking);
           }
@@ -148,7 +149,7 @@ void split_backward_axis(const BackwardArgs& args, int axis, bool first) {
         if (key_edge > 0) to.put_row(keys, edge_row);
 
         for (int64_t i = 0; i < rows; ++i) {
-          if (first) delta_io[i * stat_row] = sum_lanes<V>(delta_sums + i * V::W);
+          if (sum) delta_io[i * stat_row] = sum_lanes<V>(delta_sums + i * V::W);
           delta[i] = delta_io[i * stat_row];
           if (key_edge > 0) ds[keys * ld + i] = sum_lanes<V>(last_key_sums + i * V::W);
         }

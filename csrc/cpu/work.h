@@ -113,6 +113,14 @@ S* line_data(const TensorRef& t, const Grid& grid, int axis, int64_t line) {
 // What becomes of a result: it takes the place of what is in memory, or joins it.
 enum class Store { kReplace, kPastCaches, kJoin };
 
+// How an axis of the backward pass writes the gradients of query and key.
+inline Store narrow_store(const BackwardArgs& args, bool first) {
+  return first && !args.accumulate ? Store::kReplace : Store::kJoin;
+}
+
+// Whether an axis of the backward pass sums up delta on its way.
+inline bool sums_delta(const BackwardArgs& args, bool first) { return first && !args.delta_first; }
+
 // Whether a result of so many bytes should be written past the caches: it is too large to wait there for whoever reads
 // it next, and written so it is not fetched from memory only to be overwritten. Only whole cache lines can be: `steps`
 // has the bits of all distances between rows, and of their length, in bytes.

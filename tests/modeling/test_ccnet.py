@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from detectron2.config import get_cfg, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import SemanticSegmentor, build_model
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ccnet_d2.errors import UserError
 from ccnet_d2.layers import RCCA
@@ -168,6 +169,24 @@ def test_every_context_trains(context):
     sum(model([sample(seed=0), sample(seed=1)]).values()).backward()
     assert model.sem_seg_head.classifier.weight.grad.abs().sum() > 0
     assert model.eval()([sample()])[0]["sem_seg"].shape == (5, 24, 32)
+
+
+@pytest.mark.parametrize("context", ["rcca", "rcca_recompute", "nl"])
+@pytest.mark.parametrize("category_consistent", [None, "piecewise"])
+def test_the_context_s_output_is_gone_when_its_backward_pass_begins(context, category_consistent):
+    """As the figures of memory in a network have it: whatever read the output has done its own pass by then."""
+    model = small_model(context=context, category_consistent=category_consistent)
+    outputs, gone = [], []
+
+    def watch(module, inputs, out):
+        outputs.append(StorageWeakRef(out.untyped_storage()))
+        out.register_hook(lambda grad: gone.append(outputs[0].expired()))
+
+    model.sem_seg_head.context.register_forward_hook(watch)
+    loss = sum(model([sample()]).values())
+    assert not outputs[0].expired()
+    loss.backward()
+    assert gone == [True]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,20 @@ def test_values(case, x_last, grad_last, out_last, units):
             (grad_rows.transpose(1, 2) @ rows).sum(0),
         )
 
+    # Written to memory that is there, where the input's gradient may be added to what it holds.
+    room = draw(batch, outputs + 5, sizes, channels_last=True)
+    around = room.clone()
+    fp32_products.project_into(x, weight, bias, room[:, 3 : 3 + outputs])
+    around[:, 3 : 3 + outputs] = projected
+    assert torch.equal(room, around)
+    if x_last == out_last:
+        total = x.clone()
+        fp32_products.input_gradient_into(grad, weight, total, total)
+        assert torch.equal(total, of_input) and total.stride() == x.stride()
+    total = torch.empty_like(of_input)
+    fp32_products.input_gradient_into(grad, weight, x, total)
+    assert torch.equal(total, of_input)
+
     wanted = computed(*(t.double() for t in (x, weight, bias, grad)))
     plain = computed(x, weight, bias, grad)
     for got, exact, by_torch in zip((projected, of_input, of_weight), wanted, plain, strict=True):
@@ -148,7 +162,7 @@ def test_layer(recurrence, channels_last, recompute, units, monkeypatch):
     x = draw(2, 256, (17, 21), channels_last=channels_last)
     grad = draw(2, 256, (17, 21), channels_last=channels_last)
     used = []
-    for name in ("project", "weight_gradient", "input_gradient"):
+    for name in ("project", "project_into", "weight_gradient", "input_gradient", "input_gradient_into"):
         function = getattr(fp32_products, name)
         monkeypatch.setattr(
             fp32_products, name, lambda *a, _f=function, _n=name, **k: used.append(_n) or _f(*a, **k)
@@ -160,7 +174,11 @@ def test_layer(recurrence, channels_last, recompute, units, monkeypatch):
         return out, *torch.autograd.grad(out, [x, *layer.parameters()], grad)
 
     got = gradients(layer, x, grad)
-    assert set(used) == {"project", "weight_gradient", "input_gradient"}
+    wanted = {"project", "weight_gradient"}
+    if recompute:
+        wanted.add("project_into")
+    wanted |= {"input_gradient_into"} if recompute and recurrence > 1 else {"input_gradient"}
+    assert set(used) == wanted
     wanted = gradients(layer.double(), x.double(), grad.double())
     for one, exact in zip(got, wanted, strict=True):
         # What is left of rounding: the gradient of the key's bias is zero, and gamma's a sum of 180 thousand products
@@ -239,6 +257,18 @@ def test_refusals(units):
         fp32_products.weight_gradient(grad, x[..., :299])
     with pytest.raises(RuntimeError, match="same spatial sizes"):
         fp32_products.input_gradient(grad, weight, x[..., :299], channels_last=True)
+    for out, message in (
+        (grad[:, 1:], "with the channels of weight"),
+        (grad.double(), "of float32"),
+        (grad[..., :299], "same spatial sizes"),
+        (torch.empty(1, 80, 600)[:, ::2, ::2], "dense over channels or positions"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            fp32_products.project_into(x, weight, bias, out)
+    with pytest.raises(RuntimeError, match="out must have 256 channels, got 255"):
+        fp32_products.input_gradient_into(grad, weight, x, x[:, :255])
+    with pytest.raises(RuntimeError, match="same spatial sizes"):
+        fp32_products.input_gradient_into(grad, weight, x, x[..., :299])
     (first,) = torch.autograd.grad(
         fp32_products.project(x.requires_grad_(), weight.requires_grad_(), bias).square().sum(),
         x,
@@ -305,6 +335,8 @@ def test_opcheck_and_flops(units):
     ops = torch.ops.ccnet_d2
     calls = [
         (ops.projection_forward, (x, weight, bias)),
+        (ops.projection_forward_into, (x, weight, bias, torch.empty_like(grad))),
+        (ops.projection_input_gradient_into, (grad, weight, x, torch.empty_like(x))),
         (ops.projection_weight_gradient, (grad, x)),
         (ops.projection_input_gradient, (grad, weight, x, True)),
         (ops.projection_input_gradient, (grad, weight, x, False)),

@@ -9,7 +9,7 @@ import torch
 from torch import library
 
 from ccnet_d2.ops import compiled
-from ccnet_d2.ops.layout import is_channels_last, is_dense, on_huge_pages, to_channels_last
+from ccnet_d2.ops.layout import has_even_rows, is_channels_last, is_dense, on_huge_pages, to_channels_last
 
 # Remainders of every vector and piece, one channel, one position, and nothing.
 SHAPES = [
@@ -73,6 +73,19 @@ def test_layouts():
     assert is_dense(x) and not is_channels_last(x)
     assert is_dense(last) and is_channels_last(last)
     assert not is_dense(x.transpose(2, 3)) and not is_dense(x[:, :, 1:])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_are_even_in_some_channels_of_a_channels_last_map(shape):
+    x = torch.zeros(shape[0], *shape[2:], shape[1] + 3).movedim(-1, 1)
+    assert has_even_rows(x) and has_even_rows(x[:, 2:-1]) and has_even_rows(x[1:])
+
+
+def test_rows_that_are_not_even():
+    x = torch.zeros(2, 4, 5, 3).movedim(-1, 1)
+    for other in (x[:, :, 1:, 1:], x[:, :, :, 1:], x.transpose(2, 3), x[:, ::2], x.contiguous()):
+        assert not has_even_rows(other)
+    assert has_even_rows(x[:, :, 1:]) and has_even_rows(x.contiguous()[:, :1])
 
 
 def asked_for_huge_pages(address):

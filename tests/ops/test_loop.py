@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ccnet_d2.ops import compiled, criss_cross_attention
 from ccnet_d2.ops.loop import criss_cross_loop, supports_loop
-from ccnet_d2.ops.recompute import recomputed_loop
+from ccnet_d2.ops.recompute import recomputed_loops
 
 if not compiled.is_available():
     pytest.skip(str(compiled.unavailable_reason()), allow_module_level=True)
@@ -20,15 +20,15 @@ def plain(x, weight, bias, gamma):
 
 
 def recomputed(x, weight, bias, gamma):
-    return recomputed_loop(x, weight, bias, gamma, KEY_CHANNELS, chunks=3, backend="compiled")
+    return recomputed_loops(x, weight, bias, gamma, KEY_CHANNELS, chunks=3, backend="compiled")
 
 
 def recomputed_by_products(x, weight, bias, gamma):
-    return recomputed_loop(x, weight, bias, gamma, KEY_CHANNELS, chunks=3, backend="matmul")
+    return recomputed_loops(x, weight, bias, gamma, KEY_CHANNELS, chunks=3, backend="matmul")
 
 
 def recomputed_by_the_reference(x, weight, bias, gamma):
-    return recomputed_loop(x, weight, bias, gamma, KEY_CHANNELS, chunks=1, backend="reference")
+    return recomputed_loops(x, weight, bias, gamma, KEY_CHANNELS, chunks=1, backend="reference")
 
 
 COMPILED = [plain, recomputed]
@@ -218,8 +218,10 @@ def test_compile_is_one_graph_with_gradients(loop):
     out, got = gradients(function, inputs, grad)
     wanted_out, wanted = gradients(loop, inputs, grad)
     torch.testing.assert_close(out, wanted_out)
-    for g, w in zip(got, wanted, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+    for g, w in zip(
+        got, wanted, strict=True
+    ):  # the gradient of the key's bias is zero, of which rounding is left
+        assert (g - w).norm() <= 2e-6 * w.norm()
 
 
 @pytest.mark.parametrize("loop", COMPILED)
@@ -317,4 +319,4 @@ def test_what_cannot_be_recomputed_is_named():
     with pytest.raises(RuntimeError, match=r"backend='compiled' cannot run: .* not on 'meta'"):
         recomputed(*(t.to("meta") for t in (x, weight, bias, gamma)))
     with pytest.raises(ValueError, match="Unknown backend 'fast'"):
-        recomputed_loop(x, weight, bias, gamma, KEY_CHANNELS, chunks=2, backend="fast")
+        recomputed_loops(x, weight, bias, gamma, KEY_CHANNELS, chunks=2, backend="fast")

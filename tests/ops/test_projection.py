@@ -10,7 +10,9 @@ from ccnet_d2.ops.layout import channel_sums
 from ccnet_d2.ops.projection import (
     add_input_gradient,
     input_gradient,
+    input_gradient_into,
     project,
+    project_into,
     weight_gradient,
 )
 
@@ -60,6 +62,45 @@ def test_values(sizes, batch, dtype, channels_last, recorded):
     assert got["weight"].is_contiguous()
     for name in ("projected", "input"):
         assert got[name].movedim(1, -1).is_contiguous()
+
+
+@pytest.mark.parametrize("sizes", [(7,), (5, 6), (2, 3, 4), (32, 40)])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", list(UNIT), ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_results_written_to_what_is_there(sizes, batch, dtype, channels_last):
+    torch.manual_seed(0)
+    x = draw(batch, 32, *sizes, dtype=dtype, channels_last=channels_last)
+    grad = draw(batch, 30, *sizes, dtype=dtype, channels_last=True)
+    weight, bias = draw(30, 32, dtype=dtype), draw(30, dtype=dtype)
+    room = draw(batch, 37, *sizes, dtype=dtype, channels_last=True)
+    around = room.clone()
+    project_into(room[:, 4:34], x, weight, bias)
+    exact = project(*(t.double() for t in (x, weight, bias)))
+    assert (room[:, 4:34].double() - exact).norm() <= UNIT[dtype] * exact.norm()
+    assert torch.equal(room[:, :4], around[:, :4]) and torch.equal(room[:, 34:], around[:, 34:])
+
+    exact = x.double() + input_gradient(grad.double(), weight.double())
+    for into in (x, torch.empty_like(x), draw(*x.shape, dtype=dtype, channels_last=not channels_last)):
+        residual = x.clone() if into is not x else x
+        strides = into.stride()
+        input_gradient_into(into, residual, grad, weight)
+        assert (into.double() - exact).norm() <= UNIT[dtype] * exact.norm() and into.stride() == strides
+        x = residual if into is not x else residual.sub_(input_gradient(grad, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_gradient_in_half_precision_added_to_an_fp32_one(dtype, channels_last, own):
+    """As inside autocast."""
+    torch.manual_seed(0)
+    x = draw(2, 24, 5, 6, dtype=torch.float32, channels_last=channels_last)
+    grad, weight = draw(2, 30, 5, 6, dtype=dtype, channels_last=True), draw(30, 24, dtype=dtype)
+    wanted = x + input_gradient(grad, weight)
+    room = x if own else torch.empty_like(x)
+    input_gradient_into(room, x, grad, weight)
+    assert torch.equal(room, wanted) and room.dtype == torch.float32
 
 
 class Products(TorchDispatchMode):
@@ -128,6 +169,9 @@ def test_by_way_of_fp32_rounds_once(dtype, monkeypatch):
     assert torch.equal(project(x, weight, bias), project(wide[0], wide[2], wide[3]).to(dtype))
     assert torch.equal(weight_gradient(grad, x), weight_gradient(wide[1], wide[0]).to(dtype))
     assert torch.equal(input_gradient(grad, weight), input_gradient(wide[1], wide[2]).to(dtype))
+    room = draw(1, 40, 5, 6, dtype=dtype, channels_last=True)
+    project_into(room[:, 5:35], x, weight, bias)
+    assert torch.equal(room[:, 5:35], project(x, weight, bias))
     add_input_gradient(total, grad, weight)
     add_input_gradient(wide[4], wide[1], wide[2])
     assert torch.equal(total, wide[4].to(dtype))

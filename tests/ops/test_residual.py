@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ccnet_d2.ops import compiled
-from ccnet_d2.ops.residual import gated_residual, residual_gradients
+from ccnet_d2.ops.residual import gated_residual, gated_residual_into, residual_gradients
 
 if not compiled.is_available():
     pytest.skip(str(compiled.unavailable_reason()), allow_module_level=True)
@@ -59,6 +59,47 @@ def check_values_and_gradients(shape, dtype, attended_last, x_last, out_last):
     assert torch.equal(grads[2], grad)
     like = x if out_last is None else draw(shape, dtype, channels_last=out_last)
     assert out.dtype == dtype and out.stride() == like.stride()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtypes", [*((d, d) for d in TOLERANCE), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize("x_last", [True, False])
+@pytest.mark.parametrize("out_last", [True, False])
+@pytest.mark.parametrize("library", [True, False])
+def test_some_channels_of_maps(shape, dtypes, x_last, out_last, library):
+    """Forward into, and backward from, the middle of larger maps; `library` or PyTorch's operators."""
+    torch.manual_seed(0)
+    low, dtype = dtypes
+    batch, channels, *sizes = shape
+    larger, middle = (batch, channels + 5, *sizes), slice(3, 3 + channels)
+    x = draw(larger, dtype, channels_last=x_last)
+    room = draw(larger, dtype, channels_last=out_last)
+    attended = draw(larger, low, channels_last=True)[:, middle]
+    gamma = torch.tensor([0.75], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    wanted = room.clone()
+    wanted[:, middle] = gated_residual(attended.contiguous(), gamma, x[:, middle].contiguous())
+    given = attended if library else attended.repeat_interleave(2, dim=1)[:, ::2]
+    gated_residual_into(given, gamma, x[:, middle], room[:, middle])
+    tolerance = 0 if library else TOLERANCE[dtype]
+    torch.testing.assert_close(room[:, middle], wanted[:, middle], rtol=tolerance, atol=tolerance)
+    assert torch.equal(room[:, :3], wanted[:, :3])
+    assert torch.equal(room[:, 3 + channels :], wanted[:, 3 + channels :])
+
+    got = residual_gradients(x[:, middle], attended, gamma)
+    expected = residual_gradients(x[:, middle].contiguous(), attended.contiguous(), gamma)
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=1e-4)
+
+
+def test_results_that_do_not_fit_are_named():
+    attended, x = (draw((2, 8, 5, 6), torch.float32, channels_last=last) for last in (True, False))
+    for out, message in (
+        (x.double(), "the result must have the dtype of x"),
+        (x[:, 1:], "must have one shape"),
+        (torch.empty(2, 16, 5, 12)[:, ::2, :, ::2], "the result must be dense over channels or positions"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.ccnet_d2.gated_residual_forward_into(attended, torch.tensor([0.75]), x, out)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

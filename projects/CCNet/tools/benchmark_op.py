@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import statistics
 import sys
@@ -32,15 +31,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from attention_formulations import RecurrentModule
 from ccnet_d2.ops.compiled import instruction_set
 from ccnet_d2.script_exit import exit_with
 from op_arguments import backends_on, parse_arguments
-from op_candidates import DTYPES, Case
-from op_meters import MEGA, Machine, MemoryMeter, Timer
+from op_candidates import DTYPES, PASSES, Case
+from op_memory import peaks
+from op_meters import Machine, Timer
 from op_report import Row, fit_exponent, plot, render_rows
 
-PASSES = ("forward", "forward+backward")
 GROWTH_SIZES = (32, 48, 64, 96, 128, 192, 256)
 
 
@@ -98,22 +96,9 @@ class Benchmark:
                 self.add("module", case, name, what, ms=seconds * 1e3, speedup=times["textbook"] / seconds)
 
     def memory(self, case: Case) -> None:
-        """Peak memory of the attention functions, and of a training step of the layers, in megabytes."""
-        meter = MemoryMeter(self.device)
-        for what in PASSES:
-            for name, call in case.core_calls(backward=what != "forward").items():
-                output = case.batch * case.channels * math.prod(case.sizes) * case.dtype.itemsize / MEGA
-                self.add("memory", case, name, what, mb=meter.peak(call), output_mb=output)
-        loops = {
-            # Non-local attention sees everything at once.
-            name: module
-            if name.startswith("non-local")
-            else RecurrentModule(module, self.arguments.recurrence)
-            for name, module in case.modules().items()
-        }
-        what = f"training step, R={self.arguments.recurrence} (non-local: once)"
-        for name, call in case.module_calls(loops, backward=True).items():
-            self.add("memory", case, name, what, mb=meter.peak(call))
+        """Peak memory of the attention functions, and of training steps of the layers, in megabytes."""
+        for name, what, figures in peaks(case):
+            self.add("memory", case, name, what, **figures)
 
     def threads(self, case: Case) -> None:
         """How much faster all threads are than one."""

@@ -6,6 +6,7 @@ Shapes: B batch, C channels, C' query/key channels, S spatial sizes, N number of
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_formulations import (
+    RecurrentModule,
     TextbookModule,
     non_local_attention,
     non_local_sdpa,
@@ -24,6 +26,7 @@ from ccnet_d2.layers import RCCA
 from ccnet_d2.ops import BACKENDS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PASSES = ("forward", "forward+backward")
 NCHW_CORE = "compiled, NCHW"
 RECOMPUTE = "compiled, recompute"
 
@@ -102,6 +105,16 @@ class Case:
                 calls[NCHW_CORE] = _call(function, inputs, inputs, grad, backward=backward)
         return calls
 
+    def loops(self) -> dict[str, nn.Module]:
+        """The layers of `modules` with R loops; non-local attention, which sees everything at once, as it is."""
+        recurrence, found = self.arguments.recurrence, self.modules()
+        for name, module in found.items():
+            if isinstance(module, RCCA):
+                module.recurrence = recurrence
+            elif not name.startswith("non-local"):
+                found[name] = RecurrentModule(module, recurrence)
+        return found
+
     def module_calls(
         self, modules: dict[str, nn.Module], *, backward: bool
     ) -> dict[str, Callable[[], object]]:
@@ -111,6 +124,30 @@ class Case:
             name: _call(module, [x], [x, *module.parameters()], grad, backward=backward)
             for name, module in modules.items()
         }
+
+    def steps_in_a_network(self, modules: dict[str, nn.Module]) -> dict[str, Callable[[], object]]:
+        """A training step of each layer as in the middle of a network: its output is read by what comes next, and gone
+        when its own backward pass begins. In a call of `module_calls` the caller holds the output to the end.
+        """
+        x, grad = self.tensor(self.channels).requires_grad_(), self.tensor(self.channels)
+
+        def step(module: nn.Module) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(_Next.apply(module(x), grad), [x, *module.parameters()])
+
+        return {name: functools.partial(step, module) for name, module in modules.items()}
+
+
+class _Next(torch.autograd.Function):
+    """What reads the output of a layer, and needs nothing of it for the gradient that it hands back."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        return out.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0], None
 
 
 def _channels_last(x: Tensor) -> Tensor:
