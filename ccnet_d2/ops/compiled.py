@@ -134,7 +134,7 @@ def refuse_unsupported(*inputs: Tensor) -> None:
 
 def attention_with_pullback(
     query: Tensor, key: Tensor, value: Tensor, room: Tensor | None
-) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor, bool], None]]:
+) -> tuple[Tensor, Callable[[Tensor, Tensor, bool], None]]:
     """The attended map, and a function that takes its gradient to those of query, key and value.
 
     Args:
@@ -145,26 +145,25 @@ def attention_with_pullback(
             channels-last tensor; None if the map is all that is wanted.
 
     Returns:
-        The map, and the function: of its gradient, of two (B, C', *S) tensors, some channels of a channels-last one,
-        for the gradients of query and key, and of whether these are added to what is there or replace it.
+        The map, and the function: of its gradient, of where the gradients of query and key go, one after the other in
+        (B, 2C', *S), some channels of a channels-last tensor, and of whether they are added to what is there.
     """
     if room is not None and reuses_memory(room):
         out, lse = room, torch.ops.ccnet_d2.criss_cross_forward_into(query, key, value, room)
     else:
         out, lse = torch.ops.ccnet_d2.criss_cross_forward(query, key, value)
 
-    def pullback(grad: Tensor, total_query: Tensor, total_key: Tensor, accumulate: bool) -> None:
+    def pullback(grad: Tensor, total: Tensor, accumulate: bool) -> None:
         refuse_unsupported(grad)
-        totals = total_query, total_key
         # Sums in a wider dtype are not the kernels' to write.
-        wider = total_query.dtype != query.dtype
-        grads = tuple(empty_channels_last(query) for _ in totals) if wider else totals
+        wider = total.dtype != query.dtype
+        part = empty_channels_last(total, query.dtype) if wider else total
+        grad_query, grad_key = part.chunk(2, dim=1)
         torch.ops.ccnet_d2.criss_cross_backward_into(
-            grad, query, key, value, out, lse, *grads, room, accumulate and not wider
+            grad, query, key, value, out, lse, grad_query, grad_key, room, accumulate and not wider
         )
         if wider:
-            for total, part in zip(totals, grads, strict=True):
-                write_or_add(total, part, accumulate)
+            write_or_add(total, part, accumulate)
 
     return out, pullback
 
@@ -204,10 +203,10 @@ def backward_and_copy(
     grad_value.copy_(grads[2])
 
 
-def empty_channels_last(like: Tensor) -> Tensor:
-    """A new tensor of this shape and dtype, channels-last in memory."""
+def empty_channels_last(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A new tensor of this shape, channels-last in memory, and of this dtype unless another is given."""
     batch, channels, *spatial = like.shape
-    return like.new_empty((batch, *spatial, channels)).movedim(-1, 1)
+    return like.new_empty((batch, *spatial, channels), dtype=dtype).movedim(-1, 1)
 
 
 def empty_statistic(like: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from .projection import input_gradient_into, project, project_into
 from .residual import gated_residual, gated_residual_into, residual_gradients
 from .transforms import is_transformed, refuse_batches
 
-Pullback = Callable[[Tensor, Tensor, Tensor, bool], None]
+Pullback = Callable[[Tensor, Tensor, bool], None]
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _attention_gradients(
     if grads is not None:
         narrow = grads[:, : 2 * settings.key_channels]
         total_dtype = torch.promote_types(grads.dtype, torch.float32)
-        total = narrow if narrow.dtype == total_dtype else torch.empty_like(narrow, dtype=total_dtype)
+        total = narrow if narrow.dtype == total_dtype else compiled.empty_channels_last(narrow, total_dtype)
     for channels in backward_chunks(x.shape[1], settings.chunks):
         rows = settings.rows(channels)
         value = _value(
@@ -269,8 +269,7 @@ def _attention_gradients(
         grad_attended, grad_of_chunk = residual_gradients(grad[:, channels], attended, gamma)
         grad_gamma += grad_of_chunk
         if total is not None:
-            total_query, total_key = total.chunk(2, dim=1)
-            pullback(grad_attended, total_query, total_key, channels.start > 0)
+            pullback(grad_attended, total, channels.start > 0)
         del value, attended, pullback, grad_attended  # before the next chunk's are made
     if narrow is not None and total is not None and total.dtype != narrow.dtype:
         narrow.copy_(total)
@@ -301,10 +300,10 @@ def _attend(
     attend = select_backend(backend, query, key, value)
     out, vjp = torch.func.vjp(attend, query, key, value)[:2]
 
-    def pullback(grad: Tensor, total_query: Tensor, total_key: Tensor, accumulate: bool) -> None:
+    def pullback(grad: Tensor, total: Tensor, accumulate: bool) -> None:
         grad_query, grad_key, grad_value = vjp(grad)
-        compiled.write_or_add(total_query, grad_query, accumulate)
-        compiled.write_or_add(total_key, grad_key, accumulate)
+        for place, part in zip(total.chunk(2, dim=1), (grad_query, grad_key), strict=True):
+            compiled.write_or_add(place, part, accumulate)
         if room is not None:
             room.copy_(grad_value)
 

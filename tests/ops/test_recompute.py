@@ -52,6 +52,22 @@ def test_values_and_gradients(backend, sizes, channels_last, loops, chunks):
     assert out.stride() == inputs[0].stride()
 
 
+@pytest.mark.parametrize("loops", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_memory_with_two_uses_changes_nothing(loops, dtype, monkeypatch):
+    """The CUDA kernels are given none."""
+    inputs, grad = draw(5, 6, dtype=dtype)
+    results = []
+    for reused in (True, False):
+        if not reused:
+            monkeypatch.setattr(compiled, "reuses_memory", lambda x: False)
+        out = recomputed(*inputs, loops=loops)
+        results.append((out, *torch.autograd.grad(out, inputs, grad)))
+    unit = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]  # sums in another order
+    for one, other in zip(*results, strict=True):
+        assert (one.double() - other.double()).norm() <= unit * other.double().norm()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (3,), (0, 3), (1, 2), (0, 1, 2), (1, 2, 3)])
 @pytest.mark.parametrize("loops", [2, 3])
