@@ -36,6 +36,15 @@ def to_channels_last(x: Tensor) -> Tensor:
     return x if is_channels_last(x) else compiled.channels_last_copy(x)
 
 
+def to_channels_second(x: Tensor) -> Tensor:
+    """(B, C, *S) itself where it is NCHW without gaps, else a copy that is; of channels-last maps on CPU a fast one."""
+    if x.is_contiguous() or not (is_channels_last(x) and compiled.runs_on_cpu(x)):
+        return x.contiguous()
+    # The positions as the channels of a line of C positions: what makes channels-last maps makes NCHW ones of these.
+    copy = compiled.channels_last_copy(x.flatten(2).transpose(1, 2))
+    return copy.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
 def channel_sums(x: Tensor) -> Tensor:
     """Over images and positions, as a bias's gradient is: (B, C, *S) -> (C,); nothing is copied if x has no gaps."""
     return x.flatten(2).sum((0, 2))

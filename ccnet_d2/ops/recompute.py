@@ -24,7 +24,7 @@ from . import compiled
 from .autocast import autocast_disabled, compute_dtype, refuse_mixed_dtypes
 from .backends import automatic_backend_on, require_compiled, select_backend
 from .chunks import backward_chunks, forward_chunks
-from .layout import is_channels_last, is_dense, on_huge_pages
+from .layout import is_channels_last, is_dense, on_huge_pages, to_channels_second
 from .loop import loop_without_gradients, projection_gradients, refusing_second_derivatives
 from .packed import split
 from .projection import input_gradient_into, project, project_into
@@ -205,6 +205,8 @@ def _gradients(
         sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, others, strict=True)]
         if grad_x is not None:
             grad, own = grad_x, True
+    if need_x and x.device.type == "cpu" and x.is_contiguous():
+        grad = to_channels_second(grad)  # like x, as whoever made that reads its gradient best
     grad_weight, grad_bias, grad_gamma = sums
     return grad if need_x else None, grad_weight, grad_bias, grad_gamma if need_gamma else None
 

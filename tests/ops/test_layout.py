@@ -9,7 +9,14 @@ import torch
 from torch import library
 
 from ccnet_d2.ops import compiled
-from ccnet_d2.ops.layout import has_even_rows, is_channels_last, is_dense, on_huge_pages, to_channels_last
+from ccnet_d2.ops.layout import (
+    has_even_rows,
+    is_channels_last,
+    is_dense,
+    on_huge_pages,
+    to_channels_last,
+    to_channels_second,
+)
 
 # Remainders of every vector and piece, one channel, one position, and nothing.
 SHAPES = [
@@ -33,6 +40,9 @@ def test_copy(shape, dtype):
     copy = to_channels_last(x)
     assert torch.equal(copy, x) and is_channels_last(copy)
     assert to_channels_last(copy) is copy
+    back = to_channels_second(copy)
+    assert torch.equal(back, x) and back.is_contiguous()
+    assert to_channels_second(x) is x
 
 
 @pytest.mark.parametrize("best", ["amx", "avx2", "portable"])
@@ -43,7 +53,10 @@ def test_large_copy(best, channels, monkeypatch):
     monkeypatch.setenv("CCNET_CPU_ISA", best)
     x = torch.randn(1, channels, 67, 71)
     assert x.nbytes > 8 * 2**20
-    assert torch.equal(to_channels_last(x), x)
+    copy = to_channels_last(x)
+    assert torch.equal(copy, x)
+    back = to_channels_second(copy)
+    assert torch.equal(back, x) and back.is_contiguous()
 
 
 def test_copy_of_a_slice():
@@ -51,12 +64,17 @@ def test_copy_of_a_slice():
     assert not is_dense(x)
     copy = to_channels_last(x)
     assert torch.equal(copy, x) and is_channels_last(copy)
+    second = to_channels_second(x)
+    assert torch.equal(second, x) and second.is_contiguous()
 
 
 def test_copy_is_differentiable():
     x = torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(to_channels_last, x)
     assert torch.autograd.gradgradcheck(to_channels_last, x)
+    x = to_channels_last(x.detach()).requires_grad_()
+    assert torch.autograd.gradcheck(to_channels_second, x)
+    assert torch.autograd.gradgradcheck(to_channels_second, x)
 
 
 @pytest.mark.skipif(not compiled.is_available(), reason=str(compiled.unavailable_reason()))

@@ -50,6 +50,8 @@ def test_values_and_gradients(backend, sizes, channels_last, loops, chunks):
     got = torch.autograd.grad(out, inputs, grad)
     torch.testing.assert_close(got, torch.autograd.grad(wanted, inputs, grad))
     assert out.stride() == inputs[0].stride()
+    if backend == "compiled":
+        assert got[0].stride() == inputs[0].stride()
 
 
 @pytest.mark.parametrize("loops", [1, 2])
