@@ -160,6 +160,21 @@ def test_official_kernels_are_asked_for_where_they_cannot_be(
         OfficialKernels(tmp_path / "missing.so")
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--repeats=0", "'0' is no whole number from 1 on"),
+        ("--cases=-1", "--cases must be 0 or more, got -1"),
+    ],
+)
+def test_wrong_numbers_are_refused_at_once(
+    argument: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        check_cuda_op.parse_arguments([argument])
+    assert message in capsys.readouterr().err
+
+
 @needs_library
 def test_another_library_is_not_taken_for_the_official_kernels() -> None:
     [library] = Path(compiled.__file__).parent.glob("_C_cpu.*")

@@ -41,6 +41,7 @@ from cuda_op_cases import DTYPES, Case, draw_cases, small_cases
 from cuda_op_checks import NAMES, CheckFailed, check_case, check_large, check_official, check_small_case
 from cuda_op_times import TABLE_HEAD, TIMED_SIZES, measure_ceilings, render_row, time_sizes
 from official_kernels import OfficialKernels
+from op_arguments import parse_count
 
 Failures = list[dict[str, object]]
 """What failed, "case", and how, "failure"."""
@@ -75,10 +76,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--no-timing", action="store_true", help="check only")
     parser.add_argument(
-        "--repeats", type=int, default=50, help="most timed replays, of which the median counts"
+        "--repeats", type=parse_count, default=50, help="most timed replays, of which the median counts"
     )
     parser.add_argument("--json", type=Path, help="write everything to this file too")
     arguments = parser.parse_args(argv)
+    if arguments.cases < 0:
+        parser.error(f"--cases must be 0 or more, got {arguments.cases}.")
     if arguments.official is not None and arguments.device == "cpu":
         parser.error("--official needs --device cuda: the official kernels run on a GPU only.")
     return arguments
