@@ -80,6 +80,7 @@ Tensor forward_into(Tensor query, Tensor key, Tensor value, Tensor out) {
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value) {
+  checked_grid(query, key, value);  // before its sizes are read
   Tensor out = empty_channels_last(value, value.size(1));
   const Tensor lse = forward_into(query, key, value, out);
   return {out, lse};
@@ -103,6 +104,7 @@ void backward_into(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tens
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,
                                             Tensor lse) {
+  checked_grid(query, key, value);
   Tensor grad_query = empty_channels_last(query, query.size(1));
   Tensor grad_key = empty_channels_last(key, key.size(1));
   Tensor grad_value = empty_channels_last(value, value.size(1));
