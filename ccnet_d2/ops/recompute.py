@@ -123,30 +123,29 @@ class _RecomputedLoops(torch.autograd.Function):
         backend: str,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, gamma)
-        ctx.loops = loops
         ctx.settings = settings = _Settings(key_channels, chunks, backend, dtype)
         if torch.compiler.is_compiling():
+            ctx.save_for_backward(x, weight, bias, gamma)
             return _whole_loop(x, weight, bias, gamma, settings)
         *between, out = _loops(x, weight, bias, gamma, loops, settings)
-        # Not saved by autograd, which would hold them to the end of the backward pass.
-        ctx.between = between
+        ctx.save_for_backward(x, weight, bias, gamma, *between)
+        ctx.written_over = False
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_batches(grad)
-        x, weight, bias, gamma = ctx.saved_tensors
-        maps = [x]
+        x, weight, bias, gamma, *between = ctx.saved_tensors
         # Here too the dtype is the forward pass's, whatever autocast says where the backward pass runs.
         with torch.no_grad(), autocast_disabled(grad.device):
-            if ctx.loops > 1:
-                if ctx.between is None:  # a second backward pass: the first one wrote over them
-                    maps_again = _loops(x, weight, bias, gamma, ctx.loops, ctx.settings)
-                    ctx.between = list(islice(maps_again, ctx.loops - 1))
-                maps += ctx.between
-                ctx.between = None
-            result = _gradients(ctx, grad, maps, weight, bias, gamma)
+            if between and ctx.written_over:  # by a backward pass before this one
+                again = _loops(x, weight, bias, gamma, len(between) + 1, ctx.settings)
+                between = list(islice(again, len(between)))
+            elif between:
+                ctx.written_over = True
+                # What is written to these does not count as a change of what is saved: the mark above sees to it.
+                between = [saved.data for saved in between]
+            result = _gradients(ctx, grad, [x, *between], weight, bias, gamma)
         return *refusing_second_derivatives(result, (grad, x, weight, bias, gamma)), *(None,) * 5
 
 

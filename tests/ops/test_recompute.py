@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.profiler import profile
+from torch.utils.checkpoint import checkpoint
 
 from ccnet_d2.ops import compiled, criss_cross_attention
 from ccnet_d2.ops.recompute import recomputed_loops
@@ -109,6 +110,36 @@ def test_twice_through_one_graph(backend, loops):
     first = torch.autograd.grad(out, inputs, grad, retain_graph=True)
     second = torch.autograd.grad(out, inputs, grad)
     assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("loops", [1, 2, 3])
+def test_what_is_kept_can_be_kept_elsewhere(loops):
+    """By hooks, as those of checkpoint and save_on_cpu; each tensor is asked for once in a backward pass."""
+    inputs, grad = draw(5, 6)
+    wanted = torch.autograd.grad(recomputed(*inputs, loops=loops), inputs, grad)
+    asked = []
+
+    def give(kept):
+        asked.append(kept.shape)
+        return kept.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), give):
+        out = recomputed(*inputs, loops=loops)
+    for last in (False, True):
+        asked.clear()
+        got = torch.autograd.grad(out, inputs, grad, retain_graph=not last)
+        assert all(map(torch.equal, got, wanted))
+        assert asked == [t.shape for t in inputs] + [inputs[0].shape] * (loops - 1)
+
+
+@pytest.mark.parametrize("loops", [1, 2, 3])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_computes_the_same(loops, reentrant):
+    inputs, grad = draw(5, 6)
+    wanted = torch.autograd.grad(recomputed(*inputs, loops=loops), inputs, grad)
+    out = checkpoint(lambda *t: recomputed(*t, loops=loops), *inputs, use_reentrant=reentrant)
+    out.backward(grad)
+    assert all(map(torch.equal, [t.grad for t in inputs], wanted))
 
 
 @pytest.mark.parametrize("loops", [1, 2, 3])
