@@ -15,6 +15,9 @@ from .context_module import CONVOLUTIONS, ContextModule, check_recurrence, key_c
 RECOMPUTED_CHUNKS = 5
 """Chunks of channels that `recompute=True` works in, at most."""
 
+CHUNKS_OF_ONE_LOOP = 3
+"""The same where there is one loop alone: more would not need less memory, of which most is held after the last one."""
+
 
 class CrissCrossAttention(ContextModule):
     """`gamma * attention(q(x), k(x), v(x)) + x` over the lines through every position.
@@ -87,6 +90,9 @@ class CrissCrossAttention(ContextModule):
                 "A layer with recompute takes the weight and the bias of its qkv alone, which has hooks (of pruning or "
                 "weight_norm, for instance), has no bias or was replaced: use recompute=False there."
             )
+        chunks = self.recompute
+        if chunks is True:
+            chunks = RECOMPUTED_CHUNKS if loops > 1 else CHUNKS_OF_ONE_LOOP
         return recomputed_loops(
             x,
             self.qkv.weight.flatten(1),
@@ -94,7 +100,7 @@ class CrissCrossAttention(ContextModule):
             self.gamma,
             self.key_channels,
             loops=loops,
-            chunks=RECOMPUTED_CHUNKS if self.recompute is True else self.recompute,
+            chunks=chunks,
             backend=self.backend,
         )
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from ccnet_d2.layers import RCCA, ClipRCCA, CrissCrossAttention, clips_of
+from ccnet_d2.layers import RCCA, ClipRCCA, CrissCrossAttention, clips_of, criss_cross
 from ccnet_d2.ops import BACKENDS, available_backends, criss_cross_attention
 
 
@@ -335,3 +335,19 @@ def test_an_input_of_another_dtype_than_the_weights_is_refused_on_every_machine(
             ValueError, match=rf"x and the weights must have one dtype, got {dtype} and torch.float32"
         ):
             layer(torch.ones(1, 16, 3, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("recompute", "recurrence", "wanted"), [(True, 1, 3), (True, 2, 5), (True, 3, 5), (1, 1, 1), (7, 2, 7)]
+)
+def test_chunks_of_a_layer_with_recompute(recompute, recurrence, wanted, monkeypatch):
+    given, run = [], criss_cross.recomputed_loops
+    monkeypatch.setattr(
+        criss_cross,
+        "recomputed_loops",
+        lambda *args, **options: given.append(options) or run(*args, **options),
+    )
+    layer = RCCA(16, recurrence, recompute=recompute)
+    layer(torch.randn(1, 16, 4, 5))
+    [options] = given
+    assert options == {"loops": recurrence, "chunks": wanted, "backend": "auto"}
