@@ -133,7 +133,7 @@ def refuse_unsupported(*inputs: Tensor) -> None:
 
 
 def attention_with_pullback(
-    query: Tensor, key: Tensor, value: Tensor, room: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, room: Tensor
 ) -> tuple[Tensor, Callable[[Tensor, Tensor, bool], None]]:
     """The attended map, and a function that takes its gradient to those of query, key and value.
 
@@ -142,13 +142,13 @@ def attention_with_pullback(
         key: (B, C', *S).
         value: (B, C, *S).
         room: where the gradient of value is written, and on CPU the map before: (B, C, *S), all or some channels of a
-            channels-last tensor; None if the map is all that is wanted.
+            channels-last tensor.
 
     Returns:
         The map, and the function: of its gradient, of where the gradients of query and key go, one after the other in
         (B, 2C', *S), some channels of a channels-last tensor, and of whether they are added to what is there.
     """
-    if room is not None and reuses_memory(room):
+    if reuses_memory(room):
         out, lse = room, torch.ops.ccnet_d2.criss_cross_forward_into(query, key, value, room)
     else:
         out, lse = torch.ops.ccnet_d2.criss_cross_forward(query, key, value)

@@ -35,17 +35,20 @@ Pullback = Callable[[Tensor, Tensor, bool], None]
 
 
 @dataclass(frozen=True)
-class _Settings:
-    """How a loop is computed."""
+class _Layer:
+    """What every loop is computed with."""
 
+    weight: Tensor
+    bias: Tensor
+    gamma: Tensor
     key_channels: int
     chunks: int
     backend: str
     dtype: torch.dtype  # of the projection and the attention
 
-    def low(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The tensors in the dtype that is computed in."""
-        return tuple(tensor.to(self.dtype) for tensor in tensors)
+    def low(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x, weight and bias in the dtype that is computed in."""
+        return x.to(self.dtype), self.weight.to(self.dtype), self.bias.to(self.dtype)
 
     def query_and_key(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         """Their projection."""
@@ -123,11 +126,12 @@ class _RecomputedLoops(torch.autograd.Function):
         backend: str,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.settings = settings = _Settings(key_channels, chunks, backend, dtype)
+        ctx.settings = settings = key_channels, chunks, backend, dtype
+        layer = _Layer(weight, bias, gamma, *settings)
         if torch.compiler.is_compiling():
             ctx.save_for_backward(x, weight, bias, gamma)
-            return _whole_loop(x, weight, bias, gamma, settings)
-        *between, out = _loops(x, weight, bias, gamma, loops, settings)
+            return _whole_loop(x, layer)
+        *between, out = _loops(x, layer, loops)
         ctx.save_for_backward(x, weight, bias, gamma, *between)
         ctx.written_over = False
         return out
@@ -136,71 +140,69 @@ class _RecomputedLoops(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_batches(grad)
         x, weight, bias, gamma, *between = ctx.saved_tensors
+        layer = _Layer(weight, bias, gamma, *ctx.settings)
         # Here too the dtype is the forward pass's, whatever autocast says where the backward pass runs.
         with torch.no_grad(), autocast_disabled(grad.device):
             if between and ctx.written_over:  # by a backward pass before this one
-                again = _loops(x, weight, bias, gamma, len(between) + 1, ctx.settings)
+                again = _loops(x, layer, len(between) + 1)
                 between = list(islice(again, len(between)))
             elif between:
                 ctx.written_over = True
                 # What is written to these does not count as a change of what is saved: the mark above sees to it.
                 between = [saved.data for saved in between]
-            result = _gradients(ctx, grad, [x, *between], weight, bias, gamma)
+            result = _gradients(grad, [x, *between], layer, ctx.needs_input_grad[:4])
         return *refusing_second_derivatives(result, (grad, x, weight, bias, gamma)), *(None,) * 5
 
 
-def _whole_loop(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, settings: _Settings) -> Tensor:
+def _whole_loop(x: Tensor, layer: _Layer) -> Tensor:
     """For graphs, which hold no chunks: what they keep and free they see to themselves."""
-    if settings.backend == "compiled":
-        return loop_without_gradients(x, weight, bias, gamma, settings.key_channels, settings.dtype)
-    parts = split(project(*settings.low(x, weight, bias)), settings.key_channels)
-    return gated_residual(select_backend(settings.backend, *parts)(*parts), gamma, x)
+    if layer.backend == "compiled":
+        parameters = layer.weight, layer.bias, layer.gamma
+        return loop_without_gradients(x, *parameters, layer.key_channels, layer.dtype)
+    parts = split(project(*layer.low(x)), layer.key_channels)
+    return gated_residual(select_backend(layer.backend, *parts)(*parts), layer.gamma, x)
 
 
-def _loops(
-    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, loops: int, settings: _Settings
-) -> Iterator[Tensor]:
+def _loops(x: Tensor, layer: _Layer, loops: int) -> Iterator[Tensor]:
     """The result of each loop, on CPU the last of them in memory like x."""
     ends_nchw = x.device.type == "cpu" and not is_channels_last(x)
     for loop in range(1, loops + 1):
         # Attention reads and writes channels-last maps, and on GPUs another layout is another pass.
-        channels_last = loop < loops or not ends_nchw
-        x = _loop(x, weight, bias, gamma, settings, channels_last=channels_last)
+        x = _loop(x, layer, channels_last=loop < loops or not ends_nchw)
         yield x
 
 
-def _loop(
-    x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, settings: _Settings, *, channels_last: bool
-) -> Tensor:
+def _loop(x: Tensor, layer: _Layer, *, channels_last: bool) -> Tensor:
     """One loop in chunks; the result lies in memory channels-last or NCHW."""
     if not is_dense(x):
         x = x.contiguous()  # so that its chunks are read in place
     out = on_huge_pages(compiled.empty_channels_last(x) if channels_last else x.new_empty(x.shape))
-    x_low, w, b = settings.low(x, weight, bias)
-    query, key = settings.query_and_key(x_low, w, b)
-    attend = select_backend(settings.backend, query, key, x_low)
-    for channels in forward_chunks(x.shape[1], settings.key_channels, settings.chunks):
-        rows = settings.rows(channels)
-        attended = attend(query, key, project(x_low, w[rows], b[rows]))
-        gated_residual_into(attended, gamma, x[:, channels], out[:, channels])
+    x_low, weight, bias = layer.low(x)
+    query, key = layer.query_and_key(x_low, weight, bias)
+    attend = select_backend(layer.backend, query, key, x_low)
+    for channels in forward_chunks(x.shape[1], layer.key_channels, layer.chunks):
+        rows = layer.rows(channels)
+        attended = attend(query, key, project(x_low, weight[rows], bias[rows]))
+        gated_residual_into(attended, layer.gamma, x[:, channels], out[:, channels])
         del attended  # before the next chunk's is made
     return out
 
 
 def _gradients(
-    ctx: Any, grad: Tensor, maps: list[Tensor], weight: Tensor, bias: Tensor, gamma: Tensor
+    grad: Tensor, maps: list[Tensor], layer: _Layer, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Those of x, weight, bias and gamma; `maps` are the inputs of the loops, the first of them x."""
-    need_x, need_weight, need_bias, need_gamma, *_ = ctx.needs_input_grad
+    """Those of x, weight, bias and gamma as far as `needed`; `maps` are the inputs of the loops, first of all x."""
+    need_x, need_weight, need_bias, need_gamma = needed
     if not is_dense(grad):
         grad = grad.contiguous()  # so that its chunks are read in place
     sums: list[Tensor | None] = [None, None, None]
     own = False  # whether the gradient may be written over
     while maps:
         x = maps.pop()
-        needed = (need_x or len(maps) > 0, need_weight, need_bias)
         room = grad if own else x if maps else None
-        grad_x, *others = _loop_gradients(grad, x, weight, bias, gamma, ctx.settings, needed, room)
+        grad_x, *others = _loop_gradients(
+            grad, x, layer, (need_x or len(maps) > 0, need_weight, need_bias), room
+        )
         sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, others, strict=True)]
         if grad_x is not None:
             grad, own = grad_x, True
@@ -211,35 +213,24 @@ def _gradients(
 
 
 def _loop_gradients(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    gamma: Tensor,
-    settings: _Settings,
-    needed: tuple[bool, bool, bool],
-    room: Tensor | None,
+    grad: Tensor, x: Tensor, layer: _Layer, needed: tuple[bool, bool, bool], room: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Those of x, weight and bias as far as `needed`, and of gamma.
 
     That of x is written to `room`, which may be `grad` or x, if there is one.
     """
-    x_low, w, b = settings.low(x, weight, bias)
-    grads = None
-    if any(needed):
-        grads = on_huge_pages(x_low.new_empty((x.shape[0], *x.shape[2:], w.shape[0]))).movedim(-1, 1)
-    grad_gamma = _attention_gradients(grad, x_low, w, b, gamma, settings, grads)
-    if grads is None:
-        return None, None, None, grad_gamma
-    if room is None:
-        return *projection_gradients(needed, grad, grads, x_low, weight, bias.dtype), grad_gamma
-    _, grad_weight, grad_bias = projection_gradients(
-        (False, *needed[1:]), grad, grads, x_low, weight, bias.dtype
+    x_low, weight, bias = layer.low(x)
+    grads = on_huge_pages(x_low.new_empty((x.shape[0], *x.shape[2:], weight.shape[0]))).movedim(-1, 1)
+    grad_gamma = _attention_gradients(grad, x_low, weight, bias, layer, grads, gamma_alone=not any(needed))
+    if room is None or not needed[0]:
+        of_projection = projection_gradients(needed, grad, grads, x_low, layer.weight, layer.bias.dtype)
+        return *of_projection, grad_gamma
+    _, *others = projection_gradients(
+        (False, *needed[1:]), grad, grads, x_low, layer.weight, layer.bias.dtype
     )
     del x_low
-    if needed[0]:
-        input_gradient_into(room, grad, grads, w)
-    return room if needed[0] else None, grad_weight, grad_bias, grad_gamma
+    input_gradient_into(room, grad, grads, weight)
+    return room, *others, grad_gamma
 
 
 def _attention_gradients(
@@ -247,54 +238,43 @@ def _attention_gradients(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    gamma: Tensor,
-    settings: _Settings,
-    grads: Tensor | None,
+    layer: _Layer,
+    grads: Tensor,
+    *,
+    gamma_alone: bool,
 ) -> Tensor:
-    """The gradient of gamma; that of the projection, (B, 2C' + C, *S), goes into `grads` unless it is None."""
-    query, key = settings.query_and_key(x, weight, bias)
+    """The gradient of gamma; that of the projection, (B, 2C' + C, *S), goes into `grads` unless gamma's is all."""
+    query, key = layer.query_and_key(x, weight, bias)
     # Sums over the chunks, in fp32 at least.
-    grad_gamma = torch.zeros_like(gamma, dtype=torch.promote_types(gamma.dtype, torch.float32))
-    narrow = total = None
-    if grads is not None:
-        narrow = grads[:, : 2 * settings.key_channels]
-        total_dtype = torch.promote_types(grads.dtype, torch.float32)
-        total = narrow if narrow.dtype == total_dtype else compiled.empty_channels_last(narrow, total_dtype)
-    for channels in backward_chunks(x.shape[1], settings.chunks):
-        rows = settings.rows(channels)
-        value = _value(
-            x, weight[rows], bias[rows], None if grads is None else grads[:, rows.stop :], settings
-        )
-        room = None if grads is None else grads[:, rows]
-        attended, pullback = _attend(query, key, value, room, settings.backend)
-        grad_attended, grad_of_chunk = residual_gradients(grad[:, channels], attended, gamma)
+    grad_gamma = torch.zeros_like(layer.gamma, dtype=torch.promote_types(layer.gamma.dtype, torch.float32))
+    narrow = grads[:, : 2 * layer.key_channels]
+    total_dtype = torch.promote_types(grads.dtype, torch.float32)
+    total = narrow if narrow.dtype == total_dtype else compiled.empty_channels_last(narrow, total_dtype)
+    for channels in backward_chunks(x.shape[1], layer.chunks):
+        rows = layer.rows(channels)
+        value = _value(x, weight[rows], bias[rows], grads[:, rows.stop :], layer.backend)
+        attended, pullback = _attend(query, key, value, grads[:, rows], layer.backend)
+        grad_attended, grad_of_chunk = residual_gradients(grad[:, channels], attended, layer.gamma)
         grad_gamma += grad_of_chunk
-        if total is not None:
+        if not gamma_alone:
             pullback(grad_attended, total, channels.start > 0)
         del value, attended, pullback, grad_attended  # before the next chunk's are made
-    if narrow is not None and total is not None and total.dtype != narrow.dtype:
+    if total is not narrow:
         narrow.copy_(total)
-    return grad_gamma.to(gamma.dtype)
+    return grad_gamma.to(layer.gamma.dtype)
 
 
-def _value(x: Tensor, weight: Tensor, bias: Tensor, later: Tensor | None, settings: _Settings) -> Tensor:
+def _value(x: Tensor, weight: Tensor, bias: Tensor, later: Tensor, backend: str) -> Tensor:
     """A chunk's value, which may lie in `later`, room of the chunks after it, if it fits there."""
     channels = weight.shape[0]
-    if (
-        later is None
-        or later.shape[1] < channels
-        or settings.backend != "compiled"
-        or not compiled.reuses_memory(later)
-    ):
+    if later.shape[1] < channels or backend != "compiled" or not compiled.reuses_memory(later):
         return project(x, weight, bias)
     value = later[:, :channels]
     project_into(value, x, weight, bias)
     return value
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, room: Tensor | None, backend: str
-) -> tuple[Tensor, Pullback]:
+def _attend(query: Tensor, key: Tensor, value: Tensor, room: Tensor, backend: str) -> tuple[Tensor, Pullback]:
     """See `compiled.attention_with_pullback`."""
     if backend == "compiled":
         return compiled.attention_with_pullback(query, key, value, room)
@@ -305,7 +285,6 @@ def _attend(
         grad_query, grad_key, grad_value = vjp(grad)
         for place, part in zip(total.chunk(2, dim=1), (grad_query, grad_key), strict=True):
             compiled.write_or_add(place, part, accumulate)
-        if room is not None:
-            room.copy_(grad_value)
+        room.copy_(grad_value)
 
     return out, pullback
