@@ -27,10 +27,10 @@ def draw_attention(attention: AttentionMaps, *, titles: Sequence[str] | None = N
     height, width = attention.image.shape[0] * factor, attention.image.shape[1] * factor
     image = resize_rgb(attention.image, height, width)
     point = tuple((value + 0.5) * factor for value in attention.pixel)
-    panels = [_marked(image, point)]
+    panels = [_marked(image, point, factor)]
     heads = [f"pixel ({attention.pixel[0]}, {attention.pixel[1]})"]
     for loop, shares in enumerate(attention.maps, start=1):
-        panels.append(_marked(heat_over_image(image, shares, attention.extent), point))
+        panels.append(_marked(heat_over_image(image, shares, attention.extent), point, factor))
         heads.append(f"R = {loop} (max {_percent(shares.max())})")
     if titles is not None:
         if len(titles) != len(panels):
@@ -75,7 +75,7 @@ def draw_clip_attention(
             heat = _on_image(shares[time], extent or shares.shape[1:], height, width)
             panels.append(_blend(image, np.sqrt(heat / max(shares.max(), 1e-12))))
         if time == pixel[0]:
-            panels = [_marked(panel, point) for panel in panels]
+            panels = [_marked(panel, point, factor) for panel in panels]
         rows.append(panels)
     heads = ["frame"] + [f"R = {loop} (max {_percent(m.max())})" for loop, m in enumerate(maps, start=1)]
     grid = panel_grid(rows, heads, row_titles=[f"t = {time}" for time in range(len(frames))])
@@ -110,14 +110,16 @@ def _blend(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return mixed.round().clip(0, 255).astype(np.uint8)
 
 
-def _marked(image: np.ndarray, point: Sequence[float]) -> np.ndarray:
-    """Four green arms around the point, edged in black so that they show on any ground; the point stays free."""
+def _marked(image: np.ndarray, point: Sequence[float], size: int) -> np.ndarray:
+    """Four green arms around the pixel of this middle and size, edged in black to show on any ground; it stays free."""
     canvas = Image.fromarray(image)
     draw = ImageDraw.Draw(canvas)
-    outer = max(min(image.shape[:2]) // 24, 8)
-    inner = outer // 3
+    length = max(min(image.shape[:2]) // 36, 6)
+    widest = 2  # edge
+    inner = max(length // 2, size // 2 + widest + 1)
+    outer = inner + length
     x, y = point
-    for color, line, edge in (((0, 0, 0), 6, 2), ((40, 255, 60), 2, 0)):
+    for color, line, edge in (((0, 0, 0), 6, widest), ((40, 255, 60), 2, 0)):
         for sign in (-1, 1):
             near, far = sign * (inner - edge), sign * (outer + edge)
             draw.line((x + near, y, x + far, y), fill=color, width=line)

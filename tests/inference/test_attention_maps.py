@@ -298,6 +298,9 @@ def test_marks_sit_on_the_pixel_and_titles_tell_the_largest_share(monkeypatch):
             # The arms reach as far to one side as to the other.
             assert (found.min() + found.max()) / 2 == pytest.approx((at + 0.5) * factor, abs=1)
             assert found.max() - found.min() >= 16
+    # The pixel itself is free to be seen.
+    for panel in (row[0], marked[0]):
+        assert (panel[y * factor :][:factor, x * factor :][:, :factor] == 90).all()
 
 
 def test_brightness_is_relative_to_the_largest_share_even_in_the_padding():
