@@ -3,8 +3,8 @@ slower (docs/performance.md).
 
 On matrix units, which multiply bf16 only: every number is split into three that add up to it, and six products of such
 parts are as exact as fp32 arithmetic, in less time. Parts below the smallest bf16 number are 0, and where a result
-would be Inf it is Inf or NaN. And on vector units of 512 bits that are not Intel's: of these, PyTorch's library uses
-half.
+would be Inf it is Inf or NaN. And on vector units that are not Intel's, whose library PyTorch's is: of those of 512
+bits it uses half.
 
 Bitwise equal between runs; the weight's gradient may differ in its last bits with the number of threads.
 
@@ -14,7 +14,7 @@ Shapes: B batch, C channels of the input, O of the output, S spatial sizes, N nu
 import os
 from functools import cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
@@ -24,9 +24,19 @@ from .autocast import autocasts
 from .layout import channel_sums, is_channels_last, is_dense
 from .transforms import is_traced, is_transformed
 
-# By instruction set: with fewer or more, PyTorch's products are as fast.
-_CHANNELS = {"amx": range(192, 1537), "avx512": range(32, 4097)}
-_LEAST_POSITIONS = 256
+
+class _Sizes(NamedTuple):
+    channels: range
+    positions: int  # at least
+
+
+# That pay, by instruction set: with fewer or more, PyTorch's products are as fast.
+_PAYING = {
+    "amx": _Sizes(range(192, 1537), 256),
+    "avx512": _Sizes(range(32, 4097), 256),
+    "avx2": _Sizes(range(32, 1537), 1024),
+}
+_NONE = _Sizes(range(0), 0)
 _LEAST_NUMBERS = 2**15  # positions x channels
 
 
@@ -65,22 +75,22 @@ def _pays(maps: Tensor, outputs: int, channels: int) -> bool:
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting():
             return False
-        paying = _CHANNELS_HERE  # the graph is to take any size
+        paying = _PAYING_HERE.channels  # the graph is to take any size
     else:
+        paying, least = _paying(os.environ.get("CCNET_CPU_ISA"))
         positions = maps.shape[0] * prod(maps.shape[2:])
-        if positions < _LEAST_POSITIONS or positions * channels < _LEAST_NUMBERS:
+        if positions < least or positions * channels < _LEAST_NUMBERS:
             return False
-        paying = _channels(os.environ.get("CCNET_CPU_ISA"))
     # Not `in`: of compiled graphs these may be symbols.
     return paying.start <= channels < paying.stop and outputs < paying.stop
 
 
 @cache
-def _channels(instruction_set: str | None) -> range:
-    """Those that pay, if the library is told to use this instruction set at most."""
+def _paying(instruction_set: str | None) -> _Sizes:
+    """The sizes that pay, if the library is told to use this instruction set at most."""
     if not torch.ops.ccnet_d2.has_fp32_products():
-        return range(0)
-    return _CHANNELS[str(compiled.instruction_set(torch.float32))]
+        return _NONE
+    return _PAYING[str(compiled.instruction_set(torch.float32))]
 
 
 def _is_usable(x: Tensor) -> bool:
@@ -179,7 +189,7 @@ def _register() -> None:
         library.register_autograd(f"ccnet_d2::{name}", compiled.refuse_second_derivative)
 
 
-_CHANNELS_HERE = range(0)
+_PAYING_HERE = _NONE
 if compiled.is_available():
     _register()
-    _CHANNELS_HERE = _channels(os.environ.get("CCNET_CPU_ISA"))
+    _PAYING_HERE = _paying(os.environ.get("CCNET_CPU_ISA"))

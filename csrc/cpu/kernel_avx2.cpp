@@ -129,9 +129,19 @@ struct Avx2 {
 #include "work.h"
 #include "line_kernels.h"
 #include "residual_kernels.h"
+#include "matmul_blocks.h"
+#include "matmul_sum.h"
+#include "vector_matmul.h"
+#include "vector_matmul_sum.h"
 
-const Kernels kKernels{"avx2", to_channels_last_any<Avx2>, forward_any<Avx2>, backward_any<Avx2>,
-                       residual_forward_any<Avx2>, residual_backward_any<Avx2>};
+const Kernels kKernels{"avx2",
+                       to_channels_last_any<Avx2>,
+                       forward_any<Avx2>,
+                       backward_any<Avx2>,
+                       residual_forward_any<Avx2>,
+                       residual_backward_any<Avx2>,
+                       vector_matmul<Avx2>,
+                       vector_matmul_sum<Avx2>};
 
 }  // namespace
 }  // namespace cpu
@@ -148,7 +158,13 @@ namespace cpu {
 const Kernels* avx2_kernels() {
   __builtin_cpu_init();
   const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  return has ? &kKernels : nullptr;
+  if (!has) return nullptr;
+  static const Kernels kernels = [] {
+    Kernels found = kKernels;
+    found.matmul_pays = !__builtin_cpu_is("intel");  // on whose own PyTorch's products, by Intel's library, are faster
+    return found;
+  }();
+  return &kernels;
 }
 }  // namespace cpu
 }  // namespace ccnet

@@ -1,5 +1,6 @@
 // Products of large fp32 matrices on vector units: the layer's 1x1 projection and its gradients, where PyTorch's library
-// leaves half of every vector unused. Included inside an anonymous namespace, after line_kernels.h and matmul_blocks.h.
+// is slower, since it leaves half of every vector unused or the processor is not its maker's. Included inside an
+// anonymous namespace, after line_kernels.h and matmul_blocks.h.
 //
 // The micro-kernels of line_kernels.h, on the right operand in panels of a few vectors. A worker takes 96 rows at a time,
 // and so many k at once that their part of a panel stays in the first-level cache.

@@ -37,13 +37,14 @@ NARROW = [(1, 32, 40, (32, 40)), (2, 37, 5, (29, 31))]
 LONG = (1, 192, 48, (47, 101))
 
 
-@pytest.fixture(params=["amx", "avx512"])
+@pytest.fixture(params=["amx", "avx512", "avx2"])
 def units(request, monkeypatch):
     """Products by one instruction set, as on a processor where they pay."""
     monkeypatch.setenv("CCNET_CPU_ISA", request.param)
     if compiled.instruction_set(torch.float32) != request.param:
         pytest.skip(f"this processor or build has no {request.param} kernels")
-    monkeypatch.setattr(fp32_products, "_channels", lambda _: fp32_products._CHANNELS[request.param])
+    sizes = fp32_products._PAYING[request.param]._replace(positions=256)
+    monkeypatch.setattr(fp32_products, "_paying", lambda _: sizes)
     return request.param
 
 
@@ -194,7 +195,7 @@ def test_where_they_are_left_alone(units):
     assert not fp32_products.pays(x[:, :, ::2], weight)
     assert not fp32_products.pays(x[..., :200], weight)
     assert not fp32_products.pays(x[:, :31], weight[:, :31])
-    assert fp32_products.pays(x[:, :128].contiguous(), weight[:, :128].contiguous()) == (units == "avx512")
+    assert fp32_products.pays(x[:, :128].contiguous(), weight[:, :128].contiguous()) == (units != "amx")
     assert not fp32_products.pays(x, weight, bias.requires_grad_())
     with torch.no_grad():
         assert fp32_products.pays(x, weight, bias)
@@ -203,18 +204,19 @@ def test_where_they_are_left_alone(units):
 
 
 def test_where_no_kernels_have_them(monkeypatch):
-    monkeypatch.setenv("CCNET_CPU_ISA", "avx2")
+    monkeypatch.setenv("CCNET_CPU_ISA", "portable")
     x, weight, bias = torch.randn(1, 256, 300), torch.randn(40, 256), torch.randn(40)
     assert not fp32_products.pays(x, weight, bias)
     with pytest.raises(RuntimeError, match="have no products of fp32"):
         fp32_products.project(x, weight, bias)
 
 
-def test_vector_units_pay_where_they_are_not_intel_s(monkeypatch):
-    monkeypatch.setenv("CCNET_CPU_ISA", "avx512")
+@pytest.mark.parametrize("best", ["avx512", "avx2"])
+def test_vector_units_pay_where_they_are_not_intel_s(best, monkeypatch):
+    monkeypatch.setenv("CCNET_CPU_ISA", best)
     info = Path("/proc/cpuinfo")
-    if compiled.instruction_set(torch.float32) != "avx512" or not info.exists():
-        pytest.skip("no AVX-512, or no telling whose it is")
+    if compiled.instruction_set(torch.float32) != best or not info.exists():
+        pytest.skip(f"no {best}, or no telling whose it is")
     assert torch.ops.ccnet_d2.has_fp32_products() == ("GenuineIntel" not in info.read_text())
 
 
@@ -304,7 +306,7 @@ def test_gradients(needed, channels_last, units):
 )
 def test_compiled_graphs(dynamic, channels_last, recompute, units, monkeypatch):
     """They have the products, whatever the image's size, and the values of the layer as it is."""
-    monkeypatch.setattr(fp32_products, "_CHANNELS_HERE", fp32_products._CHANNELS[units])
+    monkeypatch.setattr(fp32_products, "_PAYING_HERE", fp32_products._PAYING[units])
     layer = RCCA(256, 2, recompute=recompute)
     torch.nn.init.ones_(layer.gamma)
     torch.compiler.reset()
