@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from ccnet_d2.data.atomic_folder import scratch_beside
 from ccnet_d2.data.errors import DatasetError, SampleError
 
 __all__ = ["convert_labels", "read_mat_label", "write_list"]
@@ -58,7 +60,7 @@ def convert_labels(
     A file that is there already is kept; one is either whole or not there.
 
     Args:
-        sources: pairs of a `.mat` file and the PNG file to write.
+        sources: pairs of a `.mat` file and the PNG file to write, all in one folder.
         key: the map's variable.
         table: (V,) uint8, what becomes of the values 0 to V - 1.
         progress: called with the number of files done and of all.
@@ -71,19 +73,25 @@ def convert_labels(
         DatasetError: a file cannot be written.
     """
     written = 0
-    for done, (source, target) in enumerate(sources, start=1):
-        if not target.exists():
-            label = read_mat_label(source, key)
-            wrong = label[(label < 0) | (label >= len(table))]
-            if wrong.size:
-                raise SampleError(
-                    f"The file '{source}' holds the label {wrong[0]}, but labels are 0 to {len(table) - 1}.",
-                    source,
-                )
-            _write_png(target, table[label])
-            written += 1
-        if progress is not None:
-            progress(done, len(sources))
+    with contextlib.ExitStack() as stack:
+        scratch = None
+        for done, (source, target) in enumerate(sources, start=1):
+            if not target.exists():
+                label = read_mat_label(source, key)
+                wrong = label[(label < 0) | (label >= len(table))]
+                if wrong.size:
+                    raise SampleError(
+                        f"The file '{source}' holds the label {wrong[0]}, but labels are 0 to {len(table) - 1}.",
+                        source,
+                    )
+                ok, data = cv2.imencode(".png", table[label])
+                assert ok, target
+                with _one_sentence(target):
+                    scratch = scratch or stack.enter_context(scratch_beside(target.parent / "part"))
+                    _replace(target, data.tobytes(), scratch)
+                written += 1
+            if progress is not None:
+                progress(done, len(sources))
     return written
 
 
@@ -93,23 +101,20 @@ def write_list(path: Path, names: Sequence[str]) -> None:
     Raises:
         DatasetError: it cannot be written.
     """
-    _replace(path, "".join(f"{name}\n" for name in names).encode())
+    with _one_sentence(path), scratch_beside(path) as scratch:
+        _replace(path, "".join(f"{name}\n" for name in names).encode(), scratch)
 
 
-def _write_png(path: Path, label: np.ndarray) -> None:
-    ok, data = cv2.imencode(".png", label)
-    assert ok, path
-    _replace(path, data.tobytes())
+def _replace(path: Path, data: bytes, scratch: Path) -> None:
+    part = scratch / path.name
+    part.write_bytes(data)
+    os.replace(part, path)
 
 
-def _replace(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
+@contextlib.contextmanager
+def _one_sentence(path: Path) -> Iterator[None]:
+    """Say which file it is that cannot be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_bytes(data)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        yield
     except OSError as error:
         raise DatasetError(f"'{path}' cannot be written: {error.strerror or error}.") from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ccnet_d2.data.atomic_folder import replace_folder
 from ccnet_d2.data.datasets.camvid import (
     CAMVID_CLASSES,
     CAMVID_IGNORE_LABEL,
@@ -153,46 +153,47 @@ def convert_camvid(
     """
     root = Path(folder).expanduser()
     names = _names(root)
-    target = (root / ORIGINAL_LABELS).resolve()  # it may be a link to another disk
-    part = target.with_name(f".{target.name}.part")
     splits: dict[str, list[str]] = {split: [] for split in SPLIT_SIZES}
     for name in names:
         splits[split_of(name)].append(name)
-    unknown_pixels, unknown_files = 0, 0
-    try:
-        shutil.rmtree(part, ignore_errors=True)  # what a run that was killed left
-        part.mkdir()
+    unknown: list[int] = []
+
+    def write(part: Path) -> None:
         for done, name in enumerate(names, 1):
-            path = root / SOURCE_LABELS / f"{name}_L.png"
-            labels, unknown = colors_to_labels(read_image(str(path)))
-            if unknown > _TOLERATED_SHARE_UNKNOWN * labels.size:
-                raise SampleError(
-                    f"The label map '{path}' has {100 * unknown / labels.size:.1f} % of its pixels in colours that are "
-                    "none of CamVid's 32 classes; is it the release's own file?",
-                    path,
-                )
-            unknown_pixels, unknown_files = unknown_pixels + unknown, unknown_files + bool(unknown)
+            labels, count = _labels_of(root / SOURCE_LABELS / f"{name}_L.png")
+            unknown.append(count)
             if not cv2.imwrite(str(part / f"{name}.png"), labels):
                 raise DatasetError(f"'{part}' cannot be written.")
             if progress is not None:
                 progress(done, len(names))
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(part, target)
+
+    try:
+        replace_folder(root / ORIGINAL_LABELS, write)
     except OSError as error:
         raise DatasetError(f"'{root}' cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     report = ConversionReport({split: len(listed) for split, listed in splits.items()})
     for split, listed in splits.items():
         write_list(root / f"{split}.txt", listed)
         if len(listed) != SPLIT_SIZES[split]:
             report.notes.append(f"{split} has {len(listed)} frames, the release {SPLIT_SIZES[split]}.")
-    if unknown_pixels:
+    if any(unknown):
         report.notes.append(
-            f"{unknown_pixels} pixels in {unknown_files} label files have a colour that is no class: they are void."
+            f"{sum(unknown)} pixels in {sum(map(bool, unknown))} label files have a colour that is no class: "
+            "they are void."
         )
     return report
+
+
+def _labels_of(path: Path) -> tuple[np.ndarray, int]:
+    """`colors_to_labels` of a file."""
+    labels, unknown = colors_to_labels(read_image(str(path)))
+    if unknown > _TOLERATED_SHARE_UNKNOWN * labels.size:
+        raise SampleError(
+            f"The label map '{path}' has {100 * unknown / labels.size:.1f} % of its pixels in colours that are "
+            "none of CamVid's 32 classes; is it the release's own file?",
+            path,
+        )
+    return labels, unknown
 
 
 def _names(root: Path) -> list[str]:

@@ -6,12 +6,12 @@ Colour says nothing about the class, shape does.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -19,6 +19,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
+from ccnet_d2.data.atomic_folder import replace_folder
 from ccnet_d2.data.datasets.paths import dataset_root
 from ccnet_d2.data.errors import DatasetError
 
@@ -70,7 +71,7 @@ def generate_coco_fixture(
 ) -> bool:
     """Write the data set, or leave it alone if this one is already there.
 
-    Files: ``images/NAME.png`` and, last, ``annotations.json``, so that a set without annotations is incomplete.
+    Files: ``images/NAME.png`` and ``annotations.json``. They are written beside `root` and moved there whole.
 
     Args:
         root: folder to write; default: ``ccnet_coco_fixture`` in :func:`dataset_root`.
@@ -84,46 +85,49 @@ def generate_coco_fixture(
     """
     config = config or CocoFixtureConfig()
     root = _folder(root)
-    annotations = os.path.join(root, _ANNOTATIONS)
-    if os.path.isfile(annotations):
-        info = _read_info(annotations)
-        if info.get("generator") != _GENERATOR:
-            raise DatasetError(
-                f"'{annotations}' is of something other than the COCO fixture; choose another folder."
-            )
-        if info.get("config") == asdict(config):
-            return False
+    info = {"generator": _GENERATOR, "config": asdict(config)}
+    found = _read_info(root)
+    if found == info:
+        return False
+    if (
+        found.get("generator") != _GENERATOR
+        and os.path.lexists(root)
+        and (not os.path.isdir(root) or os.listdir(root))
+    ):
+        raise DatasetError(
+            f"'{root}' holds something other than the COCO fixture; remove it or choose another folder."
+        )
+    try:
+        return replace_folder(
+            root, lambda new: _write_set(new, config, info), lambda: _read_info(root) == info
+        )
+    except OSError as error:
+        raise DatasetError(
+            f"Cannot write the COCO fixture to '{root}': {error.strerror or error}."
+        ) from error
+
+
+def _write_set(root: Path, config: CocoFixtureConfig, info: dict[str, Any]) -> None:
     data: dict[str, Any] = {
-        "info": {"generator": _GENERATOR, "config": asdict(config)},
+        "info": info,
         "images": [],
         "annotations": [],
         "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)],
     }
-    try:
-        os.makedirs(os.path.join(root, "images"), exist_ok=True)
-        # Those of another config: they would be taken for those of the images written below.
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(annotations)
-        for index in range(config.images):
-            rng = np.random.default_rng([config.seed, index])
-            image, objects = _draw(config, rng)
-            file_name = f"{index:04d}.png"
-            path = os.path.join(root, "images", file_name)
-            if not cv2.imwrite(path, image):
-                raise OSError(f"cannot write '{path}'")
-            record = {"id": index + 1, "file_name": file_name, "height": config.size, "width": config.size}
-            data["images"].append(record)
-            for category, polygon in objects:
-                data["annotations"].append(
-                    _annotation(len(data["annotations"]) + 1, index + 1, category, polygon)
-                )
-        scratch = f"{annotations}.{os.getpid()}.tmp"
-        with open(scratch, "w", encoding="utf-8") as stream:
-            json.dump(data, stream)
-        os.replace(scratch, annotations)
-    except OSError as error:
-        raise DatasetError(f"Cannot write the COCO fixture to '{root}': {error}.") from error
-    return True
+    (root / "images").mkdir()
+    for index in range(config.images):
+        image, objects = _draw(config, np.random.default_rng([config.seed, index]))
+        file_name = f"{index:04d}.png"
+        if not cv2.imwrite(str(root / "images" / file_name), image):
+            raise OSError(f"cannot write '{file_name}'")
+        record = {"id": index + 1, "file_name": file_name, "height": config.size, "width": config.size}
+        data["images"].append(record)
+        for category, polygon in objects:
+            data["annotations"].append(
+                _annotation(len(data["annotations"]) + 1, index + 1, category, polygon)
+            )
+    with (root / _ANNOTATIONS).open("w", encoding="utf-8") as stream:
+        json.dump(data, stream)
 
 
 def register_coco_fixture(root: str | os.PathLike[str] | None = None, name: str = NAME) -> None:
@@ -162,9 +166,10 @@ def _load(root: str, name: str) -> list[dict[str, Any]]:
     return load_coco_json(annotations, os.path.join(root, "images"), name)
 
 
-def _read_info(path: str) -> dict[str, Any]:
+def _read_info(root: str) -> dict[str, Any]:
+    """What the annotations under `root` say of themselves, nothing if there are none that can be read."""
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(os.path.join(root, _ANNOTATIONS), encoding="utf-8") as stream:
             info = json.load(stream)["info"]
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         return {}

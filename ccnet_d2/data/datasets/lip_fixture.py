@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
+from ccnet_d2.data.atomic_folder import replace_folder
 from ccnet_d2.data.datasets.lip import LIP_CLASSES, register_lip
 from ccnet_d2.data.datasets.paths import dataset_root
 from ccnet_d2.data.errors import DatasetError
@@ -213,22 +213,12 @@ def generate_lip_fixture(
         raise DatasetError(
             f"'{root}' holds something other than the LIP fixture; remove it or choose another folder."
         )
-    parent = os.path.dirname(root)
-    scratch = None
     try:
-        os.makedirs(parent, exist_ok=True)
-        scratch = tempfile.mkdtemp(prefix=f".{os.path.basename(root)}-", dir=parent)
-        new = os.path.join(scratch, "new")
-        _write_set(new, config)
-        if os.path.isdir(root):
-            os.rename(root, os.path.join(scratch, "old"))
-        os.rename(new, root)
+        return replace_folder(
+            root, lambda new: _write_set(new, config), lambda: _read_manifest(root) == _manifest(config)
+        )
     except OSError as error:
         raise DatasetError(f"Cannot write the LIP fixture to '{root}': {error.strerror or error}.") from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return True
 
 
 def register_lip_fixture(root: str | os.PathLike[str] | None = None) -> None:
@@ -245,7 +235,7 @@ def register_lip_fixture(root: str | os.PathLike[str] | None = None) -> None:
     )
 
 
-def _write_set(root: str, config: LipFixtureConfig) -> None:
+def _write_set(root: Path, config: LipFixtureConfig) -> None:
     labels_root = os.path.join(root, "TrainVal_parsing_annotations") if config.layout == "official" else root
     for number, split in enumerate(_SPLITS):
         images = os.path.join(root, f"{split}_images")

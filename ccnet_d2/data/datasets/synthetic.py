@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import itertools
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
+from ccnet_d2.data.atomic_folder import replace_folder
 from ccnet_d2.data.datasets.folder import list_pairs, register
 from ccnet_d2.data.datasets.synthetic_scenes import (
     SPLITS,
@@ -50,7 +47,7 @@ def _write_png(path: str, image: np.ndarray) -> None:
         raise OSError(f"Cannot write '{path}'.")
 
 
-def _write_set(root: str, config: SyntheticConfig) -> None:
+def _write_set(root: Path, config: SyntheticConfig) -> None:
     objects = on_cross = 0
     for split in SPLITS:
         for kind in ("images", "labels"):
@@ -142,45 +139,16 @@ def generate_synthetic_dataset(root: str | os.PathLike[str], config: SyntheticCo
         raise DatasetError(
             f"'{root}' holds something other than a synthetic data set; remove it or choose another folder."
         )
-    parent = os.path.dirname(root)
     try:
-        os.makedirs(parent, exist_ok=True)
-        scratch = tempfile.mkdtemp(prefix=f".{os.path.basename(root)}-", dir=parent)
+        return replace_folder(
+            root,
+            lambda new: _write_set(new, config),
+            lambda: _config_of(read_manifest(root)) == config and _is_complete(root, config),
+        )
     except OSError as error:
         raise DatasetError(
             f"Cannot write the synthetic data set to '{root}': {error.strerror or error}."
         ) from error
-    try:
-        new = os.path.join(scratch, "new")
-        os.mkdir(new)
-        _write_set(new, config)
-        return _put_in_place(new, root, scratch, config)
-    except OSError as error:
-        raise DatasetError(
-            f"Cannot write the synthetic data set to '{root}': {error.strerror or error}."
-        ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _put_in_place(new: str, root: str, scratch: str, config: SyntheticConfig) -> bool:
-    """Move a new set to `root`, and what was there to `scratch`; False if another process put the same set there."""
-    for turn in itertools.count():
-        old = os.path.join(scratch, f"old{turn}")
-        with contextlib.suppress(FileNotFoundError):  # none so far, or another process is replacing it
-            os.rename(root, old)
-        try:
-            os.rename(new, root)
-            break
-        except OSError as error:
-            if _config_of(read_manifest(root)) == config and _is_complete(root, config):
-                return False
-            # Another process was quicker, and what it put there is replaced in its turn, or it is an error.
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                if os.path.isdir(old) and not os.path.lexists(root):
-                    os.rename(old, root)
-                raise
-    return True
 
 
 def _load(root: str, split: str, num_kinds: int) -> list[dict[str, Any]]:

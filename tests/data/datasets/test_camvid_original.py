@@ -145,6 +145,19 @@ def test_labels_may_lie_on_another_disk_and_killed_runs_leave_nothing(tmp_path):
     assert list(disk.parent.iterdir()) == [disk] and (root / "labels_11").is_symlink()
 
 
+def test_two_at_once(tmp_path):
+    for name in ("0001TP_006690", "0016E5_07959"):
+        write(tmp_path, name, all_colors())
+    turns = iter([True])
+
+    def meanwhile(done: int, total: int) -> None:
+        if next(turns, False):
+            convert_camvid(tmp_path)
+
+    assert convert_camvid(tmp_path, progress=meanwhile).frames == {"train": 1, "val": 1, "test": 0}
+    assert len(list((tmp_path / "labels_11").iterdir())) == 2 and not list(tmp_path.glob(".*"))
+
+
 def test_unknown_colours_are_void_up_to_one_percent(tmp_path):
     colors = np.tile(all_colors(), (4, 4, 1))
     colors[:2, :10] = (7, 7, 7)

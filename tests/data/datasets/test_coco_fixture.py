@@ -26,6 +26,10 @@ def root(tmp_path):
     return tmp_path / "set"
 
 
+def files_of(root: Path) -> dict[Path, bytes]:
+    return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
 def test_masks_lie_on_what_is_drawn(root):
     coco = COCO(str(root / "annotations.json"))
     assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(CLASSES)
@@ -66,44 +70,54 @@ def test_detectron2_loads_it(root):
 
 
 def test_made_once_and_always_the_same(root, tmp_path):
-    files = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
     assert not generate_coco_fixture(root)
     generate_coco_fixture(tmp_path / "again")
-    assert {p.relative_to(root): data for p, data in files.items()} == {
-        p.relative_to(tmp_path / "again"): p.read_bytes()
-        for p in (tmp_path / "again").rglob("*")
-        if p.is_file()
-    }
+    assert files_of(root) == files_of(tmp_path / "again")
     assert generate_coco_fixture(root, CocoFixtureConfig(images=3))
     assert len(json.loads((root / "annotations.json").read_text())["images"]) == 3
 
 
-def test_leaves_the_annotations_of_others_alone(tmp_path):
-    path = tmp_path / "annotations.json"
-    path.write_text('{"images": []}')
-    with pytest.raises(DatasetError, match="something other than the COCO fixture"):
-        generate_coco_fixture(tmp_path)
-    assert path.read_text() == '{"images": []}' and list(tmp_path.iterdir()) == [path]
+def test_leaves_what_others_have_there_alone(tmp_path):
+    for name in ("annotations.json", "thesis.tex"):
+        path = tmp_path / name / name
+        path.parent.mkdir()
+        path.write_text('{"images": []}')
+        with pytest.raises(DatasetError, match="something other than the COCO fixture"):
+            generate_coco_fixture(path.parent)
+        assert path.read_text() == '{"images": []}' and list(path.parent.iterdir()) == [path]
 
 
-def test_unfinished_writing_leaves_no_annotations(tmp_path, monkeypatch):
-    monkeypatch.setattr(coco_fixture.cv2, "imwrite", lambda *_: False)
-    with pytest.raises(DatasetError, match="Cannot write the COCO fixture"):
-        generate_coco_fixture(tmp_path / "set")
-    assert not (tmp_path / "set/annotations.json").exists()
-
-
-def test_unfinished_replacing_leaves_no_annotations_of_other_images(tmp_path, monkeypatch):
-    assert generate_coco_fixture(tmp_path, CocoFixtureConfig(images=2))
+def test_unfinished_writing_leaves_what_was_there(tmp_path, monkeypatch):
+    root = tmp_path / "set"
+    assert generate_coco_fixture(root, CocoFixtureConfig(images=2))
+    before = files_of(root)
     write = cv2.imwrite
     monkeypatch.setattr(
         coco_fixture.cv2, "imwrite", lambda path, image: "0001" not in path and write(path, image)
     )
-    with pytest.raises(DatasetError, match="Cannot write the COCO fixture"):
-        generate_coco_fixture(tmp_path, CocoFixtureConfig(images=2, seed=1))
-    monkeypatch.undo()
-    # The first image is that of the other seed by now.
-    assert generate_coco_fixture(tmp_path, CocoFixtureConfig(images=2))
+    for folder in (root, tmp_path / "other"):
+        with pytest.raises(
+            DatasetError, match=r"Cannot write the COCO fixture to '.*': cannot write '0001\.png'"
+        ):
+            generate_coco_fixture(folder, CocoFixtureConfig(images=2, seed=1))
+    assert files_of(root) == before and list(tmp_path.iterdir()) == [root]
+
+
+def test_two_at_once_do_not_mix_their_images(tmp_path, monkeypatch):
+    """Another process draws with another seed between two images of this one."""
+    one, another = CocoFixtureConfig(images=2), CocoFixtureConfig(images=2, seed=1)
+    generate_coco_fixture(tmp_path / "alone", one)
+    write = cv2.imwrite
+
+    def in_between(path, image):
+        if "0001" in path:
+            monkeypatch.undo()
+            assert generate_coco_fixture(tmp_path / "set", another)
+        return write(path, image)
+
+    monkeypatch.setattr(coco_fixture.cv2, "imwrite", in_between)
+    assert generate_coco_fixture(tmp_path / "set", one)
+    assert files_of(tmp_path / "set") == files_of(tmp_path / "alone")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The drawn data set in LIP's layout."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +95,23 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "set/lip_fixture.json").read_text()) == before
     with pytest.raises(DatasetError, match="Cannot write the LIP fixture"):
         generate_lip_fixture(tmp_path / "other", SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_two_at_once(tmp_path, monkeypatch):
+    """Another process draws the same set, and is done when this one is about to put its own in place."""
+    generate_lip_fixture(tmp_path / "set", replace(SMALL, seed=1))
+    rename = os.rename
+
+    def meanwhile(path, target):
+        if Path(path).name == "new":
+            monkeypatch.undo()
+            assert generate_lip_fixture(tmp_path / "set", SMALL)
+        rename(path, target)
+
+    monkeypatch.setattr(os, "rename", meanwhile)
+    assert not generate_lip_fixture(tmp_path / "set", SMALL)
+    assert len(list((tmp_path / "set/train_images").iterdir())) == 13
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 

@@ -1,5 +1,6 @@
 """PASCAL Context and COCO-Stuff 10k from files as published, through their preparation, to samples and mIoU."""
 
+import os
 from pathlib import Path
 
 import cv2
@@ -170,6 +171,20 @@ def test_preparation_keeps_what_is_there_and_leaves_nothing_half_written(tmp_pat
         convert_coco_stuff(folder)
     assert [path.name for path in (folder / "labels").iterdir()] == [png.name]
     assert png.stat().st_mtime_ns == before
+
+
+def test_two_preparations_at_once(tmp_path, monkeypatch):
+    """Another process makes the same label map between its writing and its renaming here."""
+    folder, replace = coco_stuff(tmp_path), os.replace
+
+    def in_between(part, target):
+        monkeypatch.undo()
+        convert_coco_stuff(folder)
+        replace(part, target)
+
+    monkeypatch.setattr(os, "replace", in_between)
+    assert convert_coco_stuff(folder) == {"train": 1, "val": 1}
+    assert sorted(path.suffix for path in (folder / "labels").iterdir()) == [".png", ".png"]
 
 
 def run_tool(name: str, *arguments: str) -> int:

@@ -1,0 +1,85 @@
+"""Folders that are written whole: what killed processes leave, and several at once."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ccnet_d2.data.atomic_folder import replace_folder, scratch_beside
+
+
+def killed(work: Callable[[], None]) -> None:
+    """Do it in a process that then gets SIGKILL, which leaves no chance to clean up."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+
+def write_and_die(folder: Path) -> None:
+    (folder / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_killed_processes_left_goes_and_nothing_else(tmp_path):
+    (tmp_path / ".set-mine").mkdir()
+    with scratch_beside(tmp_path / "set") as alive:
+        killed(lambda: replace_folder(tmp_path / "set", write_and_die))
+        assert len(list(tmp_path.iterdir())) == 3
+        assert replace_folder(tmp_path / "set", lambda new: (new / "whole").touch())
+        assert {path.name for path in tmp_path.iterdir()} == {".set-mine", alive.name, "set"}
+    assert {path.name for path in tmp_path.iterdir()} == {".set-mine", "set"}
+
+
+def test_a_folder_that_cannot_be_put_in_place_is_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "old").touch()
+    rename = os.rename
+
+    def refuse(path: str | Path, target: str | Path) -> None:
+        if Path(path).name == "new":
+            raise PermissionError(1, "Operation not permitted")
+        rename(path, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(PermissionError):
+        replace_folder(tmp_path / "set", lambda new: (new / "new").touch())
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path("set"), Path("set/old")]
+
+
+def test_who_comes_second_replaces_the_first_or_leaves_it(tmp_path, monkeypatch):
+    """Another process puts its own there between the two renames."""
+    folder, rename = tmp_path / "set", os.rename
+    for unless, kept, mode in (
+        (lambda: False, "mine", True),
+        (lambda: (folder / "theirs").exists(), "theirs", False),
+    ):
+        turns = iter([True])
+
+        def in_between(path: str | Path, target: str | Path, turns=turns) -> None:
+            if Path(path).name == "new" and next(turns, False):
+                folder.mkdir()
+                (folder / "theirs").touch()
+            rename(path, target)
+
+        monkeypatch.setattr(os, "rename", in_between)
+        assert replace_folder(folder, lambda new: (new / "mine").touch(), unless) is mode
+        assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [
+            Path("set"),
+            Path("set", kept),
+        ]
+
+
+def test_a_link_stands_for_what_it_leads_to(tmp_path):
+    (tmp_path / "disk" / "set").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "set")
+    replace_folder(tmp_path / "link", lambda new: (new / "file").touch())
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "set" / "file").exists()
+    # The rights are those of any folder, not those of a temporary one.
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "disk" / "set").stat().st_mode == (tmp_path / "plain").stat().st_mode
