@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
@@ -382,6 +383,19 @@ class BuildLibraries(build_ext):
         return []  # no PyInit function
 
 
+class BuildWheel(bdist_wheel):
+    """`bdist_wheel` whose wheel is for every machine if no library was built."""
+
+    def run_command(self, command: str) -> None:
+        super().run_command(command)
+        if command == "build":
+            build_ext = self.get_finalized_command("build_ext")
+            names = [build_ext.get_ext_fullpath(ext.name) for ext in self.distribution.ext_modules or []]
+            if not any(Path(name).exists() for name in names):
+                self.distribution.ext_modules = []
+                self.root_is_pure = True
+
+
 def is_required(name: str) -> bool:
     """Whether an unbuilt library is an error: the CUDA one only where it was asked for by name."""
     return wish() == "require" and (name.endswith("_cpu") or os.environ.get("FORCE_CUDA") == "1")
@@ -403,7 +417,7 @@ def extensions() -> list[Extension]:
 if __name__ == "__main__":
     setup(
         ext_modules=extensions(),
-        cmdclass={"build_ext": BuildLibraries},
+        cmdclass={"bdist_wheel": BuildWheel, "build_ext": BuildLibraries},
         # The libraries serve every Python of this or a newer version.
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
