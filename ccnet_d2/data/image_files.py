@@ -1,8 +1,8 @@
-"""Reading of images and label maps with OpenCV, strict about what is wrong with a file.
+"""Reading and writing of images and label maps with OpenCV, strict about what is wrong with a file.
 
 OpenCV's decoders are as fast as any, but forgiving where a training run should not be: depending on version
 and format they return what could be decoded of a truncated file, and they turn palette label maps into
-colours. Both are handled here.
+colours. Both are handled here. What writes files says that it did even where the disk is full.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ccnet_d2.data.errors import SampleError
 
-__all__ = ["MAX_BYTES", "MAX_PIXELS", "check_label_size", "read_image", "read_label", "upright"]
+__all__ = [
+    "MAX_BYTES",
+    "MAX_PIXELS",
+    "check_label_size",
+    "read_image",
+    "read_label",
+    "upright",
+    "write_image",
+]
 
 MAX_PIXELS = 178_956_970
 """The largest image that is decoded, Pillow's own limit: a file of kilobytes can declare terabytes."""
@@ -277,6 +285,22 @@ def read_label(path: str) -> np.ndarray:
             f"The label map '{path}' holds {label.dtype} values, but class indices are needed.", path
         )
     return label
+
+
+def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
+    """Write an image or a label map in the format of the file's suffix.
+
+    Args:
+        path: a local path.
+        image: (H, W) or (H, W, 3) uint8; colours are BGR.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    encoded, data = cv2.imencode(os.path.splitext(path)[1], image)
+    assert encoded, path
+    with open(path, "wb") as stream:
+        stream.write(data)
 
 
 def check_label_size(

@@ -8,11 +8,11 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from ccnet_d2.data.atomic_folder import scratch_beside
 from ccnet_d2.data.errors import DatasetError, SampleError
+from ccnet_d2.data.image_files import write_image
 
 __all__ = ["convert_labels", "read_mat_label", "write_list"]
 
@@ -84,11 +84,10 @@ def convert_labels(
                         f"The file '{source}' holds the label {wrong[0]}, but labels are 0 to {len(table) - 1}.",
                         source,
                     )
-                ok, data = cv2.imencode(".png", table[label])
-                assert ok, target
                 with _one_sentence(target):
                     scratch = scratch or stack.enter_context(scratch_beside(target.parent / "part"))
-                    _replace(target, data.tobytes(), scratch)
+                    write_image(scratch / target.name, table[label])
+                    os.replace(scratch / target.name, target)
                 written += 1
             if progress is not None:
                 progress(done, len(sources))
@@ -102,13 +101,8 @@ def write_list(path: Path, names: Sequence[str]) -> None:
         DatasetError: it cannot be written.
     """
     with _one_sentence(path), scratch_beside(path) as scratch:
-        _replace(path, "".join(f"{name}\n" for name in names).encode(), scratch)
-
-
-def _replace(path: Path, data: bytes, scratch: Path) -> None:
-    part = scratch / path.name
-    part.write_bytes(data)
-    os.replace(part, path)
+        (scratch / path.name).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        os.replace(scratch / path.name, path)
 
 
 @contextlib.contextmanager

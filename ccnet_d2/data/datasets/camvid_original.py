@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from ccnet_d2.data.atomic_folder import replace_folder
@@ -24,7 +23,7 @@ from ccnet_d2.data.datasets.camvid import (
 )
 from ccnet_d2.data.datasets.folder import IMAGE_SUFFIXES
 from ccnet_d2.data.errors import DatasetError, SampleError
-from ccnet_d2.data.image_files import read_image
+from ccnet_d2.data.image_files import read_image, write_image
 from ccnet_d2.data.mat_labels import write_list
 
 __all__ = [
@@ -162,8 +161,7 @@ def convert_camvid(
         for done, name in enumerate(names, 1):
             labels, count = _labels_of(root / SOURCE_LABELS / f"{name}_L.png")
             unknown.append(count)
-            if not cv2.imwrite(str(part / f"{name}.png"), labels):
-                raise DatasetError(f"'{part}' cannot be written.")
+            write_image(part / f"{name}.png", labels)
             if progress is not None:
                 progress(done, len(names))
 

@@ -21,6 +21,7 @@ from ccnet_d2.data.atomic_folder import replace_folder
 from ccnet_d2.data.datasets.lip import LIP_CLASSES, register_lip
 from ccnet_d2.data.datasets.paths import dataset_root
 from ccnet_d2.data.errors import DatasetError
+from ccnet_d2.data.image_files import write_image
 
 __all__ = ["NAME", "LipFixtureConfig", "draw_person", "generate_lip_fixture", "register_lip_fixture"]
 
@@ -248,8 +249,8 @@ def _write_set(root: Path, config: LipFixtureConfig) -> None:
             height = round(config.size * rng.uniform(0.8, 1.0))
             person = draw_person(index, height, round(height * rng.uniform(0.48, 0.66)), rng)
             names.append(f"{100000 * (number + 1) + index}_{400000 + index}")  # as LIP's are
-            _write(os.path.join(images, f"{names[-1]}.jpg"), _paint(person, config.noise, rng))
-            _write(os.path.join(labels, f"{names[-1]}.png"), person)
+            write_image(os.path.join(images, f"{names[-1]}.jpg"), _paint(person, config.noise, rng))
+            write_image(os.path.join(labels, f"{names[-1]}.png"), person)
         if config.layout == "ce2p":
             with open(os.path.join(root, f"{split}_id.txt"), "w", encoding="utf-8") as stream:
                 stream.writelines(f"{name}\n" for name in names)
@@ -260,11 +261,6 @@ def _write_set(root: Path, config: LipFixtureConfig) -> None:
 
 def _manifest(config: LipFixtureConfig) -> dict[str, Any]:
     return {"generator": _GENERATOR, "format": _FORMAT, "config": asdict(config)}
-
-
-def _write(path: str, image: np.ndarray) -> None:
-    if not cv2.imwrite(path, image):
-        raise OSError(f"cannot write '{path}'")
 
 
 def _folder(root: str | os.PathLike[str] | None) -> str:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from ccnet_d2.data.atomic_folder import replace_folder
@@ -28,6 +27,7 @@ from ccnet_d2.data.datasets.synthetic_scenes import (
     shares_line,
 )
 from ccnet_d2.data.errors import DatasetError
+from ccnet_d2.data.image_files import write_image
 
 __all__ = ["generate_synthetic_dataset", "read_manifest", "register_synthetic"]
 
@@ -42,11 +42,6 @@ def _images(config: SyntheticConfig, split: str) -> Iterator[tuple[str, Scene, n
         yield f"{split}_{index:05d}", scene, render_scene(config, scene, rng)
 
 
-def _write_png(path: str, image: np.ndarray) -> None:
-    if not cv2.imwrite(path, image):
-        raise OSError(f"Cannot write '{path}'.")
-
-
 def _write_set(root: Path, config: SyntheticConfig) -> None:
     objects = on_cross = 0
     for split in SPLITS:
@@ -54,8 +49,8 @@ def _write_set(root: Path, config: SyntheticConfig) -> None:
             os.makedirs(os.path.join(root, kind, split))
         scenes: dict[str, Any] = {}
         for name, scene, image in _images(config, split):
-            _write_png(os.path.join(root, "images", split, f"{name}.png"), image[:, :, ::-1])
-            _write_png(os.path.join(root, "labels", split, f"{name}.png"), label_scene(config, scene))
+            write_image(os.path.join(root, "images", split, f"{name}.png"), image[:, :, ::-1])
+            write_image(os.path.join(root, "labels", split, f"{name}.png"), label_scene(config, scene))
             scenes[name] = asdict(scene)
             objects += len(scene.objects)
             on_cross += sum(shares_line(square, scene.cue) for square in scene.objects)

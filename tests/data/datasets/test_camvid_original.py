@@ -1,5 +1,6 @@
 """CamVid's original release: 32 colours to 11 classes, and the usual split."""
 
+import resource
 import subprocess
 import sys
 from collections import Counter
@@ -164,9 +165,9 @@ def test_unknown_colours_are_void_up_to_one_percent(tmp_path):
     write(tmp_path, "0001TP_006690", colors)
     assert "20 pixels in 1 label files" in convert_camvid(tmp_path).notes[-1]
     before = (tmp_path / "labels_11" / "0001TP_006690.png").read_bytes()
-    colors[:4] = (7, 7, 7)
+    colors[:2, :21] = (7, 7, 7)
     write(tmp_path, "0001TP_006690", colors)
-    with pytest.raises(SampleError, match=r"0001TP_006690_L\.png' has 12\.5 % of its pixels in colours"):
+    with pytest.raises(SampleError, match=r"0001TP_006690_L\.png' has 2\.1 % of its pixels in colours"):
         convert_camvid(tmp_path)
     # What was there is still there.
     assert (tmp_path / "labels_11" / "0001TP_006690.png").read_bytes() == before
@@ -187,6 +188,19 @@ def test_a_list_that_cannot_be_written_is_one_sentence(tmp_path):
         convert_camvid(tmp_path)
 
 
+def test_a_label_map_that_cannot_be_written_whole_is_said(tmp_path):
+    """OpenCV's imwrite says that it wrote a small file on a full disk; a limit on files' sizes does the same to it."""
+    write(tmp_path, "0016E5_07959", all_colors())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))
+    try:
+        with pytest.raises(DatasetError, match="cannot be written: File too large"):
+            convert_camvid(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "labels_11").exists() and not (tmp_path / "val.txt").exists()
+
+
 def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(
         DatasetError, match=r"701_StillsRaw_full' does not exist: unpack CamVid's 701_StillsRaw_full\.zip"
@@ -198,6 +212,11 @@ def test_what_is_missing_is_said(tmp_path):
     with pytest.raises(
         DatasetError, match=r"LabeledApproved_full' has nothing for '0001TP_006720' \(1 missing"
     ):
+        convert_camvid(tmp_path)
+    (tmp_path / "701_StillsRaw_full" / "0001TP_006720.png").rename(
+        tmp_path / "LabeledApproved_full" / "A_1_L.png"
+    )
+    with pytest.raises(DatasetError, match=r"701_StillsRaw_full' has nothing for 'A_1' \(1 missing"):
         convert_camvid(tmp_path)
     register_all(tmp_path / "elsewhere")
     with pytest.raises(

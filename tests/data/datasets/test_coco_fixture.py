@@ -1,6 +1,8 @@
 """The drawn COCO-format set: its annotations against its pixels, through pycocotools and Detectron2."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import cv2
@@ -91,13 +93,17 @@ def test_unfinished_writing_leaves_what_was_there(tmp_path, monkeypatch):
     root = tmp_path / "set"
     assert generate_coco_fixture(root, CocoFixtureConfig(images=2))
     before = files_of(root)
-    write = cv2.imwrite
-    monkeypatch.setattr(
-        coco_fixture.cv2, "imwrite", lambda path, image: "0001" not in path and write(path, image)
-    )
+    write = coco_fixture.write_image
+
+    def fail_on_the_second(path, image):
+        if path.name == "0001.png":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, image)
+
+    monkeypatch.setattr(coco_fixture, "write_image", fail_on_the_second)
     for folder in (root, tmp_path / "other"):
         with pytest.raises(
-            DatasetError, match=r"Cannot write the COCO fixture to '.*': cannot write '0001\.png'"
+            DatasetError, match=r"Cannot write the COCO fixture to '.*': No space left on device"
         ):
             generate_coco_fixture(folder, CocoFixtureConfig(images=2, seed=1))
     assert files_of(root) == before and list(tmp_path.iterdir()) == [root]
@@ -107,15 +113,15 @@ def test_two_at_once_do_not_mix_their_images(tmp_path, monkeypatch):
     """Another process draws with another seed between two images of this one."""
     one, another = CocoFixtureConfig(images=2), CocoFixtureConfig(images=2, seed=1)
     generate_coco_fixture(tmp_path / "alone", one)
-    write = cv2.imwrite
+    write = coco_fixture.write_image
 
     def in_between(path, image):
-        if "0001" in path:
+        if path.name == "0001.png":
             monkeypatch.undo()
             assert generate_coco_fixture(tmp_path / "set", another)
-        return write(path, image)
+        write(path, image)
 
-    monkeypatch.setattr(coco_fixture.cv2, "imwrite", in_between)
+    monkeypatch.setattr(coco_fixture, "write_image", in_between)
     assert generate_coco_fixture(tmp_path / "set", one)
     assert files_of(tmp_path / "set") == files_of(tmp_path / "alone")
 

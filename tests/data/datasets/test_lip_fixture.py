@@ -1,5 +1,6 @@
 """The drawn data set in LIP's layout."""
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -87,12 +88,14 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
 
     def fail_on_the_fifth(path, image):
         written.append(path)
-        return len(written) < 5
+        if len(written) == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
-    monkeypatch.setattr(lip_fixture.cv2, "imwrite", fail_on_the_fifth)
-    with pytest.raises(DatasetError, match="Cannot write the LIP fixture"):
+    monkeypatch.setattr(lip_fixture, "write_image", fail_on_the_fifth)
+    with pytest.raises(DatasetError, match=r"Cannot write the LIP fixture to .*: No space left on device"):
         generate_lip_fixture(tmp_path / "set", replace(SMALL, seed=2))
     assert json.loads((tmp_path / "set/lip_fixture.json").read_text()) == before
+    written.clear()
     with pytest.raises(DatasetError, match="Cannot write the LIP fixture"):
         generate_lip_fixture(tmp_path / "other", SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
