@@ -54,7 +54,7 @@ def convert_labels(
     table: np.ndarray,
     *,
     progress: Callable[[int, int], None] | None = None,
-) -> int:
+) -> None:
     """Write the label maps of `.mat` files as PNG files of other values.
 
     A file that is there already is kept; one is either whole or not there.
@@ -65,14 +65,10 @@ def convert_labels(
         table: (V,) uint8, what becomes of the values 0 to V - 1.
         progress: called with the number of files done and of all.
 
-    Returns:
-        The number of files written.
-
     Raises:
         SampleError: a file cannot be read, or holds a value outside the table.
         DatasetError: a file cannot be written.
     """
-    written = 0
     with contextlib.ExitStack() as stack:
         scratch = None
         for done, (source, target) in enumerate(sources, start=1):
@@ -88,10 +84,8 @@ def convert_labels(
                     scratch = scratch or stack.enter_context(scratch_beside(target.parent / "part"))
                     write_image(scratch / target.name, table[label])
                     os.replace(scratch / target.name, target)
-                written += 1
             if progress is not None:
                 progress(done, len(sources))
-    return written
 
 
 def write_list(path: Path, names: Sequence[str]) -> None:

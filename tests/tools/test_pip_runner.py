@@ -29,6 +29,7 @@ from pip_runner import InstallError
         ("/usr/bin/python3: No module named pip", "no pip"),
         ("ERROR: ResolutionImpossible: for help visit", "contradict"),
         ("Collecting a\nERROR: Invalid requirement: '??'\n", "Invalid requirement: '??'"),
+        ("ERROR: Failed to build 'a'\nWARNING: b\n  error: no room for c\n", "no room for c"),
         ("Traceback\nValueError: something new\n", "ValueError: something new"),
         ("", "pip printed nothing"),
     ],
@@ -70,9 +71,10 @@ def test_only_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_environment_of_pip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_TARGET", "/elsewhere")
+    for name in ("PIP_TARGET", "PIP_PREFIX", "PYTHONHOME"):
+        monkeypatch.setenv(name, "/elsewhere")
     monkeypatch.setenv("PIP_INDEX_URL", "https://mine.example/simple")
     environment = pip_runner.pip_environment({"TMPDIR": "/var/tmp"})
-    assert "PIP_TARGET" not in environment
+    assert "/elsewhere" not in environment.values()
     assert environment["PIP_INDEX_URL"] == "https://mine.example/simple"
     assert environment["TMPDIR"] == "/var/tmp"

@@ -51,6 +51,7 @@ class Recorded(Environment):
         def stage(name: str, *inputs: str, wishes: dict[str, str] | None = None) -> Stage:
             def run() -> None:
                 self.ran.append(name)
+                assert not list(self.temporary.iterdir())
                 if name == self.failing:
                     raise InstallError(f"{name} failed")
 
@@ -167,12 +168,14 @@ def test_interrupted_stage_is_repaired(root: Path, capsys: pytest.CaptureFixture
     (site_packages / "half-1.0.dist-info").mkdir()
     (site_packages / "half-1.0.dist-info" / "METADATA").write_text("Name: half\n")
     (site_packages / "~ld").mkdir()
+    (site_packages / "~nk").symlink_to(site_packages / "pip")
     environment.run()
     assert environment.ran == ["first", "check"]
     assert not (site_packages / "half-1.0.dist-info").exists() and not (site_packages / "~ld").exists()
     assert list(site_packages.glob("pip-*.dist-info")), "a complete distribution was removed"
+    assert (site_packages / "pip").is_dir() and not (site_packages / "~nk").is_symlink()
     assert not environment.temporary.exists()
-    assert "half-1.0.dist-info, ~ld" in capsys.readouterr().out
+    assert "half-1.0.dist-info, ~ld, ~nk" in capsys.readouterr().out
 
 
 def test_half_made_or_moved_environment_is_remade(root: Path, tmp_path: Path) -> None:
@@ -185,13 +188,75 @@ def test_half_made_or_moved_environment_is_remade(root: Path, tmp_path: Path) ->
     assert str(moved) in (moved / ".venv" / "bin" / "activate").read_text()
     assert not environment.discarded.exists()
 
-    environment.unfinished.touch()
-    (environment.venv / "left-over").touch()
-    again = Recorded(moved)
-    again.borrow_pip = True
-    again.run()
-    assert again.ran == ["first", "second", "check"]
-    assert not (again.venv / "left-over").exists() and not again.unfinished.exists()
+    for first in (False, True):
+        environment.unfinished.touch()
+        if first:  # of all times, when nothing says yet where it was made
+            (environment.state / "place").unlink()
+        (environment.venv / "left-over").touch()
+        again = Recorded(moved)
+        again.borrow_pip = True
+        again.run()
+        assert again.ran == ["first", "second", "check"]
+        assert not (again.venv / "left-over").exists() and not again.unfinished.exists()
+
+
+def test_environment_that_was_put_aside_is_deleted_by_the_next_run(root: Path, tmp_path: Path) -> None:
+    discarded = Recorded(root).discarded
+    (discarded / "lib").mkdir(parents=True)
+    assert not Recorded(root).run() and not discarded.exists()
+    (tmp_path / "precious").touch()
+    discarded.symlink_to(tmp_path)
+    assert not Recorded(root).run() and not discarded.is_symlink()
+    assert (tmp_path / "precious").exists()
+
+
+def test_environment_of_another_python_is_kept_where_none_was_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").touch()
+    another = (3, 10 if sys.version_info[1] != 10 else 11)
+    for version, chosen, remade in [
+        (None, False, True),  # the first time
+        (another, False, False),
+        (another, True, True),
+        ((3, 9), False, True),
+    ]:
+        environment = Recorded(tmp_path, chosen_python=chosen)
+        environment.borrow_pip = True
+        monkeypatch.setattr(environment, "venv_version", lambda version=version: version)
+        assert environment.run() == remade
+        assert environment.ran == (["first", "second", "check"] if remade else [])
+
+
+def test_environment_without_pip_is_of_no_use(tmp_path: Path) -> None:
+    venv.create(tmp_path / ".venv", with_pip=False, symlinks=True)
+    assert Recorded(tmp_path).venv_version() is None
+    make_borrowing_environment(tmp_path / ".venv")
+    assert Recorded(tmp_path).venv_version() == sys.version_info[:2]
+
+
+def test_pip_where_python_brings_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real wheel of pip makes a real environment; only where the wheel comes from is replaced."""
+    ensurepip = pytest.importorskip("ensurepip")
+    (bundled,) = (Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl")
+    find_spec, run_command = importlib.util.find_spec, setup_environment.run_command
+    ran = []
+
+    def run(command: list[str], **keywords: object) -> str:
+        ran.append(command)
+        return run_command(command, **keywords)
+
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "ensurepip" else find_spec(name)
+    )
+    monkeypatch.setattr(setup_environment, "run_command", run)
+    monkeypatch.setattr(
+        setup_environment, "get_pip_wheel", lambda folder: Path(shutil.copy(bundled, folder / bundled.name))
+    )
+    environment = Environment(tmp_path)
+    assert environment.make_venv(6)
+    assert "--without-pip" in ran[0] and environment.venv_version() == sys.version_info[:2]
+    assert sorted(path.name for path in environment.state.iterdir()) == ["place"]
 
 
 def test_environment_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
@@ -268,6 +333,7 @@ def test_real_stages_follow_what_determines_them(tmp_path: Path, monkeypatch: py
     for name, changed in [
         ("csrc/a.cpp", {"project"}),
         ("pyproject.toml", {"project"}),
+        ("setup.py", {"project"}),
         ("projects/CCNet/tools/install_detectron2.py", {"detectron2"}),
         ("constraints.txt", set(before)),
     ]:
@@ -276,12 +342,82 @@ def test_real_stages_follow_what_determines_them(tmp_path: Path, monkeypatch: py
         after = inputs()
         assert {stage for stage in after if after[stage] != before[stage]} == changed
         before = after
+    monkeypatch.setattr(setup_environment, "TORCH", ("torch==9",))
+    assert {stage for stage, hashed in inputs().items() if hashed != before[stage]} == {"torch"}
 
+    for name in ("DETECTRON2", *setup_environment.BUILD_VARIABLES):
+        monkeypatch.setenv(name, "")  # as make exports what is not set
+    assert not any(stage.wishes for stage in Environment(tmp_path).stages())
     monkeypatch.setenv("DETECTRON2", " git+file:///somewhere ")
     monkeypatch.setenv("FORCE_CUDA", "1")
     wishes = {stage.name: stage.wishes for stage in Environment(tmp_path).stages()}
     assert wishes["detectron2"] == {"DETECTRON2": "git+file:///somewhere"}
-    assert wishes["project"]["FORCE_CUDA"] == "1"
+    assert wishes["project"] == {"FORCE_CUDA": "1"}
+
+
+def test_what_the_real_stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is done by the environment's own Python, which notes here what it is asked for."""
+    environment = Environment(tmp_path)
+    environment.python.parent.mkdir(parents=True)
+    environment.python.write_text(f'#!/bin/sh\necho "$TMPDIR $HOME $PWD $*" >>"{tmp_path}/asked"\n')
+    environment.python.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("TMPDIR", "/var/tmp")
+    for stage in environment.stages():
+        stage.run()
+    ours, theirs = f"{environment.temporary} /home/me {tmp_path} ", "/var/tmp /home/me "
+    install = f"{ours}-m pip install --constraint {tmp_path}/constraints.txt "
+    script = f"{tmp_path}/projects/CCNet/tools/install_detectron2.py"
+    assert (tmp_path / "asked").read_text().splitlines() == [
+        f"{install}pip setuptools wheel ninja",
+        f"{install}torch torchvision",
+        f"{ours}{script} --constraint {tmp_path}/constraints.txt --log {environment.log}",
+        f"{install}--verbose --no-build-isolation --editable {tmp_path}[dev,headless]",
+        f"{theirs}{tmp_path} -m pip check",
+        # Elsewhere than where ccnet_d2's sources would be found whether it is installed or not.
+        f"{theirs}{environment.venv} -W ignore -c {setup_environment.CHECK}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (None, 0, ""),
+        (InstallError("There is no torch."), 1, "set-up: There is no torch.\n"),
+        (OSError(28, "No space left on device", "/disk"), 1, "set-up: /disk: No space left on device.\n"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "set-up: interrupted; run the command again, it goes on where it stopped.\n",
+        ),
+    ],
+)
+def test_how_the_script_ends(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException | None,
+    status: int,
+    words: str,
+) -> None:
+    (tmp_path / "constraints.txt").touch()
+    made = []
+
+    class Ending:
+        def __init__(self, **keywords: bool) -> None:
+            made.append(keywords)
+
+        def run(self) -> None:
+            with (tmp_path / "constraints.txt").open() as lock, pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if error is not None:
+                raise error
+
+    monkeypatch.setattr(setup_environment, "ROOT", tmp_path)
+    monkeypatch.setattr(setup_environment, "Environment", Ending)
+    assert setup_environment.main(["--chosen-python"]) == status
+    assert capsys.readouterr().err == words and made == [{"chosen_python": True}]
 
 
 @pytest.mark.parametrize("name", ["install_detectron2.py", "detectron2_wheel.py"])

@@ -24,7 +24,7 @@ def _register(root: Path, **kwargs) -> None:
 def test_pairs_by_name_in_order(tmp_path: Path, write_pair: Callable) -> None:
     pairs = {
         name: write_pair(name, LABEL, extension=ext)
-        for name, ext in (("b", "jpg"), ("a", "png"), ("c/d", "png"))
+        for name, ext in (("b", "JPG"), ("a", "png"), ("c/d", "png"))
     }
     (tmp_path / "images" / "Thumbs.db").write_bytes(b"no image")
     (tmp_path / "labels" / ".hidden.png").write_bytes(b"no label map")
@@ -93,7 +93,7 @@ def test_split_list_chooses_and_orders(tmp_path: Path, write_pair: Callable) -> 
     _register(tmp_path, split_file=tmp_path / "some.txt")
     assert [s["image_id"] for s in DatasetCatalog.get("mine")] == ["c", "a"]
     for content, message in (
-        ("a\nx\n", "no image for 'x'"),
+        ("a\nx\n", r"no image for 'x', which '.*some\.txt' names\.$"),
         ("", "is empty"),
         ("a\nb\na\n", "names 'a' twice"),
     ):
@@ -111,7 +111,7 @@ def test_split_list_chooses_and_orders(tmp_path: Path, write_pair: Callable) -> 
         ):
             DatasetCatalog.get("mine")
     (tmp_path / "some.txt").unlink()
-    with pytest.raises(DatasetError, match=r"split list .*some.txt' does not exist"):
+    with pytest.raises(DatasetError, match=r"split list .*some.txt' does not exist\.$"):
         DatasetCatalog.get("mine")
 
 
@@ -120,6 +120,9 @@ def test_suffixes(tmp_path: Path, write_pair: Callable) -> None:
     os.renames(
         tmp_path / "labels" / "x" / "one_leftImg8bit.png", tmp_path / "labels" / "x" / "one_gt_ids.png"
     )
+    _register(tmp_path, image_suffix="_leftImg8bit.png", label_suffix="_labels.png")
+    with pytest.raises(DatasetError, match=r"the label folder '.*labels' holds no _labels\.png files\.$"):
+        DatasetCatalog.get("mine")
     (tmp_path / "labels" / "x" / "one_gt_color.png").write_bytes(b"ignored")
     _register(tmp_path, image_suffix="_leftImg8bit.png", label_suffix="_gt_ids.png")
     assert DatasetCatalog.get("mine") == [
@@ -175,6 +178,7 @@ def test_bad_descriptions(tmp_path: Path) -> None:
         ({"classes": []}, "at least one class"),
         ({"classes": ["a", "a"]}, "same name"),
         ({"classes": ["a", "b"], "colors": [(0, 0, 0)]}, "1 colours for 2 classes"),
+        ({"classes": ["a"], "colors": [(0, 0, 0), (1, 1, 1)]}, "2 colours for 1 classes"),
         ({"classes": ["a", "b"], "ignore_label": 1}, "ignore_label 1 is class 'b'"),
     ):
         with pytest.raises(DatasetError, match=message):
@@ -185,7 +189,8 @@ def test_bad_descriptions(tmp_path: Path) -> None:
 def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write_pair: Callable) -> None:
     write_pair("a", LABEL)
     monkeypatch.setenv("HOME", str(tmp_path))
-    register_sem_seg_folder("mine", "~/images", "~/labels", ["a"])
+    (tmp_path / "list.txt").write_text("a\n")
+    register_sem_seg_folder("mine", "~/images", "~/labels", ["a"], split_file="~/list.txt")
     assert DatasetCatalog.get("mine")[0]["file_name"] == str(tmp_path / "images" / "a.png")
 
 
@@ -200,7 +205,7 @@ def test_voc_colours() -> None:
         (128, 192, 0),
         (0, 64, 128),
     ]
-    assert len(set(default_colors(200))) == 200
+    assert len(set(default_colors(1000))) == 1000
 
 
 def test_unknown_names_and_disagreeing_sets(tmp_path: Path) -> None:

@@ -69,7 +69,8 @@ def pascal_context(root: Path) -> tuple[Path, Path]:
 
 def coco_stuff(root: Path) -> Path:
     folder = root / "cocostuff-10k-v1.1"
-    splits = {"train": ["COCO_train2014_000000000077"], "test": ["COCO_train2014_000000000081"]}
+    names = [f"COCO_train2014_0000000000{number}" for number in (77, 79, 81)]
+    splits = {"train": names[:2], "test": names[2:]}
     for i, (split, names) in enumerate(splits.items()):
         listed = folder / "imageLists" / f"{split}.txt"
         listed.parent.mkdir(parents=True, exist_ok=True)
@@ -136,8 +137,12 @@ def test_pascal_context(tmp_path, classes):
 
 def test_coco_stuff(tmp_path):
     folder = coco_stuff(tmp_path)
-    assert convert_coco_stuff(folder) == {"train": 1, "val": 1}
+    seen = []
+    counts = convert_coco_stuff(folder, progress=lambda done, total: seen.append((done, total)))
+    assert counts == {"train": 2, "val": 1} and seen == [(i, 3) for i in range(1, 4)]
     register_all(tmp_path)
+    val = get_sem_seg_dataset_dicts("coco_stuff_10k_sem_seg_val")
+    assert [sample["image_id"] for sample in val] == ["COCO_train2014_000000000081"]
     used = [n for n in range(1, 183) if n not in COCO_UNUSED]
     expected = {}
     for mat in (folder / "annotations").glob("*.mat"):
@@ -156,6 +161,10 @@ def test_class_names():
     assert MetadataCatalog.get("pascal_context_60_sem_seg_val").stuff_classes[0] == "background"
     assert len(COCO_STUFF_CLASSES) == len(set(COCO_STUFF_CLASSES)) == 171
     assert COCO_STUFF_CLASSES[0] == "person" and COCO_STUFF_CLASSES[79] == "toothbrush"
+    # Black is the colour of background, and of nothing else.
+    for name, black in (("pascal_context_59", 0), ("pascal_context_60", 1), ("coco_stuff_10k", 0)):
+        colors = MetadataCatalog.get(f"{name}_sem_seg_val").stuff_colors
+        assert [color == (0, 0, 0) for color in colors].index(True) == 0 if black else (0, 0, 0) not in colors
     assert COCO_STUFF_CLASSES[80] == "banner" and COCO_STUFF_CLASSES[170] == "wood"
 
 
@@ -169,7 +178,7 @@ def test_preparation_keeps_what_is_there_and_leaves_nothing_half_written(tmp_pat
     broken.write_bytes(broken.read_bytes()[:500])
     with pytest.raises(SampleError, match=r"000000000081\.mat"):
         convert_coco_stuff(folder)
-    assert [path.name for path in (folder / "labels").iterdir()] == [png.name]
+    assert {path.name for path in (folder / "labels").iterdir()} == {png.name, png.name.replace("77", "79")}
     assert png.stat().st_mtime_ns == before
 
 
@@ -183,8 +192,8 @@ def test_two_preparations_at_once(tmp_path, monkeypatch):
         replace(part, target)
 
     monkeypatch.setattr(os, "replace", in_between)
-    assert convert_coco_stuff(folder) == {"train": 1, "val": 1}
-    assert sorted(path.suffix for path in (folder / "labels").iterdir()) == [".png", ".png"]
+    assert convert_coco_stuff(folder) == {"train": 2, "val": 1}
+    assert sorted(path.suffix for path in (folder / "labels").iterdir()) == [".png"] * 3
 
 
 def run_tool(name: str, *arguments: str) -> int:
@@ -197,7 +206,7 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     coco_stuff(tmp_path)
     assert run_tool("prepare_pascal_context", str(annotations)) == 0
     assert run_tool("prepare_coco_stuff") == 0
-    assert capsys.readouterr().out == "train: 2 images, val: 2 images\ntrain: 1 images, val: 1 images\n"
+    assert capsys.readouterr().out == "train: 2 images, val: 2 images\ntrain: 2 images, val: 1 images\n"
     listed = tmp_path / "VOC2010/ImageSets/SegmentationContext/val.txt"
     assert listed.read_text() == "2008_000003\n2010_000002\n"
     assert run_tool("prepare_coco_stuff", str(tmp_path / "elsewhere")) == 1
@@ -207,6 +216,14 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
 
 def _rename_a_label(voc: Path, annotations: Path) -> None:
     (annotations.parent / "labels.txt").write_text("1: accordion\n2: airplane\n")
+
+
+def _rename_a_label_beside_the_annotations(voc: Path, annotations: Path) -> None:
+    (annotations / "labels.txt").write_text("1: accordion\n2: airplane\n")
+
+
+def _remove_all_annotations(voc: Path, annotations: Path) -> None:
+    annotations.rename(annotations.with_name("elsewhere"))
 
 
 def _remove_an_annotation(voc: Path, annotations: Path) -> None:
@@ -225,6 +242,14 @@ def _empty_map(voc: Path, annotations: Path) -> None:
     savemat(annotations / "2009_001110.mat", {"LabelMap": np.zeros((0, 0), np.uint16)})
 
 
+def _doubles(voc: Path, annotations: Path) -> None:
+    savemat(annotations / "2009_001110.mat", {"LabelMap": np.full(SIZE, 2.0)})
+
+
+def _several_maps(voc: Path, annotations: Path) -> None:
+    savemat(annotations / "2009_001110.mat", {"LabelMap": np.zeros((*SIZE, 2), np.uint16)})
+
+
 def _negative_label(voc: Path, annotations: Path) -> None:
     savemat(annotations / "2009_001110.mat", {"LabelMap": np.array([[7, -3]], np.int16)})
 
@@ -241,6 +266,10 @@ def _unknown_label(voc: Path, annotations: Path) -> None:
     ("damage", "message"),
     [
         (_rename_a_label, "calls label 2 'airplane', but it should be 'aeroplane'"),
+        (_rename_a_label_beside_the_annotations, "calls label 2 'airplane', but it should be 'aeroplane'"),
+        (_remove_all_annotations, r"The folder '.*trainval' does not exist; unpack PASCAL Context's"),
+        (_doubles, "2009_001110.mat' has no label map 'LabelMap' of integers"),
+        (_several_maps, "2009_001110.mat' has no label map 'LabelMap'"),
         (_remove_an_annotation, r"no annotation of '2009_001110' \(1 of 4 are missing\)"),
         (_remove_the_list, "Main/val.txt' does not exist; unpack VOC 2010"),
         (_other_variable, "2009_001110.mat' has no label map 'LabelMap'"),
@@ -258,6 +287,27 @@ def test_what_is_wrong_is_named(tmp_path, damage, message):
     damage(voc, annotations)
     with pytest.raises(DatasetError, match=message):
         convert_pascal_context(voc, annotations)
+
+
+def test_an_annotation_that_is_missing_is_named_before_anything_is_written(tmp_path):
+    folder = coco_stuff(tmp_path)
+    (folder / "annotations" / "COCO_train2014_000000000081.mat").unlink()
+    with pytest.raises(
+        DatasetError, match=r"no annotation of 'COCO_train2014_000000000081' \(1 of 3 are missing\)"
+    ):
+        convert_coco_stuff(folder)
+    assert not (folder / "labels").exists()
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pascal_context(tmp_path)
+    coco_stuff(tmp_path)
+    convert_pascal_context("~/VOC2010", "~/downloads/trainval")
+    convert_coco_stuff("~/cocostuff-10k-v1.1")
+    register_all("~")
+    for name, count in (("pascal_context_60", 2), ("coco_stuff_10k", 1)):
+        assert len(get_sem_seg_dataset_dicts(f"{name}_sem_seg_val")) == count
 
 
 def test_a_label_beyond_coco_s_is_named(tmp_path):
