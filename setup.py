@@ -112,7 +112,8 @@ def find_compiler() -> list[str]:
 
 def find_cuda_toolkit() -> Path:
     """The CUDA toolkit's directory, the one with bin/nvcc and include/cuda_runtime.h."""
-    chosen = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    named = next((name for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)), "")
+    chosen = os.environ.get(named)
     candidates = [Path(chosen)] if chosen else [Path("/usr/local/cuda"), Path("/opt/cuda")]
     nvcc = shutil.which("nvcc")
     if nvcc and not chosen:
@@ -122,7 +123,7 @@ def find_cuda_toolkit() -> Path:
         if (candidate / "bin" / "nvcc").exists() and (candidate / "include" / "cuda_runtime.h").exists():
             return candidate
     if chosen:
-        raise NotBuilt(f"CUDA_HOME={chosen} has no bin/nvcc or no include/cuda_runtime.h.")
+        raise NotBuilt(f"{named}={chosen} has no bin/nvcc or no include/cuda_runtime.h.")
     raise NotBuilt("no CUDA toolkit (nvcc) was found: set CUDA_HOME to its directory.")
 
 

@@ -337,9 +337,11 @@ def test_a_file_is_compiled_again_where_it_or_a_header_or_the_command_changes(
     assert compiled() == []
 
 
-def test_toolkit_that_is_none(setup_module, monkeypatch, tmp_path):
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    with pytest.raises(setup_module.NotBuilt, match="has no bin/nvcc"):
+@pytest.mark.parametrize("name", ["CUDA_HOME", "CUDA_PATH"])
+def test_toolkit_that_is_none(setup_module, monkeypatch, tmp_path, name):
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv(name, str(tmp_path))
+    with pytest.raises(setup_module.NotBuilt, match=f"^{name}=.* has no bin/nvcc"):
         setup_module.find_cuda_toolkit()
 
 

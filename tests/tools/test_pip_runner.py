@@ -41,11 +41,30 @@ def test_causes(output: str, meaning: str) -> None:
 
 def test_failing_command_keeps_its_output_in_the_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    program = "import sys; print('first'); print('ERROR: it broke.', file=sys.stderr); sys.exit(3)"
+    log.write_text("of the command before\n")
+    program = (
+        "import sys; print('first'); print('ERROR: it broke.', file=sys.stderr);"
+        r"sys.stdout.buffer.write(b'caf\xe9\n'); sys.exit(3)"
+    )
     with pytest.raises(InstallError) as error:
         pip_runner.run_command([sys.executable, "-c", program], what="The work", log=log)
     assert str(error.value) == f"The work failed: it broke. All of the output is in {log}."
-    assert sorted(log.read_text().splitlines()) == ["ERROR: it broke.", "first"]
+    before, *lines = log.read_text().splitlines()
+    assert before == "of the command before" and sorted(lines) == ["ERROR: it broke.", "caf\ufffd", "first"]
+
+
+def test_command_is_ended_where_its_reader_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(line: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pip_runner, "_echo", interrupt)
+    written = tmp_path / "written"
+    program = f"import time; print('first', flush=True); time.sleep(1); open({str(written)!r}, 'w')"
+    with pytest.raises(KeyboardInterrupt):
+        pip_runner.run_command([sys.executable, "-c", program], what="The work")
+    assert not written.exists()
 
 
 def test_sentence_of_our_own_script_is_passed_on() -> None:
