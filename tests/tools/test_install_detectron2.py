@@ -329,6 +329,154 @@ def test_another_requirement_replaces_what_is_there(tmp_path: Path) -> None:
     assert installed_detectron2() != "99.0"
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """What the script asks pip for, which does nothing; a wheel is named after where it is made and of what."""
+    commands: list[list[str]] = []
+
+    def pip(arguments: list[str | Path], **keywords: object) -> str:
+        assert keywords["log"] == tmp_path / "log"
+        commands.append([str(argument) for argument in arguments])
+        return ""
+
+    monkeypatch.setattr(install_detectron2, "run_pip", pip)
+    monkeypatch.setattr(
+        install_detectron2, "fetch_file", lambda project, name, sha256, work: Path(f"got-{project}")
+    )
+    monkeypatch.setattr(
+        install_detectron2,
+        "build_wheel",
+        lambda archive, directory, work, pip: Path(
+            f"{archive}.{directory.relative_to(directory.parent)}.whl"
+        ),
+    )
+    monkeypatch.delenv("DETECTRON2", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.txt").touch()
+    return commands
+
+
+@pytest.mark.parametrize(
+    ("present", "arguments", "expected"),
+    [
+        (False, "", ["install", "got-detectron2-cdo.dist.whl"]),
+        (True, "", None),
+        (True, "--constraint c.txt", None),
+        (True, "--force", ["install", "--force-reinstall", "--no-deps", "got-detectron2-cdo.dist.whl"]),
+        (False, "--constraint c.txt", ["install", "--constraint", "/c.txt", "got-detectron2-cdo.dist.whl"]),
+        (False, "--sdist mine", ["install", "mine.dist.whl"]),
+        (True, "--requirement git+x", ["install", "--no-build-isolation", "git+x"]),
+        (False, "--requirement git+x --constraint c.txt",
+         ["install", "--no-build-isolation", "--constraint", "/c.txt", "git+x"]),
+        (True, "--requirement git+x --wheel-dir here --sdist mine", None),
+    ],
+)  # fmt: skip
+def test_what_pip_is_asked_for(
+    asked: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    present: bool,
+    arguments: str,
+    expected: list[str] | None,
+) -> None:
+    pytest.importorskip("torch")
+    imported = []
+
+    def import_detectron2(module: str = "detectron2") -> tuple[str | None, str]:
+        imported.append(module)
+        return (
+            (f"0.5 at {len(imported)}", "") if present or len(imported) > 1 else (None, "ModuleNotFoundError")
+        )
+
+    monkeypatch.setattr(install_detectron2, "import_detectron2", import_detectron2)
+    assert install_detectron2.main([*arguments.split(), "--log", str(tmp_path / "log")]) == 0
+    said = capsys.readouterr().out
+    if expected is None:
+        assert asked == []
+        assert said == (
+            "Detectron2 wheel: mine.here.whl\n" if "here" in arguments else "Detectron2 0.5 at 1 is kept.\n"
+        )
+    else:
+        assert asked == [[str(tmp_path / word[1:]) if word == "/c.txt" else word for word in expected]]
+        assert said == "Detectron2 0.5 at 2 is installed.\n"
+        # Of a Detectron2 that needs pkg_resources, this is what fails.
+        assert imported == ["detectron2", "detectron2.model_zoo"]
+
+
+def test_requirement_of_the_environment_variable(
+    asked: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setenv("DETECTRON2", " ./fork ")
+    (tmp_path / "fork").mkdir()
+    error = "ModuleNotFoundError: No module named 'pkg_resources'"
+    monkeypatch.setattr(install_detectron2, "import_detectron2", lambda module="": (None, error))
+    assert install_detectron2.main(["--log", str(tmp_path / "log")]) == 1
+    assert asked == [["install", "--no-build-isolation", str(tmp_path / "fork")]]
+    assert capsys.readouterr().err == (
+        f"install_detectron2: Detectron2 was installed but cannot be imported ({error}): install 'setuptools<82', the "
+        "last to have it.\n"
+    )
+
+
+def test_what_is_imported_and_what_is_said_of_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of the name beside the user is no Detectron2; one on the path is."""
+    for folder in (tmp_path / "detectron2", tmp_path / "path" / "detectron2"):
+        folder.mkdir(parents=True)
+    (tmp_path / "path" / "detectron2" / "__init__.py").write_text("__version__ = '9.9'\n")
+    (tmp_path / "path" / "detectron2" / "half.py").write_text(
+        "import warnings\nwarnings.warn('x')\nimport no_such\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    assert install_detectron2.import_detectron2() == (f"9.9 at {tmp_path / 'path' / 'detectron2'}", "")
+    assert install_detectron2.import_detectron2("detectron2.half") == (
+        None,
+        "ModuleNotFoundError: No module named 'no_such'",
+    )
+
+
+def test_setuptools_and_torch_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    environment = install_detectron2.provide_setuptools(
+        tmp_path / "tools", lambda arguments, *, what: asked.append(arguments) or ""
+    )
+    assert asked == [["install", "--target", tmp_path / "tools", "setuptools>=64,<82", "wheel"]]
+    assert environment == {"PYTHONPATH": f"{tmp_path / 'tools'}{os.pathsep}/mine"}
+    with pytest.raises(InstallError, match="install torch and torchvision first"):
+        install_detectron2.require_torch()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (OSError(30, "Read-only file system", "/env"), 1, "/env: Read-only file system."),
+        (KeyboardInterrupt(), 130, "interrupted; run it again."),
+    ],
+)
+def test_how_the_script_ends(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+    words: str,
+) -> None:
+    def end(arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(install_detectron2, "install", end)
+    assert install_detectron2.main([]) == status
+    assert capsys.readouterr().err == f"install_detectron2: {words}\n"
+
+
 def test_stand_in_for_the_extension() -> None:
     module = types.ModuleType("detectron2._C")
     exec(detectron2_wheel.MISSING_EXTENSION, module.__dict__)

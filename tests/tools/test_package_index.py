@@ -12,8 +12,10 @@ import ssl
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,7 +81,7 @@ def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Index]:
     server.pages["/simple/thing/"] = (
         b"<!DOCTYPE html><html><body>\n"
         b'<a href="../../files/thing-1.0-py3-none-any.whl#sha256=00" data-requires-python="&gt;=3">thing</a><br/>\n'
-        b"<A data-x='1' HREF='../../files/thing-1%2E1.tar.gz'>thing</A>\n</body></html>"
+        b"<A data-x='1' HREF='../../files/thing-1%2E1.tar.gz'>thing</A>\ncaf\xe9</body></html>"
     )
     server.pages["/files/thing-1.0-py3-none-any.whl"] = CONTENT
     server.pages["/files/thing-1%2E1.tar.gz"] = CONTENT
@@ -107,7 +109,7 @@ def test_other_content_is_refused(index: Index, tmp_path: Path) -> None:
 
 def test_missing_file_is_named(index: Index, tmp_path: Path) -> None:
     with pytest.raises(
-        InstallError, match=r"thing-2\.0\.zip cannot be downloaded .*/simple has no thing-2\.0\.zip"
+        InstallError, match=r"thing-2\.0\.zip cannot be downloaded \([^;]*/simple has no thing-2\.0\.zip\)"
     ):
         package_index.fetch_file("thing", "thing-2.0.zip", SHA256, tmp_path)
 
@@ -135,6 +137,9 @@ def test_credentials_go_to_the_index_only_and_into_no_message(
     package_index.fetch_file("elsewhere", "thing-1.0-py3-none-any.whl", SHA256, tmp_path)
     token = "Basic " + base64.b64encode(b"me:p@ss").decode()
     assert index.asked == [("/simple/elsewhere/", token), ("/files/thing-1.0-py3-none-any.whl", None)]
+    # A file on the index's own host needs them.
+    package_index.fetch_file("thing", "thing-1.0-py3-none-any.whl", SHA256, tmp_path)
+    assert index.asked[2:] == [("/simple/thing/", token), ("/files/thing-1.0-py3-none-any.whl", token)]
     with pytest.raises(InstallError) as error:
         package_index.fetch_file("thing", "nothing", SHA256, tmp_path)
     assert "p%40ss" not in str(error.value) and "p@ss" not in str(error.value)
@@ -190,12 +195,21 @@ def test_certificates_given_are_the_only_ones(
     monkeypatch.setenv("PIP_CERT", str(tmp_path / "one.pem"))
     context = package_index._ssl_context()
     assert len(context.get_ca_certs()) == 1 and context.verify_mode == ssl.CERT_REQUIRED
+    urlopen, used = urllib.request.urlopen, []
+
+    def note(request: urllib.request.Request, **keywords: Any) -> Any:
+        used.append((keywords["context"].get_ca_certs(), keywords["timeout"]))
+        return urlopen(request, **keywords)
+
+    monkeypatch.setattr(urllib.request, "urlopen", note)
+    package_index.fetch_file("thing", "thing-1.1.tar.gz", SHA256, tmp_path)
+    assert used == [(context.get_ca_certs(), package_index.TIMEOUT_S)] * 2
 
 
 def test_index_from_the_configuration_file(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("PIP_INDEX_URL")
+    monkeypatch.setenv("PIP_INDEX_URL", "")  # which pip takes for unset
     file = tmp_path / "home" / "config" / "pip" / "pip.conf"
     file.parent.mkdir(parents=True)
     file.write_text(
