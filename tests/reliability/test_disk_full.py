@@ -115,6 +115,11 @@ def test_quotas_and_size_limits_are_full_disks_too(tmp_path, monkeypatch, number
         atomic_file.disk_full_reported(tmp_path, lambda: "remove something"),
     ):
         raise OSError(number, os.strerror(number))
+    with (
+        pytest.raises(DiskFullError, match=r"; make room and try again\.$"),
+        atomic_file.disk_full_reported(tmp_path),
+    ):
+        raise OSError(number, os.strerror(number))
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
@@ -132,7 +137,8 @@ def test_files_appear_whole_and_synced(tmp_path, monkeypatch):
 
         def told(*arguments, name=name, original=original):
             place = arguments[0] if name == "replace" else os.readlink(f"/proc/self/fd/{arguments[0]}")
-            done.append((name, Path(place).name))
+            size = os.path.getsize(place) if Path(place).is_file() else 0
+            done.append((name, Path(place).name, size))
             return original(*arguments)
 
         monkeypatch.setattr(os, name, told)
@@ -142,7 +148,7 @@ def test_files_appear_whole_and_synced(tmp_path, monkeypatch):
         file.write(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
-    assert done == [("fsync", "file.tmp"), ("replace", "file.tmp"), ("fsync", tmp_path.name)]
+    assert done == [("fsync", "file.tmp", 3), ("replace", "file.tmp", 3), ("fsync", tmp_path.name, 0)]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
@@ -155,17 +161,25 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path, error):
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"old"
 
 
+def test_texts_are_utf_8_and_no_descriptor_is_left(tmp_path):
+    opened = os.listdir("/proc/self/fd")
+    atomic_file.atomic_write_text(tmp_path / "file", "3 × 3 → 1\n")
+    assert (tmp_path / "file").read_bytes() == "3 × 3 → 1\n".encode()
+    assert len(os.listdir("/proc/self/fd")) == len(opened)
+
+
 def test_file_systems_that_cannot_sync_folders(tmp_path, monkeypatch):
     fsync = os.fsync
 
-    def refuse(descriptor, number=22):
+    def refuse(descriptor, number):
         if Path(os.readlink(f"/proc/self/fd/{descriptor}")).is_dir():
             raise OSError(number, os.strerror(number))
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", refuse)
-    with atomic_write(tmp_path / "a") as file:
-        file.write(b"x")
-    monkeypatch.setattr(os, "fsync", lambda descriptor: refuse(descriptor, 5))
+    for number in (errno.EINVAL, errno.ENOTSUP):
+        monkeypatch.setattr(os, "fsync", lambda descriptor, number=number: refuse(descriptor, number))
+        with atomic_write(tmp_path / "a") as file:
+            file.write(b"x")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: refuse(descriptor, errno.EIO))
     with pytest.raises(OSError, match="Input/output"), atomic_write(tmp_path / "b") as file:
         file.write(b"x")

@@ -12,6 +12,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,6 +205,24 @@ def test_certificates_given_are_the_only_ones(
     monkeypatch.setattr(urllib.request, "urlopen", note)
     package_index.fetch_file("thing", "thing-1.1.tar.gz", SHA256, tmp_path)
     assert used == [(context.get_ca_certs(), package_index.TIMEOUT_S)] * 2
+
+
+def test_certificates_that_do_not_do_are_one_sentence(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> tuple[bytes, str]:
+        raise urllib.error.URLError(ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED]"))
+
+    monkeypatch.setattr(package_index, "_read", read)
+    with pytest.raises(
+        InstallError, match="cannot be verified: apt install ca-certificates, or set PIP_CERT"
+    ):
+        package_index.fetch_file("thing", "thing-1.1.tar.gz", SHA256, tmp_path)
+    monkeypatch.setenv("PIP_CERT", str(tmp_path / "none.pem"))
+    with pytest.raises(
+        InstallError, match=r"^The certificates .*none\.pem \(PIP_CERT\) cannot be read: .*No such file"
+    ):
+        package_index.fetch_file("thing", "thing-1.1.tar.gz", SHA256, tmp_path)
 
 
 def test_index_from_the_configuration_file(

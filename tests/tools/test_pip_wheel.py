@@ -32,7 +32,8 @@ def test_wheel_of_pip_from_a_package_that_is_not_installed(
         "Description: pip\n"
     )
     package = tmp_path / "package.deb"
-    subprocess.run(["dpkg-deb", "--build", str(tree), str(package)], check=True, capture_output=True)
+    build = ["dpkg-deb", "--build", str(tree), str(package)]
+    subprocess.run(build, check=True, capture_output=True)
     (tmp_path / "bin").mkdir()
     apt_get = tmp_path / "bin" / "apt-get"
     apt_get.write_text(
@@ -45,6 +46,12 @@ def test_wheel_of_pip_from_a_package_that_is_not_installed(
     directory.mkdir()
     wheel = pip_wheel.system_pip(directory, tmp_path / "nothing")
     assert wheel and wheel.read_text() == "wheel" and wheel.is_relative_to(directory)
+    assert (directory / "python3-pip-whl_24.0_all.deb").is_file()
+
+    shutil.rmtree(tree / "usr")  # another distribution's package of the name
+    subprocess.run(build, check=True, capture_output=True)
+    (tmp_path / "empty").mkdir()
+    assert pip_wheel.system_pip(tmp_path / "empty", tmp_path / "nothing") is None
 
     apt_get.write_text("#!/bin/sh\necho 'E: Unable to locate package' >&2\nexit 100\n")
     other = tmp_path / "other"
