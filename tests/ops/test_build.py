@@ -230,6 +230,14 @@ def test_compiler_named_by_nothing_but_a_space(setup_module, monkeypatch):
     assert setup_module.find_compiler() == ["c++"]
 
 
+def test_the_compiler_that_is_there(setup_module, monkeypatch, tmp_path):
+    (tmp_path / "clang++").write_text("#!/bin/sh\n")
+    (tmp_path / "clang++").chmod(0o755)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup_module.find_compiler() == ["clang++"]
+
+
 # Stands in for a compiler that does not know an instruction: -c of a file that speaks of one fails.
 OLD_COMPILER = """#!{python}
 import sys
@@ -284,6 +292,17 @@ def test_the_oldest_torch(setup_module, monkeypatch, version, enough):
             setup_module.NotBuilt, match=r"needs torch 2\.10 or newer, and torch 2\.9\.1\+cu128"
         ):
             setup_module.import_torch()
+
+
+def test_a_torch_whose_libraries_are_missing(setup_module, monkeypatch, tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "raise OSError('libcudart.so: cannot open shared object file')"
+    )
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(setup_module.NotBuilt, match=r"^importing torch failed: libcudart\.so: cannot open"):
+        setup_module.import_torch()
 
 
 @pytest.mark.parametrize(

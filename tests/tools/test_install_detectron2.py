@@ -429,6 +429,7 @@ def test_what_is_imported_and_what_is_said_of_a_failure(
     """A folder of the name beside the user is no Detectron2; one on the path is."""
     for folder in (tmp_path / "detectron2", tmp_path / "path" / "detectron2"):
         folder.mkdir(parents=True)
+    (tmp_path / "detectron2" / "__init__.py").write_text("__version__ = '0.0'\n")
     (tmp_path / "path" / "detectron2" / "__init__.py").write_text("__version__ = '9.9'\n")
     (tmp_path / "path" / "detectron2" / "half.py").write_text(
         "import warnings\nwarnings.warn('x')\nimport no_such\n"

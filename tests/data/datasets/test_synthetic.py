@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,43 @@ def test_reused_remade_and_completed(tmp_path: Path) -> None:
     assert generate_synthetic_dataset(root, replace(SMALL, noise=5.0))
     assert read_manifest(root)["config"]["noise"] == 5.0
     assert os.listdir(tmp_path) == ["set"], "scratch folders were left behind"
+
+
+def test_what_is_not_whole_or_of_another_version_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "set"
+    generate_synthetic_dataset(root, SMALL)
+    register_synthetic(root, prefix="tiny")
+    whole = _contents(root)
+    manifest = json.loads((root / "manifest.json").read_text())
+    fewer = {key: value for key, value in manifest["config"].items() if key != "seed"}
+    for name, content in (
+        ("val_scenes.json", None),
+        ("train.txt", None),
+        ("labels", None),
+        ("manifest.json", {**manifest, "format": 1}),
+        ("manifest.json", {**manifest, "config": None}),
+        ("manifest.json", {**manifest, "config": fewer}),
+    ):
+        if content is not None:
+            (root / name).write_text(json.dumps(content))
+        elif (root / name).is_dir():
+            shutil.rmtree(root / name)
+        else:
+            (root / name).unlink()
+        with pytest.raises(DatasetError, match="There is no complete synthetic data set in"):
+            DatasetCatalog.get("tiny_val")
+        assert generate_synthetic_dataset(root, SMALL)
+        assert _contents(root) == whole
+
+
+@pytest.mark.parametrize("manifest", ["{", "[]", '{"generator": "another program"}', "\xff"])
+def test_manifests_of_others_are_left_alone(tmp_path: Path, manifest: str) -> None:
+    (tmp_path / "manifest.json").write_text(manifest, encoding="latin-1")
+    with pytest.raises(DatasetError, match="something other than a synthetic data set"):
+        generate_synthetic_dataset(tmp_path, SMALL)
+    assert _contents(tmp_path) == {"manifest.json": manifest.encode("latin-1")}
 
 
 def test_another_folder_is_never_replaced(tmp_path: Path) -> None:
