@@ -147,6 +147,8 @@ def test_a_wheel_is_for_one_platform_only_where_it_holds_a_library(build, tmp_pa
         compiler = tmp_path / "compiler"
         compiler.write_text(OLD_COMPILER.format(python=sys.executable))
         compiler.chmod(0o755)
+        (tmp_path / "out/ccnet_d2/ops").mkdir(parents=True)
+        (tmp_path / "out/ccnet_d2/ops/_C_cpu.not_built").write_text("of an earlier build")
     wish = {"CXX": str(compiler), "CCNET_EXT": "require"} if built else {"CCNET_EXT": "0"}
     done, _ = build("bdist_wheel", "--dist-dir", str(tmp_path / "dist"), **wish)
     assert done.returncode == 0, done.stderr
@@ -155,7 +157,9 @@ def test_a_wheel_is_for_one_platform_only_where_it_holds_a_library(build, tmp_pa
     with zipfile.ZipFile(wheel) as content:
         names = content.namelist()
         (about,) = [content.read(name).decode() for name in names if name.endswith(".dist-info/WHEEL")]
-    assert ("ccnet_d2/ops/_C_cpu.so" in names) == built and "ccnet_d2/ops/__init__.py" in names
+    assert "ccnet_d2/ops/__init__.py" in names
+    for suffix, there in (("so", built), ("not_built", not built)):
+        assert (f"ccnet_d2/ops/_C_cpu.{suffix}" in names) == there
     assert tags[:2] == (["cp310", "abi3"] if built else ["py3", "none"]) and (tags[2] == "any") != built
     assert f"Root-Is-Purelib: {str(not built).lower()}\n" in about and f"Tag: {'-'.join(tags)}\n" in about
 
@@ -354,6 +358,17 @@ def test_a_file_is_compiled_again_where_it_or_a_header_or_the_command_changes(
     monkeypatch.setenv("CXXFLAGS", "-g")
     assert compiled() == ["a.cpp", "b.cpp"]
     assert compiled() == []
+    monkeypatch.setattr(torch, "__version__", "2.99.0")  # another one in the same place
+    assert compiled() == ["a.cpp", "b.cpp"]
+    # A compiler that is killed leaves half a file, newer than all that it is made of.
+    sources[0].write_text("new_instruction")
+    with pytest.raises(setup_module.NotBuilt):
+        compiled()
+    (half,) = (tmp_path / "temp").rglob("a.cpp.o")
+    half.write_text("half")
+    sources[0].write_text("")
+    os.utime(sources[0], (1, 1))
+    assert compiled() == ["a.cpp"]
 
 
 @pytest.mark.parametrize("name", ["CUDA_HOME", "CUDA_PATH"])

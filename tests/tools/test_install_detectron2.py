@@ -335,11 +335,14 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     commands: list[list[str]] = []
 
     def pip(arguments: list[str | Path], **keywords: object) -> str:
-        assert keywords["log"] == tmp_path / "log"
+        assert keywords["log"] == tmp_path / "log" and keywords["extra_env"] == {"PYTHONPATH": "/tools"}
         commands.append([str(argument) for argument in arguments])
         return ""
 
     monkeypatch.setattr(install_detectron2, "run_pip", pip)
+    monkeypatch.setattr(
+        install_detectron2, "provide_setuptools", lambda folder, pip: {"PYTHONPATH": "/tools"}
+    )
     monkeypatch.setattr(
         install_detectron2, "fetch_file", lambda project, name, sha256, work: Path(f"got-{project}")
     )
@@ -452,8 +455,9 @@ def test_setuptools_and_torch_that_are_not_there(tmp_path: Path, monkeypatch: py
     )
     assert asked == [["install", "--target", tmp_path / "tools", "setuptools>=64,<82", "wheel"]]
     assert environment == {"PYTHONPATH": f"{tmp_path / 'tools'}{os.pathsep}/mine"}
+    monkeypatch.setattr(install_detectron2, "import_detectron2", lambda: (None, ""))
     with pytest.raises(InstallError, match="install torch and torchvision first"):
-        install_detectron2.require_torch()
+        install_detectron2.install(install_detectron2.parse_arguments(["--requirement", "git+x"]))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -40,6 +41,7 @@ def test_masks_lie_on_what_is_drawn(root):
         record = coco.imgs[image_id]
         image = cv2.imread(str(root / "images" / record["file_name"])).astype(int)
         assert image.shape == (record["height"], record["width"], 3)
+        assert coco.getAnnIds(image_id, iscrowd=False) == coco.getAnnIds(image_id)
         masks = [coco.annToMask(a) for a in coco.imgToAnns[image_id]]
         assert 1 <= len(masks) <= 3 and sum(masks).max() == 1
         background = np.median(image[sum(masks) == 0])
@@ -71,22 +73,30 @@ def test_detectron2_loads_it(root):
         MetadataCatalog.pop("coco_fixture_test")
 
 
-def test_made_once_and_always_the_same(root, tmp_path):
+def test_made_once_and_always_the_same(root, tmp_path, monkeypatch):
     assert not generate_coco_fixture(root)
-    generate_coco_fixture(tmp_path / "again")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    generate_coco_fixture("~/again")
     assert files_of(root) == files_of(tmp_path / "again")
     assert generate_coco_fixture(root, CocoFixtureConfig(images=3))
     assert len(json.loads((root / "annotations.json").read_text())["images"]) == 3
 
 
 def test_leaves_what_others_have_there_alone(tmp_path):
-    for name in ("annotations.json", "thesis.tex"):
-        path = tmp_path / name / name
+    for name, content in (
+        ("annotations.json", '{"images": []}'),
+        ("annotations.json", '{"info": []}'),
+        ("annotations.json", '{"info": {"generator": "another program"}}'),
+        ("thesis.tex", "precious"),
+    ):
+        path = tmp_path / "set" / name
         path.parent.mkdir()
-        path.write_text('{"images": []}')
-        with pytest.raises(DatasetError, match="something other than the COCO fixture"):
-            generate_coco_fixture(path.parent)
-        assert path.read_text() == '{"images": []}' and list(path.parent.iterdir()) == [path]
+        path.write_text(content)
+        for root in (path.parent, path):
+            with pytest.raises(DatasetError, match="something other than the COCO fixture"):
+                generate_coco_fixture(root)
+        assert path.read_text() == content and list(path.parent.iterdir()) == [path]
+        shutil.rmtree(path.parent)
 
 
 def test_unfinished_writing_leaves_what_was_there(tmp_path, monkeypatch):
@@ -127,7 +137,15 @@ def test_two_at_once_do_not_mix_their_images(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("images", 0), ("size", 20), ("seed", -1), ("min_object_size", 60)]
+    ("key", "value"),
+    [
+        ("images", 0),
+        ("size", 20),
+        ("seed", -1),
+        ("min_object_size", 60),
+        ("min_object_size", 0),
+        ("max_objects", 0),
+    ],
 )
 def test_bad_parameters_are_named(key, value):
     with pytest.raises(DatasetError, match=f"{key}( is |=){value}"):

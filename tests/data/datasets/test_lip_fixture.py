@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog
 from ccnet_d2.data import DatasetError
 from ccnet_d2.data.check import check_dataset
 from ccnet_d2.data.datasets import lip_fixture
-from ccnet_d2.data.datasets.lip import LIP_FLIP_PAIRS, register_lip
+from ccnet_d2.data.datasets.lip import LIP_CLASSES, LIP_FLIP_PAIRS, register_lip
 from ccnet_d2.data.datasets.lip_fixture import LipFixtureConfig, draw_person, generate_lip_fixture
 from tests.scripts import load_script
 
@@ -47,6 +47,8 @@ def test_left_is_on_the_right_and_looks_like_right(tmp_path):
         label = cv2.imread(record["sem_seg_file_name"], cv2.IMREAD_UNCHANGED)
         image = cv2.imread(record["file_name"])
         assert image.shape[:2] == label.shape and label.shape[0] > label.shape[1]
+        blue, _, red = np.median(image[label == LIP_CLASSES.index("Face")].astype(float), axis=0)
+        assert red > blue + 30
         for left, right in LIP_FLIP_PAIRS:
             columns = [np.nonzero(label == part)[1] for part in (left, right)]
             if min(map(len, columns)) == 0:
@@ -63,6 +65,9 @@ def test_made_once_and_always_the_same(tmp_path, monkeypatch):
     assert generate_lip_fixture(tmp_path / "a", SMALL) and not generate_lip_fixture(tmp_path / "a", SMALL)
     generate_lip_fixture(tmp_path / "b", SMALL)
     assert files(tmp_path / "a") == files(tmp_path / "b")
+    # No person is in both splits.
+    pictures = {split: set((tmp_path / "a").glob(f"{split}_images/*")) for split in ("train", "val")}
+    assert len({path.read_bytes() for paths in pictures.values() for path in paths}) == 13 + 12
     assert generate_lip_fixture(tmp_path / "a", replace(SMALL, seed=1, train_images=2))
     assert len(list((tmp_path / "a/train_images").iterdir())) == 2
     assert files(tmp_path / "a").keys() < files(tmp_path / "b").keys()

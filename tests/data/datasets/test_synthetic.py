@@ -280,11 +280,12 @@ def test_objects_that_do_not_fit(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_registered_lazily_and_described(tmp_path: Path) -> None:
-    register_synthetic(tmp_path / "set", prefix="tiny")
+def test_registered_lazily_and_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    register_synthetic("~/set", prefix="tiny")
     with pytest.raises(DatasetError, match=r"make_synthetic_dataset.py"):
         DatasetCatalog.get("tiny_train")
-    generate_synthetic_dataset(tmp_path / "set", SMALL)
+    generate_synthetic_dataset("~/set", SMALL)
     samples = DatasetCatalog.get("tiny_val")
     assert [os.path.basename(s["file_name"]) for s in samples] == [f"val_{i:05d}.png" for i in range(6)]
     metadata = MetadataCatalog.get("tiny_val")
