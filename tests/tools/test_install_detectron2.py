@@ -193,18 +193,18 @@ def test_leftover_names_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside", "top/../../outside", "/tmp/outside-of-install-detectron2", "top\\..\\outside"]
+    "name", ["../outside", "top/../../outside", "{tmp_path}/outside", "top\\..\\outside", "./"]
 )
 def test_archive_that_leads_outside(tmp_path: Path, name: str) -> None:
     archive = tmp_path / "bad.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
-        add_file(tar, name)
+        add_file(tar, name.format(tmp_path=tmp_path))
     destination = tmp_path / "in" / "side"
     destination.mkdir(parents=True)
     with pytest.raises(InstallError, match="leads outside"):
         detectron2_wheel.extract_archive(archive, destination)
     assert list((tmp_path / "in").iterdir()) == [destination] and not list(destination.iterdir())
-    assert not Path("/tmp/outside-of-install-detectron2").exists()
+    assert not (tmp_path / "outside").exists()
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
@@ -236,15 +236,39 @@ def test_archive_that_unpacks_to_too_much(tmp_path: Path) -> None:
     assert not [p for p in destination.rglob("*") if p.is_file()]
 
 
-def test_archive_with_two_top_directories(tmp_path: Path) -> None:
-    archive = tmp_path / "two.tar.gz"
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["one/a", "two/a"], "one top directory and holds 2"),
+        ([], "one top directory and holds 0"),
+        (["top/a", "top/a"], r"cannot be unpacked: .*File exists"),
+        (["top/a", "top/b", "top/c"], ""),
+        (["top/a", "top/b", "top/c", "top/d"], "far more than Detectron2 holds"),  # files
+        (["top/a", "top/" + "b" * 20], "far more than Detectron2 holds"),  # bytes
+    ],
+)
+def test_archives_of_small_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], message: str
+) -> None:
+    monkeypatch.setattr(detectron2_wheel, "MAX_MEMBERS", 3)
+    monkeypatch.setattr(detectron2_wheel, "MAX_UNPACKED_BYTES", 25)
+    archive = tmp_path / "small.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
-        add_file(tar, "one/a")
-        add_file(tar, "two/a")
+        for name in names:
+            add_file(tar, name, name.encode())
     destination = tmp_path / "inside"
     destination.mkdir()
-    with pytest.raises(InstallError, match="one top directory and holds 2"):
-        detectron2_wheel.extract_archive(archive, destination)
+    if message:
+        with pytest.raises(InstallError, match=message):
+            detectron2_wheel.extract_archive(archive, destination)
+    else:
+        assert detectron2_wheel.extract_archive(archive, destination) == destination / "top"
+        assert snapshot(destination) == {name: name.encode() for name in names}
+
+
+def test_archive_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InstallError, match=r"none\.tar\.gz cannot be read: No such file or directory\.$"):
+        detectron2_wheel.verify_sha256(tmp_path / "none.tar.gz", "")
 
 
 def test_truncated_archive(tmp_path: Path) -> None:
