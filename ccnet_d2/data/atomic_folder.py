@@ -26,12 +26,12 @@ def scratch_beside(folder: str | os.PathLike[str]) -> Iterator[Path]:
     What processes that were killed left of theirs goes, too.
 
     Args:
-        folder: need not exist; what it lies in is made. A link stands for what it leads to.
+        folder: need not exist; what it lies in is made.
 
     Raises:
         OSError: there can be none.
     """
-    folder = Path(folder).resolve()
+    folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}-"
     for lock in folder.parent.glob(f"{glob.escape(prefix)}*/{_LOCK}"):

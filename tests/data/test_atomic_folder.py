@@ -58,6 +58,7 @@ def test_who_comes_second_replaces_the_first_or_leaves_it(tmp_path, monkeypatch)
     for unless, kept, mode in (
         (lambda: False, "mine", True),
         (lambda: (folder / "theirs").exists(), "theirs", False),
+        (lambda: False, "mine", True),
     ):
         turns = iter([True])
 
@@ -80,6 +81,9 @@ def test_a_link_stands_for_what_it_leads_to(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "set")
     replace_folder(tmp_path / "link", lambda new: (new / "file").touch())
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "set" / "file").exists()
+    # A file that is a link is replaced itself: what is to take its place lies beside it.
+    with scratch_beside(tmp_path / "link") as scratch:
+        assert scratch.parent == tmp_path
     # The rights are those of any folder, not those of a temporary one.
     (tmp_path / "plain").mkdir()
     assert (tmp_path / "disk" / "set").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -145,6 +145,9 @@ def test_what_was_published_anew_is_fetched_anew(entry, server, network, monkeyp
     weights = torch.load(weights_file(entry.name), weights_only=True)["model"]
     assert torch.equal(weights["sem_seg_head.classifier.bias"], bias + 1)
     assert first.is_file() and len(server.asked) == 2
+    # So is what converters of another version made.
+    monkeypatch.setattr(cache, "_CONVERSION", 99)
+    assert weights_file(entry.name).is_file() and len(server.asked) == 3
 
 
 def test_who_waits_for_another_takes_what_that_one_made(entry, server, monkeypatch):
