@@ -226,10 +226,15 @@ def test_what_is_missing_is_said(tmp_path):
         get_sem_seg_dataset_dicts("camvid_original_sem_seg_train")
 
 
-def test_the_tool(tmp_path, capsys):
+def test_the_tool(tmp_path, monkeypatch, capsys):
     tool = load_script("tools/prepare_camvid.py")
-    write(tmp_path, "0016E5_07959", all_colors())
-    assert tool.main([str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == "train: 0 frames, val: 1 frames, test: 0 frames"
+    root = tmp_path / "camvid_original"
+    write(root, "0016E5_07959", all_colors())
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    for arguments in ([], [str(root)]):
+        assert tool.main(arguments) == 0
+        counts, *notes = capsys.readouterr().out.splitlines()
+        assert counts == "train: 0 frames, val: 1 frames, test: 0 frames"
+        assert notes[1] == "note: val has 1 frames, the release 101."
     assert tool.main([str(tmp_path / "none")]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: '")

@@ -154,8 +154,9 @@ def test_bad_parameters_are_named(key, value):
 
 def test_script(tmp_path, capsys):
     script = load_script("tools/make_coco_fixture.py")
-    arguments = ["--root", str(tmp_path / "set"), "--images", "2"]
-    assert script.main(arguments) == 0 and "Drawn: 2 images of 128x128" in capsys.readouterr().out
+    arguments = ["--root", str(tmp_path / "set"), "--images", "2", "--size", "96", "--seed", "3"]
+    assert script.main(arguments) == 0 and "Drawn: 2 images of 96x96" in capsys.readouterr().out
+    assert not generate_coco_fixture(tmp_path / "set", CocoFixtureConfig(images=2, size=96, seed=3))
     assert script.main(arguments) == 0 and "Already there" in capsys.readouterr().out
     assert script.main(["--root", str(tmp_path / "x"), "--images", "0"]) == 1
     assert capsys.readouterr().err == "error: COCO fixture: images is 0, but at least 1 is needed.\n"

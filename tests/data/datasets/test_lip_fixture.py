@@ -159,11 +159,17 @@ def test_script(tmp_path, capsys):
         "1",
         "--layout",
         "official",
+        "--size",
+        "64",
+        "--seed",
+        "3",
     ]
     assert (
         script.main(arguments) == 0
         and "Drawn: 2 training and 1 validation images." in capsys.readouterr().out
     )
+    same = LipFixtureConfig(train_images=2, val_images=1, size=64, layout="official", seed=3)
+    assert not generate_lip_fixture(tmp_path / "x", same)
     assert script.main(arguments) == 0 and "Already there" in capsys.readouterr().out
     assert (tmp_path / "x/TrainVal_parsing_annotations/train_segmentations").is_dir()
     assert script.main(["--root", str(tmp_path / "y"), "--size", "3"]) == 1

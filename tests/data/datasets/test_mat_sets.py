@@ -209,6 +209,10 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "train: 2 images, val: 2 images\ntrain: 2 images, val: 1 images\n"
     listed = tmp_path / "VOC2010/ImageSets/SegmentationContext/val.txt"
     assert listed.read_text() == "2008_000003\n2010_000002\n"
+    (tmp_path / "VOC2010").rename(tmp_path / "voc elsewhere")
+    (tmp_path / "cocostuff-10k-v1.1").rename(tmp_path / "coco elsewhere")
+    assert run_tool("prepare_pascal_context", str(annotations), "--voc", str(tmp_path / "voc elsewhere")) == 0
+    assert run_tool("prepare_coco_stuff", str(tmp_path / "coco elsewhere")) == 0
     assert run_tool("prepare_coco_stuff", str(tmp_path / "elsewhere")) == 1
     error = capsys.readouterr().err
     assert "error: The list '" in error and "cocostuff-10k-v1.1.zip" in error
