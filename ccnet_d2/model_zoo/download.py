@@ -92,8 +92,6 @@ def _read_to(address: str, path: Path, title: str) -> str:
                 bar.update(len(chunk))
         if total is not None and done != total:
             raise OSError(f"the connection broke after {done} of {total} bytes")
-        file.flush()
-        os.fsync(file.fileno())
     return digest.hexdigest()
 
 
@@ -105,7 +103,7 @@ def _check(entry: Published, path: Path, digest: str, what_to_do: str) -> None:
             f"What came as {entry.file} is no checkpoint of torch (it may be a page that asks something): download it "
             f"by hand from {entry.address} into a folder and set CCNET_D2_ZOO to it."
         )
-    if not digest.startswith(entry.sha256.lower()):
+    if not digest.startswith(entry.sha256):
         raise UserError(
             f"{entry.file} is not the file that was published: its SHA-256 begins with "
             f"{digest[: len(entry.sha256)]} instead of {entry.sha256}; {what_to_do}."

@@ -165,10 +165,20 @@ def test_who_waits_for_another_takes_what_that_one_made(entry, server, monkeypat
 
 
 def test_a_mirror_takes_the_place_of_every_address(entry, server, monkeypatch):
-    elsewhere = replace(entry, address="http://127.0.0.1:9/net.pth")
+    elsewhere = replace(entry, address="http://127.0.0.1:9/net.pth", file="net 1.pth")
     monkeypatch.setitem(PUBLISHED, entry.name, elsewhere)
-    monkeypatch.setenv("CCNET_D2_ZOO", server.address + "/")
-    assert weights_file(entry.name).is_file() and server.asked == ["/net.pth"]
+    (server.folder / "zoo").mkdir()
+    (server.folder / "net.pth").rename(server.folder / "zoo" / "net 1.pth")
+    monkeypatch.setenv("CCNET_D2_ZOO", server.address + "/zoo/")
+    assert weights_file(entry.name).is_file() and server.asked == ["/zoo/net%201.pth"]
+
+
+def test_a_file_of_an_old_torch(entry, server, network, monkeypatch):
+    monkeypatch.setitem(PUBLISHED, entry.name, replace(entry, sha256=""))
+    content = {"state_dict": network[0].state_dict(), "meta": {}}
+    torch.save(content, server.folder / "net.pth", _use_new_zipfile_serialization=False)
+    weights = torch.load(weights_file(entry.name), weights_only=True)["model"]
+    assert torch.equal(weights["sem_seg_head.classifier.bias"], network[0].decode_head.conv_seg.bias)
 
 
 def test_no_network_is_one_sentence(entry, server, monkeypatch):
@@ -220,22 +230,31 @@ def test_a_download_without_an_end_is_refused(entry, monkeypatch):
     [
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n100\r\nPK\x03\x04", "IncompleteRead"),
         (b"no answer of a web server\r\n\r\n", "no answer of a web server"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n", "'many'"),
+        (b"", "timed out"),
     ],
 )
 def test_an_answer_that_is_none_is_one_sentence(entry, monkeypatch, answer, reason):
+    given_up = threading.Event()
+    if not answer:
+        monkeypatch.setattr(download, "_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve():
             connection, _ = listener.accept()
             with connection:
                 connection.recv(1 << 16)
-                connection.sendall(answer)
+                if answer:
+                    connection.sendall(answer)
+                else:
+                    given_up.wait(timeout=5)
 
         thread = threading.Thread(target=serve)
         thread.start()
         monkeypatch.setenv("CCNET_D2_ZOO", f"http://127.0.0.1:{listener.getsockname()[1]}")
         with pytest.raises(UserError, match=rf"net\.pth cannot be downloaded .*{reason}"):
             weights_file(entry.name)
+        given_up.set()
         thread.join()
     assert files_in_cache() == []
 
