@@ -29,7 +29,7 @@ def local_or_downloaded(entry: Published, folder: Path) -> tuple[Path, bool]:
 
     Args:
         entry: what to get.
-        folder: where to put a downloaded file.
+        folder: where to put a downloaded file, which exists.
 
     Returns:
         The file, and whether it was downloaded (and so may be deleted).
@@ -52,7 +52,6 @@ def local_or_downloaded(entry: Published, folder: Path) -> tuple[Path, bool]:
 
 
 def _download(entry: Published, address: str, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / entry.file
     part = folder / f".{entry.file}.part"
     logging.getLogger(__name__).info("Downloading %s", address)
