@@ -10,5 +10,8 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
+    def monotonic(self) -> float:
+        return self.now
+
     def wait(self, seconds: float) -> None:
         self.now += seconds

@@ -13,6 +13,7 @@ CONNECT_TIMEOUT = timedelta(minutes=10)
 _BEAT_SECONDS = 1.0
 _SILENCE_SECONDS = 20.0
 _FAREWELL_SECONDS = 3.0
+_REPORT_SECONDS = 3.0
 _FAILURE = "failure"
 
 
@@ -85,13 +86,13 @@ class Machines:
         try:
             self._store.compare_set(_FAILURE, "", f"{self._rank}:{message}")
         except RuntimeError:  # nobody is there to be told
-            self._lost = f"Machine 0 ({self._host}) cannot be reached."
+            self._lost = self._unreachable()
 
     def failure_elsewhere(self) -> str | None:
         """Why another machine stopped, if one did; waits a moment for its report."""
         if self._watcher is None:
             return None
-        self._over.wait(3 * _BEAT_SECONDS)
+        self._watcher.join(_REPORT_SECONDS)  # which ends when it hears of a failure
         return self._lost
 
     def finish(self) -> None:
@@ -102,7 +103,10 @@ class Machines:
         """
         if self._watcher is None:
             return
-        self._store.set(f"left/{self._rank}", "done")
+        try:
+            self._store.set(f"left/{self._rank}", "done")
+        except RuntimeError as error:
+            raise MachineLostError(self._unreachable()) from error
         if self._rank == 0:
             while not self._store.check(self._others("left")):
                 self.check()
@@ -136,6 +140,9 @@ class Machines:
                 f"Two machines were started with --machine-rank {self._rank}: give each one its own."
             )
 
+    def _unreachable(self) -> str:
+        return f"Machine 0 ({self._host}) cannot be reached any more."
+
     def _others(self, what: str) -> list[str]:
         return [f"{what}/{rank}" for rank in range(self._machines) if rank != self._rank]
 
@@ -157,7 +164,7 @@ class Machines:
                 self._exchange(beats)
             except RuntimeError:
                 if not self._over.is_set():
-                    self._lost = f"Machine 0 ({self._host}) cannot be reached any more."
+                    self._lost = self._unreachable()
                 return
             if self._lost is not None:
                 return
