@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ccnet_d2.parent import end_with_parent
+
 from .distributed import is_lost_connection, joined_processes
 from .network import choose_interface
-from .parent import end_with_parent
 from .user_errors import USER_ERRORS, sentence_of
 
 

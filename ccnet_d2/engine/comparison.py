@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from ccnet_d2.errors import UserError
-
-from .parent import end_with_parent
+from ccnet_d2.parent import end_with_parent
 
 _POLL_SECONDS = 0.5
 _REPORT_SECONDS = 10.0

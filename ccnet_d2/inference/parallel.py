@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from ccnet_d2.errors import UserError
+from ccnet_d2.parent import end_with_parent
 
 from .batch import BatchResult, PictureJob
 from .mode import InferenceMode
@@ -61,7 +62,7 @@ def write_pictures_on(
     workers = [
         context.Process(
             target=_work,
-            args=(str(device), threads, cfg, checkpoint, mode, list(jobs), upcoming, results),
+            args=(os.getpid(), str(device), threads, cfg, checkpoint, mode, list(jobs), upcoming, results),
             daemon=True,
         )
         for device in devices
@@ -92,6 +93,7 @@ def _threads_each(devices: Sequence[torch.device]) -> int:
 
 
 def _work(
+    parent: int,
     device: str,
     threads: int,
     cfg: DictConfig,
@@ -101,8 +103,9 @@ def _work(
     upcoming: Any,
     results: Any,
 ) -> None:
-    # Ended by the parent: leave through the "finally"s, which remove half-written files.
+    # Ended by the parent, or with it: leave through the "finally"s, which remove half-written files.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent then ends this one as above
     try:
         torch.set_num_threads(threads)

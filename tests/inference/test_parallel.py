@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ from detectron2.config import instantiate
 from PIL import Image
 
 from ccnet_d2.errors import UserError
-from ccnet_d2.inference import Predictor
+from ccnet_d2.inference import Predictor, WholeImage, parallel
 from ccnet_d2.inference.batch import plan_pictures, write_pictures
 from ccnet_d2.inference.build import build_mode
 from ccnet_d2.inference.parallel import _threads_each, write_pictures_on
 from ccnet_d2.model_zoo import get_config
+from tests.test_parent import is_running
 
 TOY = "toy/ccnet_synthetic.py"
 TWO_CPUS = [torch.device("cpu")] * 2
@@ -74,10 +77,27 @@ def test_processes_share_the_threads_of_this_one_and_not_the_machines(devices, t
 
 
 @pytest.mark.slow
-def test_more_processes_than_images(weights, photos, tmp_path):
+def test_more_processes_than_images(weights, photos, tmp_path, monkeypatch, capfd):
+    used = []
+    monkeypatch.setattr(parallel, "_threads_each", lambda devices: used.append(len(devices)) or 1)
     jobs = plan_pictures(photos / "0.png", tmp_path / "out.png")
-    result = write_pictures_on(TWO_CPUS, get_config(TOY), weights, jobs, progress=False)
+    result = write_pictures_on(TWO_CPUS, get_config(TOY), weights, jobs)
+    assert used == [1] and "1/1 [" in capfd.readouterr().err
     assert result.written == [tmp_path / "out.png"] and Image.open(tmp_path / "out.png").size[0] >= 240
+
+
+class Faulty(WholeImage):
+    def predict_labels(self, *args):
+        raise ZeroDivisionError("a fault of the program")
+
+
+@pytest.mark.slow
+def test_a_fault_of_a_process_has_its_traceback(weights, photos, tmp_path):
+    jobs = plan_pictures(photos, tmp_path / "out")
+    with pytest.raises(
+        RuntimeError, match=r"(?s)process on cpu failed:\nTraceback.*in predict_labels.*ZeroDivi"
+    ):
+        write_pictures_on(TWO_CPUS[:1], get_config(TOY), weights, jobs, mode=Faulty(), progress=False)
 
 
 @pytest.mark.slow
@@ -127,4 +147,32 @@ def test_ctrl_c_is_left_to_the_parent(weights, photos, tmp_path, capfd):
     slow = build_mode("ms", scales=[1] * 15)
     result = write_pictures_on(TWO_CPUS[:1], get_config(TOY), weights, jobs, mode=slow, progress=False)
     interrupter.join()
-    assert len(result.written) == len(jobs) and "Traceback" not in capfd.readouterr().err
+    errors = capfd.readouterr().err
+    assert len(result.written) == len(jobs) and "Traceback" not in errors and "image" not in errors
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl and /proc are Linux's")
+def test_processes_end_with_a_parent_that_is_killed(weights, photos, tmp_path):
+    """Else they would go on to the last image, and keep their GPUs."""
+    jobs = plan_pictures(photos, tmp_path / "out") * 10_000
+    parent = torch.multiprocessing.get_context("spawn").Process(
+        target=write_pictures_on,
+        args=(TWO_CPUS, get_config(TOY), weights, jobs),
+        kwargs={"progress": False},
+    )
+    parent.start()
+    while not (tmp_path / "out").is_dir():
+        assert parent.is_alive()
+        time.sleep(0.01)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    try:
+        parent.kill()
+        parent.join()
+        end = time.monotonic() + 30
+        while any(map(is_running, children)) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert len(children) >= 2 and not any(map(is_running, children))
+    finally:
+        for child in filter(is_running, children):
+            os.kill(int(child), signal.SIGKILL)

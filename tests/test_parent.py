@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ccnet_d2.engine import parent
+from ccnet_d2 import parent
 
 CHILD = f"""
 import os, runpy, sys, time
