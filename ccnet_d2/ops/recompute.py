@@ -80,7 +80,8 @@ def recomputed_loops(
         gamma: one number, (1,).
         key_channels: C'.
         loops: how many, each on the result of the one before.
-        chunks: how many chunks both passes work on the C channels in, at most.
+        chunks: how many chunks the backward pass works on the C channels in, at most; the forward pass takes as many
+            as it needs to hold no more than that.
         backend: see `ccnet_d2.ops.criss_cross_attention`.
 
     Returns:

@@ -1,5 +1,7 @@
 """Criss-cross attention across the frames of a clip, against its definition voxel by voxel."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -106,6 +108,21 @@ def test_the_number_of_frames_holds_within_the_block_only():
         assert model[0].frames == model[2].frames == 2
         raise ValueError("stop")
     torch.testing.assert_close(model(x), alone, rtol=0, atol=0)
+
+
+def test_its_arguments_are_those_of_the_2d_layer():
+    layer = ClipRCCA(16, 4, reduction=4, backend="reference", recompute=5)
+    assert (layer.recurrence, layer.key_channels, layer.backend, layer.recompute) == (4, 4, "reference", 5)
+
+
+def test_inputs_that_are_no_frames_are_named():
+    layer = ClipRCCA(8)
+    for shape in (
+        (1, 8, 2, 3, 3),
+        (2, 9, 3, 3),
+    ):  # clips with their frames beside the channels; other channels
+        with pytest.raises(ValueError, match=re.escape(str(shape))):
+            layer(torch.zeros(shape))
 
 
 def test_wrong_numbers_of_frames_are_named():

@@ -42,6 +42,7 @@ def test_backward_chunks(channels, count):
         (4, [176, 160, 80, 96], 192),
         (5, [128, 128, 128, 64, 64], 128),
         (8, [80, 80, 80, 80, 80, 48, 32, 32], 80),
+        (10, [64, 64, 64, 64, 64, 64, 64, 32, 32], 64),
     ],
 )
 def test_chunks_of_512_channels(count, wanted, most):
@@ -55,3 +56,7 @@ def test_forward_chunks_hold_no_more(channels, key_channels, count):
     assert covers(chunks, channels)
     beside = held(widths(backward_chunks(channels, count))) + 2 * key_channels
     assert 2 * max(widths(chunks)) <= beside + 2 * 15  # rounding up
+    if count == 1:
+        assert len(chunks) == 1
+    elif count > 2:  # nor less than they may: more chunks take more time
+        assert 2 * max(widths(chunks)) > beside - 2 * 16 or len(chunks) == 1

@@ -103,7 +103,8 @@ def test_rows_that_are_not_even():
     x = torch.zeros(2, 4, 5, 3).movedim(-1, 1)
     for other in (x[:, :, 1:, 1:], x[:, :, :, 1:], x.transpose(2, 3), x[:, ::2], x.contiguous()):
         assert not has_even_rows(other)
-    assert has_even_rows(x[:, :, 1:]) and has_even_rows(x.contiguous()[:, :1])
+    for other in (x[:, :, 1:], x[..., :1], x.contiguous()[:, :1]):
+        assert has_even_rows(other)
 
 
 def asked_for_huge_pages(address):
