@@ -27,12 +27,12 @@ def check_settings(cfg: DictConfig) -> None:
     """
     for key, lowest in (("max_iter", 1), ("log_period", 1), ("eval_period", 0)):
         value = cfg.train[key]
-        if not isinstance(value, int) or value < lowest:
+        if type(value) is not int or value < lowest:  # True is an int as well
             raise UserError(f"train.{key}={value} has to be a whole number, {lowest} or more.")
     limit = cfg.train.clip_grad_norm
-    if limit is not None and not limit > 0:
+    if limit is not None and not (type(limit) in (int, float) and limit > 0):
         raise UserError(
-            f"train.clip_grad_norm={limit} has to be above 0; train.clip_grad_norm=null does not clip."
+            f"train.clip_grad_norm={limit} has to be a number above 0; train.clip_grad_norm=null does not clip."
         )
     configured_mode(cfg)
 
