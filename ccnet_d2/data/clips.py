@@ -16,10 +16,10 @@ from typing import Any
 
 from ccnet_d2.data.catalog import get_sem_seg_dataset_dicts
 from ccnet_d2.data.errors import DatasetError
+from ccnet_d2.windows import window_starts
 
 __all__ = [
     "FRAME_PATTERN",
-    "clip_starts",
     "find_sequences",
     "get_clip_dataset_dicts",
     "get_covering_clip_dicts",
@@ -160,17 +160,11 @@ def get_covering_clip_dicts(
     ):
         for first in range(min(step, len(sequence))):
             frames = sequence[first::step]
-            starts = clip_starts(len(frames), length, stride)
+            starts = window_starts(len(frames), length, stride)
             for start, answers in zip(starts, _answers(len(frames), length, starts), strict=True):
                 if answers:
                     clips.append(_clip(frames[start : start + length]) | {"answers": answers})
     return clips
-
-
-def clip_starts(count: int, length: int, stride: int) -> list[int]:
-    """Where clips of `length` frames start among `count`: every `stride`, the last one moved back to the end."""
-    last = max(count - length, 0)
-    return [*range(0, last, stride), last]
 
 
 def _answers(count: int, length: int, starts: Sequence[int]) -> list[list[int]]:

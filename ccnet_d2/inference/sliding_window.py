@@ -12,20 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ccnet_d2.data.transforms.resize import height_and_width
+from ccnet_d2.windows import window_starts
 
 from .label_bands import LabelBands, label_dtype
 from .mode import SMALLEST_TILE, CuttingMode, Segmenter, innermost
 
-__all__ = ["SlidingWindow", "tile_starts"]
-
-
-def tile_starts(size: int, tile: int, stride: int) -> list[int]:
-    """Where tiles start along one axis: every `stride`, the last one moved back to end with the image.
-
-    A 1024x2048 image with tile 769 and stride 513 gives 2 x 4 tiles, as the official CCNet evaluation.
-    """
-    last = max(size - tile, 0)
-    return [*range(0, last, stride), last]
+__all__ = ["SlidingWindow"]
 
 
 class SlidingWindow(CuttingMode):
@@ -177,8 +169,8 @@ class SlidingWindow(CuttingMode):
         """
         height, width = image.shape[-2:]
         image = self._padded(image)
-        tops = tile_starts(image.shape[-2], self.tile[0], self.stride[0])
-        lefts = tile_starts(image.shape[-1], self.tile[1], self.stride[1])
+        tops = window_starts(image.shape[-2], self.tile[0], self.stride[0])
+        lefts = window_starts(image.shape[-1], self.tile[1], self.stride[1])
         tile_height = min(self.tile[0], image.shape[-2])
         tile_width = min(self.tile[1], image.shape[-1])
         row_counts = _coverage(image.shape[-2], tile_height, tops)

@@ -8,22 +8,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccnet_d2.inference import MultiScaleFlip, SlidingWindow, WholeImage
-from ccnet_d2.inference.sliding_window import tile_starts
-
-
-def tiles_by_moving_back(size, tile, stride):
-    """The tiles of mmseg's slide_inference: a regular grid, each end clipped and its start moved back."""
-    count = max(size - tile + stride - 1, 0) // stride + 1
-    ends = [min(index * stride + tile, size) for index in range(count)]
-    return [max(end - tile, 0) for end in ends]
+from ccnet_d2.windows import window_starts
+from tests.test_windows import starts_by_moving_back
 
 
 def slide_by_sums(model, image, tile, stride):
     """Sums and counts over the whole image, one tile after the other, in double precision."""
     _, height, width = image.shape
     total = counts = None
-    for top in tiles_by_moving_back(height, tile[0], stride[0]):
-        for left in tiles_by_moving_back(width, tile[1], stride[1]):
+    for top in starts_by_moving_back(height, tile[0], stride[0]):
+        for left in starts_by_moving_back(width, tile[1], stride[1]):
             part = image[:, top : top + tile[0], left : left + tile[1]]
             h, w = part.shape[1:]
             with torch.no_grad():
@@ -43,18 +37,8 @@ def as_input(image, height=None, width=None):
 def test_official_setting_gives_eight_tiles():
     mode = SlidingWindow(tile=769)
     assert mode.stride == (513, 513)
-    assert len(tile_starts(1024, 769, 513)) * len(tile_starts(2048, 769, 513)) == 8
-    assert tile_starts(2048, 769, 513) == [0, 513, 1026, 1279]
-
-
-@pytest.mark.parametrize("size", [1, 5, 8, 9, 13, 31, 64])
-@pytest.mark.parametrize(("tile", "stride"), [(8, 8), (8, 5), (8, 1), (7, 3), (64, 43)])
-def test_tile_starts_cover_everything_and_agree_with_the_grid_that_is_moved_back(size, tile, stride):
-    starts = tile_starts(size, tile, stride)
-    assert starts == tiles_by_moving_back(size, tile, stride)
-    covered = {pixel for start in starts for pixel in range(start, min(start + tile, size))}
-    assert covered == set(range(size))
-    assert len(set(starts)) == len(starts)
+    assert len(window_starts(1024, 769, 513)) * len(window_starts(2048, 769, 513)) == 8
+    assert window_starts(2048, 769, 513) == [0, 513, 1026, 1279]
 
 
 @pytest.mark.parametrize("pad", [None, "mean"])
