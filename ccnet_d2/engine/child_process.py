@@ -74,7 +74,11 @@ def run_child(pipe: Connection, place: Place, main: Callable[..., Any], args: tu
         trace = traceback.format_exc() if os.environ.get("CCNET_TRACEBACK") == "1" else ""
         report = Report("user", sentence_of(error), trace, status=1)
     except SystemExit as exit_:
-        report.status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+        if exit_.code is None or isinstance(exit_.code, int):
+            report.status = exit_.code or 0
+        else:  # a message, which Python would print at its own end
+            print(exit_.code, file=sys.stderr)
+            report.status = 1
     except KeyboardInterrupt:
         report.status = 128 + signal.SIGINT
     except BaseException as error:  # whatever it is, the supervisor tells it
