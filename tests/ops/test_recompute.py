@@ -153,6 +153,20 @@ def test_nothing_that_is_given_is_written_over(loops, channels_last):
     assert all(map(torch.equal, given, before))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loops", [1, 2])
+def test_maps_with_gaps(loops, backend):
+    """Those of a slice; and of `out.sum()`, whose gradient is one number everywhere."""
+    inputs, grad = draw(5, 6)
+    sliced = torch.stack([inputs[0].detach(), grad], dim=-1)[..., 0].requires_grad_()
+    for x, grads in ((sliced, grad), (inputs[0], torch.ones(()).double().expand_as(grad))):
+        given = [x, *inputs[1:]]
+        out, wanted = recomputed(*given, loops=loops, backend=backend), written_out(*given, loops)
+        torch.testing.assert_close(out, wanted)
+        got = torch.autograd.grad(out, given, grads)
+        torch.testing.assert_close(got, torch.autograd.grad(wanted, given, grads))
+
+
 @pytest.mark.parametrize("loops", [1, 2])
 def test_gradcheck(loops):
     inputs, _ = draw(2, 3)
@@ -198,7 +212,8 @@ class Next(torch.autograd.Function):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_what_a_training_step_holds(dtype, channels_last):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_a_training_step_holds(dtype, channels_last, frozen):
     """One map between the loops, the projection's gradient, query and key, and maps of one chunk."""
     channels, key_channels, sizes = 512, 64, (24, 24)
     torch.manual_seed(0)
@@ -207,18 +222,21 @@ def test_what_a_training_step_holds(dtype, channels_last):
         x, grad = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, grad))
     rows = 2 * key_channels + channels
     weight, bias = torch.randn(rows, channels, dtype=dtype) / 16, torch.randn(rows, dtype=dtype)
-    inputs = [t.requires_grad_() for t in (x, weight, bias, torch.tensor([0.7], dtype=dtype))]
+    inputs = x, weight, bias, torch.tensor([0.7], dtype=dtype)
+    trained = [t.requires_grad_() for t in (inputs[:1] if frozen else inputs)]
 
     def step(chunks):
         out = recomputed_loops(*inputs, key_channels, loops=2, chunks=chunks, backend="compiled")
         loss = Next.apply(out, grad)
         del out
-        return torch.autograd.grad(loss, inputs)
+        return torch.autograd.grad(loss, trained)
 
     number = dtype.itemsize
     positions = sizes[0] * sizes[1]
-    weights = 3 * rows * (channels + 1) * number  # the gradients of both loops, and their sum
+    # The gradients of both loops, and their sum.
+    weights = 0 if frozen else 3 * rows * (channels + 1) * number
     for chunks, largest in ((1, 2 * channels), (2, channels), (3, 256), (5, 128), (8, 80)):
         step(chunks)
         maps = channels + (2 * key_channels + channels) + 2 * key_channels + largest
+        maps += 2 + 16  # two numbers of each position's softmax; a multiple of 16 channels
         assert peak_bytes(lambda chunks=chunks: step(chunks)) <= maps * positions * number + weights
