@@ -7,7 +7,7 @@ from PIL import Image
 
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference import ClassTable, Predictor, SlidingWindow, WholeImage
-from ccnet_d2.inference.batch import write_pictures
+from ccnet_d2.inference.batch import plan_pictures, write_pictures
 from ccnet_d2.inference.visualize import save_labels
 from ccnet_d2.model_zoo import get_config
 
@@ -234,6 +234,22 @@ def test_a_damaged_image_does_not_stop_the_others(make_segmenter, photograph, tm
     assert [one.name for one in out.iterdir()] == ["street.png"]
 
 
+def test_where_pictures_are_written(photograph, tmp_path, monkeypatch):
+    path, _ = photograph
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder, truth = tmp_path / "pictures.png", tmp_path / "truth" / "street.png"
+    folder.mkdir()
+    save_labels(truth, np.zeros((2, 2), np.uint8))
+    for output, target in (
+        (tmp_path / "o.PNG", tmp_path / "o.PNG"),
+        (folder, folder / "street.png"),
+        (tmp_path / "v1.2", tmp_path / "v1.2" / "street.png"),
+        ("~/o.png", tmp_path / "o.png"),
+    ):
+        (job,) = plan_pictures(path, output, picture="side-by-side", ground_truth="~/truth")
+        assert (job.target, job.truth) == (target, truth)
+
+
 def test_outputs_that_do_not_fit_are_refused_before_predicting(make_segmenter, photograph, tmp_path):
     path, array = photograph
     model = make_segmenter()
@@ -241,6 +257,8 @@ def test_outputs_that_do_not_fit_are_refused_before_predicting(make_segmenter, p
     jpg = path.with_name("street.jpg")
     Image.fromarray(array).save(jpg)
     (tmp_path / "taken").write_text("")
+    link = tmp_path / "link"
+    link.symlink_to(path.parent)
     truth = tmp_path / "truth" / "street.png"
     save_labels(truth, array[:, :, 0])
     cases = [
@@ -248,6 +266,8 @@ def test_outputs_that_do_not_fit_are_refused_before_predicting(make_segmenter, p
         (([path, jpg], tmp_path / "out"), {}, "would both be written to"),
         ((path, path.parent), {}, r"would overwrite '.*street\.png'"),
         ((path, path), {}, r"would overwrite '.*street\.png'"),
+        ((path, link), {}, r"would overwrite '.*street\.png'"),
+        ((link / "street.png", path.parent), {}, r"would overwrite '.*street\.png'"),
         (
             (jpg, truth.parent),
             {"ground_truth": truth.parent, "picture": "side-by-side"},

@@ -148,6 +148,7 @@ def truncate_images(dataset):
         (damage_nothing, ["--eval-only"], ["train.init_checkpoint"]),
         (damage_nothing, ["train.output_dir=''"], ["train.output_dir=''", "no folder"]),
         (damage_nothing, ["train.output_dir=null"], ["train.output_dir=None", "no folder"]),
+        (damage_nothing, ["train.output_dir=5"], ["train.output_dir=5", "no folder"]),
         (damage_nothing, ["train.output_dir=/dev/null"], ["train.output_dir=/dev/null", "File exists"]),
         (
             damage_nothing,
