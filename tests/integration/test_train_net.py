@@ -150,6 +150,7 @@ def truncate_images(dataset):
         (damage_nothing, ["train.output_dir=null"], ["train.output_dir=None", "no folder"]),
         (damage_nothing, ["train.output_dir=5"], ["train.output_dir=5", "no folder"]),
         (damage_nothing, ["train.output_dir=/dev/null"], ["train.output_dir=/dev/null", "File exists"]),
+        (damage_nothing, ["train.output_dir=/proc"], ["cannot write to train.output_dir=/proc:"]),
         (
             damage_nothing,
             ["train.output_dir=/dev/null/x"],
