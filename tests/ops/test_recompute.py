@@ -101,6 +101,26 @@ def test_half_precision(dtype, autocast, backend):
         assert (value.double() - expected).norm() <= unit * expected.norm()
 
 
+@pytest.mark.parametrize("backend", ["compiled", "matmul"])
+def test_many_chunks_are_as_exact_as_one_in_half_precision(backend):
+    """The gradients of query and key are sums over them."""
+    channels = 1024
+    rows = 2 * KEY_CHANNELS + channels
+    torch.manual_seed(0)
+    shapes = (1, channels, 6, 7), (rows, channels), (rows,)
+    inputs = [torch.randn(shape) * scale for shape, scale in zip(shapes, (1, channels**-0.5, 1), strict=True)]
+    inputs = [t.bfloat16().requires_grad_() for t in (*inputs, torch.tensor([0.7]))]
+    grad = torch.randn(shapes[0]).bfloat16()
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    wanted = torch.autograd.grad(written_out(*exact, 1), exact[1], grad.double())[0][: 2 * KEY_CHANNELS]
+    errors = []
+    for chunks in (1, 64):
+        out = recomputed(*inputs, loops=1, chunks=chunks, backend=backend)
+        (got,) = torch.autograd.grad(out, inputs[1], grad)
+        errors.append((got[: 2 * KEY_CHANNELS].double() - wanted).norm())
+    assert errors[1] < 1.15 * errors[0]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("loops", [1, 2, 3])
 def test_twice_through_one_graph(backend, loops):
