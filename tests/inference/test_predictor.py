@@ -6,8 +6,9 @@ from detectron2.config import instantiate
 from PIL import Image
 
 from ccnet_d2.errors import UserError
-from ccnet_d2.inference import ClassTable, Predictor, SlidingWindow, WholeImage
+from ccnet_d2.inference import ClassTable, Predictor, SlidingWindow, WholeImage, batch
 from ccnet_d2.inference.batch import plan_pictures, write_pictures
+from ccnet_d2.inference.drawing import text_line
 from ccnet_d2.inference.visualize import save_labels
 from ccnet_d2.model_zoo import get_config
 
@@ -232,6 +233,21 @@ def test_a_damaged_image_does_not_stop_the_others(make_segmenter, photograph, tm
     assert [one.name for one in result.written] == ["street.png"]
     assert len(result.problems) == 1 and "broken.png" in result.problems[0]
     assert [one.name for one in out.iterdir()] == ["street.png"]
+
+
+def test_a_picture_of_the_confidence_says_its_mean(make_segmenter, photograph, tmp_path, monkeypatch, capsys):
+    path, _ = photograph
+    written = []
+    monkeypatch.setattr(
+        batch, "text_line", lambda text, *args: written.append(text) or text_line(text, *args)
+    )
+    predictor = Predictor(make_segmenter())
+    (target,) = write_pictures(predictor, path, tmp_path / "c.png", picture="confidence").written
+    assert "1/1 [" in capsys.readouterr().err
+    share = predictor(path).logits.softmax(0).amax(0)
+    assert written == [f"confidence: dark 0, bright 1; mean {share.mean():.2f}"] and share.mean() < 0.99
+    width, height = Image.open(target).size
+    assert width >= 240 and height > 30 * (width // 42)  # enlarged, above the text
 
 
 def test_where_pictures_are_written(photograph, tmp_path, monkeypatch):

@@ -194,6 +194,12 @@ def test_where_they_are_left_alone(units):
     assert not fp32_products.pays(x.double(), weight.double())
     assert not fp32_products.pays(x[:, :, ::2], weight)
     assert not fp32_products.pays(x[..., :200], weight)
+    assert not fp32_products.pays(x, weight.t().contiguous().t())
+    grad, gaps = torch.randn(1, 40, 300), torch.randn(1, 256, 600)[..., ::2]
+    assert fp32_products.pays_for_weight(grad, x) and not fp32_products.pays(gaps, weight)
+    assert not fp32_products.pays_for_weight(grad, gaps) and not fp32_products.pays_for_weight(
+        gaps[:, :40], x
+    )
     assert not fp32_products.pays(x[:, :31], weight[:, :31])
     assert fp32_products.pays(x[:, :128].contiguous(), weight[:, :128].contiguous()) == (units != "amx")
     assert not fp32_products.pays(x, weight, bias.requires_grad_())

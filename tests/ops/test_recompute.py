@@ -101,6 +101,16 @@ def test_half_precision(dtype, autocast, backend):
         assert (value.double() - expected).norm() <= unit * expected.norm()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_around_the_backward_pass_changes_nothing(backend):
+    inputs, grad = draw(9, 11, dtype=torch.float32)
+    out = recomputed(*inputs, loops=2, backend=backend)
+    wanted = torch.autograd.grad(out, inputs, grad, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch.autograd.grad(out, inputs, grad)
+    assert all(map(torch.equal, got, wanted))
+
+
 @pytest.mark.parametrize("backend", ["compiled", "matmul"])
 def test_many_chunks_are_as_exact_as_one_in_half_precision(backend):
     """The gradients of query and key are sums over them."""
