@@ -40,10 +40,17 @@ def test_a_model_that_does_not_answer_for_every_frame_is_refused(make_segmenter,
 
     class First(torch.nn.Module):
         def forward(self, batched_inputs):
-            return [{"sem_seg": torch.zeros(1, 5, 8, 8)}]
+            return self.answer
 
-    with pytest.raises(RuntimeError, match=r"First answered a clip of 2 frames with \(1, 5, 8, 8\)"):
-        WholeClip(First())([{"image": clip, "height": 8, "width": 8}])
+    for answer, found in (
+        ([{"sem_seg": torch.zeros(1, 5, 8, 8)}], r"\(1, 5, 8, 8\)"),
+        ([{"sem_seg": torch.zeros(2, 8, 8)}], r"\(2, 8, 8\)"),
+        ([{"sem_seg": torch.zeros(5, 8, 8)}] * 2, "list"),  # an image's answer for each frame
+    ):
+        model = First()
+        model.answer = answer
+        with pytest.raises(RuntimeError, match=f"First answered a clip of 2 frames with {found}"):
+            WholeClip(model)([{"image": clip, "height": 8, "width": 8}])
     with pytest.raises(RuntimeError, match="WholeClip has no model"):
         WholeClip()([{"image": clip, "height": 8, "width": 8}])
 

@@ -1,11 +1,13 @@
 """Pictures written by several processes: the same files, and their troubles told."""
 
 import os
+import queue
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,6 +86,30 @@ def test_more_processes_than_images(weights, photos, tmp_path, monkeypatch, capf
     result = write_pictures_on(TWO_CPUS, get_config(TOY), weights, jobs)
     assert used == [1] and "1/1 [" in capfd.readouterr().err
     assert result.written == [tmp_path / "out.png"] and Image.open(tmp_path / "out.png").size[0] >= 240
+
+
+def test_processes_that_have_nothing_more_to_do_were_not_killed():
+    """The other one is busy with the last image."""
+    answers = [None, (0, "done")]
+
+    def get(timeout):
+        answer = answers.pop(0)
+        if answer is None:
+            raise queue.Empty
+        return answer
+
+    results = SimpleNamespace(get=get)
+    workers = [SimpleNamespace(exitcode=code) for code in (0, None)]
+    assert parallel._next_result(results, workers, TWO_CPUS) == (0, "done")
+    workers[1].exitcode = 1
+    answers[:] = [(0, "sent before"), None]
+    assert parallel._next_result(results, workers, TWO_CPUS) == (0, "sent before")
+    with pytest.raises(UserError, match=r"exit code 1\)"):
+        parallel._next_result(results, workers, TWO_CPUS)
+    workers[1].exitcode = 0
+    answers[:] = [None]
+    with pytest.raises(UserError, match=r"exit code 0\)"):
+        parallel._next_result(results, workers, TWO_CPUS)
 
 
 class Faulty(WholeImage):

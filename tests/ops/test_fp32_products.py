@@ -195,6 +195,8 @@ def test_where_they_are_left_alone(units):
     assert not fp32_products.pays(x[:, :, ::2], weight)
     assert not fp32_products.pays(x[..., :200], weight)
     assert not fp32_products.pays(x, weight.t().contiguous().t())
+    for shape, outputs in (((1, 256, 200), 40), ((1, 64, 300), 40), ((1, 256, 300), 4097)):
+        assert not fp32_products.pays(torch.empty(shape), torch.empty(outputs, shape[1]))
     grad, gaps = torch.randn(1, 40, 300), torch.randn(1, 256, 600)[..., ::2]
     assert fp32_products.pays_for_weight(grad, x) and not fp32_products.pays(gaps, weight)
     assert not fp32_products.pays_for_weight(grad, gaps) and not fp32_products.pays_for_weight(
