@@ -263,10 +263,13 @@ def test_what_a_training_step_holds(dtype, channels_last, frozen):
 
     number = dtype.itemsize
     positions = sizes[0] * sizes[1]
-    # The gradients of both loops, and their sum.
-    weights = 0 if frozen else 3 * rows * (channels + 1) * number
+    if frozen:
+        beside = (
+            (2 + 16) * positions * number
+        )  # two numbers of each position's softmax; a multiple of 16 channels
+    else:
+        beside = 3 * rows * (channels + 1) * number  # the weights' gradients of both loops, and their sum
     for chunks, largest in ((1, 2 * channels), (2, channels), (3, 256), (5, 128), (8, 80)):
         step(chunks)
         maps = channels + (2 * key_channels + channels) + 2 * key_channels + largest
-        maps += 2 + 16  # two numbers of each position's softmax; a multiple of 16 channels
-        assert peak_bytes(lambda chunks=chunks: step(chunks)) <= maps * positions * number + weights
+        assert peak_bytes(lambda chunks=chunks: step(chunks)) <= maps * positions * number + beside
