@@ -27,7 +27,7 @@ __all__ = [
     "read_image",
     "read_label",
     "upright",
-    "write_image",
+    "write_bgr",
 ]
 
 MAX_PIXELS = 178_956_970
@@ -287,7 +287,7 @@ def read_label(path: str) -> np.ndarray:
     return label
 
 
-def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
+def write_bgr(path: str | os.PathLike[str], image: np.ndarray) -> None:
     """Write an image or a label map in the format of the file's suffix.
 
     Args:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ccnet_d2.data.atomic_folder import scratch_beside
 from ccnet_d2.data.errors import DatasetError, SampleError
-from ccnet_d2.data.image_files import write_image
+from ccnet_d2.data.image_files import write_bgr
 
 __all__ = ["convert_labels", "read_mat_label", "write_list"]
 
@@ -82,7 +82,7 @@ def convert_labels(
                     )
                 with _one_sentence(target):
                     scratch = scratch or stack.enter_context(scratch_beside(target.parent / "part"))
-                    write_image(scratch / target.name, table[label])
+                    write_bgr(scratch / target.name, table[label])
                     os.replace(scratch / target.name, target)
             if progress is not None:
                 progress(done, len(sources))

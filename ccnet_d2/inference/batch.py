@@ -17,7 +17,7 @@ from ccnet_d2.errors import UserError
 
 from .attention_pictures import draw_attention
 from .drawing import readable, stack, text_line
-from .images import find_images, write_image
+from .images import find_images, writable_format, write_image
 from .predictor import Predictor
 from .regions import draw_regions, find_regions
 from .visualize import confidence_map, save_labels, side_by_side
@@ -171,6 +171,7 @@ def _targets(paths: Sequence[Path], output: Path) -> list[Path]:
     if output.suffix.lower() in Image.registered_extensions() and not output.is_dir():
         if len(paths) > 1:
             raise UserError(f"{len(paths)} images cannot all be written to '{output}': give a folder.")
+        writable_format(output)
         targets = [output]
     else:
         if output.exists() and not output.is_dir():

@@ -17,7 +17,7 @@ from PIL import Image
 from ccnet_d2.data.image_files import upright
 from ccnet_d2.errors import UserError
 
-__all__ = ["IMAGE_SUFFIXES", "ImageFileError", "as_rgb", "find_images", "write_image"]
+__all__ = ["IMAGE_SUFFIXES", "ImageFileError", "as_rgb", "find_images", "writable_format", "write_image"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
@@ -91,6 +91,19 @@ def as_rgb(image: object) -> np.ndarray:
     return np.ascontiguousarray(channels)
 
 
+def writable_format(path: str | os.PathLike[str]) -> str:
+    """The format that the file's suffix names.
+
+    Raises:
+        ImageFileError: it names none that can be written.
+    """
+    suffix = Path(path).suffix
+    name = Image.registered_extensions().get(suffix.lower())
+    if name not in Image.SAVE:
+        raise ImageFileError(f"cannot write '{path}': unknown image type '{suffix}', take .png or .jpg.")
+    return name
+
+
 def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
     """Write (H, W) or (H, W, 3) uint8, or (H, W) int16 class indices, in the format of the file's suffix.
 
@@ -100,10 +113,7 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
         ImageFileError: unknown suffix, or the folder cannot be written.
     """
     path = Path(path)
-    formats = Image.registered_extensions()
-    suffix = path.suffix.lower()
-    if formats.get(suffix) not in Image.SAVE:
-        raise ImageFileError(f"cannot write '{path}': unknown image type '{path.suffix}', take .png or .jpg.")
+    image_format = writable_format(path)
     if image.dtype == np.int16:
         image = image.astype(np.uint16)  # what PNG holds; class indices are not negative
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -114,7 +124,7 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
             f"cannot write '{path}': folder '{path.parent}' cannot be made, {error.strerror or error}."
         ) from error
     try:
-        Image.fromarray(np.ascontiguousarray(image)).save(part, format=formats[suffix])
+        Image.fromarray(np.ascontiguousarray(image)).save(part, format=image_format)
         os.replace(part, path)
     except (OSError, ValueError) as error:  # the latter: larger than the format allows
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]

@@ -290,6 +290,7 @@ def test_outputs_that_do_not_fit_are_refused_before_predicting(make_segmenter, p
             r"would overwrite '.*truth/street\.png'",
         ),
         ((path, tmp_path / "taken"), {}, "is a file without an image suffix"),
+        ((path, tmp_path / "one.psd"), {}, r"one\.psd': unknown image type '\.psd', take \.png or \.jpg"),
         ((path, tmp_path / "o.jpg"), {"picture": "labels"}, r"label maps are written as \.png"),
         ((path, tmp_path), {"picture": "drawing"}, "unknown picture 'drawing'"),
         ((path, tmp_path), {"picture": "attention"}, "go together"),

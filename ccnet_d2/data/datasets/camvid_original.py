@@ -23,7 +23,7 @@ from ccnet_d2.data.datasets.camvid import (
 )
 from ccnet_d2.data.datasets.folder import IMAGE_SUFFIXES
 from ccnet_d2.data.errors import DatasetError, SampleError
-from ccnet_d2.data.image_files import read_image, write_image
+from ccnet_d2.data.image_files import read_image, write_bgr
 from ccnet_d2.data.mat_labels import write_list
 
 __all__ = [
@@ -161,7 +161,7 @@ def convert_camvid(
         for done, name in enumerate(names, 1):
             labels, count = _labels_of(root / SOURCE_LABELS / f"{name}_L.png")
             unknown.append(count)
-            write_image(part / f"{name}.png", labels)
+            write_bgr(part / f"{name}.png", labels)
             if progress is not None:
                 progress(done, len(names))
 

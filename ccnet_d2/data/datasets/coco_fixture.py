@@ -22,7 +22,7 @@ from detectron2.data.datasets import load_coco_json
 from ccnet_d2.data.atomic_folder import replace_folder
 from ccnet_d2.data.datasets.paths import dataset_root
 from ccnet_d2.data.errors import DatasetError
-from ccnet_d2.data.image_files import write_image
+from ccnet_d2.data.image_files import write_bgr
 
 __all__ = ["CLASSES", "NAME", "CocoFixtureConfig", "generate_coco_fixture", "register_coco_fixture"]
 
@@ -119,7 +119,7 @@ def _write_set(root: Path, config: CocoFixtureConfig, info: dict[str, Any]) -> N
     for index in range(config.images):
         image, objects = _draw(config, np.random.default_rng([config.seed, index]))
         file_name = f"{index:04d}.png"
-        write_image(root / "images" / file_name, image)
+        write_bgr(root / "images" / file_name, image)
         record = {"id": index + 1, "file_name": file_name, "height": config.size, "width": config.size}
         data["images"].append(record)
         for category, polygon in objects:

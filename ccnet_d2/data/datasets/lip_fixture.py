@@ -21,7 +21,7 @@ from ccnet_d2.data.atomic_folder import replace_folder
 from ccnet_d2.data.datasets.lip import LIP_CLASSES, register_lip
 from ccnet_d2.data.datasets.paths import dataset_root
 from ccnet_d2.data.errors import DatasetError
-from ccnet_d2.data.image_files import write_image
+from ccnet_d2.data.image_files import write_bgr
 
 __all__ = ["NAME", "LipFixtureConfig", "draw_person", "generate_lip_fixture", "register_lip_fixture"]
 
@@ -249,8 +249,8 @@ def _write_set(root: Path, config: LipFixtureConfig) -> None:
             height = round(config.size * rng.uniform(0.8, 1.0))
             person = draw_person(index, height, round(height * rng.uniform(0.48, 0.66)), rng)
             names.append(f"{100000 * (number + 1) + index}_{400000 + index}")  # as LIP's are
-            write_image(os.path.join(images, f"{names[-1]}.jpg"), _paint(person, config.noise, rng))
-            write_image(os.path.join(labels, f"{names[-1]}.png"), person)
+            write_bgr(os.path.join(images, f"{names[-1]}.jpg"), _paint(person, config.noise, rng))
+            write_bgr(os.path.join(labels, f"{names[-1]}.png"), person)
         if config.layout == "ce2p":
             with open(os.path.join(root, f"{split}_id.txt"), "w", encoding="utf-8") as stream:
                 stream.writelines(f"{name}\n" for name in names)

@@ -27,7 +27,7 @@ from ccnet_d2.data.datasets.synthetic_scenes import (
     shares_line,
 )
 from ccnet_d2.data.errors import DatasetError
-from ccnet_d2.data.image_files import write_image
+from ccnet_d2.data.image_files import write_bgr
 
 __all__ = ["generate_synthetic_dataset", "read_manifest", "register_synthetic"]
 
@@ -49,8 +49,8 @@ def _write_set(root: Path, config: SyntheticConfig) -> None:
             os.makedirs(os.path.join(root, kind, split))
         scenes: dict[str, Any] = {}
         for name, scene, image in _images(config, split):
-            write_image(os.path.join(root, "images", split, f"{name}.png"), image[:, :, ::-1])
-            write_image(os.path.join(root, "labels", split, f"{name}.png"), label_scene(config, scene))
+            write_bgr(os.path.join(root, "images", split, f"{name}.png"), image[:, :, ::-1])
+            write_bgr(os.path.join(root, "labels", split, f"{name}.png"), label_scene(config, scene))
             scenes[name] = asdict(scene)
             objects += len(scene.objects)
             on_cross += sum(shares_line(square, scene.cue) for square in scene.objects)

@@ -103,14 +103,14 @@ def test_unfinished_writing_leaves_what_was_there(tmp_path, monkeypatch):
     root = tmp_path / "set"
     assert generate_coco_fixture(root, CocoFixtureConfig(images=2))
     before = files_of(root)
-    write = coco_fixture.write_image
+    write = coco_fixture.write_bgr
 
     def fail_on_the_second(path, image):
         if path.name == "0001.png":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(path, image)
 
-    monkeypatch.setattr(coco_fixture, "write_image", fail_on_the_second)
+    monkeypatch.setattr(coco_fixture, "write_bgr", fail_on_the_second)
     for folder in (root, tmp_path / "other"):
         with pytest.raises(
             DatasetError, match=r"Cannot write the COCO fixture to '.*': No space left on device"
@@ -123,7 +123,7 @@ def test_two_at_once_do_not_mix_their_images(tmp_path, monkeypatch):
     """Another process draws with another seed between two images of this one."""
     one, another = CocoFixtureConfig(images=2), CocoFixtureConfig(images=2, seed=1)
     generate_coco_fixture(tmp_path / "alone", one)
-    write = coco_fixture.write_image
+    write = coco_fixture.write_bgr
 
     def in_between(path, image):
         if path.name == "0001.png":
@@ -131,7 +131,7 @@ def test_two_at_once_do_not_mix_their_images(tmp_path, monkeypatch):
             assert generate_coco_fixture(tmp_path / "set", another)
         write(path, image)
 
-    monkeypatch.setattr(coco_fixture, "write_image", in_between)
+    monkeypatch.setattr(coco_fixture, "write_bgr", in_between)
     assert generate_coco_fixture(tmp_path / "set", one)
     assert files_of(tmp_path / "set") == files_of(tmp_path / "alone")
 

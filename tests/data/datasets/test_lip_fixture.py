@@ -96,7 +96,7 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
         if len(written) == 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
-    monkeypatch.setattr(lip_fixture, "write_image", fail_on_the_fifth)
+    monkeypatch.setattr(lip_fixture, "write_bgr", fail_on_the_fifth)
     with pytest.raises(DatasetError, match=r"Cannot write the LIP fixture to .*: No space left on device"):
         generate_lip_fixture(tmp_path / "set", replace(SMALL, seed=2))
     assert json.loads((tmp_path / "set/lip_fixture.json").read_text()) == before
