@@ -15,7 +15,14 @@ from ccnet_d2.checkpoint import atomic_write_text
 from ccnet_d2.compat import has_fast_bf16
 from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
 from ccnet_d2.data.image_files import read_image, read_label
-from ccnet_d2.inference import ClassTable, Predictor, draw_attention, save_prediction_grid, write_image
+from ccnet_d2.inference import (
+    AttentionMaps,
+    ClassTable,
+    Predictor,
+    draw_attention,
+    save_prediction_grid,
+    write_image,
+)
 from ccnet_d2.model_zoo import get_config
 
 from .comparison import Variant, VariantRun, train_variants
@@ -153,30 +160,39 @@ def _draw(cfg: DictConfig, runs: Sequence[VariantRun], output: Path) -> None:
     save_prediction_grid(
         output / "predictions.png", [read_image(image) for image in images], predictions, classes, truths
     )
-    image, pixel = _pixel_to_explain(truths, *(predictions[v.title] for v in (ONE_LOOP, TWO_LOOPS)))
-    attention = predictors[TWO_LOOPS.name].attention(images[image], *pixel)
-    write_image(output / "attention.png", draw_attention(attention))
+    pixels = _pixels_to_explain(truths, *(predictions[v.title] for v in (ONE_LOOP, TWO_LOOPS)))
+    looks = [predictors[TWO_LOOPS.name].attention(images[image], *pixel) for image, pixel in pixels]
+    write_image(output / "attention.png", draw_attention(_most_telling(looks)))
 
 
 def _test_records(cfg: DictConfig) -> list[dict]:
     return DatasetCatalog.get(cfg.dataloader.test.dataset.names)
 
 
-def _pixel_to_explain(
+def _pixels_to_explain(
     truths: Sequence[np.ndarray], one_loop: Sequence[np.ndarray], two_loops: Sequence[np.ndarray]
-) -> tuple[int, tuple[int, int]]:
-    """The image, and in it the pixel (x, y), that best shows what the second loop adds.
+) -> list[tuple[int, tuple[int, int]]]:
+    """Images, and in each the pixel (x, y) that best shows what the second loop adds.
 
-    It is the one deepest inside what two loops get right and one loop gets wrong, or else inside what two get right.
+    It is the one deepest inside what two loops get right and one loop gets wrong; where there is no such pixel in any
+    image, inside what two get right, or the image.
     """
-    gained = [
-        (two == truth) & (one != truth) for truth, one, two in zip(truths, one_loop, two_loops, strict=True)
-    ]
-    if not any(mask.any() for mask in gained):
-        gained = [two == truth for truth, two in zip(truths, two_loops, strict=True)]
-    depths = [
-        cv2.distanceTransform(np.pad(m, 1).astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1] for m in gained
-    ]
-    image = int(np.argmax([depth.max() for depth in depths]))
-    row, column = np.unravel_index(depths[image].argmax(), depths[image].shape)
-    return image, (int(column), int(row))
+    right = [two == truth for truth, two in zip(truths, two_loops, strict=True)]
+    gained = [mask & (one != truth) for mask, truth, one in zip(right, truths, one_loop, strict=True)]
+    everywhere = [np.ones_like(mask) for mask in right]
+    masks = next(masks for masks in (gained, right, everywhere) if any(mask.any() for mask in masks))
+    pixels = []
+    for image, mask in enumerate(masks):
+        if mask.any():
+            depth = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1]
+            row, column = np.unravel_index(depth.argmax(), depth.shape)
+            pixels.append((image, (int(column), int(row))))
+    return pixels
+
+
+def _most_telling(looks: Sequence[AttentionMaps]) -> AttentionMaps:
+    """The one that ends most at a single place.
+
+    One of the classes may be what a model answers where it finds nothing: its pixels look nowhere in particular.
+    """
+    return max(looks, key=lambda look: float(look.maps[-1].max()))

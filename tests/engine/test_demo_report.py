@@ -10,8 +10,9 @@ import pytest
 from ccnet_d2.data import register_all
 from ccnet_d2.engine import demo_report
 from ccnet_d2.engine.comparison import Variant, VariantRun, train_variants
-from ccnet_d2.engine.demo_report import _pixel_to_explain, run_demo
+from ccnet_d2.engine.demo_report import _most_telling, _pixels_to_explain, run_demo
 from ccnet_d2.errors import UserError
+from ccnet_d2.inference import AttentionMaps
 
 pytestmark = pytest.mark.usefixtures("catalogs_as_before")
 
@@ -121,17 +122,30 @@ def test_failed_training_is_reported_in_its_own_words(tmp_path):
         train_variants("toy/ccnet_synthetic.py", [variant], tmp_path)
 
 
-def test_pixel_to_explain_is_where_the_second_loop_helps():
+def test_pixels_to_explain_are_where_the_second_loop_helps():
     truth = np.zeros((20, 20), np.uint8)
     truth[5:12, 3:10] = 1
-    one_loop = np.zeros_like(truth)
-    image, (x, y) = _pixel_to_explain([truth * 0, truth], [truth * 0, one_loop], [truth * 0, truth])
-    assert (image, x, y) == (1, 6, 8)
+    none = np.zeros_like(truth)
+    one_loop, two_loops = [none, none, truth.T * 0], [none, truth, truth.T]
+    assert _pixels_to_explain([none, truth, truth.T], one_loop, two_loops) == [(1, (6, 8)), (2, (8, 6))]
 
 
-def test_pixel_to_explain_where_one_loop_is_right_everywhere_is_within_what_two_get_right():
+def test_pixels_to_explain_where_one_loop_is_right_everywhere_are_within_what_two_get_right():
     truth = np.zeros((20, 20), np.uint8)
     two_loops = np.ones_like(truth)
     two_loops[10:17, 2:9] = 0
-    image, (x, y) = _pixel_to_explain([truth], [truth], [two_loops])
-    assert (image, x, y) == (0, 5, 13)
+    assert _pixels_to_explain([truth] * 2, [truth] * 2, [two_loops, truth + 1]) == [(0, (5, 13))]
+
+
+def test_pixels_to_explain_where_two_loops_are_right_nowhere_are_in_the_middle():
+    truth = np.zeros((21, 21), np.uint8)
+    assert _pixels_to_explain([truth], [truth], [truth + 1]) == [(0, (10, 10))]
+
+
+def test_the_pixel_that_ends_at_one_place_tells_most():
+    image, even = np.zeros((8, 8, 3), np.uint8), np.full((2, 2), 0.25, np.float32)
+    focused = np.array([[0.9, 0.1], [0, 0]], np.float32)
+    looks = [
+        AttentionMaps(image, (0, 0), (0, 0), maps, (2.0, 2.0)) for maps in ([focused, even], [even, focused])
+    ]
+    assert _most_telling(looks) is looks[1]
