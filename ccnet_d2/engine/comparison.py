@@ -113,14 +113,16 @@ def train_variants(
     cores = len(os.sched_getaffinity(0))
     if not devices:
         devices = [None] * min(cores, len(runs))
+    # The same for all, also for the last ones, which have fewer beside them: sums are taken in another order with other
+    # numbers of threads, and which runs are last may be chance.
+    threads = max(1, cores // max(1, min(len(devices), len(runs))))
     waiting = [run for run in runs if not (keep_finished and _was_finished(run))]
     running: list[_Process] = []
     reported = time.monotonic()
     try:
         while waiting or running:
             while waiting and devices:
-                sharing = len(running) + min(len(waiting), len(devices))
-                running.append(_Process(waiting.pop(0), devices.pop(0), cores // sharing, environment or {}))
+                running.append(_Process(waiting.pop(0), devices.pop(0), threads, environment or {}))
             time.sleep(_POLL_SECONDS)
             for process in [p for p in running if p.popen.poll() is not None]:
                 running.remove(process)
@@ -154,7 +156,7 @@ class _Process:
         run.output_dir.mkdir(parents=True, exist_ok=True)
         for stale in _RESULT_FILES:  # of an earlier run, which would pass for this one's
             (run.output_dir / stale).unlink(missing_ok=True)
-        variables = {**os.environ, **environment, "OMP_NUM_THREADS": str(max(1, threads))}
+        variables = {**os.environ, **environment, "OMP_NUM_THREADS": str(threads)}
         if device is not None:
             variables["CUDA_VISIBLE_DEVICES"] = device
         command = [sys.executable, "-m", "ccnet_d2.engine.command_line", *run.arguments]

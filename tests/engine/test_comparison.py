@@ -77,6 +77,17 @@ def test_a_failure_waits_for_the_other_trainings_to_stop(stand_in, tmp_path, mon
     assert (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (5, 1), (7, 2), (12, 4)])
+def test_each_training_has_as_many_threads_as_the_others(stand_in, tmp_path, monkeypatch, cores, threads):
+    """However many run at the moment: with another number the results are others in their last digits."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(comparison, "_gpus", list)
+    stand_in("echo $OMP_NUM_THREADS >> $PLACE/threads; exit 1")
+    variants = [Variant(name, name, (f"name={name}",)) for name in "abc"]
+    train_variants("run.py", variants, tmp_path / "out", stop_at_failure=False)
+    assert (tmp_path / "threads").read_text().split() == [str(threads)] * 3
+
+
 @pytest.mark.parametrize(
     ("evaluation", "words"),
     [('{"bbox": {"AP": 1}, "segm": {"AP": 2}}', "holds bbox, segm"), (None, "is not there")],
