@@ -19,7 +19,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from ccnet_d2.data.atomic_folder import replace_folder
+from ccnet_d2.data.datasets.drawn_set import write_drawn_set
 from ccnet_d2.data.datasets.paths import dataset_root
 from ccnet_d2.data.errors import DatasetError
 from ccnet_d2.data.image_files import write_bgr
@@ -87,25 +87,13 @@ def generate_coco_fixture(
     config = config or CocoFixtureConfig()
     root = _folder(root)
     info = {"generator": _GENERATOR, "config": asdict(config)}
-    found = _read_info(root)
-    if found == info:
-        return False
-    if (
-        found.get("generator") != _GENERATOR
-        and os.path.lexists(root)
-        and (not os.path.isdir(root) or os.listdir(root))
-    ):
-        raise DatasetError(
-            f"'{root}' holds something other than the COCO fixture; remove it or choose another folder."
-        )
-    try:
-        return replace_folder(
-            root, lambda new: _write_set(new, config, info), lambda: _read_info(root) == info
-        )
-    except OSError as error:
-        raise DatasetError(
-            f"Cannot write the COCO fixture to '{root}': {error.strerror or error}."
-        ) from error
+    return write_drawn_set(
+        root,
+        "COCO fixture",
+        lambda new: _write_set(new, config, info),
+        is_there=lambda: _read_info(root) == info,
+        is_ours=lambda: _read_info(root).get("generator") == _GENERATOR,
+    )
 
 
 def _write_set(root: Path, config: CocoFixtureConfig, info: dict[str, Any]) -> None:

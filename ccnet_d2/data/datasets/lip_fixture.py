@@ -17,7 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ccnet_d2.data.atomic_folder import replace_folder
+from ccnet_d2.data.datasets.drawn_set import write_drawn_set
 from ccnet_d2.data.datasets.lip import LIP_CLASSES, register_lip
 from ccnet_d2.data.datasets.paths import dataset_root
 from ccnet_d2.data.errors import DatasetError
@@ -207,19 +207,13 @@ def generate_lip_fixture(
     """
     config = config or LipFixtureConfig()
     root = _folder(root)
-    manifest = _read_manifest(root)
-    if manifest == _manifest(config):
-        return False
-    if manifest is None and os.path.lexists(root) and (not os.path.isdir(root) or os.listdir(root)):
-        raise DatasetError(
-            f"'{root}' holds something other than the LIP fixture; remove it or choose another folder."
-        )
-    try:
-        return replace_folder(
-            root, lambda new: _write_set(new, config), lambda: _read_manifest(root) == _manifest(config)
-        )
-    except OSError as error:
-        raise DatasetError(f"Cannot write the LIP fixture to '{root}': {error.strerror or error}.") from error
+    return write_drawn_set(
+        root,
+        "LIP fixture",
+        lambda new: _write_set(new, config),
+        is_there=lambda: _read_manifest(root) == _manifest(config),
+        is_ours=lambda: _read_manifest(root) is not None,
+    )
 
 
 def register_lip_fixture(root: str | os.PathLike[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ccnet_d2.data.atomic_folder import replace_folder
+from ccnet_d2.data.datasets.drawn_set import write_drawn_set
 from ccnet_d2.data.datasets.folder import list_pairs, register
 from ccnet_d2.data.datasets.synthetic_scenes import (
     SPLITS,
@@ -124,26 +124,14 @@ def generate_synthetic_dataset(root: str | os.PathLike[str], config: SyntheticCo
     """
     config = config or SyntheticConfig()
     root = os.path.abspath(os.path.expanduser(root))
-    if _config_of(read_manifest(root)) == config and _is_complete(root, config):
-        return False
-    if (
-        os.path.lexists(root)
-        and read_manifest(root) is None
-        and (not os.path.isdir(root) or os.listdir(root))
-    ):
-        raise DatasetError(
-            f"'{root}' holds something other than a synthetic data set; remove it or choose another folder."
-        )
-    try:
-        return replace_folder(
-            root,
-            lambda new: _write_set(new, config),
-            lambda: _config_of(read_manifest(root)) == config and _is_complete(root, config),
-        )
-    except OSError as error:
-        raise DatasetError(
-            f"Cannot write the synthetic data set to '{root}': {error.strerror or error}."
-        ) from error
+    return write_drawn_set(
+        root,
+        "synthetic data set",
+        lambda new: _write_set(new, config),
+        is_there=lambda: _config_of(read_manifest(root)) == config and _is_complete(root, config),
+        is_ours=lambda: read_manifest(root) is not None,
+        article="a",
+    )
 
 
 def _load(root: str, split: str, num_kinds: int) -> list[dict[str, Any]]:
