@@ -58,5 +58,15 @@ inline Kernels with_passes(const char* name, void (*forward)(const ForwardArgs&)
   return plain;
 }
 
+#if defined(CCNET_X86_DISPATCH)
+// Kernels whose products of fp32 on vector units pay unless the processor is Intel's, whose library PyTorch's products
+// are: on others' processors it is slower, and keeps to vectors of 256 bits where there are longer ones.
+inline Kernels paying_where_not_intel(Kernels kernels) {
+  __builtin_cpu_init();
+  kernels.matmul_pays = !__builtin_cpu_is("intel");
+  return kernels;
+}
+#endif
+
 }  // namespace cpu
 }  // namespace ccnet

@@ -159,11 +159,7 @@ const Kernels* avx2_kernels() {
   __builtin_cpu_init();
   const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (!has) return nullptr;
-  static const Kernels kernels = [] {
-    Kernels found = kKernels;
-    found.matmul_pays = !__builtin_cpu_is("intel");  // on whose own PyTorch's products, by Intel's library, are faster
-    return found;
-  }();
+  static const Kernels kernels = paying_where_not_intel(kKernels);
   return &kernels;
 }
 }  // namespace cpu

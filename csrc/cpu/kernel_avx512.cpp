@@ -53,12 +53,7 @@ const Kernels* avx512_kernels() {
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                    __builtin_cpu_supports("fma");
   if (!has) return nullptr;
-  static const Kernels kernels = [] {
-    Kernels found = kKernels;
-    // On others' processors Intel's library, which PyTorch's products are, keeps to vectors of half the length.
-    found.matmul_pays = !__builtin_cpu_is("intel");
-    return found;
-  }();
+  static const Kernels kernels = paying_where_not_intel(kKernels);
   return &kernels;
 }
 }  // namespace cpu
