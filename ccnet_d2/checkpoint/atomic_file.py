@@ -1,17 +1,25 @@
 """Files that are either whole or not there, whatever stops the process or the machine."""
 
+import contextlib
 import errno
+import glob
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from ccnet_d2.errors import UserError
 
-TEMPORARY_SUFFIX = ".tmp"
-"""What the name of a file ends in until it is whole; a process that is killed leaves such a file behind."""
+_TEMPORARY = "{name}.{token}.tmp"
+"""A file's name until it is whole; a process that is killed leaves such a file behind."""
+
+_TOKEN_BYTES = 4
+
+_ABANDONED = 3600
+"""Seconds without a write after which a file that has not become whole counts as left behind."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -20,12 +28,13 @@ class DiskFullError(UserError):
     """There is no room left for a file; what lay there before is as it was."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Write a file beside its place and move it there when it is whole and on the disk.
 
     A reader sees the old file or the new one, and after a power cut one of the two is there: the data are synced
-    before the rename, the folder after it. If writing fails, nothing is left of the new file.
+    before the rename, the folder after it. If writing fails, nothing is left of the new file. Of several processes
+    that write one file at once, the last to finish has it.
 
     Args:
         path: the file to write or replace, in a folder that exists.
@@ -34,9 +43,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         A binary file to write to.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    remove_temporary_files(path.parent, glob.escape(path.name), unchanged=_ABANDONED)
+    # A name of its own: another process that writes the same file must not write into this one.
+    temporary = path.with_name(_TEMPORARY.format(name=path.name, token=secrets.token_hex(_TOKEN_BYTES)))
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -53,18 +64,23 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
         file.write(text.encode())
 
 
-def remove_temporary_files(folder: str | os.PathLike[str], pattern: str) -> None:
+def remove_temporary_files(folder: str | os.PathLike[str], pattern: str, unchanged: float = 0) -> None:
     """Delete what a process that was killed while writing left in `folder`.
 
     Args:
         folder: where `atomic_write` wrote.
         pattern: of the names of the files to be written, such as "*.pth".
+        unchanged: seconds for which a file must not have been written to, if processes may be writing such files now.
     """
-    for path in Path(folder).glob(pattern + TEMPORARY_SUFFIX):
-        path.unlink(missing_ok=True)
+    names = _TEMPORARY.format(name=pattern, token="[0-9a-f]" * 2 * _TOKEN_BYTES)
+    for path in Path(folder).glob(names):
+        # Another process deleted it, or it is whole by now, or another user's.
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            if not unchanged or time.time() - path.stat().st_mtime > unchanged:
+                path.unlink()
 
 
-@contextmanager
+@contextlib.contextmanager
 def disk_full_reported(
     folder: str | os.PathLike[str], advice: Callable[[], str] = lambda: ""
 ) -> Iterator[None]:

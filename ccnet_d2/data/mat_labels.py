@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ccnet_d2.checkpoint import atomic_write_text
 from ccnet_d2.data.atomic_folder import scratch_beside
 from ccnet_d2.data.errors import DatasetError, SampleError
 from ccnet_d2.data.image_files import write_bgr
@@ -89,14 +90,14 @@ def convert_labels(
 
 
 def write_list(path: Path, names: Sequence[str]) -> None:
-    """Write names, one a line.
+    """Write names, one a line; what the file lies in is made.
 
     Raises:
         DatasetError: it cannot be written.
     """
-    with _one_sentence(path), scratch_beside(path) as scratch:
-        (scratch / path.name).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-        os.replace(scratch / path.name, path)
+    with _one_sentence(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(path, "".join(f"{name}\n" for name in names))
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,6 @@ from ccnet_d2.checkpoint import (
     DiskFullError,
     SafeCheckpointer,
     atomic_file,
-    atomic_write,
     load_checkpoint,
     load_file,
 )
@@ -127,59 +125,3 @@ def test_other_errors_stay_what_they_are(tmp_path):
         raise PermissionError(13, "no")
     with pytest.raises(RuntimeError, match="something"), atomic_file.disk_full_reported(tmp_path):
         raise RuntimeError("something")
-
-
-def test_files_appear_whole_and_synced(tmp_path, monkeypatch):
-    """Data are on the disk before the name is, and the name before anything goes on."""
-    done = []
-    for name in ("fsync", "replace"):
-        original = getattr(os, name)
-
-        def told(*arguments, name=name, original=original):
-            place = arguments[0] if name == "replace" else os.readlink(f"/proc/self/fd/{arguments[0]}")
-            size = os.path.getsize(place) if Path(place).is_file() else 0
-            done.append((name, Path(place).name, size))
-            return original(*arguments)
-
-        monkeypatch.setattr(os, name, told)
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with atomic_write(path) as file:
-        file.write(b"new")
-        assert path.read_bytes() == b"old"
-    assert path.read_bytes() == b"new"
-    assert done == [("fsync", "file.tmp", 3), ("replace", "file.tmp", 3), ("fsync", tmp_path.name, 0)]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_nothing_is_left_of_a_write_that_fails(tmp_path, error):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(error), atomic_write(path) as file:
-        file.write(b"new")
-        raise error
-    assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"old"
-
-
-def test_texts_are_utf_8_and_no_descriptor_is_left(tmp_path):
-    opened = os.listdir("/proc/self/fd")
-    atomic_file.atomic_write_text(tmp_path / "file", "3 × 3 → 1\n")
-    assert (tmp_path / "file").read_bytes() == "3 × 3 → 1\n".encode()
-    assert len(os.listdir("/proc/self/fd")) == len(opened)
-
-
-def test_file_systems_that_cannot_sync_folders(tmp_path, monkeypatch):
-    fsync = os.fsync
-
-    def refuse(descriptor, number):
-        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).is_dir():
-            raise OSError(number, os.strerror(number))
-        fsync(descriptor)
-
-    for number in (errno.EINVAL, errno.ENOTSUP):
-        monkeypatch.setattr(os, "fsync", lambda descriptor, number=number: refuse(descriptor, number))
-        with atomic_write(tmp_path / "a") as file:
-            file.write(b"x")
-    monkeypatch.setattr(os, "fsync", lambda descriptor: refuse(descriptor, errno.EIO))
-    with pytest.raises(OSError, match="Input/output"), atomic_write(tmp_path / "b") as file:
-        file.write(b"x")

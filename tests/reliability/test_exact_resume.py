@@ -182,7 +182,7 @@ def test_sigterm_during_the_last_evaluation(run, tmp_path, monkeypatch):
 def test_old_files_go_and_none_is_left_over(run, tmp_path, monkeypatch):
     output = tmp_path / "output"
     output.mkdir()
-    (output / "model_0000007.pth.tmp").write_bytes(b"of a process that was killed")
+    (output / "model_0000007.pth.0123abcd.tmp").write_bytes(b"of a process that was killed")
     (output / "model_elsewhere.pth").write_bytes(b"not ours")
     keep = "train.checkpointer.max_to_keep=2"
     with monkeypatch.context() as context, pytest.raises(Crash):
