@@ -19,8 +19,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from ccnet_d2.data.datasets.drawn_set import write_drawn_set
-from ccnet_d2.data.datasets.paths import dataset_root
+from ccnet_d2.data.datasets.drawn_set import drawn_set_folder, write_drawn_set
 from ccnet_d2.data.errors import DatasetError
 from ccnet_d2.data.image_files import write_bgr
 
@@ -85,7 +84,7 @@ def generate_coco_fixture(
         DatasetError: `root` holds something else or cannot be written, or the objects do not fit.
     """
     config = config or CocoFixtureConfig()
-    root = _folder(root)
+    root = drawn_set_folder(root, NAME)
     info = {"generator": _GENERATOR, "config": asdict(config)}
     return write_drawn_set(
         root,
@@ -125,7 +124,7 @@ def register_coco_fixture(root: str | os.PathLike[str] | None = None, name: str 
         root: folder of the data set; default: ``ccnet_coco_fixture`` in :func:`dataset_root`.
         name: of the data set in Detectron2's catalogs.
     """
-    root = _folder(root)
+    root = drawn_set_folder(root, NAME)
     if name in DatasetCatalog:
         DatasetCatalog.pop(name)
         MetadataCatalog.pop(name)
@@ -135,12 +134,6 @@ def register_coco_fixture(root: str | os.PathLike[str] | None = None, name: str 
         image_root=os.path.join(root, "images"),
         evaluator_type="coco",
         thing_classes=list(CLASSES),
-    )
-
-
-def _folder(root: str | os.PathLike[str] | None) -> str:
-    return os.path.abspath(
-        os.path.expanduser(os.path.join(dataset_root(), "ccnet_coco_fixture") if root is None else root)
     )
 
 

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ccnet_d2.data.atomic_folder import replace_folder
+from ccnet_d2.data.datasets.paths import dataset_root
 from ccnet_d2.data.errors import DatasetError
 
-__all__ = ["write_drawn_set"]
+__all__ = ["drawn_set_folder", "read_manifest", "write_drawn_set"]
+
+
+def drawn_set_folder(root: str | os.PathLike[str] | None, name: str) -> str:
+    """The absolute path of `root`, or of the folder `name` beside the other data sets if it is None."""
+    return os.path.abspath(os.path.expanduser(os.path.join(dataset_root(), name) if root is None else root))
+
+
+def read_manifest(path: str | os.PathLike[str], generator: str) -> dict[str, Any] | None:
+    """What the manifest at `path` says, `None` if there is none that can be read and names this generator."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            manifest = json.load(stream)
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.get("generator") == generator else None
 
 
 def write_drawn_set(

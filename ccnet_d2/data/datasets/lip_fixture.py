@@ -17,9 +17,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ccnet_d2.data.datasets.drawn_set import write_drawn_set
+from ccnet_d2.data.datasets.drawn_set import drawn_set_folder, read_manifest, write_drawn_set
 from ccnet_d2.data.datasets.lip import LIP_CLASSES, register_lip
-from ccnet_d2.data.datasets.paths import dataset_root
 from ccnet_d2.data.errors import DatasetError
 from ccnet_d2.data.image_files import write_bgr
 
@@ -206,7 +205,7 @@ def generate_lip_fixture(
         DatasetError: `root` holds something else, such as LIP itself, or cannot be written.
     """
     config = config or LipFixtureConfig()
-    root = _folder(root)
+    root = drawn_set_folder(root, NAME)
     return write_drawn_set(
         root,
         "LIP fixture",
@@ -222,7 +221,7 @@ def register_lip_fixture(root: str | os.PathLike[str] | None = None) -> None:
     Args:
         root: folder of the data set; default: ``ccnet_lip_fixture`` in :func:`dataset_root`.
     """
-    root = _folder(root)
+    root = drawn_set_folder(root, NAME)
     register_lip(
         root,
         prefix=NAME,
@@ -257,17 +256,8 @@ def _manifest(config: LipFixtureConfig) -> dict[str, Any]:
     return {"generator": _GENERATOR, "format": _FORMAT, "config": asdict(config)}
 
 
-def _folder(root: str | os.PathLike[str] | None) -> str:
-    return os.path.abspath(os.path.expanduser(os.path.join(dataset_root(), NAME) if root is None else root))
-
-
 def _read_manifest(root: str) -> dict[str, Any] | None:
-    try:
-        with open(os.path.join(root, _MANIFEST), encoding="utf-8") as stream:
-            manifest = json.load(stream)
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    return manifest if isinstance(manifest, dict) and manifest.get("generator") == _GENERATOR else None
+    return read_manifest(os.path.join(root, _MANIFEST), _GENERATOR)
 
 
 register_lip_fixture()

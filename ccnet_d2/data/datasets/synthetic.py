@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ccnet_d2.data.datasets.drawn_set import write_drawn_set
+from ccnet_d2.data.datasets.drawn_set import read_manifest, write_drawn_set
 from ccnet_d2.data.datasets.folder import list_pairs, register
 from ccnet_d2.data.datasets.synthetic_scenes import (
     SPLITS,
@@ -29,10 +29,11 @@ from ccnet_d2.data.datasets.synthetic_scenes import (
 from ccnet_d2.data.errors import DatasetError
 from ccnet_d2.data.image_files import write_bgr
 
-__all__ = ["generate_synthetic_dataset", "read_manifest", "register_synthetic"]
+__all__ = ["generate_synthetic_dataset", "read_synthetic_manifest", "register_synthetic"]
 
 _FORMAT = 2  # of the files; a set written in another one is made again
 _MANIFEST = "manifest.json"
+_GENERATOR = "ccnet_d2 synthetic"
 
 
 def _images(config: SyntheticConfig, split: str) -> Iterator[tuple[str, Scene, np.ndarray]]:
@@ -59,7 +60,7 @@ def _write_set(root: Path, config: SyntheticConfig) -> None:
         with open(os.path.join(root, f"{split}_scenes.json"), "w", encoding="utf-8") as stream:
             json.dump(scenes, stream)
     manifest = {
-        "generator": "ccnet_d2 synthetic",
+        "generator": _GENERATOR,
         "format": _FORMAT,
         "config": asdict(config),
         "classes": class_names(config.num_kinds),
@@ -71,16 +72,9 @@ def _write_set(root: Path, config: SyntheticConfig) -> None:
         stream.write("\n")
 
 
-def read_manifest(root: str | os.PathLike[str]) -> dict[str, Any] | None:
+def read_synthetic_manifest(root: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The manifest of the set under `root`, `None` if there is none that can be read."""
-    try:
-        with open(os.path.join(root, _MANIFEST), encoding="utf-8") as stream:
-            manifest = json.load(stream)
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    return (
-        manifest if isinstance(manifest, dict) and manifest.get("generator") == "ccnet_d2 synthetic" else None
-    )
+    return read_manifest(os.path.join(root, _MANIFEST), _GENERATOR)
 
 
 def _config_of(manifest: dict[str, Any] | None) -> SyntheticConfig | None:
@@ -128,14 +122,14 @@ def generate_synthetic_dataset(root: str | os.PathLike[str], config: SyntheticCo
         root,
         "synthetic data set",
         lambda new: _write_set(new, config),
-        is_there=lambda: _config_of(read_manifest(root)) == config and _is_complete(root, config),
-        is_ours=lambda: read_manifest(root) is not None,
+        is_there=lambda: _config_of(read_synthetic_manifest(root)) == config and _is_complete(root, config),
+        is_ours=lambda: read_synthetic_manifest(root) is not None,
         article="a",
     )
 
 
 def _load(root: str, split: str, num_kinds: int) -> list[dict[str, Any]]:
-    found = _config_of(read_manifest(root))
+    found = _config_of(read_synthetic_manifest(root))
     if found is None or not _is_complete(root, found):
         raise DatasetError(
             f"There is no complete synthetic data set in '{root}'; make it, in seconds, with "

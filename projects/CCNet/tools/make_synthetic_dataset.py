@@ -13,7 +13,7 @@ import sys
 from dataclasses import fields
 
 from ccnet_d2.data import DatasetError, SyntheticConfig, dataset_root, generate_synthetic_dataset
-from ccnet_d2.data.datasets.synthetic import read_manifest
+from ccnet_d2.data.datasets.synthetic import read_synthetic_manifest
 from ccnet_d2.script_exit import exit_with
 
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     except DatasetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    manifest = read_manifest(os.path.expanduser(root))
+    manifest = read_synthetic_manifest(os.path.expanduser(root))
     assert manifest is not None
     share = manifest["objects_on_cross_of_cue"] / manifest["objects"]
     print(

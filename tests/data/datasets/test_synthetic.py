@@ -17,7 +17,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ccnet_d2.data import DatasetError, SyntheticConfig, generate_synthetic_dataset, register_synthetic
-from ccnet_d2.data.datasets.synthetic import read_manifest
+from ccnet_d2.data.datasets.synthetic import read_synthetic_manifest
 from ccnet_d2.data.datasets.synthetic_scenes import (
     Scene,
     Square,
@@ -126,7 +126,7 @@ def test_colour_alone_says_nothing_about_the_class() -> None:
 def test_most_objects_lie_off_the_cross_of_the_cue(tmp_path: Path) -> None:
     config = SyntheticConfig(train_images=300, val_images=20)
     generate_synthetic_dataset(tmp_path / "set", config)
-    manifest = read_manifest(tmp_path / "set")
+    manifest = read_synthetic_manifest(tmp_path / "set")
     assert manifest is not None and manifest["objects"] == 320 * 5
     on_cross = 0
     for split in ("train", "val"):
@@ -170,7 +170,7 @@ def test_reused_remade_and_completed(tmp_path: Path) -> None:
     assert generate_synthetic_dataset(root, SMALL)
     assert (root / "labels" / "val" / "val_00003.png").is_file()
     assert generate_synthetic_dataset(root, replace(SMALL, noise=5.0))
-    assert read_manifest(root)["config"]["noise"] == 5.0
+    assert read_synthetic_manifest(root)["config"]["noise"] == 5.0
     assert os.listdir(tmp_path) == ["set"], "scratch folders were left behind"
 
 
