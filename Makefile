@@ -1,6 +1,6 @@
 # Every target makes the environment .venv itself (see setup); running it again costs less than a second.
 #
-#   PYTHON=python3.12            the Python to make .venv with (3.10 to 3.13; found by itself otherwise)
+#   PYTHON=python3.12            the Python to make .venv with (3.10 to 3.14; found by itself otherwise)
 #   DETECTRON2='git+https://…'   another Detectron2, as a pip requirement (0.5 from PyPI otherwise)
 #   DATASET=camvid               what `make demo` trains on
 #   ARGS='-k rcca -n 2'          more arguments for the command that the target runs (here: some tests, in 2 processes)
@@ -22,16 +22,16 @@ help: ## list the targets
 
 setup: ## make the environment .venv (resumes if it was interrupted, does nothing if it is there)
 	@python='$(PYTHON)'; \
-	for candidate in python3 python3.13 python3.12 python3.11 python3.10; do \
+	for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 		[ -z "$$python" ] || break; \
-		$$candidate -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+		$$candidate -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null \
 			&& python=$$candidate; \
 	done; \
 	if [ -z "$$python" ]; then \
-		echo 'set-up: there is no Python 3.10 to 3.13: install one (apt install python3), or name one with make PYTHON=…' >&2; \
+		echo 'set-up: there is no Python 3.10 to 3.14: install one (apt install python3), or name one with make PYTHON=…' >&2; \
 		exit 1; \
 	elif ! command -v "$$python" >/dev/null; then \
-		echo "set-up: there is no $$python: name an existing Python 3.10 to 3.13 with make PYTHON=…" >&2; \
+		echo "set-up: there is no $$python: name an existing Python 3.10 to 3.14 with make PYTHON=…" >&2; \
 		exit 1; \
 	fi; \
 	"$$python" $(TOOLS)/setup_environment.py $(if $(PYTHON),--chosen-python)

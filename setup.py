@@ -106,7 +106,8 @@ def find_compiler() -> list[str]:
         if shutil.which(name):
             return [name]
     raise NotBuilt(
-        "no C++ compiler was found (c++, g++ or clang++): install one, for example with `apt install g++`."
+        "no C++ compiler was found (c++, g++ or clang++): install one, for example with `apt install g++`, and then "
+        "this package again."
     )
 
 
@@ -124,7 +125,9 @@ def find_cuda_toolkit() -> Path:
             return candidate
     if chosen:
         raise NotBuilt(f"{named}={chosen} has no bin/nvcc or no include/cuda_runtime.h.")
-    raise NotBuilt("no CUDA toolkit (nvcc) was found: set CUDA_HOME to its directory.")
+    raise NotBuilt(
+        "no CUDA toolkit (nvcc) was found: set CUDA_HOME to its directory, and install this package again."
+    )
 
 
 def job_count() -> int:

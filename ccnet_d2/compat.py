@@ -30,7 +30,8 @@ def ddp_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def _import_detectron2_quietly() -> None:
     """Import the parts of Detectron2 on which newer versions of torch warn, which no user can act on."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=FutureWarning)
+        # Deprecated, or from Python 3.14 on not supported; what Detectron2 compiles by it works.
+        warnings.filterwarnings("ignore", message="`torch.jit.script` is", category=FutureWarning)
         importlib.import_module("detectron2.modeling")
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ccnet_d2.data.bad_samples import BadSample, BadSamples, load_sample
 from ccnet_d2.data.errors import DatasetError, SampleError
+from ccnet_d2.data.forked_workers import fork_workers
 from ccnet_d2.data.randomness import seed_of, seeded
 from ccnet_d2.data.worker_signals import leave_sigterm_to_parent, sigterm_held_back
 
@@ -100,7 +101,7 @@ class TrainLoader:
             make_sampler: makes an iterable of endless indices of this process, as Detectron2's training samplers
                 are; called under the seed. Default: a new order each epoch.
             aspect_ratio_grouping: only wide or only tall images in a batch, by "width" and "height" of the dicts.
-            num_workers: processes that load ahead.
+            num_workers: processes that load ahead; forked on Linux, unless `multiprocessing_context` says otherwise.
             collate_fn: makes a batch of a list of samples; default: the list.
             seed: of order and augmentation.
             bad_samples: what to do about bad samples; default: stop.
@@ -317,7 +318,7 @@ def _closing_workers(loader: DataLoader) -> Iterator[list[_Loaded]]:
     seconds for each worker. The message has the traceback from the worker, which is the one that tells something.
     """
     with sigterm_held_back():
-        batches = iter(loader)
+        batches = iter(fork_workers(loader))
     while True:
         try:
             batch = next(batches)

@@ -1,5 +1,6 @@
 """Loader workers that leave SIGTERM to the process that trains."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -37,7 +38,9 @@ def leave_sigterm_to_parent(worker: int, then: Callable[[int], object] | None = 
     """
     if _CAN_WAIT:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+        parent = multiprocessing.parent_process()  # not the server that may have forked this one
+        assert parent is not None, "called in no worker"
+        threading.Thread(target=_end_when_told_by, args=(parent.pid,), daemon=True).start()
     if then is not None:
         then(worker)
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from ccnet_d2.autocast import configured_amp_dtype, configured_autocast
 from ccnet_d2.checkpoint import SafeCheckpointer, atomic_write_text, disk_full_reported, load_checkpoint
+from ccnet_d2.data.forked_workers import fork_workers
 from ccnet_d2.data.train_loader import TrainLoader
 from ccnet_d2.devices import available_device
 from ccnet_d2.errors import UserError
@@ -192,7 +193,7 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> Mapping[str, Any] | None:
     with configured_autocast(cfg):
         results = inference_on_dataset(
             _in_test_mode(cfg, model),
-            instantiate(cfg.dataloader.test),
+            fork_workers(instantiate(cfg.dataloader.test)),
             instantiate(cfg.dataloader.evaluator),
         )
     if not comm.is_main_process():

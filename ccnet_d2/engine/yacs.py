@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from ccnet_d2.checkpoint import SafeCheckpointer, load_checkpoint
 from ccnet_d2.choices import check_choice
 from ccnet_d2.data import SemSegMapper, get_sem_seg_dataset_dicts
+from ccnet_d2.data.forked_workers import fork_workers
 from ccnet_d2.data.transforms import RandomPhotometricDistortion, RandomScaleCrop, ResizeToFit
 from ccnet_d2.errors import UserError
 from ccnet_d2.evaluation import CheckedSemSegEvaluator
@@ -65,11 +66,12 @@ class YacsTrainer(DefaultTrainer):
         mapper = SemSegMapper(
             is_train=False, augmentations=test_augmentations(cfg), image_format=cfg.INPUT.FORMAT
         )
-        return build_detection_test_loader(
+        loader = build_detection_test_loader(
             dataset=get_sem_seg_dataset_dicts(dataset_name),
             mapper=mapper,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
+        return fork_workers(loader)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> CheckedSemSegEvaluator:

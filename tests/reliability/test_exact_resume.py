@@ -144,7 +144,8 @@ def test_sigterm_to_all_processes_of_the_run(run, tmp_path, monkeypatch):
         workers = [worker for worker in multiprocessing.active_children() if worker.pid not in others]
         assert len(workers) == 2
         # From another process: a worker ends when its parent tells it to.
-        subprocess.run(["kill", "-TERM", *(str(worker.pid) for worker in workers)], check=True)
+        pids = " ".join(str(worker.pid) for worker in workers)
+        subprocess.run(["sh", "-c", f"kill -TERM {pids}"], check=True)
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
 

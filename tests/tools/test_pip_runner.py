@@ -67,7 +67,8 @@ def test_command_is_ended_where_its_reader_is_interrupted(
     assert not written.exists()
 
 
-def test_sentence_of_our_own_script_is_passed_on() -> None:
+def test_sentence_of_our_own_script_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     program = "import sys; print('noise'); sys.exit('install_detectron2: There is no such thing.')"
     with pytest.raises(InstallError, match=r"^There is no such thing\.$"):
         pip_runner.run_command([sys.executable, "-c", program], what="The work")

@@ -238,7 +238,8 @@ def test_environment_without_pip_is_of_no_use(tmp_path: Path) -> None:
 def test_pip_where_python_brings_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real wheel of pip makes a real environment; only where the wheel comes from is replaced."""
     ensurepip = pytest.importorskip("ensurepip")
-    (bundled,) = (Path(ensurepip.__file__).parent / "_bundled").glob("pip-*.whl")
+    folder = sysconfig.get_config_var("WHEEL_PKG_DIR") or Path(ensurepip.__file__).parent / "_bundled"
+    (bundled,) = Path(folder).glob("pip-*.whl")
     find_spec, run_command = importlib.util.find_spec, setup_environment.run_command
     ran = []
 
@@ -285,9 +286,9 @@ def test_wrong_python_is_named_before_anything_is_touched(
         InstallError, match=r"/usr/bin/python3\.9 is Python 3\.9, and the project needs Python 3\.10 to"
     ):
         setup_environment.check_python((3, 9), "/usr/bin/python3.9")
-    with pytest.raises(InstallError, match=r"3\.14"):
-        setup_environment.check_python((3, 14), "python")
-    for minor in range(10, 14):
+    with pytest.raises(InstallError, match=r"3\.15"):
+        setup_environment.check_python((3, 15), "python")
+    for minor in range(10, 15):
         setup_environment.check_python((3, minor), "python")
     monkeypatch.setattr(setup_environment, "OLDEST", (3, 99))
     monkeypatch.setattr(setup_environment, "NEWEST", (3, 99))
@@ -347,12 +348,21 @@ def test_real_stages_follow_what_determines_them(tmp_path: Path, monkeypatch: py
 
     for name in ("DETECTRON2", *setup_environment.BUILD_VARIABLES):
         monkeypatch.setenv(name, "")  # as make exports what is not set
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setitem(setup_environment.BUILD_PROGRAMS, "nvcc", ("nvcc", str(tmp_path / "cuda/nvcc")))
     assert not any(stage.wishes for stage in Environment(tmp_path).stages())
     monkeypatch.setenv("DETECTRON2", " git+file:///somewhere ")
     monkeypatch.setenv("FORCE_CUDA", "1")
     wishes = {stage.name: stage.wishes for stage in Environment(tmp_path).stages()}
     assert wishes["detectron2"] == {"DETECTRON2": "git+file:///somewhere"}
     assert wishes["project"] == {"FORCE_CUDA": "1"}
+    for program in ("programs/clang++", "cuda/nvcc"):
+        (tmp_path / program).parent.mkdir(exist_ok=True)
+        (tmp_path / program).touch(mode=0o755)
+    wishes = {stage.name: stage.wishes for stage in Environment(tmp_path).stages()}
+    assert wishes["project"] == {"FORCE_CUDA": "1", "C++ compiler": "found", "nvcc": "found"}
 
 
 def test_what_the_real_stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,7 +473,7 @@ def test_two_set_ups_take_turns(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize(
     ("python", "message"),
-    [("/nonexistent/python", "there is no /nonexistent/python: name an existing Python 3.10 to 3.13")],
+    [("/nonexistent/python", "there is no /nonexistent/python: name an existing Python 3.10 to 3.14")],
 )
 def test_make_with_a_python_that_does_not_exist(python: str, message: str) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}

@@ -86,7 +86,6 @@ def pip_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
         PIP_DISABLE_PIP_VERSION_CHECK="1",
         PIP_NO_INPUT="1",
         PIP_ROOT_USER_ACTION="ignore",
-        PYTHONUNBUFFERED="1",
     )
     environment.update(extra or {})
     return environment
@@ -146,7 +145,8 @@ def run_command(
             text=True,
             encoding="utf-8",
             errors="replace",
-            env=dict(environment) if environment is not None else None,
+            # A Python would write what it prints after its last error, and show no progress.
+            env={**(os.environ if environment is None else environment), "PYTHONUNBUFFERED": "1"},
             cwd=cwd,
         )
         assert process.stdout is not None

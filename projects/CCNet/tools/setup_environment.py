@@ -3,7 +3,7 @@
 
     python3 projects/CCNet/tools/setup_environment.py
 
-Needs Python 3.10-3.13 and a reachable package index, nothing else: no pip, no venv package of the
+Needs Python 3.10-3.14 and a reachable package index, nothing else: no pip, no venv package of the
 distribution, no compiler, no GPU. It runs in stages (environment, build tools, torch, Detectron2, this
 project, a check). A stage that succeeded leaves a stamp with the hash of what determined it, so that running
 again does nothing until one of those things changes, and an interrupted set-up goes on where it was.
@@ -38,14 +38,26 @@ from pip_runner import InstallError, run_command, run_pip
 from pip_wheel import get_pip_wheel
 
 ROOT = Path(__file__).resolve().parents[3]
-OLDEST, NEWEST = (3, 10), (3, 13)
+OLDEST, NEWEST = (3, 10), (3, 14)
 
 BUILD_TOOLS = ("pip", "setuptools", "wheel", "ninja")
 TORCH = ("torch", "torchvision")
 # headless: OpenCV without windows, because the ordinary package needs system libraries a bare machine lacks.
 PROJECT_EXTRAS = "dev,headless"
 # What setup.py looks at.
-BUILD_VARIABLES = ("CCNET_EXT", "FORCE_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "CXX", "CXXFLAGS")
+BUILD_VARIABLES = (
+    "CCNET_EXT",
+    "FORCE_CUDA",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "TORCH_CUDA_ARCH_LIST",
+    "CXX",
+    "CXXFLAGS",
+)
+BUILD_PROGRAMS = {
+    "C++ compiler": ("c++", "g++", "clang++"),
+    "nvcc": ("nvcc", "/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc"),
+}
 # What a finished environment takes, and what pip holds besides while it makes it (measured: 6.5 GB and 3 GB).
 NEEDED_BYTES = 10 * 10**9
 
@@ -60,8 +72,8 @@ class Stage(NamedTuple):
     run: Callable[[], None]
     # Files and words whose change makes the stage run again.
     inputs: str
-    # Environment variables that make it run again when they are set to something else than the last time;
-    # leaving one out keeps what is there.
+    # Environment variables, and programs, that make it run again when they are set to something else than the last
+    # time; leaving one out keeps what is there.
     wishes: dict[str, str]
 
 
@@ -151,6 +163,8 @@ class Environment:
         """Return the stages in order."""
         tools = "projects/CCNet/tools"
         build = {name: os.environ[name] for name in BUILD_VARIABLES if os.environ.get(name)}
+        # One that is installed later is a reason to build; which one it is, is not.
+        build |= {name: "found" for name, names in BUILD_PROGRAMS.items() if any(map(shutil.which, names))}
         chosen = os.environ.get("DETECTRON2", "").strip()
         detectron2 = {"DETECTRON2": chosen} if chosen else {}
 
