@@ -15,7 +15,7 @@ from ccnet_d2.data import (
     get_sem_seg_dataset_dicts,
     register_sem_seg_folder,
 )
-from ccnet_d2.evaluation import ClipSemSegEvaluator
+from ccnet_d2.evaluation import CheckedSemSegEvaluator, ClipSemSegEvaluator
 
 NAME = "clip_evaluator_test"
 
@@ -94,8 +94,9 @@ def test_frames_without_label_maps_are_shown_to_the_network_and_not_counted(fram
     np.testing.assert_array_equal(evaluator.confusion, confusion)
     assert confusion.sum() > 0
     # Without any label map there is nothing to train on or to compare with; single images all need one.
-    with pytest.raises(DatasetError, match=r"has no label map for .*A_0\.png"):
-        get_sem_seg_dataset_dicts(NAME)
+    for takes_them_all in (get_sem_seg_dataset_dicts, CheckedSemSegEvaluator):
+        with pytest.raises(DatasetError, match=r"has no label map for .*A_0\.png"):
+            takes_them_all(NAME)
     for frame in frames:
         frame.pop("sem_seg_file_name", None)
     with pytest.raises(DatasetError, match=r"has no label map for .*A_0\.png"):

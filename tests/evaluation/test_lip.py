@@ -109,16 +109,22 @@ def test_classes_that_do_not_occur_are_left_out_of_the_means(labels, tmp_path, c
 def test_counts_of_several_processes_are_added(labels, monkeypatch):
     predictions = drawn_predictions(labels)
     both = [LIPEvaluator(NAME) for _ in range(2)]
+    alone = LIPEvaluator(NAME, distributed=False)
     for index, (record, prediction) in enumerate(zip(DatasetCatalog.get(NAME), predictions, strict=True)):
         logits = torch.nn.functional.one_hot(torch.from_numpy(prediction).long(), 20).permute(2, 0, 1)
-        both[index % 2].process([record], [{"sem_seg": logits}])
+        for evaluator in (both[index % 2], alone):
+            evaluator.process([record], [{"sem_seg": logits}])
     module = "ccnet_d2.evaluation.sem_seg.comm"
     monkeypatch.setattr(f"{module}.get_world_size", lambda: 2)
     monkeypatch.setattr(f"{module}.synchronize", lambda: None)
     monkeypatch.setattr(f"{module}.all_gather", lambda own: [one.confusion for one in both])
-    assert both[0].evaluate()["sem_seg"]["mIoU"] == pytest.approx(ce2p_formulas(labels, predictions)[0])
+    expected = pytest.approx(ce2p_formulas(labels, predictions)[0])
+    assert both[0].evaluate()["sem_seg"]["mIoU"] == expected
     monkeypatch.setattr(f"{module}.is_main_process", lambda: False)
     assert both[1].evaluate() is None
+    # Without adding up, every process answers, and for what it counted itself.
+    monkeypatch.setattr(f"{module}.all_gather", lambda own: pytest.fail("processes waited for each other"))
+    assert alone.evaluate()["sem_seg"]["mIoU"] == expected
 
 
 @pytest.mark.parametrize("value", [20, 21, 254])

@@ -10,7 +10,7 @@ from detectron2.evaluation import SemSegEvaluator
 from PIL import Image
 
 from ccnet_d2.data import DatasetError, SampleError, register_sem_seg_folder
-from ccnet_d2.evaluation import CheckedSemSegEvaluator
+from ccnet_d2.evaluation import CheckedSemSegEvaluator, ClipSemSegEvaluator
 
 VOID = 11
 CLASSES = ["a", "b", "c", "d"]
@@ -76,6 +76,13 @@ def test_a_class_of_a_single_pixel_is_in_the_means(register):
     results = evaluate(CheckedSemSegEvaluator("checked_evaluator_test"), records, [np.zeros(SHAPE, np.uint8)])
     assert results["mACC"] == 50 and results["mIoU"] == pytest.approx(50 * 71 / 72)
     assert results["IoU-c"] == 0 and math.isnan(results["IoU-b"])
+
+
+@pytest.mark.parametrize("evaluator", [CheckedSemSegEvaluator, ClipSemSegEvaluator])
+def test_an_image_without_an_answer_is_not_passed_over(register, evaluator):
+    records = register(drawn(0), drawn(1))
+    with pytest.raises(ValueError, match="shorter"):
+        evaluator("checked_evaluator_test").process(records, [{"sem_seg": logits_of(drawn(2, range(4)))}])
 
 
 def test_several_data_sets_of_the_same_classes(register):

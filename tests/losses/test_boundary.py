@@ -34,6 +34,12 @@ def test_no_boundary_where_there_is_one_class_and_on_maps_smaller_than_the_radiu
     assert not label_boundaries(torch.zeros(1, 6, 6, dtype=torch.long)).any()
     assert not label_boundaries(torch.full((1, 6, 6), 255)).any()
     assert label_boundaries(torch.tensor([[[0, 1]]]), radius=5).all()
+    corner = torch.ones(1, 3, 5, dtype=torch.long)
+    corner[0, 0, 0] = 0
+    near = torch.ones(1, 3, 5, dtype=torch.bool)
+    near[0, 2, 4] = False  # at a distance of 4.47
+    assert label_boundaries(corner, radius=4.2).equal(near)
+    assert label_boundaries(corner.mT, radius=4.2).equal(near.mT)
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -83,7 +89,7 @@ def test_at_the_map_s_size_a_cell_is_a_boundary_if_one_passes_through(balanced):
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize(("pixels", "cells"), [(769, 97), (97, 13), (65, 17), (30, 5)])
+@pytest.mark.parametrize(("pixels", "cells"), [(769, 97), (97, 13), (65, 17), (65, 5), (30, 5)])
 def test_with_aligned_corners_a_boundary_belongs_to_the_cell_that_stands_next_to_it(pixels, cells):
     step = (pixels - 1) / (cells - 1)
     loss = BoundaryLoss(radius=1, resolution="map", align_corners=True)
@@ -94,8 +100,8 @@ def test_with_aligned_corners_a_boundary_belongs_to_the_cell_that_stands_next_to
         (gradient,) = torch.autograd.grad(loss(logits, target), logits)
         found = (gradient[0, 0, 0] < 0).nonzero()[:, 0]  # cells that are to become boundaries
         assert len(found) in (1, 2)
-        # Half a cell and the two pixels of the boundary; cells of fractional size share a pixel.
-        reach = step / 2 + (1 if step.is_integer() else 2)
+        # Half a cell, and half a pixel to between the two of the boundary; cells of fractional size share a pixel.
+        reach = step / 2 + (0.5 if step.is_integer() else 2)
         assert ((found * step - (first - 0.5)).abs() <= reach).all(), (first, found)
 
 
@@ -139,3 +145,5 @@ def test_wrong_arguments():
         BoundaryLoss(resolution="cells")
     with pytest.raises(ValueError, match="one channel, got 2"):
         BoundaryLoss()(torch.zeros(1, 2, 4, 4), torch.zeros(1, 8, 8, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"expected boundary logits \(B, K, h, w\) and labels \(B, H, W\)"):
+        BoundaryLoss()(torch.zeros(2, 1, 4, 4), torch.zeros(1, 8, 8, dtype=torch.long))

@@ -52,8 +52,9 @@ def sample(scale=1.0, channels=4, size=(5, 6), classes=4):
 
 @pytest.mark.parametrize("form", ["piecewise", "quadratic"])
 @pytest.mark.parametrize("scale", [0.1, 0.6, 3.0])
-def test_terms_and_gradient_against_loops(form, scale):
-    features, labels = sample(scale)
+@pytest.mark.parametrize("classes", [1, 2, 4])
+def test_terms_and_gradient_against_loops(form, scale, classes):
+    features, labels = sample(scale, classes=classes)
     loss = CategoryConsistentLoss(form=form)
     terms = loss.terms(features, labels)
     expected = by_loops(features, labels, form)
@@ -182,6 +183,7 @@ def test_labels_come_to_the_features_size(align_corners):
         small = labels[:, rows][:, :, columns]
     loss = CategoryConsistentLoss(align_corners=align_corners)
     assert loss(features, labels) == loss(features, small)
+    assert (CategoryConsistentLoss()(features, labels) == loss(features, small)) == (not align_corners)
 
 
 def test_fp32_inside_autocast():

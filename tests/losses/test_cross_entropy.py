@@ -59,7 +59,8 @@ def sample(size=(3, 4), full=(9, 7), classes=4, dtype=torch.float64):
 @pytest.mark.parametrize("full", [(9, 7), (3, 4)])
 def test_against_loops(align_corners, weight, full):
     logits, target = sample(full=full)
-    loss = CrossEntropy(align_corners=align_corners, class_weight=weight)(logits, target)
+    arguments = {"align_corners": True} if align_corners else {}  # not aligned unless asked for
+    loss = CrossEntropy(class_weight=weight, **arguments)(logits, target)
     assert loss.shape == () and loss.item() == pytest.approx(by_loops(logits, target, align_corners, weight))
 
 
@@ -113,11 +114,32 @@ def test_weights_follow_the_module():
     assert not module.state_dict()
 
 
+def test_labels_are_looked_at_on_the_cpu_alone():
+    """On a GPU one would have to wait for them; on this device there are none."""
+    logits, target = (one.to("meta") for one in sample())
+    assert CrossEntropy()(logits, target).device.type == "meta"
+
+
+def test_without_gradients_no_process_waits_for_the_others(monkeypatch):
+    """They may evaluate different numbers of images. Here another process has three times as many pixels."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda mass: mass.mul_(4))
+    logits, target = sample()
+    expected = by_loops(logits, target, False)
+    assert CrossEntropy()(logits, target).item() == pytest.approx(2 * expected / 4)
+    with torch.no_grad():
+        assert CrossEntropy()(logits, target).item() == pytest.approx(expected)
+
+
 def test_errors():
     logits, target = sample()
     for labels, message in (
         (target.float(), "labels must be integers, got torch.float32"),
+        (target.cfloat(), "labels must be integers, got torch.complex64"),
+        (target > 0, "labels must be integers, got torch.bool"),
         (target[0], r"expected logits \(B, K, h, w\) and labels \(B, H, W\)"),
+        (target[:, None], r"expected logits \(B, K, h, w\) and labels \(B, H, W\)"),
         (target[:1], "with one B"),
         (target.masked_fill(target == 255, 19), r"label 19 is neither a class \(0 to 3\) nor the ignored"),
         (target.masked_fill(target == 255, -1), "label -1 is neither"),
