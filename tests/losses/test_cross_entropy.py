@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ccnet_d2.losses import CrossEntropy
+from ccnet_d2.losses import CrossEntropy, EdgeCrossEntropy, OHEMCrossEntropy
 
 
 def bilinear(channel, size, align_corners):
@@ -70,9 +70,10 @@ def test_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
-def test_every_integer_label_dtype(dtype):
-    logits, target = sample()
-    assert CrossEntropy()(logits, target.to(dtype)) == CrossEntropy()(logits, target)
+@pytest.mark.parametrize("loss", [CrossEntropy(), OHEMCrossEntropy(min_kept=10), EdgeCrossEntropy()])
+def test_every_integer_label_dtype(loss, dtype):
+    logits, target = sample(classes=2)
+    assert loss(logits, target.to(dtype)) == loss(logits, target) > 0
 
 
 def test_all_ignored_is_zero_with_a_graph():
@@ -144,8 +145,9 @@ def test_errors():
         (target.masked_fill(target == 255, 19), r"label 19 is neither a class \(0 to 3\) nor the ignored"),
         (target.masked_fill(target == 255, -1), "label -1 is neither"),
     ):
-        with pytest.raises(ValueError, match=message):
-            CrossEntropy()(logits, labels)
+        for loss in (CrossEntropy(), OHEMCrossEntropy()):
+            with pytest.raises(ValueError, match=message):
+                loss(logits, labels)
     # Labels of this package's mappers, and the ignored label as it is in the files: the files are not at fault.
     with pytest.raises(
         ValueError, match=r"nor the ignored label 11: SemSegMapper gives void .* leave ignore_value"

@@ -62,6 +62,12 @@ def sample(full=(41, 50), classes=5, sharpness=3.0, ignored=0.3):
     return logits.requires_grad_(), target
 
 
+def mean_over(keep, logits, target):
+    """Of what torch computes of every pixel; 0 if none is kept."""
+    losses = F.cross_entropy(logits, target, ignore_index=255, reduction="none")
+    return losses[keep].sum() / max(int(keep.sum()), 1)
+
+
 CASES = [  # thresh, min_kept, factor, and what they exercise
     (0.7, 10, 8, "thresh"),
     (0.7, 2000, 8, "kth"),
@@ -85,9 +91,7 @@ def test_against_loops(thresh, min_kept, factor, case):
         assert threshold == (1.0 if case == "all" else thresh)
         assert (keep.sum() == valid.sum()) == (case == "all")
     loss = OHEMCrossEntropy(thresh=thresh, min_kept=min_kept, factor=factor)(logits, target)
-    log_probability = logits.log_softmax(1)
-    chosen = [-log_probability[b, target[b, i, j], i, j] for b, i, j in keep.nonzero().tolist()]
-    expected = torch.stack(chosen).mean()
+    expected = mean_over(keep, logits, target)
     torch.testing.assert_close(loss, expected)
     (gradient,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
@@ -100,6 +104,8 @@ def test_logits_are_enlarged_first():
         full = F.interpolate(logits, (41, 33), mode="bilinear", align_corners=align_corners)
         loss = OHEMCrossEntropy(align_corners=align_corners, min_kept=1000)
         assert loss(logits, target) == loss(full, target)
+        # Aligned unless told otherwise.
+        assert (OHEMCrossEntropy(min_kept=1000)(logits, target) == loss(logits, target)) == align_corners
 
 
 def test_full_resolution_keeps_min_kept_pixels_exactly():
@@ -111,11 +117,12 @@ def test_full_resolution_keeps_min_kept_pixels_exactly():
     torch.testing.assert_close(loss(logits, target), log_probability.flatten().topk(123).values.mean())
 
 
-def test_few_labels_give_plain_cross_entropy():
+def test_few_labels_and_a_threshold_of_1_give_plain_cross_entropy():
     logits, target = sample()
-    torch.testing.assert_close(
-        OHEMCrossEntropy()(logits, target), CrossEntropy(align_corners=True)(logits, target)
-    )
+    everything = CrossEntropy(align_corners=True)(logits, target)
+    torch.testing.assert_close(OHEMCrossEntropy()(logits, target), everything)
+    torch.testing.assert_close(OHEMCrossEntropy(thresh=1, min_kept=0)(logits, target), everything)
+    assert OHEMCrossEntropy(thresh=0, min_kept=0)(logits, target) == 0
 
 
 def test_exactly_min_kept_labels_keep_every_pixel():
@@ -137,10 +144,13 @@ def test_nothing_to_learn_is_zero_with_a_graph(factor):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 17), (8, 8), (12, 20)])
-def test_small_images(size):
-    logits, target = sample(full=size, ignored=0.0)
-    loss = OHEMCrossEntropy(min_kept=64)(logits, target)
-    assert torch.isfinite(loss) and loss > 0
+@pytest.mark.parametrize("samples", [0, 1, 3])
+def test_small_images(size, samples):
+    """As large as a few samples or less, of which there is one at least for each axis."""
+    logits, target = sample(full=size, ignored=0.0, sharpness=1.0)
+    keep, _ = hard_by_loops(logits, target, 0.2, 64 * samples, 8)
+    loss = OHEMCrossEntropy(thresh=0.2, min_kept=64 * samples)(logits, target)
+    torch.testing.assert_close(loss, mean_over(keep, logits, target))
 
 
 def test_fp32_inside_autocast():
@@ -179,7 +189,7 @@ def test_reduction_is_that_of_scipy_zoom(size):
 
 def test_errors():
     for arguments, message in (
-        ({"thresh": 70}, "thresh is a probability between 0 and 1, got 70"),
+        ({"thresh": 1.5}, "thresh is a probability between 0 and 1, got 1.5"),
         ({"min_kept": -1}, "min_kept must not be negative"),
         ({"factor": 0}, "factor must be at least 1"),
     ):
