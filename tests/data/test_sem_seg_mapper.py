@@ -12,6 +12,7 @@ from detectron2.data import transforms as T
 from detectron2.utils.env import seed_all_rng
 
 from ccnet_d2.data import DatasetError, SampleError, SemSegMapper, register_sem_seg_folder
+from ccnet_d2.data.sem_seg_mapper import LabelMap
 from ccnet_d2.data.transforms import RandomPhotometricDistortion, RandomScaleCrop, ResizeByScale
 
 RNG = np.random.default_rng(0)
@@ -95,6 +96,11 @@ def test_classes_come_from_the_registered_sets(write_pair: Callable, tmp_path: P
         register_sem_seg_folder(name, tmp_path / "images", tmp_path / "labels", ["a", "b"], ignore_label=9)
     mapper = SemSegMapper(True, augmentations=[], dataset_names=["one", "two"])
     assert (mapper.label_map.num_classes, mapper.label_map.ignore_label) == (2, 9)
+    told = SemSegMapper(
+        True, augmentations=[], dataset_names="one", num_classes=2, ignore_label=7, flip_pairs=[(0, 1)]
+    )
+    assert (told.label_map.num_classes, told.label_map.ignore_label) == (2, 7)
+    assert mapper.flip_pairs == () and told.flip_pairs == ((0, 1),)
     with pytest.raises(DatasetError, match="num_classes is 3, but the data set has 2"):
         SemSegMapper(True, augmentations=[], dataset_names="one", num_classes=3)
     with pytest.raises(DatasetError, match="no data set 'three'"):
@@ -105,6 +111,23 @@ def test_classes_come_from_the_registered_sets(write_pair: Callable, tmp_path: P
         SemSegMapper(False, augmentations=[], image_format="L")
     with pytest.raises(DatasetError, match="num_classes is 256"):
         SemSegMapper(True, augmentations=[], num_classes=256)
+
+
+@pytest.mark.parametrize(("num_classes", "ignore_label"), [(1, 1), (3, 3), (3, -1), (3, 254), (255, 255)])
+def test_every_value_that_is_not_a_class_can_be_void(num_classes: int, ignore_label: int) -> None:
+    label_map = LabelMap(num_classes, ignore_label)
+    label = np.array([[0, num_classes - 1, ignore_label]], np.int16)
+    np.testing.assert_array_equal(label_map(label, "x.png"), [[0, num_classes - 1, 255]])
+    if ignore_label >= 0:
+        np.testing.assert_array_equal(label_map(label.astype(np.uint8), "x.png"), [[0, num_classes - 1, 255]])
+    for number, word in ((0, "num_classes is 0"), (256, "num_classes is 256")):
+        with pytest.raises(DatasetError, match=word):
+            LabelMap(number)
+    for class_index in (0, num_classes - 1):
+        with pytest.raises(
+            DatasetError, match=f"ignore_label {class_index} is one of the {num_classes} classes"
+        ):
+            LabelMap(num_classes, class_index)
 
 
 def _error(sample: dict, **kwargs) -> SampleError:
@@ -133,7 +156,7 @@ def test_label_values_outside_the_classes(write_pair: Callable) -> None:
     assert image_path != label_path
 
 
-@pytest.mark.parametrize("ignore_label", [255, 65535, 300])
+@pytest.mark.parametrize("ignore_label", [255, 65535, 256, 300])
 def test_deep_labels(write_pair: Callable, ignore_label: int) -> None:
     label = np.array([[0, 1, 2, ignore_label]], np.uint16)
     sample = _sample(write_pair("a", label))

@@ -1,19 +1,23 @@
 """What a process asks of the others, with answers given here; real ones are in test_launch.py."""
 
 import pytest
+import torch
 import torch.distributed as dist
 from detectron2.engine import defaults
+from torch import nn
 
 from ccnet_d2.engine import distributed
 from ccnet_d2.engine.distributed import (
     any_process,
     check_batch_size,
     check_same_start,
+    copy_buffers_from_main_process,
     detectron2_shares_models,
     is_lost_connection,
     share_model,
 )
 from ccnet_d2.errors import UserError
+from ccnet_d2.layers.sync_batch_norm import CPUSyncBatchNorm
 
 
 @pytest.fixture
@@ -79,3 +83,45 @@ def test_detectron2_has_its_own_function_again():
         assert defaults.create_ddp_model is share_model
         raise ZeroDivisionError
     assert defaults.create_ddp_model is theirs is not share_model
+
+
+def test_how_a_model_is_shared(answers, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        distributed, "_create_ddp_model", lambda model, **options: asked.append(options) or model
+    )
+    answers(None)
+    model = nn.Sequential(nn.SyncBatchNorm(3))
+    assert share_model(model) is model and type(model[0]) is nn.SyncBatchNorm and not asked
+    answers(None, None)
+    share_model(model.to("meta"))  # any device but the CPU: the process's own GPU, and torch's batch norm
+    assert type(model[0]) is nn.SyncBatchNorm and asked.pop() == {"fp16_compression": False}
+    share_model(model.to_empty(device="cpu"), fp16_compression=True, find_unused_parameters=True)
+    assert type(model[0]) is CPUSyncBatchNorm
+    assert asked == [{"fp16_compression": True, "find_unused_parameters": True, "device_ids": None}]
+
+
+def test_buffers_become_those_of_the_main_process(answers, monkeypatch):
+    def make_model(seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
+        model.register_buffer("transposed", torch.randn(4, 3).mT)  # backends refuse what has gaps
+        model(torch.randn(5, 2, 4, 4))
+        return model
+
+    def broadcast(values, src):
+        assert src == 0 and values.is_contiguous()
+        values.copy_(sent.pop(0))
+
+    main, here, before = make_model(0), make_model(1), make_model(1)
+    monkeypatch.setattr(dist, "broadcast", broadcast)
+    sent = list(main.buffers())
+    answers(None)
+    copy_buffers_from_main_process(here)
+    assert len(sent) == 4
+    answers(None, None)
+    copy_buffers_from_main_process(here)
+    assert not sent
+    for name, value in here.state_dict().items():
+        expected = main if name in dict(main.named_buffers()) else before
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=0, atol=0)
