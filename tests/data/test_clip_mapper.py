@@ -12,12 +12,16 @@ from ccnet_d2.data.transforms import RandomPhotometricDistortion, RandomScaleCro
 FRAMES = 4
 
 
+def drawn_label(t):
+    return np.random.default_rng(t).integers(0, 5, (24, 32), dtype=np.uint8)
+
+
 @pytest.fixture
 def clip(write_pair):
     """A clip whose frames hold their label map as an image: value 20 times the label, plus the frame's number."""
     frames = []
     for t in range(FRAMES):
-        label = np.random.default_rng(t).integers(0, 5, (24, 32), dtype=np.uint8)
+        label = drawn_label(t)
         image = np.repeat((20 * label + t)[..., None], 3, axis=2)
         path, label_path = write_pair(f"A_{t}", label, image)
         frames.append({"file_name": path, "sem_seg_file_name": label_path, "image_id": f"A_{t}"})
@@ -94,18 +98,18 @@ def test_loss_is_on_the_frames_asked_for(clip, loss_frames, expected):
 
 def test_frames_without_labels_and_repetitions_carry_no_loss(clip):
     mapper = ClipMapper(True, augmentations=[], num_classes=5)
-    del clip["frames"][1]["sem_seg_file_name"]
+    del clip["frames"][0]["sem_seg_file_name"]
     clip["frames"][3] = {**clip["frames"][2], "repeated": True}
     mapped = mapper(clip)
     assert torch.equal(mapped["image"][3], mapped["image"][2])
-    assert [(mapped["sem_seg"][t] == 255).all().item() for t in range(FRAMES)] == [False, True, False, True]
+    assert [(mapped["sem_seg"][t] == 255).all().item() for t in range(FRAMES)] == [True, False, False, True]
     # The last frame is a repetition: the last real one carries the loss instead.
     last = ClipMapper(True, augmentations=[], num_classes=5, loss_frames="last")(clip)
     assert [(last["sem_seg"][t] == 255).all().item() for t in range(FRAMES)] == [True, True, False, True]
     with pytest.raises(
-        SampleError, match=r"no label map for any frame that carries loss \(loss_frames=\(1,\)\)"
+        SampleError, match=r"no label map for any frame that carries loss \(loss_frames=\(0,\)\)"
     ):
-        ClipMapper(True, augmentations=[], num_classes=5, loss_frames=[1])(clip)
+        ClipMapper(True, augmentations=[], num_classes=5, loss_frames=[0])(clip)
 
 
 class Looks(T.Augmentation):
@@ -117,32 +121,43 @@ class Looks(T.Augmentation):
 
 
 @pytest.mark.parametrize(
-    ("loss_frames", "bare", "repeated", "expected"),
+    ("loss_frames", "bare", "repeated", "expected", "in_test"),
     [
-        ("all", [], [], 0),
-        ([-2, -1], [], [], 2),
-        ("all", [0, 1], [], 2),  # a video of which some frames have label maps
-        ("last", [], [2, 3], 1),  # a sequence shorter than the clip
+        ("all", [], [], 0, 0),
+        ([-2, -1], [], [], 2, 2),
+        ("all", [0, 1], [], 2, 0),  # a video of which some frames have label maps
+        ("last", [], [2, 3], 1, 1),  # a sequence shorter than the clip
     ],
 )
-def test_augmentations_look_at_a_frame_with_a_label_map(clip, loss_frames, bare, repeated, expected):
+def test_augmentations_look_at_a_frame_with_a_label_map(clip, loss_frames, bare, repeated, expected, in_test):
     for t in bare:
         del clip["frames"][t]["sem_seg_file_name"]
     for t in repeated:
         clip["frames"][t] = {**clip["frames"][t - 1], "repeated": True}
     looks = Looks()
     ClipMapper(True, augmentations=[looks], num_classes=5, loss_frames=loss_frames)(clip)
-    label = np.random.default_rng(expected).integers(0, 5, (24, 32), dtype=np.uint8)
-    np.testing.assert_array_equal(looks.sem_seg, label)
-    np.testing.assert_array_equal(looks.image[..., 0], 20 * label + expected)
-    ClipMapper(False, augmentations=[looks], num_classes=5)(clip)
+    np.testing.assert_array_equal(looks.sem_seg, drawn_label(expected))
+    np.testing.assert_array_equal(looks.image[..., 0], 20 * drawn_label(expected) + expected)
+    ClipMapper(False, augmentations=[looks], num_classes=5, loss_frames=loss_frames)(clip)
+    np.testing.assert_array_equal(looks.image[..., 0], 20 * drawn_label(in_test) + in_test)
     assert looks.sem_seg is None
+
+
+def test_void_is_what_the_label_files_have_for_it(clip):
+    alone = {**clip, "frames": clip["frames"][:1]}
+    mapped = ClipMapper(True, augmentations=[], num_classes=4, ignore_label=4)(alone)
+    label = drawn_label(0)
+    np.testing.assert_array_equal(mapped["sem_seg"].numpy(), [np.where(label == 4, 255, label)])
+    assert (mapped["height"], mapped["width"]) == (24, 32)
 
 
 def test_in_test_there_are_no_labels_and_single_images_are_mapped_too(clip):
     mapper = ClipMapper(False, augmentations=[T.Resize((12, 16))], image_format="BGR")
+    coloured = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    cv2.imwrite(clip["frames"][2]["file_name"], coloured)
     mapped = mapper(clip)
     assert mapped["image"].shape == (FRAMES, 3, 12, 16) and "sem_seg" not in mapped
+    assert mapped["image"].is_contiguous()
     assert (mapped["height"], mapped["width"]) == (24, 32)
     frame = clip["frames"][2]
     alone = mapper(frame)
@@ -184,3 +199,16 @@ def test_classes_that_a_mirror_swaps_are_swapped_in_every_frame(clip):
 def test_what_augmentations_show_beside_the_frames_is_void(clip):
     mapped = ClipMapper(True, augmentations=[T.FixedSizeCrop((30, 32), pad_value=0.0)], num_classes=5)(clip)
     assert (mapped["sem_seg"][:, 24:] == 255).all() and (mapped["sem_seg"][:, :24] < 5).all()
+
+
+@pytest.mark.parametrize("kind", [SemSegMapper, ClipMapper])
+def test_opencv_has_no_threads_of_its_own_in_workers(clip, kind, monkeypatch):
+    """Nor does a mapper take them away from the process that calls it without workers."""
+    asked = []
+    monkeypatch.setattr(cv2, "setNumThreads", asked.append)
+    mapper, sample = kind(False, augmentations=[]), clip if kind is ClipMapper else clip["frames"][0]
+    mapper(sample)
+    assert not asked
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: "a worker")
+    mapper(sample)
+    assert asked == [0]
