@@ -87,6 +87,7 @@ def test_colours_are_distorted_alike(clip):
         ([1], [1]),
         (0, [0]),
         (-2, [2]),
+        ([3, -4], [0, 3]),
     ],
 )
 def test_loss_is_on_the_frames_asked_for(clip, loss_frames, expected):
@@ -166,8 +167,9 @@ def test_in_test_there_are_no_labels_and_single_images_are_mapped_too(clip):
 
 
 def test_what_is_wrong_with_a_frame_is_said(clip, write_pair):
-    with pytest.raises(DatasetError, match="names frame 7, but clips have 4 frames"):
-        ClipMapper(True, augmentations=[], num_classes=5, loss_frames=[7])(clip)
+    for index in (4, -5):
+        with pytest.raises(DatasetError, match=f"names frame {index}, but clips have 4 frames"):
+            ClipMapper(True, augmentations=[], num_classes=5, loss_frames=[1, index])(clip)
     mapper = ClipMapper(True, augmentations=[], num_classes=5)
     small, _ = write_pair("small", np.zeros((10, 32), np.uint8))
     good = clip["frames"][2]
