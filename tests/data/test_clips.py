@@ -62,13 +62,16 @@ def test_training_clips_start_at_every_frame_of_one_sequence(frames):
     single = get_clip_dataset_dicts("clips_test", length=1)
     assert len(single) == 8 and all(len(clip["frames"]) == 1 for clip in single)
     assert single[0]["file_name"] == single[0]["frames"][0]["file_name"]
+    assert [clip["image_id"] for clip in single[:2]] == ["A_8+1", "A_9+1"]
+    wide_first = numbers(get_clip_dataset_dicts("clips_test", length=3, steps=[3, 2, 1], stride=9))
+    assert wide_first == [("A", [8, 10, 12]), ("A", [8, 9, 10]), ("B", [30, 60, 90])]
 
 
 def test_a_sequence_shorter_than_a_clip_repeats_its_last_frame(frames):
     frames("A_1", "A_2", "A_3", "B_1")
     clips = get_clip_dataset_dicts("clips_test", length=4, steps=[1, 2])
     assert numbers(clips) == [("A", [1, 2, 3, 3]), ("B", [1, 1, 1, 1])]
-    assert [["repeated" in frame for frame in clip["frames"]] for clip in clips] == [
+    assert [[frame.get("repeated", False) for frame in clip["frames"]] for clip in clips] == [
         [False, False, False, True],
         [False, True, True, True],
     ]
@@ -79,10 +82,16 @@ def test_gaps_cut_sequences(frames):
     clips = numbers(get_clip_dataset_dicts("clips_test", length=2, max_gap=31))
     assert clips == [("A", [0, 30]), ("A", [30, 60]), ("A", [1000, 1031]), ("A", [1031, 1061])]
     assert ("A", [60, 1000]) in numbers(get_clip_dataset_dicts("clips_test", length=2))
+    in_test = get_covering_clip_dicts(
+        "clips_test", length=6, max_gap=31, pattern=r"(?P<sequence>A)_(?P<frame>\d+)"
+    )
+    assert numbers(in_test) == [("A", [0, 30, 60]), ("A", [1000, 1031, 1061])]
+    with pytest.raises(DatasetError, match="does not tell sequence and frame number"):
+        get_covering_clip_dicts("clips_test", length=6, pattern=r"(?P<sequence>B)_(?P<frame>\d+)")
 
 
 def test_folders_are_sequences_of_their_own():
-    samples = [{"file_name": f"{folder}/{n}.png"} for folder in ("x", "y") for n in (2, 10, 1)]
+    samples = [{"file_name": f"{folder}/{n}.png"} for folder in ("y", "x") for n in (2, 10, 1)]
     found = [[sample["file_name"] for sample in sequence] for sequence in find_sequences(samples)]
     assert found == [["x/1.png", "x/2.png", "x/10.png"], ["y/1.png", "y/2.png", "y/10.png"]]
 
@@ -96,6 +105,7 @@ def test_test_clips_answer_every_frame_once(frames, count, length, step, stride)
     clips = get_covering_clip_dicts("clips_test", length=length, step=step, stride=stride)
     answered = Counter(clip["frames"][index]["file_name"] for clip in clips for index in clip["answers"])
     assert len(answered) == count + 1 and set(answered.values()) == {1}
+    assert all(clip["answers"] for clip in clips)
     for _, frame_numbers in numbers(clips):
         assert len(frame_numbers) <= length
         assert all(b - a == step for a, b in pairwise(frame_numbers))
@@ -126,6 +136,10 @@ def test_overlapping_test_clips_answer_away_from_their_ends(frames):
             {"length": 2, "pattern": r"(?P<sequence>z)(?P<frame>\d)"},
             r"'.*A_1\.png' does not tell sequence and frame number",
         ),
+        (get_clip_dataset_dicts, {"length": 2, "stride": 0}, "stride is 0"),
+        (get_covering_clip_dicts, {"length": 0}, "length is 0"),
+        (get_covering_clip_dicts, {"length": 2, "step": 0}, "step is 0"),
+        (get_covering_clip_dicts, {"length": 2, "stride": 0}, "stride is 0"),
         (get_covering_clip_dicts, {"length": 2, "stride": 3}, "stride=3 is above length=2"),
     ],
 )

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from detectron2.data import transforms as T
 
-from ccnet_d2.data.transforms import ResizeByScale, ResizeLinearTransform, ResizeToFit
+from ccnet_d2.data.transforms import ResizeByScale, ResizeLinearTransform, ResizeTo, ResizeToFit
 from ccnet_d2.data.transforms.resize import nearest_index
 
 RNG = np.random.default_rng(0)
@@ -39,9 +39,16 @@ def test_image_is_opencvs_and_labels_are_nearest() -> None:
         (ResizeByScale(0.5), (360, 480), (180, 240)),
         (ResizeByScale(0.5), (361, 1), (181, 1)),
         (ResizeByScale(1.0), (36, 48), (36, 48)),
+        (ResizeByScale(0.3), (48, 15), (14, 5)),  # 14.4 and 4.5
+        (ResizeByScale(0.3), (15, 48), (5, 14)),
+        (ResizeByScale(0.1), (3, 17), (1, 2)),  # 0.3 and 1.7
+        (ResizeByScale(0.1), (11, 4), (1, 1)),
         (ResizeToFit(2048, 512), (333, 500), (512, 769)),
         (ResizeToFit(2048, 512), (500, 333), (769, 512)),
         (ResizeToFit(2048, 512), (100, 1000), (205, 2048)),
+        (ResizeToFit(60, 60), (100, 120), (50, 60)),
+        (ResizeToFit(1, 1), (3, 3), (1, 1)),
+        (ResizeTo(1, 1), (3, 3), (1, 1)),
     ],
 )
 def test_sizes(augmentation: T.Augmentation, size: tuple[int, int], expected: tuple[int, int]) -> None:
@@ -55,3 +62,5 @@ def test_bad_arguments() -> None:
         ResizeByScale(0)
     with pytest.raises(ValueError, match="short_side=600 has to be"):
         ResizeToFit(512, 600)
+    with pytest.raises(ValueError, match="short_side=0 has to be"):
+        ResizeToFit(512, 0)

@@ -69,20 +69,24 @@ def test_one_channel_and_wrong_padding():
     transform = RotateFitTransform(20, 20, 30, 30, 1.0, 10)
     assert transform.apply_image(gray).shape == (30, 30, 1)
     assert transform.apply_image(gray[..., 0]).shape == (30, 30)
+    assert (
+        RotateFitTransform(20, 20, 30, 30, 1.0, pad_value=(7,)).apply_image(smooth_image(20, 20))[0] == 7
+    ).all()
     with pytest.raises(ValueError, match="pad_value has 2 values, but the image has 3 channels"):
         RotateFitTransform(20, 20, 30, 30, 1.0, pad_value=(1, 2)).apply_image(smooth_image(20, 20))
 
 
 def test_draws_are_those_of_the_recipe():
     seed_all_rng(0)
-    augmentation = RandomRotateFit([96, 64], scale_std=0.25, angle_std=30)
+    augmentation = RandomRotateFit([96, 64])
     image = np.zeros((50, 100, 3), np.uint8)
     drawn = [augmentation.get_transform(image) for _ in range(1000)]
     fit = 64 / 100
     scales = np.array([one.scale for one in drawn]) / fit
     angles = np.array([one.angle for one in drawn])
     assert scales.min() == pytest.approx(1 / 1.25) and scales.max() == pytest.approx(1 / 0.75)
-    assert 0.1 < (scales == scales.min()).mean() < 0.22  # a normal distribution beyond one deviation: 0.159
+    for end in (scales.min(), scales.max()):  # a normal distribution beyond one deviation: 0.159
+        assert 0.1 < (scales == end).mean() < 0.22
     assert 0.35 < (angles == 0).mean() < 0.45
     assert np.abs(angles).max() == pytest.approx(60) and abs(angles.mean()) < 2
     assert np.std(angles[angles != 0]) == pytest.approx(28.4, abs=2)  # of 30, clipped at 60
@@ -92,6 +96,7 @@ def test_draws_are_those_of_the_recipe():
     white = never.apply_image(np.full_like(image, 255))
     rows, columns = np.nonzero(white[..., 0] > 200)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (8, 23, 0, 31)
+    assert (white[0] == (124, 116, 104)).all()  # the mean of ImageNet
 
 
 def test_as_an_augmentation_of_image_and_labels():
@@ -107,13 +112,15 @@ def test_as_an_augmentation_of_image_and_labels():
         ({"crop_size": [1, 2, 3]}, "crop_size is"),
         ({"crop_size": [9, 9.5]}, "crop_size is .* whole pixels"),
         ({"crop_size": 9, "scale_std": 1.0}, "scale_std is 1.0, outside 0 to 0.99"),
-        ({"crop_size": 9, "angle_probability": 2}, "angle_probability is 2, outside 0 to 1"),
+        ({"crop_size": 9, "angle_probability": 1.1}, "angle_probability is 1.1, outside 0 to 1"),
         ({"crop_size": 9, "angle_std": -1}, "angle_std is -1"),
+        ({"crop_size": 9, "angle_std": 181}, "angle_std is 181, outside 0 to 180"),
     ],
 )
 def test_wrong_values_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         RandomRotateFit(**options)
+    RandomRotateFit(9, scale_std=0.99, angle_std=180, angle_probability=1)  # the most of each
 
 
 def test_resize_to():

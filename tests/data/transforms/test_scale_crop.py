@@ -143,7 +143,7 @@ def test_crops_cover_the_image_evenly() -> None:
     assert counts.min() > 60 and counts.max() < 150  # 100 expected, standard deviation 10
 
 
-@pytest.mark.parametrize("size", [(10, 12), (40, 12), (10, 60), (64, 64)])
+@pytest.mark.parametrize("size", [(10, 12), (40, 12), (10, 60), (64, 64), (1, 1)])
 def test_output_size_is_the_crop_size(size: tuple[int, int]) -> None:
     image = np.full((*size, 3), 50, np.uint8)
     augmented = T.AugInput(image, sem_seg=np.zeros(size, np.uint8))
@@ -225,6 +225,7 @@ def test_the_first_crop_with_two_even_classes_is_taken() -> None:
         ({"crop_size": (3, 4, 5)}, "crop_size"),
         ({"crop_size": (512.5, 512)}, "crop_size is .* whole pixels"),
         ({"crop_size": 512.5}, "crop_size is .* whole pixels"),
+        ({"crop_size": ("8", 8)}, "crop_size is .* whole pixels"),
         ({"crop_size": 8, "scale_range": (2.0, 0.5)}, "scale_range"),
         ({"crop_size": 8, "scale_range": (0.5, 2.0), "scale_choices": (1.0,)}, "only one of them"),
         ({"crop_size": 8, "scale_choices": ()}, "scale_choices"),
