@@ -12,8 +12,9 @@ MEAN = (123.675, 116.28, 103.53)
 
 
 def _smooth(height: int, width: int) -> np.ndarray:
-    coarse = RNG.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
-    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    coarse = RNG.integers(0, 256, (height // 8 + 3, width // 8 + 3, 3), dtype=np.uint8)
+    # Not as far as the edges, along which it is flat.
+    return cv2.resize(coarse, (width + 16, height + 16), interpolation=cv2.INTER_CUBIC)[8:-8, 8:-8]
 
 
 # height, width, new height, new width, top, left, crop height, crop width
@@ -22,6 +23,7 @@ CASES = [
     (100, 150, 130, 195, 66, 131, 64, 64),
     (100, 150, 60, 90, 0, 5, 64, 40),
     (97, 131, 201, 270, 100, 150, 101, 120),
+    (97, 131, 201, 270, 0, 0, 101, 120),
     (97, 131, 49, 66, 0, 0, 64, 80),
     (100, 150, 100, 150, 3, 7, 50, 60),
 ]
@@ -41,7 +43,8 @@ def test_image_equals_resize_then_crop(case: tuple[int, ...], dtype: type) -> No
     assert np.abs(inside - expected).max() <= 4 and np.abs(inside - expected).mean() < 0.5
     padding = np.ones((crop_height, crop_width), bool)
     padding[: expected.shape[0], : expected.shape[1]] = False
-    np.testing.assert_allclose(found[padding], np.broadcast_to(MEAN, (padding.sum(), 3)), atol=0.5)
+    rounding = 0.5 if dtype is np.uint8 else 1e-4
+    np.testing.assert_allclose(found[padding], np.broadcast_to(MEAN, (padding.sum(), 3)), atol=rounding)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -61,6 +64,14 @@ def test_labels_are_those_under_the_pixel_centres(case: tuple[int, ...]) -> None
             else:
                 expected = 255
             assert found[y, x] == expected
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_source_box_is_all_that_the_crop_shows(case: tuple[int, ...]) -> None:
+    transform = ScaleCropTransform(*case, label_pad_value=-1)
+    rows, columns = (transform.apply_segmentation(index) for index in np.indices(case[:2]))
+    rows, columns = rows[rows >= 0], columns[columns >= 0]
+    assert transform.source_box() == (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1)
 
 
 def test_image_and_labels_stay_aligned() -> None:
@@ -104,6 +115,11 @@ def test_single_channel_keeps_its_axis() -> None:
             1,
         )
     assert ResizeLinearTransform(40, 40, 60, 50).apply_image(image).shape == (60, 50, 1)
+
+
+def test_one_value_pads_all_channels() -> None:
+    padded = ScaleCropTransform(40, 40, 40, 40, 0, 0, 70, 70, (9,)).apply_image(_smooth(40, 40))
+    assert (padded[40:] == 9).all() and (padded[:, 40:] == 9).all()
 
 
 def _scales(augmentation: RandomScaleCrop, height: int, width: int, draws: int = 400) -> np.ndarray:
@@ -235,13 +251,21 @@ def test_the_first_crop_with_two_even_classes_is_taken() -> None:
         ({"crop_size": 8, "base_size": (64, 32, 3)}, "base_size"),
         ({"crop_size": 8, "base_size": (0, 64)}, "base_size"),
         ({"crop_size": 8, "base_size": 64}, "base_size is 64"),
-        ({"crop_size": 8, "category_max_ratio": 1.5}, "category_max_ratio"),
+        ({"crop_size": 8, "category_max_ratio": 1.1}, "category_max_ratio"),
+        ({"crop_size": 8, "category_max_ratio": 0}, "category_max_ratio"),
         ({"crop_size": 8, "tries": 0}, "tries"),
     ],
 )
 def test_bad_arguments(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RandomScaleCrop(**kwargs)
+    RandomScaleCrop(8, category_max_ratio=1, tries=1)
+
+
+@pytest.mark.parametrize("corner", [(12, 0), (0, 10), (-1, 0), (0, -1)])
+def test_crops_begin_in_the_image(corner: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"crop at \(-?\d+, -?\d+\) lies outside the resized image 12x10"):
+        ScaleCropTransform(8, 8, 12, 10, *corner, 4, 4)
 
 
 def test_pad_value_has_to_fit_the_image() -> None:
