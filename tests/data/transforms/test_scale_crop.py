@@ -207,6 +207,7 @@ def test_category_limit_gives_up_after_its_tries() -> None:
     assert len(corners) > 5
     label[:] = 255  # nothing but void must not divide by zero
     RandomScaleCrop(20, category_max_ratio=0.75).get_transform(image, label)
+    RandomScaleCrop(20, category_max_ratio=0.75).get_transform(image, None)  # as in a test, without labels
 
 
 def test_wide_labels_are_limited_too() -> None:
@@ -243,8 +244,11 @@ def test_the_first_crop_with_two_even_classes_is_taken() -> None:
         ({"crop_size": 512.5}, "crop_size is .* whole pixels"),
         ({"crop_size": ("8", 8)}, "crop_size is .* whole pixels"),
         ({"crop_size": 8, "scale_range": (2.0, 0.5)}, "scale_range"),
+        ({"crop_size": 8, "scale_range": (0, 1)}, "scale_range"),
+        ({"crop_size": 8, "scale_range": (0.5, 1, 2)}, "scale_range"),
         ({"crop_size": 8, "scale_range": (0.5, 2.0), "scale_choices": (1.0,)}, "only one of them"),
         ({"crop_size": 8, "scale_choices": ()}, "scale_choices"),
+        ({"crop_size": 8, "scale_choices": (1.0, 0.0)}, "scale_choices"),
         ({"crop_size": 8, "short_side_choices": (0,)}, "short_side_choices"),
         ({"crop_size": 8, "short_side_choices": (9,), "base_size": (9, 9)}, "both set the scale"),
         ({"crop_size": 8, "base_size": (64,)}, r"base_size is \(64,\), but longer and shorter"),
@@ -259,7 +263,7 @@ def test_the_first_crop_with_two_even_classes_is_taken() -> None:
 def test_bad_arguments(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RandomScaleCrop(**kwargs)
-    RandomScaleCrop(8, category_max_ratio=1, tries=1)
+    RandomScaleCrop(8, scale_range=(1, 1), category_max_ratio=1, tries=1)
 
 
 @pytest.mark.parametrize("corner", [(12, 0), (0, 10), (-1, 0), (0, -1)])
