@@ -13,7 +13,14 @@ from detectron2.config import instantiate
 from torch import Tensor, nn
 
 from ccnet_d2.checkpoint import CheckpointError, SafeCheckpointer, load_checkpoint
-from ccnet_d2.checkpoint.convert import convert_file, convert_weights, detect_layout, read_weights
+from ccnet_d2.checkpoint.convert import (
+    Conversion,
+    convert_file,
+    convert_weights,
+    detect_layout,
+    read_weights,
+)
+from ccnet_d2.checkpoint.convert.write import write_checkpoint
 from ccnet_d2.model_zoo import get_config
 from ccnet_d2.modeling import build_resnet
 from tests.checkpoint.source_networks import (
@@ -156,6 +163,21 @@ def test_report(official):
     assert re.search(
         r"missing  sem_seg_head\.auxiliary\.0\.weight, [^,]+, [^,]+ and 4 more\n", conversion.text()
     )
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_few_names_are_all_in_the_report_and_each_reason_has_a_line(count):
+    reasons = {f"name{index}": "of no use" for index in range(count)} | {"other": "not asked for"}
+    sources = {"x": ("one", "two")}
+    conversion = Conversion("mmseg", "A net", {"x": torch.zeros(1)}, sources, reasons, hint="RGB images")
+    assert conversion.text().splitlines() == [
+        "A net (mmseg layout)",
+        f"  mapped   2 of {3 + count} tensors, to 1 here",
+        f"  unused   name0, name1, name2{', name3' if count == 4 else ' and 2 more'} (of no use)",
+        "  unused   other (not asked for)",
+        "  missing  none",
+        "  note     RGB images",
+    ]
 
 
 def test_what_is_left_out_as_asked_adds_to_what_is_missing_and_unused(official):
@@ -390,6 +412,19 @@ def test_resnet_d_is_refused():
         convert_weights({name: value for name, value in short.items() if not name.startswith("layer3.1.")})
 
 
+def test_a_resnet_without_a_block_in_the_middle_and_names_that_meet_are_refused():
+    weights = torchvision.models.resnet34().state_dict()
+    gap = {name: value for name, value in weights.items() if not name.startswith("layer2.1.")}
+    with pytest.raises(CheckpointError, match=r"weights of res3 are not whole: there are blocks \[0, 2, 3\]"):
+        convert_weights(gap)
+    both = {"stem.0.weight": torch.zeros(32, 3, 3, 3)}
+    both |= {f"backbone.{name}": value for name, value in both.items()}
+    with pytest.raises(
+        CheckpointError, match=r"stem\.0\.weight and backbone\.stem\.0\.weight are both backbone\.stem\.conv1"
+    ):
+        convert_weights(both)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_another_precision_become_fp32(tmp_path, dtype):
     """Torch would compute with them as they are, and numpy, for a .pkl file, knows no bfloat16."""
@@ -403,16 +438,31 @@ def test_weights_of_another_precision_become_fp32(tmp_path, dtype):
     assert {str(value.dtype) for value in weights.values()} == {"float32", "int64"}
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state"])
+@pytest.mark.parametrize("prefix", ["", "module.", "module.module."])
+def test_what_wraps_weights_is_taken_off(tmp_path, key, prefix):
+    weights = {"conv1.weight": torch.ones(2), "fc.bias": torch.zeros(3)}
+    torch.save(
+        {"epoch": 3, key: {prefix + name: value for name, value in weights.items()}}, tmp_path / "x.pth"
+    )
+    found = read_weights(tmp_path / "x.pth")
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+
+
 def test_files_that_are_no_weights(tmp_path):
     for content, sentence in (
         ({"state_dict": {"a": 1}}, "entry 'a' is a int"),
         ([1, 2], "a list instead of a state dict"),
+        ({0: torch.zeros(1)}, r"x\.pth is not a state dict: 0 is a int, not the name of a tensor"),
         ({}, "no weights"),
         ({"conv1.weight": torch.tensor([float("nan")])}, "not finite"),
     ):
         torch.save(content, tmp_path / "x.pth")
         with pytest.raises(CheckpointError, match=sentence):
             convert_file(tmp_path / "x.pth", tmp_path / "y.pth")
+    torch.save({"encoder.weight": torch.zeros(1)}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"^\S+x\.pth: The layout of the weights is none of"):
+        convert_file(tmp_path / "x.pth", tmp_path / "y.pth")
     assert not (tmp_path / "y.pth").exists()
 
 
@@ -449,6 +499,19 @@ def test_the_target_is_written_whole_or_not_at_all(mmseg, tmp_path):
         with pytest.raises(CheckpointError, match=sentence):
             convert_file(source, target)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_as_any_other_trouble(tmp_path, monkeypatch):
+    write_checkpoint({"a": torch.ones(1)}, tmp_path / "new/x.pth", "nobody")  # the folder is made
+    assert torch.load(tmp_path / "new/x.pth", weights_only=True)["model"] == {"a": torch.ones(1)}
+
+    def save(*_):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")  # torch's
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(CheckpointError, match=r"x\.pth cannot be written: .*file write failed\.$"):
+        write_checkpoint({"a": torch.zeros(1)}, tmp_path / "x.pth", "nobody")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_detection_by_names(official, mmseg):

@@ -46,7 +46,11 @@ def unwrap(data: Any, where: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{where} holds a {type(data).__name__} instead of a state dict.")
     weights = {}
     for name, value in data.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        if not isinstance(name, str):
+            raise CheckpointError(
+                f"{where} is not a state dict: {name!r} is a {type(name).__name__}, not the name of a tensor."
+            )
+        if not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{where} is not a state dict: its entry {name!r} is a {type(value).__name__}, not a tensor."
             )
