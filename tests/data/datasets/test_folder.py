@@ -38,6 +38,16 @@ def test_pairs_by_name_in_order(tmp_path: Path, write_pair: Callable) -> None:
     assert [s["image_id"] for s in samples] == ["a", "b", "c/d"]
 
 
+def test_every_kind_of_image_file_is_found(tmp_path: Path) -> None:
+    kinds = ("png", "jpg", "jpeg", "bmp", "tif", "tiff", "webp", "JPEG", "Tif")
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+        for kind in (*kinds, "txt", "gif"):
+            (tmp_path / folder / f"{kind}.{kind}").touch()  # nothing is read
+    _register(tmp_path)
+    assert [s["image_id"] for s in DatasetCatalog.get("mine")] == sorted(kinds)
+
+
 def test_hidden_folders_and_links_back_are_passed_over(tmp_path: Path, write_pair: Callable) -> None:
     write_pair("street/a", LABEL)
     write_pair("b", LABEL)
@@ -84,6 +94,8 @@ def test_metadata(tmp_path: Path) -> None:
     assert metadata.sem_seg_root == str(tmp_path / "labels")
     assert metadata.evaluator_type == "sem_seg"
     assert classes_of("mine") == (["a", "b"], 7)
+    _register(tmp_path)
+    assert classes_of("mine") == (["a", "b"], 255)
 
 
 def test_split_list_chooses_and_orders(tmp_path: Path, write_pair: Callable) -> None:
@@ -179,6 +191,7 @@ def test_bad_descriptions(tmp_path: Path) -> None:
         ({"classes": ["a", "a"]}, "same name"),
         ({"classes": ["a", "b"], "colors": [(0, 0, 0)]}, "1 colours for 2 classes"),
         ({"classes": ["a"], "colors": [(0, 0, 0), (1, 1, 1)]}, "2 colours for 1 classes"),
+        ({"classes": ["a", "b"], "ignore_label": 0}, "ignore_label 0 is class 'a'"),
         ({"classes": ["a", "b"], "ignore_label": 1}, "ignore_label 1 is class 'b'"),
     ):
         with pytest.raises(DatasetError, match=message):
