@@ -453,7 +453,7 @@ def test_files_that_are_no_weights(tmp_path):
     for content, sentence in (
         ({"state_dict": {"a": 1}}, "entry 'a' is a int"),
         ([1, 2], "a list instead of a state dict"),
-        ({0: torch.zeros(1)}, r"x\.pth is not a state dict: 0 is a int, not the name of a tensor"),
+        ({0: torch.zeros(1)}, r"x\.pth is not a state dict: 0, of type int, names no tensor"),
         ({}, "no weights"),
         ({"conv1.weight": torch.tensor([float("nan")])}, "not finite"),
     ):

@@ -48,7 +48,7 @@ def unwrap(data: Any, where: str) -> dict[str, Tensor]:
     for name, value in data.items():
         if not isinstance(name, str):
             raise CheckpointError(
-                f"{where} is not a state dict: {name!r} is a {type(name).__name__}, not the name of a tensor."
+                f"{where} is not a state dict: {name!r}, of type {type(name).__name__}, names no tensor."
             )
         if not isinstance(value, Tensor):
             raise CheckpointError(
