@@ -11,6 +11,16 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ccnet_d2.errors import UserError
+from ccnet_d2.model_zoo import get_config
+
+
+def load_run(name: str, overrides: Sequence[str]) -> DictConfig:
+    """The run of this name or file, as `get_config` takes it, with overrides applied.
+
+    Raises:
+        UserError: as `get_config` and `apply_overrides` do.
+    """
+    return apply_overrides(get_config(name), overrides)
 
 
 def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:

@@ -8,7 +8,7 @@ import queue
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ _DONE, _MISTAKE, _FAULT = range(3)
 
 def write_pictures_on(
     devices: Sequence[torch.device],
-    cfg: DictConfig,
+    load: Callable[[], DictConfig],
     checkpoint: str | os.PathLike[str] | None,
     jobs: Sequence[PictureJob],
     *,
@@ -41,7 +41,7 @@ def write_pictures_on(
 
     Args:
         devices: one process runs on each; of more devices than images some stay idle.
-        cfg: the run, loaded in every process.
+        load: gives the run, and is called in every process, so that what its file registers is known there too.
         checkpoint: its weights; default: the run's.
         jobs: see `batch.plan_pictures`.
         mode: see `Predictor`.
@@ -62,7 +62,7 @@ def write_pictures_on(
     workers = [
         context.Process(
             target=_work,
-            args=(os.getpid(), str(device), threads, cfg, checkpoint, mode, list(jobs), upcoming, results),
+            args=(os.getpid(), str(device), threads, load, checkpoint, mode, list(jobs), upcoming, results),
             daemon=True,
         )
         for device in devices
@@ -96,7 +96,7 @@ def _work(
     parent: int,
     device: str,
     threads: int,
-    cfg: DictConfig,
+    load: Callable[[], DictConfig],
     checkpoint: str | os.PathLike[str] | None,
     mode: InferenceMode | None,
     jobs: list[PictureJob],
@@ -109,6 +109,7 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent then ends this one as above
     try:
         torch.set_num_threads(threads)
+        cfg = load()
         cfg.train.device = device
         predictor = Predictor(cfg, checkpoint, mode=mode)
         while True:

@@ -2,11 +2,12 @@
 """Segment images with a trained run and write pictures of the result: see --help."""
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 
 from ccnet_d2.devices import parse_devices
-from ccnet_d2.engine import apply_overrides
+from ccnet_d2.engine import load_run
 from ccnet_d2.engine.user_errors import one_sentence_errors
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference.batch import plan_pictures, write_pictures
@@ -19,7 +20,6 @@ from ccnet_d2.inference.predictor import Predictor
 from ccnet_d2.inference.video import show_video, write_video
 from ccnet_d2.inference.video_files import Camera, open_video
 from ccnet_d2.inference.video_predictor import VideoPredictor
-from ccnet_d2.model_zoo import get_config
 from ccnet_d2.script_exit import exit_with
 
 _EPILOG = """
@@ -159,7 +159,8 @@ def run(args: argparse.Namespace) -> None:
         run_video(args)
         return
     find_images(args.input)  # a wrong path should not wait for the model to load
-    cfg = apply_overrides(get_config(args.config_file), args.opts)
+    load = functools.partial(load_run, args.config_file, args.opts)
+    cfg = load()
     wanted = {
         "picture": "attention" if args.attention else args.picture or "overlay",
         "pixel": args.attention,
@@ -171,14 +172,14 @@ def run(args: argparse.Namespace) -> None:
     else:
         devices = parse_devices(args.devices)
         jobs = plan_pictures(args.input, args.output, **wanted)
-        result = write_pictures_on(devices, cfg, args.checkpoint, jobs, mode=_mode(args))
+        result = write_pictures_on(devices, load, args.checkpoint, jobs, mode=_mode(args))
     print(f"{len(result.written)} written to {args.output}")
     _report(result.problems)
 
 
 def run_video(args: argparse.Namespace) -> None:
     with Camera(args.webcam) if args.video_input is None else open_video(args.video_input) as source:
-        cfg = apply_overrides(get_config(args.config_file), args.opts)
+        cfg = load_run(args.config_file, args.opts)
         predictor = VideoPredictor(
             cfg,
             args.checkpoint,

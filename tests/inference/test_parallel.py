@@ -1,5 +1,6 @@
 """Pictures written by several processes: the same files, and their troubles told."""
 
+import functools
 import os
 import queue
 import signal
@@ -25,6 +26,7 @@ from tests.test_parent import is_running
 
 TOY = "toy/ccnet_synthetic.py"
 TWO_CPUS = [torch.device("cpu")] * 2
+load = functools.partial(get_config, TOY)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def test_two_processes_write_what_one_writes(weights, photos, tmp_path):
         Predictor(TOY, weights, device="cpu", mode=mode), photos, tmp_path / "one", picture="labels"
     )
     jobs = plan_pictures(photos, tmp_path / "two", picture="labels")
-    two = write_pictures_on(TWO_CPUS, get_config(TOY), weights, jobs, mode=mode)
+    two = write_pictures_on(TWO_CPUS, load, weights, jobs, mode=mode)
     assert [path.name for path in two.written] == [path.name for path in one.written]
     assert [path.name for path in two.written] == [f"{index}.png" for index in range(5)]
     for first, second in zip(one.written, two.written, strict=True):
@@ -83,7 +85,7 @@ def test_more_processes_than_images(weights, photos, tmp_path, monkeypatch, capf
     used = []
     monkeypatch.setattr(parallel, "_threads_each", lambda devices: used.append(len(devices)) or 1)
     jobs = plan_pictures(photos / "0.png", tmp_path / "out.png")
-    result = write_pictures_on(TWO_CPUS, get_config(TOY), weights, jobs)
+    result = write_pictures_on(TWO_CPUS, load, weights, jobs)
     assert used == [1] and "1/1 [" in capfd.readouterr().err
     assert result.written == [tmp_path / "out.png"] and Image.open(tmp_path / "out.png").size[0] >= 240
 
@@ -123,19 +125,18 @@ def test_a_fault_of_a_process_has_its_traceback(weights, photos, tmp_path):
     with pytest.raises(
         RuntimeError, match=r"(?s)process on cpu failed:\nTraceback.*in predict_labels.*ZeroDivi"
     ):
-        write_pictures_on(TWO_CPUS[:1], get_config(TOY), weights, jobs, mode=Faulty(), progress=False)
+        write_pictures_on(TWO_CPUS[:1], load, weights, jobs, mode=Faulty(), progress=False)
 
 
 @pytest.mark.slow
 def test_mistakes_of_a_process_reach_the_user(weights, photos, tmp_path):
-    cfg = get_config(TOY)
     jobs = plan_pictures(
         photos, tmp_path / "out", picture="attention", pixel=(0, 25)
     )  # outside of the smallest
     with pytest.raises(UserError, match=r"pixel \(0, 25\) lies outside the image of 30x2"):
-        write_pictures_on(TWO_CPUS, cfg, weights, jobs, progress=False)
+        write_pictures_on(TWO_CPUS, load, weights, jobs, progress=False)
     with pytest.raises(UserError, match="no weights to predict with"):
-        write_pictures_on(TWO_CPUS, cfg, None, jobs, progress=False)
+        write_pictures_on(TWO_CPUS, load, None, jobs, progress=False)
     assert not [path for path in (tmp_path / "out").glob(".*")]  # nothing half-written
 
 
@@ -152,7 +153,7 @@ def test_a_killed_process_is_reported(weights, photos, tmp_path):
     killer.start()
     jobs = plan_pictures(photos, tmp_path / "out")
     with pytest.raises(UserError, match=r"the process on cpu was ended from outside \(exit code -9\)"):
-        write_pictures_on(TWO_CPUS, get_config(TOY), weights, jobs, progress=False)
+        write_pictures_on(TWO_CPUS, load, weights, jobs, progress=False)
     killer.join()
     assert not multiprocessing.active_children()
 
@@ -171,7 +172,7 @@ def test_ctrl_c_is_left_to_the_parent(weights, photos, tmp_path, capfd):
     interrupter.start()
     jobs = plan_pictures(photos, tmp_path / "out")
     slow = build_mode("ms", scales=[1] * 15)
-    result = write_pictures_on(TWO_CPUS[:1], get_config(TOY), weights, jobs, mode=slow, progress=False)
+    result = write_pictures_on(TWO_CPUS[:1], load, weights, jobs, mode=slow, progress=False)
     interrupter.join()
     errors = capfd.readouterr().err
     assert len(result.written) == len(jobs) and "Traceback" not in errors and "image" not in errors
@@ -184,7 +185,7 @@ def test_processes_end_with_a_parent_that_is_killed(weights, photos, tmp_path):
     jobs = plan_pictures(photos, tmp_path / "out") * 10_000
     parent = torch.multiprocessing.get_context("spawn").Process(
         target=write_pictures_on,
-        args=(TWO_CPUS, get_config(TOY), weights, jobs),
+        args=(TWO_CPUS, load, weights, jobs),
         kwargs={"progress": False},
     )
     parent.start()

@@ -97,6 +97,27 @@ def test_two_devices_share_a_folder(run, photos, tmp_path):
         assert (out / name).read_bytes() == (alone / name).read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("catalogs_as_before")
+def test_a_data_set_that_the_run_s_file_registers_is_known_on_every_device(run, photos, tmp_path):
+    """As docs/train-on-your-own-data.md has it; each process would know the project's own sets alone."""
+    config = tmp_path / "my_street.py"
+    config.write_text(f"""
+from ccnet_d2.data import register_sem_seg_folder
+from ccnet_d2.model_zoo import get_config
+
+register_sem_seg_folder("my_street_val", "images", "labels", classes=["road", "car", "person", "tree"])
+_run = get_config("{_CONFIG}")
+model, dataloader, train = _run.model, _run.dataloader, _run.train
+dataloader.test.dataset.names = "my_street_val"
+""")
+    out = tmp_path / "out"
+    status, printed, errors = run(
+        "--input", photos, "--output", out, "--devices", "cpu,cpu", config=str(config)
+    )
+    assert (status, printed) == (0, f"2 written to {out}\n"), errors
+
+
 def test_multi_scale_and_a_single_file(run, photos, tmp_path):
     out = tmp_path / "new" / "one.jpg"
     options = ["--mode", "ms-slide", "--tile", "40", "--scales", "0.5", "1", "--no-flip"]
