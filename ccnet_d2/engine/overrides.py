@@ -12,6 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import get_config
+from ccnet_d2.wording import listed
+
+_BOOLEANS_OF_YAML = ("yes", "no", "on", "off", "y", "n", "none")
+"""Words that are text in an override, hence true, and mean a boolean to whoever writes them."""
 
 
 def load_run(name: str, overrides: Sequence[str]) -> DictConfig:
@@ -34,21 +38,29 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         The changed config.
 
     Raises:
-        UserError: an override is not `key=value`, or its key is neither in the config nor an argument of the object
-            it is given to.
+        UserError: an override is not `key=value`, its key is neither in the config nor an argument of the object it is
+            given to, it is text in place of a number or a boolean, or it builds an object of another kind that does
+            not take the arguments that are there.
     """
+    before = {}
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise UserError(f"Override {override!r} is not of the form key=value.")
         if not key.startswith("+"):
             _check_key(config, key)
+            before[key] = _value(config, key)
     try:
-        return LazyConfig.apply_overrides(config, list(overrides))
+        LazyConfig.apply_overrides(config, list(overrides))
     except (HydraException, OmegaConfBaseException, ValueError, KeyError) as error:
         raise UserError(
             f"Overrides {list(overrides)} cannot be applied: {str(error).splitlines()[0]}"
         ) from error
+    for key, value in before.items():
+        _check_kind(config, key, value)
+        if key.endswith("._target_"):
+            _check_target(config, key)
+    return config
 
 
 def _check_key(config: DictConfig, key: str) -> None:
@@ -72,15 +84,60 @@ def _check_key(config: DictConfig, key: str) -> None:
         raise UserError(f"Unknown key {key!r}: {where} has no {part!r}; {hint}")
 
 
+def _value(config: DictConfig, key: str) -> object:
+    return OmegaConf.select(config, key, throw_on_resolution_failure=False)
+
+
+def _check_kind(config: DictConfig, key: str, before: object) -> None:
+    """Refuse text that takes the place of a number or a boolean, where it is seen late or counts as true.
+
+    Arguments of objects may well be either, but for words that are no text to whoever writes them.
+    """
+    value = _value(config, key)
+    if not isinstance(value, str) or not isinstance(before, bool | int | float):
+        return
+    node = _value(config, key.rpartition(".")[0])
+    is_argument = isinstance(node, DictConfig) and "_target_" in node
+    if is_argument and not (isinstance(before, bool) and value.lower() in _BOOLEANS_OF_YAML):
+        return
+    wanted = "True or False" if isinstance(before, bool) else f"a number, such as {before}"
+    null = ", or null for none" if value.lower() == "none" else ""
+    raise UserError(f"{key}={value!r} has to be {wanted}{null}.")
+
+
+def _check_target(config: DictConfig, key: str) -> None:
+    """Refuse an object of another kind where arguments of the one before are left that it does not take."""
+    place = key.removesuffix("._target_")
+    node = _value(config, place)
+    try:
+        parameters = _parameters(node)
+    except ImportError as error:
+        raise UserError(f"{key}={_value(config, key)}: there is no such class or function.") from error
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    accepted = _accepted_arguments(node)
+    left = [name for name in node if name != "_target_" and name not in accepted]
+    if accepted and left:
+        target = _value(config, key)
+        raise UserError(
+            f"{key}={target}: it takes no {listed(left)}, which {place} has; write a config file of your own, with "
+            f"{place} = L({target})(...)."
+        )
+
+
 def _accepted_arguments(node: object) -> set[str]:
     """Names of the arguments that the object a LazyCall node builds would take."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {parameter.name for parameter in _parameters(node) if parameter.kind in named}
+
+
+def _parameters(node: object) -> Sequence[inspect.Parameter]:
+    """Those of the object a LazyCall node builds; none of what is no such node, or does not tell them."""
     if not isinstance(node, DictConfig) or "_target_" not in node:
-        return set()
+        return ()
     target = OmegaConf.to_container(node, resolve=False)["_target_"]
     target = locate(target) if isinstance(target, str) else target
     try:
-        parameters = inspect.signature(target).parameters.values()
+        return tuple(inspect.signature(target).parameters.values())
     except (TypeError, ValueError):
-        return set()
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {parameter.name for parameter in parameters if parameter.kind in named}
+        return ()

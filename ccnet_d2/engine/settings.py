@@ -4,7 +4,7 @@ import os
 import tempfile
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference.build import configured_mode
@@ -25,10 +25,14 @@ def check_settings(cfg: DictConfig) -> None:
         UserError: a value cannot be used.
         ValueError: the test mode is unknown or cannot be made.
     """
-    for key, lowest in (("max_iter", 1), ("log_period", 1), ("eval_period", 0)):
+    for key, lowest in (("max_iter", 1), ("log_period", 1), ("eval_period", 0), ("num_pictures", 0)):
         value = cfg.train[key]
         if type(value) is not int or value < lowest:  # True is an int as well
             raise UserError(f"train.{key}={value} has to be a whole number, {lowest} or more.")
+    for key in ("dataloader.train.num_workers", "dataloader.test.num_workers"):
+        workers = OmegaConf.select(cfg, key)
+        if workers is not None and (type(workers) is not int or workers < 0):
+            raise UserError(f"{key}={workers} has to be a whole number, 0 or more.")
     limit = cfg.train.clip_grad_norm
     if limit is not None and not (type(limit) in (int, float) and limit > 0):
         raise UserError(

@@ -1,5 +1,7 @@
 """Overrides: what is there can be changed, what nothing would read is refused by name."""
 
+import re
+
 import pytest
 from detectron2.config import LazyCall as L
 from omegaconf import OmegaConf
@@ -12,7 +14,7 @@ from ccnet_d2.errors import UserError
 def config():
     return OmegaConf.create(
         {
-            "model": L(nn.Conv2d)(in_channels=3, out_channels=4, kernel_size=1),
+            "model": L(nn.Conv2d)(in_channels=3, out_channels=4, kernel_size=1, bias=True),
             "train": {"max_iter": 10, "amp": {"enabled": False}},
             "steps": [{"size": 1}, {"size": 2}],
         },
@@ -23,6 +25,54 @@ def config():
 def test_values_change():
     cfg = apply_overrides(config(), ["train.max_iter=20", "train.amp.enabled=True", "model.out_channels=8"])
     assert cfg.train.max_iter == 20 and cfg.train.amp.enabled is True and cfg.model.out_channels == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.amp.enabled=no", "train.amp.enabled='no' has to be True or False."),
+        ("train.amp.enabled=maybe", "train.amp.enabled='maybe' has to be True or False."),
+        ("model.bias=Off", "model.bias='Off' has to be True or False."),
+        ("train.max_iter=ten", "train.max_iter='ten' has to be a number, such as 10."),
+        ("train.max_iter=None", "train.max_iter='None' has to be a number, such as 10, or null for none."),
+    ],
+)
+def test_text_is_no_boolean_and_no_number(override, message):
+    """ "no" and "off" counted as true, as any text does."""
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        apply_overrides(config(), [override])
+
+
+def test_arguments_may_be_text_in_place_of_a_number():
+    cfg = apply_overrides(
+        config(), ["model.kernel_size=auto", "model.bias=all", "train.max_iter=${steps.1.size}"]
+    )
+    assert (cfg.model.kernel_size, cfg.model.bias, cfg.train.max_iter) == ("auto", "all", 2)
+
+
+def test_another_object_takes_the_arguments_that_are_there():
+    changed = apply_overrides(config(), ["model._target_=torch.nn.ConvTranspose2d"])
+    assert changed.model._target_ == "torch.nn.ConvTranspose2d"
+    # What is added in the same breath may come later.
+    apply_overrides(config(), ["model._target_=torch.nn.ConvTranspose2d", "+model.output_padding=1"])
+    # One that takes any arguments takes these.
+    assert apply_overrides(config(), ["model._target_=detectron2.layers.Conv2d"]).model.bias
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (
+            "torch.nn.Linear",
+            "model._target_=torch.nn.Linear: it takes no in_channels, out_channels, kernel_size, which model has; "
+            "write a config file of your own, with model = L(torch.nn.Linear)(...).",
+        ),
+        ("torch.nn.Lineal", "model._target_=torch.nn.Lineal: there is no such class or function."),
+    ],
+)
+def test_another_object_that_does_not_is_refused(target, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        apply_overrides(config(), [f"model._target_={target}"])
 
 
 def test_a_place_in_a_list_is_its_number():

@@ -140,6 +140,17 @@ def truncate_images(dataset):
         (damage_nothing, ["train.max_iter=1e1"], ["train.max_iter=10.0", "whole number"]),
         (damage_nothing, ["train.log_period=0"], ["train.log_period=0", "1 or more"]),
         (damage_nothing, ["train.eval_period=-1"], ["train.eval_period=-1", "0 or more"]),
+        (damage_nothing, ["train.num_pictures=-1"], ["train.num_pictures=-1", "0 or more"]),
+        (
+            damage_nothing,
+            ["dataloader.test.num_workers=two"],
+            ["dataloader.test.num_workers=two", "0 or more"],
+        ),
+        (
+            damage_nothing,
+            ["dataloader.train.num_workers=-1"],
+            ["dataloader.train.num_workers=-1", "0 or more"],
+        ),
         (damage_nothing, ["train.clip_grad_norm=-1"], ["train.clip_grad_norm=-1", "null"]),
         (damage_nothing, ["train.clip_grad_norm=0"], ["train.clip_grad_norm=0", "null"]),
         (damage_nothing, ["train.clip_grad_norm=abc"], ["train.clip_grad_norm=abc", "a number above 0"]),
