@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 _TAG = "last_checkpoint"
 _BY_HEURISTICS = "?matching_heuristics=True"
+# The keys of a LazyConfig, and of a yacs config.
+_STARTS_FROM = "train.init_checkpoint=PATH (MODEL.WEIGHTS PATH)"
+_MAY_DIFFER = "train.init_may_differ (MODEL.CCNET.WEIGHTS_MAY_DIFFER)"
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -166,10 +169,13 @@ class SafeCheckpointer(DetectionCheckpointer):
             # Of RuntimeErrors, that Detectron2's catalog lacks an entry.
             if isinstance(error, RuntimeError) and "catalog" not in str(error):
                 raise
-            reason = "there is no such file" if isinstance(error, AssertionError) else str(error).rstrip(".")
+            reason = str(error).rstrip(".")
+            if isinstance(error, AssertionError):
+                is_folder = os.path.isdir(path.removesuffix(_BY_HEURISTICS))
+                reason = "it is a folder" if is_folder else "there is no such file"
             raise CheckpointError(
-                f"Checkpoint {path} cannot be had: {reason}; name a local file with train.init_checkpoint=PATH, or "
-                "train.init_checkpoint='' to start from random weights."
+                f"Checkpoint {path} cannot be had: {reason}; name a local file"
+                + ("." if self.strict else f" with {_STARTS_FROM}, or '' there to start from random weights.")
             ) from error
         finally:
             # Newer versions of Detectron2 leave it behind where they fail, and then refuse to load anything.
@@ -222,10 +228,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         wrong = [entry for entry in incompatible.incorrect_shapes if not _matches(entry[0], self.may_differ)]
         if wrong:
             name, found, wanted = wrong[0]
+            advice = "" if self.strict else f", or name what may differ in {_MAY_DIFFER}"
             raise CheckpointError(
                 f"The checkpoint does not fit the model: {name} has shape {tuple(found)} there and {tuple(wanted)} "
                 f"in the model{f', and {len(wrong) - 1} more differ' if len(wrong) > 1 else ''}; check that config "
-                "and checkpoint belong together, or name what may differ in train.init_may_differ."
+                f"and checkpoint belong together{advice}."
             )
         if {name for name, _ in self.model.named_parameters()} <= set(incompatible.missing_keys):
             raise CheckpointError(

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
@@ -46,7 +47,12 @@ class YacsTrainer(DefaultTrainer):
 
     def build_hooks(self) -> list:
         # Before a hook takes hold of Detectron2's own, which runs code from the checkpoints it reads.
-        self.checkpointer = SafeCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = SafeCheckpointer(
+            self.model,
+            self.cfg.OUTPUT_DIR,
+            may_differ=self.cfg.MODEL.CCNET.WEIGHTS_MAY_DIFFER,
+            trainer=weakref.proxy(self),
+        )
         return super().build_hooks()
 
     @classmethod
@@ -202,6 +208,11 @@ def run(cfg: CfgNode, args: argparse.Namespace, *, resume: bool) -> Mapping[str,
     if args.eval_only:
         return _evaluate(cfg, resume=resume)
     check_batch_size(cfg.SOLVER.IMS_PER_BATCH, "SOLVER.IMS_PER_BATCH")
+    if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type != "cuda":
+        raise UserError(
+            f"SOLVER.AMP.ENABLED is True, which Detectron2's trainer does on CUDA, not on {cfg.MODEL.DEVICE}: set it "
+            "to False, or train a LazyConfig with train.amp.enabled=True, which takes bf16 on a CPU."
+        )
     with detectron2_shares_models():
         trainer = YacsTrainer(cfg)
     trainer.resume_or_load(resume=resume)

@@ -114,6 +114,9 @@ def _ccnet_keys() -> CfgNode:
     node.AUX_LOSS_WEIGHT = 0.4
     # Images are padded to a multiple of this; 0 pads no further than the batch needs
     node.SIZE_DIVISIBILITY = 0
+    # Patterns such as "sem_seg_head.classifier.*" of the names that may be of another shape in MODEL.WEIGHTS, and then
+    # keep their random start
+    node.WEIGHTS_MAY_DIFFER = ()
     return node
 
 

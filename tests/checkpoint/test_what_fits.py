@@ -198,6 +198,18 @@ def test_what_cannot_be_fetched(url):
         load_checkpoint(Net(), url)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_is_no_file_is_told_with_what_can_be_done(tmp_path, strict):
+    """Where all weights are needed, random ones are none, and none may differ."""
+    for path, what in ((tmp_path, "it is a folder"), (tmp_path / "nothing", "there is no such file")):
+        with pytest.raises(CheckpointError, match=f"{path} cannot be had: {what}; name a local file") as told:
+            SafeCheckpointer(Net(), strict=strict).load(str(path))
+        assert ("random weights" in str(told.value)) is not strict
+    with pytest.raises(CheckpointError, match="has shape") as told:
+        load(tmp_path, Net(7).state(), strict=strict)
+    assert ("init_may_differ" in str(told.value)) is not strict
+
+
 def test_weights_that_are_not_finite_are_named(tmp_path, caplog):
     weights = Net(7).state()
     weights["head.weight"][0, 0] = float("nan")

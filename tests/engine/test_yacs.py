@@ -92,6 +92,8 @@ def test_wrong_input_is_one_sentence(train_net, tmp_path):
     status, error = train_net(INPUT__RANDOM_FLIP="horizontally")
     assert status == 1
     assert "INPUT.RANDOM_FLIP='horizontally' is not one of 'horizontal', 'vertical', 'none'." in error
+    status, error = train_net(SOLVER__AMP__ENABLED=True)
+    assert status == 1 and "SOLVER.AMP.ENABLED is True" in error and "not on cpu: set it to False" in error
     status, error = train_net(SOLVER__WARMUP_ITERS=5)
     assert status == 1 and "SOLVER.WARMUP_ITERS is 5, but SOLVER.LR_SCHEDULER_NAME PolyLR has no" in error
     status, error = train_net(TEST__CCNET__MODE="tiles", output="untrained")
@@ -107,6 +109,21 @@ def test_wrong_input_is_one_sentence(train_net, tmp_path):
         yacs.load_config(CONFIG, ["SOLVER.MAX_ITER=3"])
     status, error = train_net(config="yacs/toy/ccnet_sinthetic.yaml")
     assert status == 1 and "no config" in error
+
+
+def test_weights_of_another_shape_are_refused_unless_they_may_differ(train_net, tmp_path):
+    """As to go on with other classes, which Detectron2 does without a word."""
+    assert train_net(DATASETS__TEST="()")[0] == 0
+    other = {"MODEL__WEIGHTS": tmp_path / "output/model_final.pth", "MODEL__SEM_SEG_HEAD__CONVS_DIM": 32}
+    status, error = train_net(output="other", **other)
+    assert status == 1 and error.endswith(
+        "name what may differ in train.init_may_differ (MODEL.CCNET.WEIGHTS_MAY_DIFFER)."
+    )
+    other["MODEL__CCNET__WEIGHTS_MAY_DIFFER"] = "('sem_seg_head.*',)"
+    assert train_net(output="other", DATASETS__TEST="()", **other) == (0, "")
+    # Weights to be evaluated have to fit, whatever a training may lack.
+    status, error = train_net("--eval-only", **other)
+    assert status == 1 and error.endswith("check that config and checkpoint belong together.")
 
 
 def test_the_papers_schedule_starts_at_the_whole_rate_and_takes_no_other_word_for_it():
