@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -52,6 +53,30 @@ def test_prints_stages_and_rates(script: ModuleType, capsys: pytest.CaptureFixtu
     assert len(re.findall(r"worker.*: [\d.]+ images/s", out)) == 2
     assert script.main(["--dataset", "no_such_set"]) == 1
     DatasetCatalog.pop(script.NAME)
+
+
+@pytest.mark.usefixtures("catalogs_as_before")
+def test_a_data_set_of_one_s_own_is_found_through_the_run_that_registers_it(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.write_street(str(tmp_path), 2, 64, 64)
+    config = tmp_path / "my_run.py"
+    config.write_text(f"""
+from ccnet_d2.data import register_sem_seg_folder
+from ccnet_d2.model_zoo import get_config
+
+classes = [str(i) for i in range({script.CLASSES})]
+register_sem_seg_folder("my_train", "{tmp_path}/images", "{tmp_path}/labels", classes)
+_run = get_config("toy/ccnet_synthetic.py")
+model, dataloader, train = _run.model, _run.dataloader, _run.train
+dataloader.train.dataset.names = "my_train"
+""")
+    options = ["--crop", "33", "--seconds", "0.1", "--images", "2", "--workers", "0"]
+    assert script.main(["--config-file", str(config), *options]) == 0
+    assert capsys.readouterr().out.startswith("my_train: ")
+    assert script.main(["--config-file", "coco/mask_rcnn_R_50_FPN_1x.py", *options]) == 1
+    assert script.main(["--config-file", str(tmp_path / "nothing.py"), *options]) == 1
+    assert "There is no config" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Measure how many training images per second the input pipeline delivers, and where the time goes.
 
-Without --dataset it writes a few images of the size of Cityscapes, as PNG files with about as many bytes
+Without a data set it writes a few images of the size of Cityscapes, as PNG files with about as many bytes
 each, into a temporary folder, so that it runs anywhere.
 
 Examples:
     python projects/CCNet/tools/benchmark_data.py
     python projects/CCNet/tools/benchmark_data.py --dataset camvid_sem_seg_train --crop 360 --workers 0 1 2
+    python projects/CCNet/tools/benchmark_data.py --config-file my_run.py --crop 512
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ import torch
 from detectron2.data import build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.utils.env import seed_all_rng
+from omegaconf import OmegaConf
 
 from ccnet_d2.data import (
-    DatasetError,
     SemSegMapper,
     classes_of,
     get_sem_seg_dataset_dicts,
@@ -38,6 +39,8 @@ from ccnet_d2.data import (
 from ccnet_d2.data.image_files import read_image, read_label
 from ccnet_d2.data.sem_seg_mapper import LabelMap
 from ccnet_d2.data.transforms import RandomPhotometricDistortion, RandomScaleCrop
+from ccnet_d2.errors import UserError
+from ccnet_d2.model_zoo import get_config
 from ccnet_d2.script_exit import exit_with
 
 NAME = "benchmark_data_street"
@@ -68,6 +71,14 @@ def augmentations(crop: int) -> list[T.Augmentation]:
         T.RandomFlip(),
         RandomPhotometricDistortion(),
     ]
+
+
+def training_set(config_file: str) -> str:
+    """The name of the set that a run is trained on; of several, the first."""
+    names = OmegaConf.select(get_config(config_file), "dataloader.train.dataset.names")
+    if not names:
+        raise UserError(f"The config file '{config_file}' has no dataloader.train.dataset.names.")
+    return names if isinstance(names, str) else names[0]
 
 
 def milliseconds(function: Callable[[int], object], count: int) -> float:
@@ -174,7 +185,11 @@ def positive_seconds(text: str) -> float:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--dataset", help="a registered data set (default: made-up images)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--dataset", help="a registered data set (default: made-up images)")
+    source.add_argument(
+        "--config-file", metavar="FILE", help="run whose training set to read: a path or a model zoo name"
+    )
     parser.add_argument(
         "--size",
         type=at_least(COARSEST),
@@ -203,6 +218,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             name = args.dataset
+            if args.config_file:
+                name = training_set(args.config_file)
             if name is None:
                 name = NAME
                 write_street(scratch, 8, *args.size)
@@ -217,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
             for workers in args.workers:
                 rate = images_per_second(dataset, name, args.crop, workers, args.batch, args.seconds)
                 print(f"  {workers} worker{'s' * (workers != 1)}: {rate:.1f} images/s")
-        except DatasetError as error:
+        except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
     return 0
