@@ -34,6 +34,7 @@ from .distributed import (
     share_model,
 )
 from .evaluate_periodically import EvaluatePeriodically
+from .frozen_norms import warn_of_idle_norms
 from .metrics_file import drop_metrics_from
 from .non_finite import NonFiniteGuard
 from .param_groups import merge_param_groups
@@ -100,6 +101,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
 
     trainer.register_hooks(_hooks(cfg, trainer, saving, evaluate_now))
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    warn_of_idle_norms(own_model(shared_model))
     start_iter = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     check_same_start(start_iter, cfg.train.output_dir)
 
