@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from ccnet_d2.engine import apply_overrides
-from ccnet_d2.model_zoo import get_config
+from ccnet_d2.engine import load_run
 
 from .flops import CONVENTION
 from .run import analyze_run
@@ -22,9 +21,7 @@ def ce2p_table() -> dict[str, Any]:
         (in 10^6) and GFLOPs by context module.
     """
     costs = {
-        name: analyze_run(
-            apply_overrides(get_config(RUN), [f"model.sem_seg_head.context={context}"]), SIZE, time=False
-        )
+        name: analyze_run(load_run(RUN, [f"model.sem_seg_head.context={context}"]), SIZE, time=False)
         for name, context in CONTEXTS.items()
     }
     parts = next(iter(costs.values()))["modules"]

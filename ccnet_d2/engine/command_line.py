@@ -12,12 +12,12 @@ from detectron2.utils.logger import setup_logger
 
 from ccnet_d2.devices import available_device
 from ccnet_d2.errors import UserError
-from ccnet_d2.model_zoo import config_path, get_config
+from ccnet_d2.model_zoo import config_path
 from ccnet_d2.script_exit import exit_with
 
 from . import yacs
 from .launch import Processes, launch
-from .overrides import apply_overrides
+from .overrides import load_run
 from .settings import make_output_dir
 from .torchrun import ElasticRun, TorchrunProcess, joined_torchrun
 from .training import evaluate_only, train
@@ -156,7 +156,7 @@ def _program(args: argparse.Namespace) -> tuple[Callable[[bool], Any], str, str]
         make_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
         return lambda resume: yacs.run(cfg, args, resume=resume), cfg.MODEL.DEVICE, cfg.OUTPUT_DIR
     options = [*args.opts, *(["train.device=cpu"] if on_cpu else [])]
-    cfg = apply_overrides(get_config(args.config_file), options)
+    cfg = load_run(args.config_file, options)
     args.config_file = str(config_path(args.config_file))
     make_output_dir(cfg.train.output_dir, "train.output_dir")
 

@@ -10,10 +10,9 @@ from typing import Any
 
 from ccnet_d2.checkpoint import atomic_write_text
 from ccnet_d2.errors import UserError
-from ccnet_d2.model_zoo import get_config
 
 from .comparison import Variant, VariantRun, train_variants
-from .overrides import apply_overrides
+from .overrides import load_run
 
 
 def compare_runs(
@@ -55,7 +54,7 @@ def compare_runs(
             variants[value, seed] = Variant(name, f"{value}, seed {seed}", changes)
     # Fail on a wrong key at once, not in every process.
     for variant in variants.values():
-        apply_overrides(get_config(config_file), [*overrides, *variant.overrides])
+        load_run(config_file, [*overrides, *variant.overrides])
     output.mkdir(parents=True, exist_ok=True)
     runs = train_variants(
         config_file,

@@ -23,10 +23,9 @@ from ccnet_d2.inference import (
     save_prediction_grid,
     write_image,
 )
-from ccnet_d2.model_zoo import get_config
 
 from .comparison import Variant, VariantRun, train_variants
-from .overrides import apply_overrides
+from .overrides import apply_overrides, load_run
 
 TWO_LOOPS = Variant("rcca_r2", "RCCA, R=2", ("model.sem_seg_head.context=rcca_r2",))
 ONE_LOOP = Variant("rcca_r1", "RCCA, R=1", ("model.sem_seg_head.context=rcca_r1",))
@@ -86,7 +85,7 @@ def run_demo(dataset: str, output: Path, *, seed: int = 0, overrides: Sequence[s
     if dataset != "synthetic" and has_fast_bf16():
         overrides.append("train.amp.enabled=True")
     # Fail on a wrong override or a missing data set at once, not three times in other processes.
-    cfg = apply_overrides(get_config(demo.config), overrides)
+    cfg = load_run(demo.config, overrides)
     len(DatasetCatalog.get(cfg.dataloader.train.dataset.names))
     print(
         f"Training {', '.join(v.name for v in VARIANTS)} for {cfg.train.max_iter} iterations each.",

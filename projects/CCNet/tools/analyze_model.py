@@ -13,10 +13,9 @@ from ccnet_d2.analysis.ce2p_table import ce2p_table, format_ce2p_table
 from ccnet_d2.analysis.clip_table import clip_table, format_clip_table
 from ccnet_d2.analysis.ranet_table import format_ranet_table, ranet_table
 from ccnet_d2.analysis.run import analyze_run, format_run, image_size_of
-from ccnet_d2.engine import apply_overrides
+from ccnet_d2.engine import load_run
 from ccnet_d2.engine.user_errors import one_sentence_errors
 from ccnet_d2.errors import UserError
-from ccnet_d2.model_zoo import get_config
 from ccnet_d2.script_exit import exit_with
 
 _EPILOG = """
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         result = compute(measure_time=not args.no_time) if args.table == "clips" else compute()
         print(layout(result))
     else:
-        cfg = apply_overrides(get_config(args.config_file), args.opts)
+        cfg = load_run(args.config_file, args.opts)
         result = analyze_run(
             cfg,
             args.image_size or image_size_of(cfg),

@@ -5,12 +5,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ccnet_d2.engine import apply_overrides
+from ccnet_d2.engine import load_run
 from ccnet_d2.engine.user_errors import one_sentence_errors
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference import Predictor, find_images
 from ccnet_d2.inference.viewer import Gallery, make_server
-from ccnet_d2.model_zoo import get_config
 from ccnet_d2.script_exit import exit_with
 
 _EPILOG = """
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     for config, checkpoint, *overrides in args.model:
         if "=" in checkpoint:
             raise UserError(f"--model {config} needs a checkpoint before its overrides, got '{checkpoint}'.")
-        cfg = apply_overrides(get_config(config), overrides)
+        cfg = load_run(config, overrides)
         name = " ".join([Path(config).stem, *(override.rpartition(".")[2] for override in overrides)])
         models.append((name, Predictor(cfg, checkpoint, mode="whole")))
     gallery = Gallery(models, images, longest_side=args.longest_side)

@@ -5,10 +5,9 @@ import argparse
 import re
 from collections.abc import Sequence
 
-from ccnet_d2.engine import apply_overrides
+from ccnet_d2.engine import load_run
 from ccnet_d2.engine.user_errors import one_sentence_errors
 from ccnet_d2.export import DEFAULT_SIZES, export_run
-from ccnet_d2.model_zoo import get_config
 from ccnet_d2.script_exit import exit_with
 
 _EPILOG = """
@@ -53,7 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    cfg = apply_overrides(get_config(args.config_file), args.opts)
+    cfg = load_run(args.config_file, args.opts)
     report = export_run(cfg, args.output, args.checkpoint, sizes=args.check, tolerance=args.tolerance)
     for difference in report.differences:
         print(difference)

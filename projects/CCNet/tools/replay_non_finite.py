@@ -8,10 +8,9 @@ import argparse
 from collections.abc import Sequence
 
 from ccnet_d2.engine.non_finite import load_step, replay
-from ccnet_d2.engine.overrides import apply_overrides
+from ccnet_d2.engine.overrides import load_run
 from ccnet_d2.engine.training import build_model
 from ccnet_d2.engine.user_errors import one_sentence_errors
-from ccnet_d2.model_zoo import get_config
 from ccnet_d2.script_exit import exit_with
 
 
@@ -28,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     with one_sentence_errors() as status:
         step = load_step(arguments.file)
-        model = build_model(apply_overrides(get_config(arguments.config_file), arguments.opts))
+        model = build_model(load_run(arguments.config_file, arguments.opts))
         finding = replay(model, step)
         losses = ", ".join(f"{name}={value:g}" for name, value in step.losses.items())
         print(f"iteration {step.iteration}: {losses}")
