@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -50,6 +51,7 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         if not key.startswith("+"):
             _check_key(config, key)
             before[key] = _value(config, key)
+        _check_value(override)
     try:
         LazyConfig.apply_overrides(config, list(overrides))
     except (HydraException, OmegaConfBaseException, ValueError, KeyError) as error:
@@ -61,6 +63,23 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         if key.endswith("._target_"):
             _check_target(config, key)
     return config
+
+
+def _check_value(override: str) -> None:
+    """Refuse what Hydra's grammar does not take, or takes for several values to be tried one after the other."""
+    try:
+        if not OverridesParser.create().parse_override(override).is_sweep_override():
+            return
+        reason = "it has several values"
+    except HydraException as error:
+        reason = str(error).splitlines()[0].removesuffix(f": {override}")
+    key, _, value = override.partition("=")
+    advice = ""
+    if value.startswith("~"):
+        advice = "; the shell leaves ~ as it is here: write $HOME instead"
+    elif not value.startswith(("[", "{")) and not {"'", '"'} & set(value):
+        advice = f"; a text of such characters takes quotes that the shell leaves: '{key}=\"{value}\"'"
+    raise UserError(f"Override {override!r} cannot be applied: {reason}{advice}.")
 
 
 def _check_key(config: DictConfig, key: str) -> None:

@@ -27,6 +27,22 @@ def test_values_change():
     assert cfg.train.max_iter == 20 and cfg.train.amp.enabled is True and cfg.model.out_channels == 8
 
 
+@pytest.mark.parametrize("value", ["wörter", "epoch=3.pth", "run(1)/x.pth", "a,b", "a#b"])
+def test_text_that_needs_quotes_is_told_so_and_how(value):
+    """As names of files may; Hydra's lexer says that it has no viable alternative."""
+    other = "train.amp.enabled=True"
+    with pytest.raises(UserError, match="quotes") as told:
+        apply_overrides(config(), [other, f"+train.note={value}"])
+    assert other not in str(told.value)
+    (quoted,) = re.findall(r"leaves: '(.*)'\.$", str(told.value))
+    assert apply_overrides(config(), [quoted]).train.note == value
+
+
+def test_a_home_that_the_shell_left_is_told():
+    with pytest.raises(UserError, match=r"'\+train.note=~/x' cannot be applied: .*write \$HOME instead\.$"):
+        apply_overrides(config(), ["+train.note=~/x"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
