@@ -1,4 +1,5 @@
-"""Detectron2's norms by name, for heads that say which of them it was where a name or a width does not fit."""
+"""Detectron2's norms by name, for heads and backbones that say which of them it was where a name or a width does not
+fit."""
 
 from detectron2.layers import get_norm
 from torch import nn
@@ -15,9 +16,18 @@ def head_norm(head: nn.Module, norm: NormLike) -> NormLike:
         head: to be named in errors.
         norm: see `detectron2.layers.get_norm`.
     """
+    return named_norm(norm, f"{type(head).__name__} with norm={norm!r} (MODEL.SEM_SEG_HEAD.NORM)")
+
+
+def named_norm(norm: NormLike, told: str) -> NormLike:
+    """`norm` as something that takes the channels; "" and None, for none, as they are.
+
+    Args:
+        norm: see `detectron2.layers.get_norm`.
+        told: what errors begin with: whose norm it is, and which.
+    """
     if not norm or not isinstance(norm, str):
         return norm
-    told = f"{type(head).__name__} with norm={norm!r} (MODEL.SEM_SEG_HEAD.NORM)"
 
     def build(channels: int) -> nn.Module | None:
         if norm == "GN" and channels % _GROUPS:

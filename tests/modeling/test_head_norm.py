@@ -1,11 +1,11 @@
-"""Norms of the heads by Detectron2's names: what does not fit is said by the head."""
+"""Norms of heads and backbones by Detectron2's names: what does not fit is said by the one that has it."""
 
 import pytest
 from detectron2.layers import ShapeSpec
 from torch import nn
 
 from ccnet_d2.layers import PSP
-from ccnet_d2.modeling import CCNetHead, CE2PHead, RANetHead
+from ccnet_d2.modeling import CCNetHead, CE2PHead, PlainConvNet, RANetHead, build_resnet
 
 SHAPE = {f"res{i}": ShapeSpec(channels=32, stride=8) for i in (2, 3, 4, 5)}
 ARGUMENTS = {
@@ -67,3 +67,18 @@ def test_the_context_module_has_the_head_s_activation_and_corners(head):
         assert context.align_corners is align_corners
         activations = {type(m) for m in built.modules() if isinstance(m, nn.ReLU | nn.LeakyReLU)}
         assert activations == {nn.LeakyReLU}
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_unknown_norm_names_the_backbone(depth):
+    """Which is met before the head's, whose norm follows it in the runs."""
+    for stem in ("deep", "basic"):
+        with pytest.raises(
+            ValueError,
+            match=r"^build_resnet with norm='bn' \(MODEL\.RESNETS\.NORM\): there is no such norm; take",
+        ):
+            build_resnet(depth, stem=stem, norm="bn")
+    with pytest.raises(ValueError, match=r"^PlainConvNet with norm='bn': there is no such norm; take"):
+        PlainConvNet(norm="bn")
+    with pytest.raises(ValueError, match=r"^build_resnet with norm='GN' .* a convolution of 48 channels"):
+        build_resnet(depth, stem_channels=(48, 48, 48), norm="GN")

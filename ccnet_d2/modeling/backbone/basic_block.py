@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase, Conv2d, get_norm
 from torch import Tensor
 
+from ccnet_d2.layers.norm_act import NormLike
+
 
 class DilatedBasicBlock(CNNBlockBase):
     """Two 3x3 convolutions and a shortcut; parameter names are those of Detectron2's `BasicBlock`.
@@ -13,7 +15,13 @@ class DilatedBasicBlock(CNNBlockBase):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, stride: int = 1, norm: str = "BN", dilation: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        norm: NormLike = "BN",
+        dilation: int = 1,
     ) -> None:
         """
         Args:
@@ -47,7 +55,7 @@ class DilatedBasicBlock(CNNBlockBase):
         return F.relu_(out)
 
 
-def _conv3x3(in_channels: int, out_channels: int, stride: int, norm: str, dilation: int) -> Conv2d:
+def _conv3x3(in_channels: int, out_channels: int, stride: int, norm: NormLike, dilation: int) -> Conv2d:
     return Conv2d(
         in_channels,
         out_channels,

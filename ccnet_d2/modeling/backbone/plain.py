@@ -7,6 +7,9 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import Backbone
 from torch import Tensor
 
+from ccnet_d2.layers.norm_act import NormLike
+from ccnet_d2.modeling.norm import named_norm
+
 
 class PlainConvNet(Backbone):
     """3x3 convolutions with norm and ReLU. Its one feature is named "conv".
@@ -20,7 +23,7 @@ class PlainConvNet(Backbone):
         in_channels: int = 3,
         channels: Sequence[int] = (64, 64),
         strides: Sequence[int] = (1, 2),
-        norm: str = "BN",
+        norm: NormLike = "BN",
     ) -> None:
         """
         Args:
@@ -28,12 +31,16 @@ class PlainConvNet(Backbone):
             channels: output channels of each convolution.
             strides: stride of each convolution.
             norm: see `detectron2.layers.get_norm`.
+
+        Raises:
+            ValueError: there are not as many strides as channels, or the norm is unknown or does not fit the channels.
         """
         super().__init__()
         if len(channels) != len(strides):
             raise ValueError(
                 f"channels {list(channels)} and strides {list(strides)} must name the same convolutions."
             )
+        norm = named_norm(norm, f"PlainConvNet with norm={norm!r}")
         self.num_convs = len(channels)
         stride = 1
         for i, (c_out, conv_stride) in enumerate(zip(channels, strides, strict=True), start=1):

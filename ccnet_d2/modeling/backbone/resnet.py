@@ -8,7 +8,9 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
 
 from ccnet_d2.choices import check_choice
+from ccnet_d2.layers.norm_act import NormLike
 from ccnet_d2.modeling.config import own_keys, refuse_without_effect
+from ccnet_d2.modeling.norm import named_norm
 
 from .basic_block import DilatedBasicBlock
 from .stem import DeepStem
@@ -32,7 +34,7 @@ def build_resnet(
     stem_channels: Sequence[int] | None = None,
     ceil_mode: bool = False,
     contract_dilation: bool = False,
-    norm: str = "SyncBN",
+    norm: NormLike = "SyncBN",
     out_features: Sequence[str] = ("res4", "res5"),
     freeze_at: int = 0,
     in_channels: int = 3,
@@ -55,10 +57,12 @@ def build_resnet(
         in_channels: channels of the image.
 
     Raises:
-        ValueError: depth, output_stride or stem is not one of the values above.
+        ValueError: depth, output_stride or stem is not one of the values above, or the norm is unknown or does not fit
+            the channels.
     """
     check_choice("depth", depth, _BLOCKS_PER_STAGE)
     check_choice("output_stride", output_stride, _STRIDES)
+    norm = named_norm(norm, f"build_resnet with norm={norm!r} (MODEL.RESNETS.NORM)")
     stem_module = _build_stem(stem, in_channels, stem_channels, norm, ceil_mode)
     strides = _STRIDES[output_stride]
     dilations = _dilations(strides)
@@ -146,7 +150,7 @@ def _expansion(depth: int) -> int:
 
 
 def _build_stem(
-    name: str, in_channels: int, channels: Sequence[int] | None, norm: str, ceil_mode: bool
+    name: str, in_channels: int, channels: Sequence[int] | None, norm: NormLike, ceil_mode: bool
 ) -> BasicStem | DeepStem:
     check_choice("stem", name, ("deep", "basic"))
     if name == "deep":

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from detectron2.layers import CNNBlockBase, Conv2d, get_norm
 from torch import Tensor
 
+from ccnet_d2.layers.norm_act import NormLike
+
 
 class DeepStem(CNNBlockBase):
     """Three 3x3 convolutions, the first of stride 2, then a 3x3 max-pool of stride 2.
@@ -20,7 +22,7 @@ class DeepStem(CNNBlockBase):
         self,
         in_channels: int = 3,
         channels: Sequence[int] = (64, 64, 128),
-        norm: str = "BN",
+        norm: NormLike = "BN",
         ceil_mode: bool = False,
     ) -> None:
         """
