@@ -1,6 +1,7 @@
 """A process that a supervisor started: it joins the others, calls the program, and tells how it ended."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -64,6 +65,9 @@ class Place:
 def run_child(pipe: Connection, place: Place, main: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Call `main(*args)` among the others; a `Report` goes into the pipe unless all went well."""
     end_with_parent(place.supervisor)
+    # A spawned process spawns its own by default. Loader workers are forked as in a run of one process: spawned, they
+    # would have to be sent, pickled, what a config file defines.
+    multiprocessing.set_start_method(None, force=True)
     if place.threads:
         torch.set_num_threads(place.threads)
         os.environ["OMP_NUM_THREADS"] = str(place.threads)

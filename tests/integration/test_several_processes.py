@@ -63,6 +63,32 @@ def test_train_evaluate_resume(train_net, tmp_path):
     assert status == 1 and len(errors) == 1 and "train.max_itr" in errors[0]
 
 
+def test_loader_workers_take_what_the_config_file_defines(train_net, tmp_path):
+    """As in one process, which forks them; a class of the file cannot be pickled."""
+    config = tmp_path / "mine.py"
+    config.write_text("""
+from detectron2.config import LazyCall as L
+from detectron2.data import transforms as T
+
+from ccnet_d2.model_zoo import get_config
+
+
+class Darker(T.Augmentation):
+    def get_transform(self, image):
+        return T.BlendTransform(0, 0.1, 0.9)
+
+
+_run = get_config("toy/ccnet_synthetic.py")
+model, dataloader, train = _run.model, _run.dataloader, _run.train
+optimizer, lr_multiplier = _run.optimizer, _run.lr_multiplier
+dataloader.train.mapper.augmentations.append(L(Darker)())
+dataloader.train.num_workers = 1
+dataloader.train.total_batch_size = 4
+train.max_iter = 2
+""")
+    assert train_net(str(config)) == (0, [])
+
+
 def test_yacs(tmp_path, train_net):
     options = ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "2", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "16"]
     arguments = ["--config-file", "yacs/toy/ccnet_synthetic.yaml", "--num-processes", "2"]
