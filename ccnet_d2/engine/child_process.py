@@ -65,8 +65,8 @@ class Place:
 def run_child(pipe: Connection, place: Place, main: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """Call `main(*args)` among the others; a `Report` goes into the pipe unless all went well."""
     end_with_parent(place.supervisor)
-    # A spawned process spawns its own by default. Loader workers are forked as in a run of one process: spawned, they
-    # would have to be sent, pickled, what a config file defines.
+    # A spawned process spawns its own by default. Loader workers are forked (fork_workers) as in a run of one process:
+    # spawned, they would have to be sent, pickled, what a config file defines.
     multiprocessing.set_start_method(None, force=True)
     if place.threads:
         torch.set_num_threads(place.threads)
