@@ -96,3 +96,12 @@ def test_python_versions_agree(pyproject: dict[str, Any]) -> None:
     assert f"sys.version_info[:2] <= {setup_environment.NEWEST}" in (ROOT / "Makefile").read_text(
         encoding="utf-8"
     )
+
+
+def test_set_up_looks_for_the_compilers_that_the_build_looks_for() -> None:
+    build = (ROOT / "setup.py").read_text(encoding="utf-8")
+    compilers, (nvcc, *toolkits) = setup_environment.BUILD_PROGRAMS.values()
+    names = ", ".join(f'"{name}"' for name in compilers)
+    assert f"for name in ({names}):" in build and f'which("{nvcc}")' in build
+    folders = ", ".join(f'Path("{Path(path).parents[1]}")' for path in toolkits)
+    assert f"[{folders}]" in build

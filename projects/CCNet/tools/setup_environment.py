@@ -54,6 +54,7 @@ BUILD_VARIABLES = (
     "CXX",
     "CXXFLAGS",
 )
+# What it looks for; it cannot be asked before setuptools is there.
 BUILD_PROGRAMS = {
     "C++ compiler": ("c++", "g++", "clang++"),
     "nvcc": ("nvcc", "/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc"),
