@@ -66,6 +66,8 @@ def test_other_broken_pipes_keep_their_traceback():
 
 def test_an_interrupted_script_ends_without_a_traceback():
     program = _PROGRAM.format(body="import time; print('begun', flush=True); time.sleep(60)")
+    # What a shell starts in the background ignores Ctrl-C, and so does all that it starts.
+    program = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{program}"
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
