@@ -67,7 +67,7 @@ DeviceInfo device_info(const Tensor& t) {
                   major, ".", attribute(cudaDevAttrComputeCapabilityMinor, device), ".");
   return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
           attribute(cudaDevAttrMaxGridDimX, device),
-          10 * major + attribute(cudaDevAttrComputeCapabilityMinor, device)};
+          10 * major + attribute(cudaDevAttrComputeCapabilityMinor, device), attribute(cudaDevAttrL2CacheSize, device)};
 }
 
 void* current_stream(const Tensor& t) {

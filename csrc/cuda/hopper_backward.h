@@ -1,13 +1,16 @@
 // The backward kernels for compute capability 9.0, fp16 and bf16, lines of at most 256 positions. What is computed is
 // what backward.h describes; here the products are wgmma, transposed so that keys are rows, and panels come by TMA.
 //
-// A CTA takes one group of lines (hopper_lines.h): one tile of 128 rows, or the two tiles of a longer line. Two
-// warpgroups compute, each with 64 keys of a tile; one more warp does nothing but load. For each tile of keys:
+// A CTA takes one tile of keys (hopper_lines.h), 128 rows, of a group of lines after the other. A longer line has two,
+// of which each CTA of a cluster takes one: both need all of dO, at the same time. Two warpgroups compute, each with 64
+// keys; one more warp does nothing but load. For each tile of keys:
 //   P^T = exp(K Q^T - lse);  dP^T = V dO^T over the channels, while dV = P^T dO is written panel by panel;
-//   dS^T = P^T (dP^T - delta);  dK = dS^T Q and dQ (+)= dS K, panel by panel.
+//   dS^T = P^T (dP^T - delta);  dK = dS^T Q and dQ (+)= dS K, panel by panel. Of a cluster's two tiles of queries a CTA
+// writes that with its own number first, then adds to the one that the other CTA has written.
 // delta, the sum over the channels of dO * O, comes from a launch of its own (dense_delta_kernel), or is found by the
 // first axis's launch on the way, as the diagonal of dO O^T.
-// Every output element is written by one thread of one CTA in a fixed order: no atomics, the same bits every time.
+// Every output element is written in a fixed order, by one thread or in turn by one of either CTA: no atomics, the same
+// bits every time.
 #pragma once
 
 #include "hopper_products.h"
@@ -23,6 +26,7 @@ struct HopperBackwardShape {
   static_assert(Rows == kTileRows || (Rows == kFewerRows && Blocks == 1), "a long line uses whole tiles");
   static_assert(sizeof(T) == 2 && (Blocks == 1 || Blocks == 2), "fp16 or bf16, at most 256 positions");
   static_assert(!FindsDelta || Blocks == 1, "with two tiles there is no room for panels of O");
+  static constexpr int kClusterBlocks = Blocks;
   static constexpr int kConsumers = 2 * kWarpgroup;
   static constexpr int kThreads = kConsumers + kWarpgroup;
   // Of each thread's equal share, 168, the warpgroup that loads gives up most.
@@ -55,7 +59,12 @@ struct HopperBackwardShape {
   static constexpr int kBarriersOffset = kDeltaOffset + kTableBytes;
   static constexpr int kOutBarriersOffset = kBarriersOffset + 2 * kStages * static_cast<int>(sizeof(SharedBarrier));
   static constexpr int kOutBarriers = FindsDelta ? 2 * kOutStages + 1 : 0;
-  static constexpr int kSharedBytes = kOutBarriersOffset + kOutBarriers * static_cast<int>(sizeof(SharedBarrier));
+  // One for each warp of the other CTA, for every other time that it has written dQ.
+  static constexpr int kQueryBarriers = Blocks == 2 ? 2 * kConsumers / kWarp : 0;
+  static constexpr int kQueryBarriersOffset =
+      kOutBarriersOffset + kOutBarriers * static_cast<int>(sizeof(SharedBarrier));
+  static constexpr int kSharedBytes =
+      kQueryBarriersOffset + kQueryBarriers * static_cast<int>(sizeof(SharedBarrier));
   // The loader asks for so many stages of V and dO before the first panel of O, for which it has to wait until the CTA's
   // last group is done.
   static constexpr int kOutLag = 2;
@@ -87,9 +96,12 @@ struct HopperBackwardArgs {
   SegmentOutput<T> grad_query, grad_key, grad_value;
   const float* lse;                            // (B, N)
   float* delta;                                // (B, N), of an earlier launch or to be found
+  bool first;                                  // launch of the call
   bool accumulate;                             // an earlier launch has written the gradients
-  int groups;                                  // of lines: CTA i takes groups i, i + blocks, ...
-  int blocks;
+  int backwards;                               // 1: through the channels, starting with the last
+  int kept_steps;  // panels of V and dO, the last ones, that the L2 cache keeps for the next launch
+  int groups;                                  // of lines: cluster i takes groups i, i + clusters, ...
+  int blocks;                                  // CTAs, in whole clusters
 };
 
 // A warp's 16 rows of an output, written from products of which a lane holds two channels where memory wants eight
@@ -129,6 +141,16 @@ struct WarpOutput {
     }
   }
 
+  // Has the L2 cache fetch the rows' first `panels` panels, of which fetch() will bring one after the other.
+  CCNET_DEVICE void prefetch(int thread, const SegmentOutput<T>& out, int panels) const {
+    const uint32_t segment = static_cast<uint32_t>(thread % kRowSegments * kRowSegments);
+    if (segment >= static_cast<uint32_t>(min_of(out.segments, panels * kRowSegments))) return;
+    CCNET_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      if (row[i] != kNoRow) prefetch_row(reinterpret_cast<const Segment*>(out.data) + (row[i] + segment));
+    }
+  }
+
   // `add`: to what fetch() has brought. A collective of the warp, which may use the panel anew afterwards.
   CCNET_DEVICE void write(int thread, float (&d)[32], bool add, char* panel, const SegmentOutput<T>& out,
                           int step) const {
@@ -136,7 +158,7 @@ struct WarpOutput {
       CCNET_UNROLL
       for (int i = 0; i < 4; ++i) {
         uint32_t words[4];
-        load_matrices(words, fragment_place(thread, panel, i));
+        load_matrices(words, fragment_place(fragment_row(panel, thread), fragment_segment(thread), i));
         CCNET_UNROLL
         for (int w = 0; w < 4; ++w) {
           float before[2];
@@ -151,7 +173,7 @@ struct WarpOutput {
       uint32_t words[4];
       CCNET_UNROLL
       for (int w = 0; w < 4; ++w) words[w] = pack<T>(d[fragment_element(i, w)], d[fragment_element(i, w) + 1]);
-      store_matrices(fragment_place(thread, panel, i), words);
+      store_matrices(fragment_place(fragment_row(panel, thread), fragment_segment(thread), i), words);
     }
     converge_warp();
     const uint32_t segment = static_cast<uint32_t>(step * kRowSegments + thread % kRowSegments);
@@ -168,17 +190,11 @@ struct WarpOutput {
   }
 
  private:
-  static CCNET_DEVICE char* warp_rows(int thread, char* panel) { return panel + thread / kWarp * 16 * kRowBytes; }
   // Where in the panel the lane's segment of its row i is.
   static CCNET_DEVICE char* lane_place(int thread, char* panel, int i) {
     const int row = thread % kWarp / kRowSegments;
     const int segment = (thread % kRowSegments ^ row) * kSegmentBytes;
-    return warp_rows(thread, panel) + row * kRowBytes + i * 4 * kRowBytes + (segment ^ i % 2 * 4 * kSegmentBytes);
-  }
-  // Of 16 rows x 16 channels, as load_matrices() and store_matrices() take them.
-  static CCNET_DEVICE char* fragment_place(int thread, char* panel, int i) {
-    const int segment = (thread % kWarp / 16 ^ thread % 8) * kSegmentBytes;
-    return warp_rows(thread, panel) + thread % 16 * kRowBytes + (segment ^ i * 2 * kSegmentBytes);
+    return panel + (thread / kWarp * 16 + row + i * 4) * kRowBytes + (segment ^ i % 2 * 4 * kSegmentBytes);
   }
 };
 
@@ -205,17 +221,17 @@ struct KeyWeights {
   static constexpr int kSteps = static_cast<int>(ceil_div(Rows, 16));
 
   uint32_t registers[Shape::kWeightsInRegisters ? Blocks : 1][kSteps][4];
-  char* rows;           // what load_matrices() and store_matrices() want of the lane: its row of the first panel,
-  int swizzled;         // and a segment of it
+  char* row;            // of the lane in the first panel, and its segment, for fragment_place()
+  int segment;
   uint64_t descriptor;  // of the warpgroup's keys in the first panel
 
   CCNET_DEVICE KeyWeights(char* panels, int thread)
-      : rows(panels + (thread / kWarp * 16 + thread % 16) * kRowBytes),
-        swizzled((thread % kWarp / 16 ^ thread % 8) * kSegmentBytes),
+      : row(fragment_row(panels, thread)),
+        segment(fragment_segment(thread)),
         descriptor(advance(panel_descriptor(panels), warpgroup_of<Blocks>(thread) * kHalfAdvance)) {}
 
   CCNET_DEVICE char* place(int block, int step) const {
-    return rows + (2 * block + step / 4) * Shape::kPanelBytes + (swizzled ^ step % 4 * 2 * kSegmentBytes);
+    return fragment_place(row, segment, step % 4) + (2 * block + step / 4) * Shape::kPanelBytes;
   }
   CCNET_DEVICE void get(int block, int step, uint32_t (&words)[4]) const {
     if constexpr (Shape::kWeightsInRegisters) {
@@ -253,11 +269,9 @@ struct KeyWeights {
   }
 };
 
-// The panel of channels that a step takes: every other tile of keys goes backwards through them, so that it meets first
-// what of dO the L2 cache has seen last.
-CCNET_DEVICE int value_panel(int step, int key_block, int steps) {
-  return key_block % 2 == 0 ? step : steps - 1 - step;
-}
+// The panel of channels that a step takes: every other launch goes backwards through them, so that it meets first what
+// the L2 cache has seen last.
+CCNET_DEVICE int value_panel(int step, int backwards, int steps) { return backwards == 0 ? step : steps - 1 - step; }
 
 // The diagonal of a warpgroup's products of 64 x 64, of which a lane holds at most one element for each row of its two.
 // Writes element i, where the lane has it, to table[i].
@@ -295,8 +309,16 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
                                                                             shared + Shape::kOutBarriersOffset);
   // A group is done, and dS^T is read no more.
   SharedBarrier* const group_done = out_ring.full + 2 * Shape::kOutStages;
+  // Where each warp of the other CTA says that it has written dQ.
+  SharedBarrier* const query_written = reinterpret_cast<SharedBarrier*>(shared + Shape::kQueryBarriersOffset);
   const bool accumulate = !FindsDelta && a.accumulate;
   const int thread = thread_index();
+  // The tile of keys. Tiles of queries are counted from the one of the same number on: tile b is the line's
+  // key_block ^ b.
+  const int key_block = Blocks == 1 ? 0 : cluster_rank();
+  const auto query0 = [&](int b) { return (key_block ^ b) * kTileRows; };
+  const int first_group = static_cast<int>(block_index()) / Shape::kClusterBlocks;
+  const int clusters = a.blocks / Shape::kClusterBlocks;
   if (thread == Shape::kConsumers) {
     prefetch_map(&a.key);
     prefetch_map(&a.query);
@@ -304,12 +326,20 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
       out_ring.init();
       init_barrier(group_done, kConsumerWarps);
     }
+    for (int i = 0; i < Shape::kQueryBarriers; ++i) init_barrier(query_written + i, 1);
     ring.init();
     prefetch_map(&a.value);
     prefetch_map(&a.grad_out);
     if constexpr (FindsDelta) prefetch_map(&a.out);
   }
-  barrier();
+  converge_warp();
+  if constexpr (Shape::kClusterBlocks == 1) {
+    barrier();
+  } else {
+    cluster_barrier();
+  }
+  // Inputs of a launch that is not the first were there before the one before began.
+  if (a.first) wait_for_previous_launch();
   allow_next_launch();
 
   const int qk_steps = static_cast<int>(ceil_div(a.qk_channels, kWidth));
@@ -320,35 +350,46 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
     release_registers<Shape::kLoaderRegisters>();
     if (thread > Shape::kConsumers) return;
     int group_parity = 0;
-    for (int number = static_cast<int>(block_index()); number < a.groups; number += a.blocks) {
+    for (int number = first_group; number < a.groups; number += clusters) {
       const Line group = find_group(a.tiling, number);
-      const auto load = [&](const TensorMap* key_side, const TensorMap* query_side, int key_block, int panel) {
+      const auto load = [&](const TensorMap* key_side, const TensorMap* query_side, int panel, CachePolicy key_policy,
+                            CachePolicy query_policy) {
         const int slot = ring.acquire((1 + Blocks) * panel_bytes(box_rows));
         char* const stage = ring.stage(slot);
         SharedBarrier* const full = ring.full + slot;
-        load_lines(stage, key_side, panel * kWidth, key_block * kTileRows, group, full);
+        load_lines(stage, key_side, panel * kWidth, key_block * kTileRows, group, full, key_policy);
         CCNET_UNROLL
         for (int b = 0; b < Blocks; ++b) {
-          load_lines(stage + (1 + b) * Shape::kPanelBytes, query_side, panel * kWidth, b * kTileRows, group, full);
+          load_lines(stage + (1 + b) * Shape::kPanelBytes, query_side, panel * kWidth, query0(b), group, full,
+                     query_policy);
         }
       };
-      for (int key_block = 0; key_block < Blocks; ++key_block) {
-        for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
-        constexpr int kLag = FindsDelta ? Shape::kOutLag : 0;
-        for (int p = 0; p < value_steps + kLag; ++p) {
-          if (p < value_steps) load(&a.value, &a.grad_out, key_block, value_panel(p, key_block, value_steps));
-          if constexpr (FindsDelta) {
-            if (p < kLag) continue;
-            if (p == kLag && number >= a.blocks) {
-              wait_phase(group_done, group_parity);
-              group_parity ^= 1;
-            }
-            const int slot = out_ring.acquire(panel_bytes(box_rows));
-            load_lines(out_ring.stage(slot), &a.out, (p - kLag) * kWidth, 0, group, out_ring.full + slot);
-          }
+      const auto load_scores = [&]() {
+        for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, p, evict_normal(), evict_normal());
+      };
+      const auto policy = [&](int p, CachePolicy other) {
+        return p >= value_steps - a.kept_steps ? evict_last() : other;
+      };
+      load_scores();
+      constexpr int kLag = FindsDelta ? Shape::kOutLag : 0;
+      for (int p = 0; p < value_steps + kLag; ++p) {
+        if (p < value_steps) {
+          // dO is read once more by the other CTA of a cluster.
+          load(&a.value, &a.grad_out, value_panel(p, a.backwards, value_steps), policy(p, evict_first()),
+               policy(p, Blocks == 1 ? evict_first() : evict_normal()));
         }
-        for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, key_block, p);
+        if constexpr (FindsDelta) {
+          if (p < kLag) continue;
+          if (p == kLag && number >= clusters) {
+            wait_phase(group_done, group_parity);
+            group_parity ^= 1;
+          }
+          const int slot = out_ring.acquire(panel_bytes(box_rows));
+          const int panel = value_panel(p - kLag, a.backwards, value_steps);
+          load_lines(out_ring.stage(slot), &a.out, panel * kWidth, 0, group, out_ring.full + slot, evict_first());
+        }
       }
+      load_scores();
     }
     return;
   }
@@ -380,12 +421,14 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
     }
   };
 
+  int queries_written = 0;  // so many times
   CCNET_UNROLL_BY(1)
-  for (int number = static_cast<int>(block_index()); number < a.groups; number += a.blocks) {
+  for (int number = first_group; number < a.groups; number += clusters) {
     const Line group = find_group(a.tiling, number);
-    if (number >= a.blocks) named_barrier(kConsumerBarrier, Shape::kConsumers);  // nobody needs the last group's tables
+    // Nobody needs the last group's tables and dS^T.
+    if (number >= clusters) named_barrier(kConsumerBarrier, Shape::kConsumers);
     // The statistics of query number `thread`.
-    const int own_first = thread / kTileRows * kTileRows;
+    const int own_first = query0(thread / kTileRows);
     const TileRow own = tile_row(a.tiling, thread % kTileRows);
     const uint32_t own_position =
         thread < Blocks * kTileRows ? row_place(a.position, a.tiling, group, own_first, own) : kNoRow;
@@ -396,284 +439,307 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
     }
     named_barrier(kConsumerBarrier, Shape::kConsumers);
 
+    const int key0 = key_block * kTileRows;
+    float pair[Blocks][Rows / 2];             // dP^T
+    float separate_scores[Blocks][Rows / 2];  // S^T, where there are registers for it
+    float(&scores)[Blocks][Rows / 2] = Shape::kSeparateScores ? separate_scores : pair;
+    CCNET_UNROLL
+    for (int b = 0; b < Blocks; ++b) {
+      clear(pair[b]);
+      clear(scores[b]);
+    }
     CCNET_UNROLL_BY(1)
-    for (int key_block = 0; key_block < Blocks; ++key_block) {
-      const int key0 = key_block * kTileRows;
-      float pair[Blocks][Rows / 2];             // dP^T
-      float separate_scores[Blocks][Rows / 2];  // S^T, where there are registers for it
-      float(&scores)[Blocks][Rows / 2] = Shape::kSeparateScores ? separate_scores : pair;
+    for (int p = 0; p < qk_steps; ++p) {
+      const int slot = ring.take();
+      converge_warp();
+      begin_products();
+      multiply_pairs(scores, slot, p > 0);
+      commit_products();
+      wait_products<0>();
       CCNET_UNROLL
-      for (int b = 0; b < Blocks; ++b) {
-        clear(pair[b]);
-        clear(scores[b]);
-      }
-      CCNET_UNROLL_BY(1)
-      for (int p = 0; p < qk_steps; ++p) {
-        const int slot = ring.take();
-        converge_warp();
-        begin_products();
-        multiply_pairs(scores, slot, p > 0);
-        commit_products();
-        wait_products<0>();
-        CCNET_UNROLL
-        for (int b = 0; b < Blocks; ++b) hold(scores[b]);
-        if (leads_warp) ring.release(slot);
-      }
-      // From here on the products for dP are one stage ahead of those for dV.
-      int slot = 0;
-      const auto begin_pairs = [&]() {
-        slot = ring.take();
-        converge_warp();
-        begin_products();
-        multiply_pairs(pair, slot, false);
-        commit_products();
-      };
-      if constexpr (Shape::kSeparateScores) begin_pairs();
-      if (key_block > 0) named_barrier(kConsumerBarrier, Shape::kConsumers);  // dS^T is read no more
+      for (int b = 0; b < Blocks; ++b) hold(scores[b]);
+      if (leads_warp) ring.release(slot);
+    }
+    // From here on the products for dP are one stage ahead of those for dV.
+    int slot = 0;
+    const auto begin_pairs = [&]() {
+      slot = ring.take();
+      converge_warp();
+      begin_products();
+      multiply_pairs(pair, slot, false);
+      commit_products();
+    };
+    if constexpr (Shape::kSeparateScores) begin_pairs();
+    CCNET_UNROLL
+    for (int b = 0; b < Blocks; ++b) {
+      uint32_t columns[2];
       CCNET_UNROLL
-      for (int b = 0; b < Blocks; ++b) {
-        uint32_t columns[2];
+      for (int r = 0; r < 2; ++r) {
+        const TileRow key = tile_row(a.tiling, recompute(lane_row) + 8 * r);
+        Partners partners = partners_of(a.tiling, key, key0, query0(b), a.drop_self);
+        if (!row_exists(a.tiling, group, key0, key)) partners.count = 0;
+        columns[r] = lane_columns(partners, lane_column);
+      }
+      CCNET_UNROLL
+      for (int k = 0; k < Weights::kSteps; ++k) {
+        uint32_t words[4];
         CCNET_UNROLL
-        for (int r = 0; r < 2; ++r) {
-          const TileRow key = tile_row(a.tiling, recompute(lane_row) + 8 * r);
-          Partners partners = partners_of(a.tiling, key, key0, b * kTileRows, a.drop_self);
-          if (!row_exists(a.tiling, group, key0, key)) partners.count = 0;
-          columns[r] = lane_columns(partners, lane_column);
-        }
-        CCNET_UNROLL
-        for (int k = 0; k < Weights::kSteps; ++k) {
-          uint32_t words[4];
-          CCNET_UNROLL
-          for (int h = 0; h < 2; ++h) {
-            const int j = 2 * k + h;
-            if (8 * j >= Rows) {
-              words[2 * h] = words[2 * h + 1] = 0;
-              continue;
-            }
-            float offset0, offset1;
-            load_pair(offsets + (b * kTileRows + 8 * j + lane_column) * 4, offset0, offset1);
-            CCNET_UNROLL
-            for (int r = 0; r < 2; ++r) {
-              const float p0 = exp2_rounded(fmaf(scores[b][4 * j + 2 * r], kLog2E, offset0));
-              const float p1 = exp2_rounded(fmaf(scores[b][4 * j + 2 * r + 1], kLog2E, offset1));
-              words[2 * h + r] = pack<T>((columns[r] & 1u << 2 * j) != 0 ? p0 : 0.f,
-                                         (columns[r] & 2u << 2 * j) != 0 ? p1 : 0.f);
-            }
+        for (int h = 0; h < 2; ++h) {
+          const int j = 2 * k + h;
+          if (8 * j >= Rows) {
+            words[2 * h] = words[2 * h + 1] = 0;
+            continue;
           }
-          weights.template put<false>(b, k, words);
+          float offset0, offset1;
+          load_pair(offsets + (b * kTileRows + 8 * j + lane_column) * 4, offset0, offset1);
+          CCNET_UNROLL
+          for (int r = 0; r < 2; ++r) {
+            const float p0 = exp2_rounded(fmaf(scores[b][4 * j + 2 * r], kLog2E, offset0));
+            const float p1 = exp2_rounded(fmaf(scores[b][4 * j + 2 * r + 1], kLog2E, offset1));
+            words[2 * h + r] = pack<T>((columns[r] & 1u << 2 * j) != 0 ? p0 : 0.f,
+                                       (columns[r] & 2u << 2 * j) != 0 ? p1 : 0.f);
+          }
         }
+        weights.template put<false>(b, k, words);
       }
-      if constexpr (!Shape::kWeightsInRegisters) {
-        fence_shared_for_async();
-        named_barrier(kWarpgroupBarrier + warpgroup, kWarpgroup);
-      }
-      if constexpr (!Shape::kSeparateScores) begin_pairs();
+    }
+    if constexpr (!Shape::kWeightsInRegisters) {
+      fence_shared_for_async();
+      named_barrier(kWarpgroupBarrier + warpgroup, kWarpgroup);
+    }
+    if constexpr (!Shape::kSeparateScores) begin_pairs();
 
-      float own_delta = 0.f;
-      float diagonal[32];  // of dO O^T
-      if constexpr (FindsDelta) clear(diagonal);
-      WarpOutput<T> value_rows(own_thread(), a.grad_value, a.tiling, group, key0);
-      if constexpr (Blocks == 1) value_rows.keep();
-      float grad[32], other_grad[32];
-      clear(grad);
-      int out_slot = 0;
-      // The products for dV, and for delta, of step p, whose panels are in the present stage.
-      const auto multiply_values = [&](float (&d)[32], int p) {
-        if constexpr (FindsDelta) out_slot = out_ring.take();
-        converge_warp();
-        begin_products();
+    float own_delta = 0.f;
+    float diagonal[32];  // of dO O^T
+    if constexpr (FindsDelta) clear(diagonal);
+    WarpOutput<T> value_rows(own_thread(), a.grad_value, a.tiling, group, key0);
+    if constexpr (Blocks == 1) value_rows.keep();
+    float grad[32], other_grad[32];
+    clear(grad);
+    int out_slot = 0;
+    // The products for dV, and for delta, of step p, whose panels are in the present stage.
+    const auto multiply_values = [&](float (&d)[32], int p) {
+      if constexpr (FindsDelta) out_slot = out_ring.take();
+      converge_warp();
+      begin_products();
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) weights.multiply(d, b, query_side(slot, b), b > 0);
+      if constexpr (FindsDelta) {
+        const uint64_t own_grads = advance(query_side(slot, 0), own_half);
+        const uint64_t own_outs = advance(panel_descriptor(out_ring.stage(out_slot)), own_half);
         CCNET_UNROLL
-        for (int b = 0; b < Blocks; ++b) weights.multiply(d, b, query_side(slot, b), b > 0);
-        if constexpr (FindsDelta) {
-          const uint64_t own_grads = advance(query_side(slot, 0), own_half);
-          const uint64_t own_outs = advance(panel_descriptor(out_ring.stage(out_slot)), own_half);
-          CCNET_UNROLL
-          for (int k = 0; k < kWidth / 16; ++k) {
-            WarpgroupProduct<T, 64>::template multiply<Major::kDepth, Major::kDepth>(
-                diagonal, advance(own_grads, k * kDepthAdvance), advance(own_outs, k * kDepthAdvance), p > 0 || k > 0);
-          }
+        for (int k = 0; k < kWidth / 16; ++k) {
+          WarpgroupProduct<T, 64>::template multiply<Major::kDepth, Major::kDepth>(
+              diagonal, advance(own_grads, k * kDepthAdvance), advance(own_outs, k * kDepthAdvance), p > 0 || k > 0);
         }
-      };
-      // Writes step p's dV; `last`: of the steps.
-      const auto write_values = [&](int p, float (&d)[32], bool last) {
-        const int channels = value_panel(p, key_block, value_steps);
-        const int next_channels = value_panel(p + 1, key_block, value_steps);
-        char* const panel = p % 2 == 0 ? staging : other_staging;
-        char* const next_panel = p % 2 == 0 ? other_staging : staging;
-        if (accumulate) {
-          wait_copies();
-          converge_warp();
-          if (Shape::kStagingPanels > 1 && !last) value_rows.fetch(own_thread(), next_panel, a.grad_value, next_channels);
-        }
-        value_rows.write(own_thread(), d, accumulate, panel, a.grad_value, channels);
-        if (Shape::kStagingPanels == 1 && accumulate && !last) {
-          value_rows.fetch(own_thread(), panel, a.grad_value, next_channels);
-        }
-      };
-      const auto release_values = [&](int stage, int out_stage) {
-        if (!leads_warp) return;
-        ring.release(stage);
-        if constexpr (FindsDelta) out_ring.release(out_stage);
-      };
-      // A step but the last: the next step's products begin, this step's `own` are waited for and written.
-      const auto value_step = [&](int p, float (&own)[32], float (&next)[32]) {
-        const int released = slot, released_out = out_slot;
-        slot = ring.take();
-        converge_warp();
-        begin_products();
-        multiply_pairs(pair, slot, true);
-        if constexpr (Shape::kValuesAhead) multiply_values(next, p + 1);
-        commit_products();
-        wait_products<1>();
-        hold(own);
-        release_values(released, released_out);
-        write_values(p, own, false);
-      };
-      // What earlier launches have left is needed at last: here what is added to, delta after the loop.
-      if (accumulate) {
-        if (key_block == 0) wait_for_previous_launch();
-        value_rows.fetch(own_thread(), staging, a.grad_value, value_panel(0, key_block, value_steps));
       }
-      // The last step.
-      const auto finish_values = [&](int p, float (&own)[32]) {
-        if (!FindsDelta && key_block == 0) {
-          if (!accumulate) wait_for_previous_launch();
-          if (own_position != kNoRow) own_delta = load_global(a.delta + own_position);
+    };
+    // Writes step p's dV; `last`: of the steps.
+    const auto write_values = [&](int p, float (&d)[32], bool last) {
+      const int channels = value_panel(p, a.backwards, value_steps);
+      const int next_channels = value_panel(p + 1, a.backwards, value_steps);
+      char* const panel = p % 2 == 0 ? staging : other_staging;
+      char* const next_panel = p % 2 == 0 ? other_staging : staging;
+      if (accumulate) {
+        wait_copies();
+        converge_warp();
+        if (Shape::kStagingPanels > 1 && !last) value_rows.fetch(own_thread(), next_panel, a.grad_value, next_channels);
+      }
+      value_rows.write(own_thread(), d, accumulate, panel, a.grad_value, channels);
+      if (Shape::kStagingPanels == 1 && accumulate && !last) {
+        value_rows.fetch(own_thread(), panel, a.grad_value, next_channels);
+      }
+    };
+    const auto release_values = [&](int stage, int out_stage) {
+      if (!leads_warp) return;
+      ring.release(stage);
+      if constexpr (FindsDelta) out_ring.release(out_stage);
+    };
+    // A step but the last: the next step's products begin, this step's `own` are waited for and written.
+    const auto value_step = [&](int p, float (&own)[32], float (&next)[32]) {
+      const int released = slot, released_out = out_slot;
+      slot = ring.take();
+      converge_warp();
+      begin_products();
+      multiply_pairs(pair, slot, true);
+      if constexpr (Shape::kValuesAhead) multiply_values(next, p + 1);
+      commit_products();
+      wait_products<1>();
+      hold(own);
+      release_values(released, released_out);
+      write_values(p, own, false);
+    };
+    // What earlier launches have left is needed at last: here what is added to, delta after the loop.
+    if (accumulate) {
+      wait_for_previous_launch();
+      // What dK and dQ are added to is needed when the loop is over, and then at once.
+      WarpOutput<T>(own_thread(), a.grad_key, a.tiling, group, key0).prefetch(own_thread(), a.grad_key, qk_steps);
+      WarpOutput<T>(own_thread(), a.grad_query, a.tiling, group, query0(0))
+          .prefetch(own_thread(), a.grad_query, qk_steps);
+      value_rows.fetch(own_thread(), staging, a.grad_value, value_panel(0, a.backwards, value_steps));
+    }
+    // The last step.
+    const auto finish_values = [&](int p, float (&own)[32]) {
+      if constexpr (!FindsDelta) {
+        if (!accumulate) wait_for_previous_launch();
+        if (own_position != kNoRow) own_delta = load_global(a.delta + own_position);
+      }
+      wait_products<0>();
+      hold(own);
+      release_values(slot, out_slot);
+      write_values(p, own, true);
+    };
+    int step = 0;
+    if constexpr (Shape::kValuesAhead) {
+      clear(other_grad);
+      multiply_values(grad, 0);
+      commit_products();
+      // Written so that the compiler sees which of the two is under way.
+      CCNET_UNROLL_BY(1)
+      for (;; ++step) {
+        if (step + 1 == value_steps) {
+          finish_values(step, grad);
+          break;
         }
-        wait_products<0>();
-        hold(own);
-        release_values(slot, out_slot);
-        write_values(p, own, true);
-      };
-      int step = 0;
-      if constexpr (Shape::kValuesAhead) {
-        clear(other_grad);
-        multiply_values(grad, 0);
-        commit_products();
-        // Written so that the compiler sees which of the two is under way.
-        CCNET_UNROLL_BY(1)
-        for (;; ++step) {
-          if (step + 1 == value_steps) {
-            finish_values(step, grad);
-            break;
-          }
-          value_step(step, grad, other_grad);
-          if (++step + 1 == value_steps) {
-            finish_values(step, other_grad);
-            break;
-          }
-          value_step(step, other_grad, grad);
+        value_step(step, grad, other_grad);
+        if (++step + 1 == value_steps) {
+          finish_values(step, other_grad);
+          break;
         }
-      } else {
-        CCNET_UNROLL_BY(1)
-        for (; step + 1 < value_steps; ++step) {
-          multiply_values(grad, step);
-          commit_products();
-          value_step(step, grad, grad);
-        }
+        value_step(step, other_grad, grad);
+      }
+    } else {
+      CCNET_UNROLL_BY(1)
+      for (; step + 1 < value_steps; ++step) {
         multiply_values(grad, step);
         commit_products();
-        finish_values(step, grad);
+        value_step(step, grad, grad);
       }
-      CCNET_UNROLL
-      for (int b = 0; b < Blocks; ++b) hold(pair[b]);
-      if constexpr (FindsDelta) {
-        hold(diagonal);
-        store_diagonal(diagonal, thread, delta + warpgroup * 64 * 4);
-      } else if (key_block == 0 && thread < Blocks * kTileRows) {
-        store_shared<float>(delta + thread * 4, own_delta);
-      }
-      named_barrier(kConsumerBarrier, Shape::kConsumers);  // delta is there, and P^T is read no more
-      if constexpr (FindsDelta) {
-        if (own_position != kNoRow) store_global(a.delta + own_position, load_shared<float>(delta + thread * 4));
-      }
+      multiply_values(grad, step);
+      commit_products();
+      finish_values(step, grad);
+    }
+    CCNET_UNROLL
+    for (int b = 0; b < Blocks; ++b) hold(pair[b]);
+    if constexpr (FindsDelta) {
+      hold(diagonal);
+      store_diagonal(diagonal, thread, delta + warpgroup * 64 * 4);
+    } else if (thread < Blocks * kTileRows) {
+      store_shared<float>(delta + thread * 4, own_delta);
+    }
+    named_barrier(kConsumerBarrier, Shape::kConsumers);  // delta is there, and P^T is read no more
+    if constexpr (FindsDelta) {
+      if (own_position != kNoRow) store_global(a.delta + own_position, load_shared<float>(delta + thread * 4));
+    }
 
-      const WarpOutput<T> key_rows(own_thread(), a.grad_key, a.tiling, group, key0);
-      // What is to be added to, as far as there is room for it.
-      constexpr bool kFetchesAhead = Shape::kStagingPanels > Blocks;
-      const bool add_query = accumulate || key_block > 0;
-      const auto fetch_old = [&](int p) {
-        if (accumulate) key_rows.fetch(own_thread(), staging, a.grad_key, p);
-        if (kFetchesAhead && add_query) {
-          const WarpOutput<T> query_rows(own_thread(), a.grad_query, a.tiling, group, 0);
-          query_rows.fetch(own_thread(), other_staging, a.grad_query, p);
+    const WarpOutput<T> key_rows(own_thread(), a.grad_key, a.tiling, group, key0);
+    const auto query_rows = [&](int b) {
+      return WarpOutput<T>(own_thread(), a.grad_query, a.tiling, group, query0(b));
+    };
+    // What is to be added to, as far as there is room for it.
+    const auto fetch_old = [&](int p) {
+      if (!accumulate) return;
+      if constexpr (Blocks == 1) key_rows.fetch(own_thread(), staging, a.grad_key, p);
+      query_rows(0).fetch(own_thread(), other_staging, a.grad_query, p);
+    };
+    fetch_old(0);
+    CCNET_UNROLL
+    for (int b = 0; b < Blocks; ++b) {
+      CCNET_UNROLL
+      for (int k = 0; k < Weights::kSteps; ++k) {
+        uint32_t words[4];
+        weights.get(b, k, words);
+        CCNET_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          const int j = 2 * k + h;
+          if (8 * j >= Rows) continue;  // still 0
+          float delta0, delta1;
+          load_pair(delta + (b * kTileRows + 8 * j + lane_column) * 4, delta0, delta1);
+          CCNET_UNROLL
+          for (int r = 0; r < 2; ++r) {
+            float p0, p1;
+            unpack_pair<T>(words[2 * h + r], p0, p1);
+            words[2 * h + r] = pack<T>(p0 * (pair[b][4 * j + 2 * r] - delta0),
+                                       p1 * (pair[b][4 * j + 2 * r + 1] - delta1));
+          }
         }
-      };
-      fetch_old(0);
+        weights.template put<true>(b, k, words);
+      }
+      // dQ takes whole halves of a tile, whose last rows nobody wants: but they must hold something.
+      CCNET_UNROLL
+      for (int k = Weights::kSteps; k < kTileRows / 16; ++k) store_matrices(weights.place(b, k), {0, 0, 0, 0});
+    }
+    fence_shared_for_async();
+    named_barrier(kConsumerBarrier, Shape::kConsumers);
+
+    const uint64_t queries = panel_descriptor(shared + Shape::kWeightsOffset + warpgroup * Shape::kPanelBytes);
+    float key_grad[32], query_grad[Blocks][32];
+    clear(key_grad);
+    CCNET_UNROLL
+    for (int b = 0; b < Blocks; ++b) clear(query_grad[b]);
+    const auto multiply_keys = [&](int slot) {
+      CCNET_UNROLL
+      for (int b = 0; b < Blocks; ++b) weights.multiply(key_grad, b, query_side(slot, b), b > 0);
+      commit_products();
+    };
+    const auto multiply_queries = [&](int slot) {
       CCNET_UNROLL
       for (int b = 0; b < Blocks; ++b) {
         CCNET_UNROLL
         for (int k = 0; k < Weights::kSteps; ++k) {
-          uint32_t words[4];
-          weights.get(b, k, words);
-          CCNET_UNROLL
-          for (int h = 0; h < 2; ++h) {
-            const int j = 2 * k + h;
-            if (8 * j >= Rows) continue;  // still 0
-            float delta0, delta1;
-            load_pair(delta + (b * kTileRows + 8 * j + lane_column) * 4, delta0, delta1);
-            CCNET_UNROLL
-            for (int r = 0; r < 2; ++r) {
-              float p0, p1;
-              unpack_pair<T>(words[2 * h + r], p0, p1);
-              words[2 * h + r] = pack<T>(p0 * (pair[b][4 * j + 2 * r] - delta0),
-                                         p1 * (pair[b][4 * j + 2 * r + 1] - delta1));
-            }
-          }
-          weights.template put<true>(b, k, words);
+          WarpgroupProduct<T, 64>::template multiply<Major::kOuter, Major::kOuter>(
+              query_grad[b], advance(queries, 2 * b * kPanelAdvance + k * kOuterAdvance),
+              advance(key_side(slot), k * kOuterAdvance), k > 0);
         }
-        // dQ takes whole halves of a tile, whose last rows nobody wants: but they must hold something.
-        CCNET_UNROLL
-        for (int k = Weights::kSteps; k < kTileRows / 16; ++k) store_matrices(weights.place(b, k), {0, 0, 0, 0});
       }
-      fence_shared_for_async();
-      named_barrier(kConsumerBarrier, Shape::kConsumers);
-
-      const uint64_t queries = panel_descriptor(shared + Shape::kWeightsOffset + warpgroup * Shape::kPanelBytes);
-      float key_grad[32], query_grad[Blocks][32];
-      clear(key_grad);
-      CCNET_UNROLL
-      for (int b = 0; b < Blocks; ++b) clear(query_grad[b]);
-      CCNET_UNROLL_BY(1)
-      for (int p = 0; p < qk_steps; ++p) {
-        const int slot = ring.take();
-        converge_warp();
-        begin_products();
-        CCNET_UNROLL
-        for (int b = 0; b < Blocks; ++b) weights.multiply(key_grad, b, query_side(slot, b), b > 0);
-        commit_products();
-        CCNET_UNROLL
-        for (int b = 0; b < Blocks; ++b) {
-          CCNET_UNROLL
-          for (int k = 0; k < Weights::kSteps; ++k) {
-            WarpgroupProduct<T, 64>::template multiply<Major::kOuter, Major::kOuter>(
-                query_grad[b], advance(queries, 2 * b * kPanelAdvance + k * kOuterAdvance),
-                advance(key_side(slot), k * kOuterAdvance), k > 0);
-          }
-        }
-        commit_products();
+      commit_products();
+    };
+    const auto await_old = [&]() {
+      wait_copies();
+      converge_warp();
+    };
+    CCNET_UNROLL_BY(1)
+    for (int p = 0; p < qk_steps; ++p) {
+      const int slot = ring.take();
+      converge_warp();
+      begin_products();
+      if constexpr (Blocks == 1) {
+        multiply_keys(slot);
+        multiply_queries(slot);
         wait_products<1>();
         hold(key_grad);
-        if (add_query) {
-          wait_copies();
-          converge_warp();
-        }
+        if (accumulate) await_old();
         key_rows.write(own_thread(), key_grad, accumulate, staging, a.grad_key, p);
         wait_products<0>();
         if (leads_warp) ring.release(slot);
+        hold(query_grad[0]);
+        query_rows(0).write(own_thread(), query_grad[0], accumulate, other_staging, a.grad_query, p);
+      } else {
+        multiply_queries(slot);
+        multiply_keys(slot);
+        wait_products<1>();
         CCNET_UNROLL
-        for (int b = 0; b < Blocks; ++b) {
-          hold(query_grad[b]);
-          const WarpOutput<T> query_rows(own_thread(), a.grad_query, a.tiling, group, b * kTileRows);
-          if (add_query && !kFetchesAhead) {
-            query_rows.fetch(own_thread(), staging, a.grad_query, p);
-            wait_copies();
-            converge_warp();
-          }
-          query_rows.write(own_thread(), query_grad[b], add_query, other_staging, a.grad_query, p);
-        }
-        if (p + 1 < qk_steps) fetch_old(p + 1);
+        for (int b = 0; b < Blocks; ++b) hold(query_grad[b]);
+        if (accumulate) await_old();
+        query_rows(0).write(own_thread(), query_grad[0], accumulate, staging, a.grad_query, p);
+        // Warp by warp each CTA tells the other, and goes on to the other's tile. A barrier serves every other time,
+        // since one CTA may be a time ahead.
+        SharedBarrier* const written = query_written + queries_written % 2 * kConsumerWarps + own_thread() / kWarp;
+        converge_warp();
+        if (leads_warp) arrive_in_cluster(written, key_block ^ 1);
+        if (accumulate) key_rows.fetch(own_thread(), staging, a.grad_key, p);
+        wait_products<0>();
+        if (leads_warp) ring.release(slot);
+        hold(key_grad);
+        if (accumulate) await_old();
+        key_rows.write(own_thread(), key_grad, accumulate, staging, a.grad_key, p);
+        wait_phase_in_cluster(written, queries_written / 2 % 2);
+        ++queries_written;
+        query_rows(1).fetch(own_thread(), staging, a.grad_query, p);
+        await_old();
+        query_rows(1).write(own_thread(), query_grad[1], true, staging, a.grad_query, p);
       }
+      if (p + 1 < qk_steps) fetch_old(p + 1);
     }
     if constexpr (FindsDelta) {
       if (leads_warp) arrive(group_done);
@@ -702,6 +768,7 @@ CCNET_KERNEL(kDenseDeltaThreads, 1)
 void dense_delta_kernel(DenseDeltaArgs<T> a) {
   constexpr int kLength = kSegmentLength<T>;
   constexpr int kPositions = 2, kChunks = 2;
+  wait_for_previous_launch();
   allow_next_launch();
   const int lane = thread_index() % kWarp;
   const uint32_t warps = static_cast<uint32_t>(a.blocks) * (kDenseDeltaThreads / kWarp);

@@ -53,44 +53,91 @@ CCNET_DEVICE void arrive_and_expect(SharedBarrier* b, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(b)), "r"(bytes)
                : "memory");
 }
-// Waits for the end of the phase of this parity: 0 for the first, 1 for the second, ...
-CCNET_DEVICE void wait_phase(SharedBarrier* b, int parity) {
+// Waits for the end of the phase of this parity: 0 for the first, 1 for the second, ...; `scope`: of the threads whose work
+// before their arrivals is waited for.
+#define CCNET_WAIT_PHASE(b, parity, scope) \
+  asm volatile( \
+      "{\n" \
+      ".reg .pred done;\n" \
+      "again:\n" \
+      "mbarrier.try_wait.parity" scope ".shared::cta.b64 done, [%0], %1;\n" \
+      "@done bra finished;\n" \
+      "bra again;\n" \
+      "finished:\n" \
+      "}\n" ::"r"(shared_address(b)), \
+      "r"(parity) \
+      : "memory")
+CCNET_DEVICE void wait_phase(SharedBarrier* b, int parity) { CCNET_WAIT_PHASE(b, parity, ""); }
+// Where threads of other CTAs arrive.
+CCNET_DEVICE void wait_phase_in_cluster(SharedBarrier* b, int parity) { CCNET_WAIT_PHASE(b, parity, ".acquire.cluster"); }
+#undef CCNET_WAIT_PHASE
+
+// How soon the L2 cache gives up what a box brings or takes.
+using CachePolicy = uint64_t;
+CCNET_DEVICE CachePolicy evict_normal() {
+  CachePolicy p;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;\n" : "=l"(p));
+  return p;
+}
+CCNET_DEVICE CachePolicy evict_first() {
+  CachePolicy p;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(p));
+  return p;
+}
+CCNET_DEVICE CachePolicy evict_last() {
+  CachePolicy p;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;\n" : "=l"(p));
+  return p;
+}
+
+// CTAs of a cluster run at the same time. The number of this one:
+CCNET_DEVICE int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+  return rank;
+}
+// A barrier of all threads of the cluster.
+CCNET_DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;\n" ::: "memory");
+}
+// Arrives at the barrier of the CTA with this number that has the place of `b`. That CTA must not have ended.
+CCNET_DEVICE void arrive_in_cluster(SharedBarrier* b, int rank) {
   asm volatile(
       "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra finished;\n"
-      "bra again;\n"
-      "finished:\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
       "}\n" ::"r"(shared_address(b)),
-      "r"(parity)
+      "r"(rank)
       : "memory");
 }
 
 // Copies the box at coordinates (channel, position, other, other, batch) into a panel; what lies outside the tensor
 // becomes zero. Counts the whole box's bytes on the barrier. By one thread.
 CCNET_DEVICE void load_box(char* panel, const TensorMap* map, int channel, int position, int other0, int other1,
-                           int batch, SharedBarrier* b) {
+                           int batch, SharedBarrier* b, CachePolicy policy) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
-      "[%2];\n" ::"r"(shared_address(panel)),
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%3, %4, %5, %6, %7}], [%2], %8;\n" ::"r"(shared_address(panel)),
       "l"(reinterpret_cast<uint64_t>(map)), "r"(shared_address(b)), "r"(channel), "r"(position), "r"(other0),
-      "r"(other1), "r"(batch)
+      "r"(other1), "r"(batch), "l"(policy)
       : "memory");
 }
 // The inverse: what of a box lies in the tensor is written from a panel, which holds what threads wrote before
 // fence_shared_for_async() and a barrier. By one thread, which commits boxes in groups: until wait_stores_read() the panel
 // may still be read. Written for the launches to come: nothing in this one may read it.
 CCNET_DEVICE void store_box(const TensorMap* map, const char* panel, int channel, int position, int other0, int other1,
-                            int batch) {
-  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];\n" ::"l"(
-                   reinterpret_cast<uint64_t>(map)),
-               "r"(shared_address(panel)), "r"(channel), "r"(position), "r"(other0), "r"(other1), "r"(batch)
-               : "memory");
+                            int batch, CachePolicy policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5, %6}], [%1], %7;\n" ::
+          "l"(reinterpret_cast<uint64_t>(map)),
+      "r"(shared_address(panel)), "r"(channel), "r"(position), "r"(other0), "r"(other1), "r"(batch), "l"(policy)
+      : "memory");
 }
 CCNET_DEVICE void commit_stores() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
 CCNET_DEVICE void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
+// Has the L2 cache fetch the 128 bytes at p.
+CCNET_DEVICE void prefetch_row(const void* p) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(p)); }
 CCNET_DEVICE void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
 }

@@ -48,6 +48,7 @@ struct HopperForwardArgs {
   int first_key;              // position at which the keys of this launch begin
   int qk_channels, channels;  // C', C
   bool backwards;             // through the channels: first those that the launch before has left in the L2 cache
+  int kept_steps;             // at the end of each job, whose V and output the L2 cache keeps for the next launch
   const Stats<float>* stats_in;  // (B, N); null on the first launch: nothing attended yet
   Stats<float>* stats_out;       // (B, N); null on the last
   float* lse;                    // (B, N); null except on the last
@@ -92,6 +93,9 @@ class HopperForwardMover {
         qk_items_(static_cast<int>(ceil_div(a.qk_channels, kWidth)) * (1 + Blocks)),
         panels_(static_cast<int>(ceil_div(a.channels, kWidth))),
         bytes_(panel_bytes(tile_rows(a.tiling))),
+        normal_(evict_normal()),
+        first_(evict_first()),
+        last_(evict_last()),
         load_number_(static_cast<int>(block_index())),
         load_job_(a, load_number_, panels_) {}
 
@@ -112,7 +116,7 @@ class HopperForwardMover {
       arrive_and_expect(ready, merges ? bytes_ : 0);
       if (merges) {
         load_lines(out_.stage(ready_slot_), &a_.out, ready_job.channel(a_, ready_step, kWidth), ready_job.query0,
-                   ready_job.group, ready);
+                   ready_job.group, ready, first_);
       }
       if (++ready_slot_ == Shape::kOutPanels) ready_slot_ = 0;
       next(ready_number, ready_job, ready_step);
@@ -122,7 +126,8 @@ class HopperForwardMover {
     CCNET_UNROLL_BY(1)
     while (number < a_.jobs) {
       const int slot = out_.written();
-      store_lines(&a_.out, out_.stage(slot), job.channel(a_, step, kWidth), job.query0, job.group);
+      store_lines(&a_.out, out_.stage(slot), job.channel(a_, step, kWidth), job.query0, job.group,
+                  a_.stats_out == nullptr ? normal_ : policy(job, step, first_));
       commit_stores();
       done_items += Blocks;
       load_until(done_items + Shape::kSlots);
@@ -137,6 +142,11 @@ class HopperForwardMover {
   }
 
  private:
+  // What the next launch finds in the L2 cache is what it begins with; the rest only passes through, unless another tile
+  // of the same lines is to find it.
+  CCNET_DEVICE CachePolicy policy(const HopperForwardJob& job, int step, CachePolicy other) const {
+    return step >= job.steps - a_.kept_steps ? last_ : other;
+  }
   CCNET_DEVICE void next(int& number, HopperForwardJob& job, int& step) const {
     if (++step < job.steps) return;
     step = 0;
@@ -147,6 +157,7 @@ class HopperForwardMover {
     CCNET_UNROLL_BY(1)
     for (; loaded_ < end && load_number_ < a_.jobs; ++loaded_) {
       const TensorMap* map = &a_.value;
+      CachePolicy kept = normal_;
       int channel, row;
       if (load_item_ < qk_items_) {
         const int panel = load_item_ / (1 + Blocks), which = load_item_ - panel * (1 + Blocks);
@@ -157,9 +168,10 @@ class HopperForwardMover {
         const int v = load_item_ - qk_items_;
         row = a_.first_key + v % Blocks * kTileRows;
         channel = load_job_.channel(a_, v / Blocks, kWidth);
+        kept = policy(load_job_, v / Blocks, a_.tiling.line_tiles == 1 ? first_ : normal_);
       }
       const int slot = ring_.acquire(bytes_);
-      load_lines(ring_.stage(slot), map, channel, row, load_job_.group, ring_.full + slot);
+      load_lines(ring_.stage(slot), map, channel, row, load_job_.group, ring_.full + slot, kept);
       if (++load_item_ == qk_items_ + load_job_.steps * Blocks) {
         load_item_ = 0;
         load_number_ += a_.blocks;
@@ -173,6 +185,7 @@ class HopperForwardMover {
   typename Shape::OutRing out_;
   const int qk_items_;  // of a job
   const int panels_, bytes_;
+  const CachePolicy normal_, first_, last_;
   int loaded_ = 0;
   int load_number_, load_item_ = 0;  // of the job
   HopperForwardJob load_job_;
@@ -182,11 +195,11 @@ class HopperForwardMover {
 // A warp's 16 rows x 64 channels of the output, from products of which a lane holds two channels where memory wants eight.
 // out = sums * new_scale, `Merges`: + what the panel holds * old_scale.
 template <typename T, bool Merges>
-CCNET_DEVICE void write_output(char* fragments, int place, const float (&sums)[32], const float (&new_scale)[2],
+CCNET_DEVICE void write_output(char* row, int segment, const float (&sums)[32], const float (&new_scale)[2],
                                const float (&old_scale)[2]) {
   CCNET_UNROLL
   for (int i = 0; i < 4; ++i) {  // 16 channels, as load_matrices() and store_matrices() take them
-    char* const fragment = fragments + (place ^ i * 2 * kSegmentBytes);
+    char* const fragment = fragment_place(row, segment, i);
     uint32_t words[4];
     if constexpr (Merges) load_matrices(words, fragment);
     CCNET_UNROLL
@@ -250,9 +263,9 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs a) {
   const int lane_column = thread % 4 * 2;
   const int panels = static_cast<int>(ceil_div(a.channels, kPanelWidth<T>));
   const int qk_steps = static_cast<int>(ceil_div(a.qk_channels, kPanelWidth<T>));
-  // Of the warp's rows in the first panel of the output, what load_matrices() and store_matrices() want of the lane.
-  char* const fragments = out.stage(0) + (thread / kWarp * 16 + thread % 16) * kRowBytes;
-  const int fragment_place = (thread % kWarp / 16 ^ thread % 8) * kSegmentBytes;
+  // In the first panel of the output, for fragment_place().
+  char* const row = fragment_row(out.stage(0), thread);
+  const int segment = fragment_segment(thread);
   int to_release = 0;  // the slots are released in order
   const auto release_slots = [&](int count) {
     CCNET_UNROLL
@@ -392,41 +405,43 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs a) {
     const auto write = [&](const float (&d)[32]) {
       const int slot = out.take();
       converge_warp();
-      char* const rows = fragments + slot * Shape::kPanelBytes;
+      char* const panel_row = row + slot * Shape::kPanelBytes;
       if (merges) {
-        write_output<T, true>(rows, fragment_place, d, new_scale, old_scale);
+        write_output<T, true>(panel_row, segment, d, new_scale, old_scale);
       } else {
-        write_output<T, false>(rows, fragment_place, d, new_scale, old_scale);
+        write_output<T, false>(panel_row, segment, d, new_scale, old_scale);
       }
       fence_shared_for_async();
       converge_warp();
       if (leads_warp) out.release(slot);
     };
+    // `ahead`: the next panel's products have begun.
+    const auto finish = [&](float (&own)[32], bool ahead) {
+      if (ahead) {
+        wait_products<1>();
+      } else {
+        wait_products<0>();
+      }
+      hold(own);
+      release_slots(Blocks);
+      write(own);
+    };
     if constexpr (Shape::kAhead) {
       clear(other_sums);
       const auto step = [&](float (&own)[32], float (&next)[32]) {
         begin_values(next);
-        wait_products<1>();
-        hold(own);
-        release_slots(Blocks);
-        write(own);
-      };
-      const auto finish = [&](float (&own)[32]) {
-        wait_products<0>();
-        hold(own);
-        release_slots(Blocks);
-        write(own);
+        finish(own, true);
       };
       // Written so that the compiler sees which of the two is under way.
       CCNET_UNROLL_BY(1)
       for (int s = 0;; ++s) {
         if (s + 1 == job.steps) {
-          finish(sums);
+          finish(sums, false);
           break;
         }
         step(sums, other_sums);
         if (++s + 1 == job.steps) {
-          finish(other_sums);
+          finish(other_sums, false);
           break;
         }
         step(other_sums, sums);
@@ -434,10 +449,7 @@ void hopper_forward_kernel(CCNET_CONSTANT_PARAMETER HopperForwardArgs a) {
     } else {
       CCNET_UNROLL_BY(1)
       for (int s = 0;;) {
-        wait_products<0>();
-        hold(sums);
-        release_slots(Blocks);
-        write(sums);
+        finish(sums, false);
         if (++s == job.steps) break;
         begin_values(sums);
       }

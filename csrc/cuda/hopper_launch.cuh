@@ -36,7 +36,7 @@ inline int make_map(TensorMap* map, const BoxSource& source) {
   // The elements are moved as they are; their type says no more than their size.
   const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, const_cast<void*>(source.data), size, stride,
                                  box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return static_cast<int>(result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue);
 }
 
@@ -55,35 +55,37 @@ class HopperLauncher {
   template <typename T, int Blocks, int Keys>
   int forward(const HopperForwardArgs& args) const {
     using Shape = HopperForwardShape<Blocks, Keys>;
-    return run(hopper_forward_kernel<T, Blocks, Keys>, args, Shape::kThreads, Shape::kSharedBytes, true);
+    return run(hopper_forward_kernel<T, Blocks, Keys>, args, Shape::kThreads, Shape::kSharedBytes);
   }
   template <typename T, int Blocks, bool FindsDelta, int Rows>
-  int backward(const HopperBackwardArgs<T>& args, bool overlaps_previous) const {
+  int backward(const HopperBackwardArgs<T>& args) const {
     using Shape = HopperBackwardShape<T, Blocks, FindsDelta, Rows>;
     return run(hopper_backward_kernel<T, Blocks, FindsDelta, Rows>, args, Shape::kThreads, Shape::kSharedBytes,
-               overlaps_previous);
+               Shape::kClusterBlocks);
   }
   template <typename T>
   int dense_delta(const DenseDeltaArgs<T>& args) const {
-    return run(dense_delta_kernel<T>, args, kDenseDeltaThreads, 0, false);
+    return run(dense_delta_kernel<T>, args, kDenseDeltaThreads, 0);
   }
 
  private:
   template <typename Args>
-  int run(void (*kernel)(Args), const Args& args, int threads, int shared_bytes, bool overlaps_previous) const {
+  int run(void (*kernel)(Args), const Args& args, int threads, int shared_bytes, int cluster_blocks = 1) const {
     cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                              cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return static_cast<int>(error);
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(cluster_blocks), 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(args.blocks));
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream_;
-    config.attrs = &overlap;
-    config.numAttrs = overlaps_previous ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = cluster_blocks > 1 ? 2 : 1;
     error = cudaLaunchKernelEx(&config, kernel, args);
     return static_cast<int>(error == cudaSuccess ? cudaGetLastError() : error);
   }

@@ -124,13 +124,14 @@ CCNET_HD Partners partners_of(const Tiling& t, const TileRow& row, int first, in
 
 // The box of a group of lines that begins at a channel and at a position of them.
 CCNET_DEVICE void load_lines(char* panel, const TensorMap* map, int channel, int position, const Line& group,
-                             SharedBarrier* b) {
+                             SharedBarrier* b, CachePolicy policy) {
   load_box(panel, map, channel, position, static_cast<int>(group.at[1]), static_cast<int>(group.at[0]),
-           static_cast<int>(group.batch), b);
+           static_cast<int>(group.batch), b, policy);
 }
-CCNET_DEVICE void store_lines(const TensorMap* map, const char* panel, int channel, int position, const Line& group) {
+CCNET_DEVICE void store_lines(const TensorMap* map, const char* panel, int channel, int position, const Line& group,
+                              CachePolicy policy) {
   store_box(map, panel, channel, position, static_cast<int>(group.at[1]), static_cast<int>(group.at[0]),
-            static_cast<int>(group.batch));
+            static_cast<int>(group.batch), policy);
 }
 
 // What a TMA box is cut from: dimensions from the fastest on: channels, positions of the line, the axis along which

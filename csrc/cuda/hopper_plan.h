@@ -44,6 +44,12 @@ inline int64_t hopper_forward_scratch(const Grid& g) {
   return stats_buffers(hopper_forward_launches(g)) * g.batch * g.positions() * int64_t{sizeof(Stats<float>)};
 }
 
+// So many panels of all positions of so many tensors can be kept in the L2 cache from one launch to the next, while other
+// things pass through it. The caches of recent GPUs have two halves, and what both read stands in both.
+inline int64_t kept_panels(const Grid& g, const DeviceInfo& device, int tensors) {
+  return device.l2_bytes * 2 / 5 / (tensors * g.batch * g.positions() * kRowBytes);
+}
+
 // launch.template forward<T, Blocks, Keys>(args)
 template <typename T, typename Launch>
 int hopper_forward(const ForwardRequest& call, Launch&& launch) {
@@ -88,6 +94,7 @@ int hopper_forward(const ForwardRequest& call, Launch&& launch) {
       args.jobs = static_cast<int>(tiles * splits);
       args.blocks = static_cast<int>(args.jobs < places ? args.jobs : places);
       const bool last = done + 1 == launches;
+      args.kept_steps = last ? 0 : static_cast<int>(kept_panels(g, call.device, 2) / splits);
       args.backwards = done % 2 != 0;
       args.stats_in = done == 0 ? nullptr : stats + (done - 1) % 2 * positions;
       args.stats_out = last ? nullptr : stats + done % 2 * positions;
@@ -134,9 +141,10 @@ bool hopper_takes_backward(const BackwardRequest& call) {
   return takes;
 }
 
-// One CTA for each multiprocessor, or fewer where there are fewer groups of lines.
-inline int hopper_backward_blocks(int64_t groups, const DeviceInfo& device) {
-  return static_cast<int>(groups < device.multiprocessors ? groups : device.multiprocessors);
+// One CTA for each multiprocessor, or fewer where there are fewer tiles of keys; in whole clusters.
+inline int hopper_backward_blocks(const Tiling& tiling, int64_t groups, const DeviceInfo& device) {
+  const int64_t clusters = device.multiprocessors / tiling.line_tiles;
+  return static_cast<int>((clusters < 1 ? 1 : groups < clusters ? groups : clusters) * tiling.line_tiles);
 }
 
 // delta in a launch of its own, which may overlap the first axis's.
@@ -156,7 +164,7 @@ int hopper_delta(const BackwardRequest& call, int blocks, Launch&& launch) {
   return launch.template dense_delta<T>(args);
 }
 
-// launch.template backward<T, Blocks, FindsDelta, Rows>(args, overlaps_previous), launch.template dense_delta<T>(args)
+// launch.template backward<T, Blocks, FindsDelta, Rows>(args), launch.template dense_delta<T>(args)
 template <typename T, typename Launch>
 int hopper_backward(const BackwardRequest& call, Launch&& launch) {
   const Grid& g = call.grid;
@@ -166,7 +174,7 @@ int hopper_backward(const BackwardRequest& call, Launch&& launch) {
   while (first_axis + 1 < g.axes && !has_keys(g, first_axis)) ++first_axis;
   const Tiling first_tiling = tiling_along(g, first_axis);
   const int processors = call.device.multiprocessors;
-  const int free = processors - hopper_backward_blocks(line_groups(first_tiling, g.batch), call.device);
+  const int free = processors - hopper_backward_blocks(first_tiling, line_groups(first_tiling, g.batch), call.device);
   const bool many_free = 4 * free >= processors;
   const bool finds_delta = !many_free && first_tiling.line_tiles == 1;
   if (!finds_delta) {
@@ -174,6 +182,9 @@ int hopper_backward(const BackwardRequest& call, Launch&& launch) {
     if (error != 0) return error;
   }
   bool accumulate = false;
+  int last_axis = g.axes - 1;
+  while (last_axis > 0 && !has_keys(g, last_axis)) --last_axis;
+  int backwards = 0;
   for (int axis = 0; axis < g.axes; ++axis) {
     if (!has_keys(g, axis)) continue;
     HopperBackwardArgs<T> args{};
@@ -199,17 +210,21 @@ int hopper_backward(const BackwardRequest& call, Launch&& launch) {
     args.grad_value = output(call.grad_value, call.channels);
     args.lse = call.lse;
     args.delta = call.delta;
+    args.first = finds_delta && axis == first_axis;
     args.accumulate = accumulate;
+    args.backwards = backwards;
+    args.kept_steps = axis == last_axis ? 0 : static_cast<int>(kept_panels(g, call.device, 2));
+    backwards ^= 1;
     args.groups = static_cast<int>(line_groups(args.tiling, g.batch));
-    args.blocks = hopper_backward_blocks(args.groups, call.device);
+    args.blocks = hopper_backward_blocks(args.tiling, args.groups, call.device);
     const int rows = args.tiling.group > 1 ? tile_rows(args.tiling) : args.tiling.length;
-    if (finds_delta && axis == first_axis) {
-      error = launch.template backward<T, 1, true, kTileRows>(args, false);
+    if (args.first) {
+      error = launch.template backward<T, 1, true, kTileRows>(args);
     } else if (args.tiling.line_tiles > 1) {
-      error = launch.template backward<T, 2, false, kTileRows>(args, true);
+      error = launch.template backward<T, 2, false, kTileRows>(args);
     } else {
-      error = rows > kFewerRows ? launch.template backward<T, 1, false, kTileRows>(args, true)
-                                : launch.template backward<T, 1, false, kFewerRows>(args, true);
+      error = rows > kFewerRows ? launch.template backward<T, 1, false, kTileRows>(args)
+                                : launch.template backward<T, 1, false, kFewerRows>(args);
     }
     if (error != 0) return error;
     accumulate = true;

@@ -42,6 +42,12 @@ CCNET_DEVICE void multiply_rows(float (&d)[Rows / 2], uint64_t a, uint64_t b, bo
 // load_matrices() and store_matrices(). Which element of a product's sums, 64 columns wide, is the first of word w of
 // fragment i:
 constexpr CCNET_HD int fragment_element(int i, int w) { return 8 * i + w / 2 * 4 + w % 2 * 2; }
+// Where fragment i of a thread's warp is, as far as its lane has to tell: a segment of the lane's row of the panel.
+CCNET_DEVICE char* fragment_row(char* panel, int thread) {
+  return panel + (thread / kWarp * 16 + thread % 16) * kRowBytes;
+}
+CCNET_DEVICE int fragment_segment(int thread) { return (thread % kWarp / 16 ^ thread % 8) * kSegmentBytes; }
+CCNET_DEVICE char* fragment_place(char* row, int segment, int i) { return row + (segment ^ i * 2 * kSegmentBytes); }
 
 // The columns of a tile that a lane holds, 8 j + lane_column and the next, as bits 2 j and 2 j + 1: those that a row of
 // its pairs with.

@@ -12,7 +12,8 @@ struct DeviceInfo {
   int multiprocessors;
   int shared_bytes;  // most that one block may have, opt-in
   int64_t blocks_per_grid;
-  int capability;  // 90 for compute capability 9.0
+  int capability;    // 90 for compute capability 9.0
+  int64_t l2_bytes;  // of the L2 cache
 };
 
 struct ForwardRequest {

@@ -37,9 +37,11 @@ template <typename T>
 DeviceInfo device_with(int key_blocks, int multiprocessors, int64_t blocks_per_grid) {
   const int shared =
       std::max(ForwardShape<T>::shared_bytes(key_blocks), static_cast<int>(BackwardShape<T>::kSharedBytes));
-  return {multiprocessors, shared, blocks_per_grid, 80};
+  return {multiprocessors, shared, blocks_per_grid, 80, 0};
 }
-inline DeviceInfo hopper(int multiprocessors) { return {multiprocessors, 227 * 1024, 1 << 30, kHopperCapability}; }
+inline DeviceInfo hopper(int multiprocessors) {
+  return {multiprocessors, 227 * 1024, 1 << 30, kHopperCapability, 50 << 20};
+}
 
 // What a drawn case might miss: every path of the kernels and of the plan.
 template <typename T>
@@ -79,6 +81,7 @@ std::vector<Case> fixed_cases() {
       {grid(1, {2, 97}), 64, 136, Layout::kChannelsLast, 1.f, hopper(1)},
       {grid(2, {5, 33}), 72, 264, Layout::kChannelsLast, 1.f, hopper(100)},
       {grid(1, {3, 130}), 64, 72, Layout::kPadded, 2.f, hopper(1)},
+      {grid(1, {202, 2}), 136, 40, Layout::kChannelsLast, 1.f, hopper(3)},
       {grid(1, {2, 300}), 72, 72, Layout::kChannelsLast, 2.f, hopper(4)},
       {grid(2, {3, 4, 5}), 16, 32, Layout::kChannelsLast, 30.f, hopper(10)},
       {grid(2, {7, 1}), 8, 8, Layout::kChannelsLast, 1.f, hopper(10)},

@@ -158,11 +158,11 @@ void run_matrix_loads(emulation::Machine& m, void* const* operands) {
   }
 }
 inline void load_matrices(uint32_t (&r)[4], const char* row) {
-  MatrixLoad load{row, r, thread_index()};
+  MatrixLoad load{row, r, machine().cluster_thread()};
   machine().collective(1, &load, run_matrix_loads<false>);
 }
 inline void load_matrices_transposed(uint32_t (&r)[4], const char* row) {
-  MatrixLoad load{row, r, thread_index()};
+  MatrixLoad load{row, r, machine().cluster_thread()};
   machine().collective(2, &load, run_matrix_loads<true>);
 }
 
@@ -213,14 +213,14 @@ inline void wait_copies() { machine().wait_copies(); }
 
 template <typename V>
 V load_shared(const char* p) {
-  machine().shared_access(p, sizeof(V), false, thread_index());
+  machine().shared_access(p, sizeof(V), false, machine().cluster_thread());
   V v;
   memcpy(&v, p, sizeof(V));
   return v;
 }
 template <typename V>
 void store_shared(char* p, V v) {
-  machine().shared_access(p, sizeof(V), true, thread_index());
+  machine().shared_access(p, sizeof(V), true, machine().cluster_thread());
   memcpy(p, &v, sizeof(V));
 }
 template <typename V>

@@ -8,6 +8,7 @@
 
 #include <cmath>
 
+#include "cluster_check.h"
 #include "store_check.h"
 
 namespace ccnet {
@@ -525,7 +526,7 @@ int run() {
         Options options;
         options.order = static_cast<emulation::Order>(order);
         options.copies_land_late = late;
-        checks += check_boxes<Half>(options, random) + check_stores(options, random);
+        checks += check_boxes<Half>(options, random) + check_stores(options, random) + check_clusters(options);
         checks += check_products<Half, 64>(options, random) + check_products<Half, 128>(options, random);
         checks += check_products<BFloat16, 64>(options, random) + check_products<BFloat16, 128>(options, random);
         run_pipeline(options, Mistake::kNone);

@@ -12,7 +12,7 @@ namespace cuda {
 using TensorMap = emulation::BoxMap;
 using SharedBarrier = uint64_t;
 
-inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(machine().shared_offset(p)); }
+inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(machine().shared_address(p)); }
 
 inline void init_barrier(SharedBarrier* b, int count) {
   machine().init_phase_barrier(reinterpret_cast<const char*>(b), count);
@@ -26,17 +26,35 @@ inline void wait_phase(SharedBarrier* b, int parity) {
   machine().wait_phase(reinterpret_cast<const char*>(b), parity);
 }
 
+// Which results do not depend on.
+using CachePolicy = int;
+inline CachePolicy evict_normal() { return 0; }
+inline CachePolicy evict_first() { return 1; }
+inline CachePolicy evict_last() { return 2; }
+
 inline void load_box(char* panel, const TensorMap* map, int channel, int position, int other0, int other1, int batch,
-                     SharedBarrier* b) {
+                     SharedBarrier* b, CachePolicy = evict_normal()) {
   machine().load_box(panel, *map, {channel, position, other0, other1, batch}, reinterpret_cast<const char*>(b));
 }
 inline void store_box(const TensorMap* map, const char* panel, int channel, int position, int other0, int other1,
-                      int batch) {
+                      int batch, CachePolicy = evict_normal()) {
   machine().store_box(*map, panel, {channel, position, other0, other1, batch});
 }
 inline void commit_stores() { machine().commit_stores(); }
 inline void wait_stores_read() { machine().wait_stores_read(); }
+inline void prefetch_row(const void* p) { machine().global_access(p, 16, false); }
 inline void prefetch_map(const TensorMap*) {}
+
+inline int cluster_rank() { return machine().cluster_rank(); }
+inline void cluster_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  machine().cluster_barrier({file, line});
+}
+inline void arrive_in_cluster(SharedBarrier* b, int rank) {
+  machine().arrive_in_cluster(reinterpret_cast<const char*>(b), rank);
+}
+inline void wait_phase_in_cluster(SharedBarrier* b, int parity) {
+  machine().wait_phase(reinterpret_cast<const char*>(b), parity, true);
+}
 
 inline void fence_shared_for_async() { machine().fence_shared_for_async(); }
 inline void converge_warp() { machine().converge_warp(); }
@@ -69,7 +87,7 @@ inline void run_matrix_stores(emulation::Machine& m, void* const* operands) {
   }
 }
 inline void store_matrices(char* row, const uint32_t (&r)[4]) {
-  MatrixStore store{row, r, thread_index()};
+  MatrixStore store{row, r, machine().cluster_thread()};
   machine().collective(4, &store, run_matrix_stores);
 }
 

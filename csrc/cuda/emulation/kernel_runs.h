@@ -52,15 +52,15 @@ class HopperLauncher {
     return 0;
   }
   template <typename T, int Blocks, bool FindsDelta, int Rows>
-  int backward(const HopperBackwardArgs<T>& args, bool overlaps_previous) {
+  int backward(const HopperBackwardArgs<T>& args) {
     using Shape = HopperBackwardShape<T, Blocks, FindsDelta, Rows>;
     machine_.run_grid(args.blocks, Shape::kThreads, Shape::kSharedBytes,
-                      [&] { hopper_backward_kernel<T, Blocks, FindsDelta, Rows>(args); }, overlaps_previous);
+                      [&] { hopper_backward_kernel<T, Blocks, FindsDelta, Rows>(args); }, true, Shape::kClusterBlocks);
     return 0;
   }
   template <typename T>
   int dense_delta(const DenseDeltaArgs<T>& args) {
-    machine_.run_grid(args.blocks, kDenseDeltaThreads, 0, [&] { dense_delta_kernel<T>(args); });
+    machine_.run_grid(args.blocks, kDenseDeltaThreads, 0, [&] { dense_delta_kernel<T>(args); }, true);
     return 0;
   }
 

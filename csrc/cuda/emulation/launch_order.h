@@ -37,16 +37,18 @@ class LaunchOrder {
     launches_.push_back(next);
   }
 
-  void begin_block() { allowed_ = waited_ = false; }
-  // A thread of the block allows the next launch; `waits` tells whether it has waited for the one before.
-  void allow(bool has_waited) {
-    if (!allowed_ && !has_waited) launches_.back().waited_before_allowing = false;
-    allowed_ = true;
+  void begin_cluster(int blocks) { blocks_.assign(static_cast<size_t>(blocks), {}); }
+  // A thread of the cluster's block `b` allows the next launch; `has_waited` tells whether it has waited for the one before.
+  void allow(int b, bool has_waited) {
+    Block& block = blocks_[static_cast<size_t>(b)];
+    if (!block.allowed && !has_waited) launches_.back().waited_before_allowing = false;
+    block.allowed = true;
   }
-  void wait() { waited_ = true; }
-  void end_block() {
-    if (waited_) return;
-    launches_.back().waited = launches_.back().waited_before_allowing = false;
+  void wait(int b) { blocks_[static_cast<size_t>(b)].waited = true; }
+  void end_cluster() {
+    for (const Block& block : blocks_) {
+      if (!block.waited) launches_.back().waited = launches_.back().waited_before_allowing = false;
+    }
   }
 
   // Whether an earlier launch has ended: from the start of the current one, or once it has waited.
@@ -58,7 +60,10 @@ class LaunchOrder {
     bool waited = true, waited_before_allowing = true;  // in every block
   };
   std::vector<Launch> launches_{1};
-  bool allowed_ = false, waited_ = false;  // in the current block
+  struct Block {
+    bool allowed = false, waited = false;
+  };
+  std::vector<Block> blocks_;  // of the current cluster
 };
 
 }  // namespace emulation

@@ -1,9 +1,9 @@
-// A CTA on the CPU: its threads are fibers that run one at a time and change at barriers and warp collectives. Memory
-// is shadowed, so that what a GPU would leave undefined is an error here:
+// A cluster of CTAs on the CPU: their threads are fibers that run one at a time and change at barriers and warp
+// collectives. Memory is shadowed, so that what a GPU would leave undefined is an error here:
 //   - two threads that touch the same shared memory, one of them writing, with no barrier in between;
 //   - shared memory read before it was written, or touched while an asynchronous copy is under way;
-//   - two CTAs of one launch, or two threads of a CTA with no barrier in between, that touch the same global memory,
-//     one of them writing;
+//   - two clusters of one launch, or two threads of a cluster with no barrier in between, that touch the same global
+//     memory, one of them writing;
 //   - global memory outside the registered tensors, outputs read before they were written, misaligned accesses;
 //   - threads that do not meet at a barrier, lanes of a warp that wait for one at different places of the program, or
 //     that do not call the same warp collective;
@@ -11,6 +11,8 @@
 //     touch: a box is there for the threads that waited for its phase, a product is done for those that waited for its
 //     group, and ordinary writes reach both only after a fence and a barrier;
 //   - registers touched while a product uses them;
+//   - shared memory of another CTA; arrivals at its barriers once it has ended, and waits for them that leave out what
+//     was done before;
 //   - a launch that touches what an earlier one it overlaps with may still touch.
 // Asynchronous work happens either at once or as late as someone's wait allows, and threads take turns in several
 // orders: results must not depend on it. What is ordered is decided by clocks (clocks.h), not by the turns taken. Bank
@@ -106,45 +108,46 @@ class Machine {
 
   // `overlaps_previous`: the launch may begin as soon as all CTAs of the one before have allowed it.
   void run_grid(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel,
-                bool overlaps_previous = false) {
+                bool overlaps_previous = false, int cluster_blocks = 1) {
     if (shared_bytes > kMostSharedBytes) throw Error("more shared memory than a CTA can have");
     if (threads % 32 != 0 || threads > 1024) throw Error("a CTA of " + std::to_string(threads) + " threads");
+    if (blocks % cluster_blocks != 0) throw Error("a grid of no whole number of clusters");
     launches_.begin(overlaps_previous);
-    std::vector<int64_t> order(static_cast<size_t>(blocks));
-    for (int64_t b = 0; b < blocks; ++b) order[static_cast<size_t>(b)] = b;
+    threads_ = threads;
+    ctas_ = cluster_blocks;
+    shared_bytes_ = shared_bytes;
+    shared_stride_ = (shared_bytes / kSwizzlePeriod + 1) * kSwizzlePeriod;
+    kernel_ = &kernel;
+    std::vector<int64_t> order;
+    for (int64_t b = 0; b < blocks; b += cluster_blocks) order.push_back(b);
     if (options_.order == Order::kDescending) std::reverse(order.begin(), order.end());
     if (options_.order == Order::kRandom) std::shuffle(order.begin(), order.end(), random_);
-    for (int64_t b : order) run_block(b, threads, shared_bytes, kernel);
+    for (int64_t b : order) run_cluster(b);
   }
 
   // What the running thread asks for.
-  int thread() const { return running_; }
-  int64_t block() const { return block_; }
-  char* shared() { return shared_; }
-
-  int64_t shared_offset(const void* p) const { return static_cast<const char*>(p) - shared_; }
+  int thread() const { return running_ % threads_; }
+  int cluster_thread() const { return running_; }
+  int64_t block() const { return first_block_ + cta(); }
+  int cluster_rank() const { return cta(); }
+  char* shared() { return shared_ + cta() * shared_stride_; }
+  int64_t shared_address(const void* p) { return static_cast<const char*>(p) - shared(); }
 
   void barrier(const Place& place) {
-    Fiber& fiber = running();
-    if (options_.fault == Fault::kSkipBarrier && ++fiber.barriers % 3 == 0) return;
+    if (options_.fault == Fault::kSkipBarrier && ++running().barriers % 3 == 0) return;
     gather_warp(place);
-    ++at_barrier_;
-    if (at_barrier_ == threads_) {
-      at_barrier_ = 0;
-      clocks_.synchronize_all();
-      for (Fiber& f : fibers_) {
-        if (f.waits_for == Wait::kBarrier) f.waits_for = Wait::kNothing;
-      }
-      return;
-    }
-    wait(Wait::kBarrier);
+    gather_all(at_barrier_[static_cast<size_t>(cta())], cta() * threads_, threads_);
+  }
+  void cluster_barrier(const Place& place) {
+    gather_warp(place);
+    gather_all(at_cluster_barrier_, 0, ctas_ * threads_);
   }
   void named_barrier(int number, int threads, const Place& place) {
-    if (number < 1 || number > 15) throw Error("a barrier's number is not within 1 and 15");
+    if (number < 1 || number >= kNamedBarriers) throw Error("a barrier's number is not within 1 and 15");
     if (threads % 32 != 0 || threads < 32 || threads > threads_) throw Error("a barrier of no whole number of warps");
     if (options_.fault == Fault::kSkipBarrier && ++running().barriers % 3 == 0) return;
     gather_warp(place);
-    NamedBarrier& b = named_[number];
+    NamedBarrier& b = named_[static_cast<size_t>(cta() * kNamedBarriers + number)];
     if (b.arrived.empty()) b.threads = threads;
     if (b.threads != threads) throw Error("threads give different counts to one barrier");
     b.arrived.push_back(running_);
@@ -170,7 +173,9 @@ class Machine {
   }
 
   void shared_access(const char* p, int bytes, bool write, int thread) {
-    shadow_.touch(shared_offset(p), bytes, write, thread, [&](int b) {
+    const int64_t offset = shared_offset(p);
+    if (offset >= 0 && offset / shared_stride_ != thread / threads_) throw Error("shared memory of another CTA");
+    shadow_.touch(offset, bytes, write, thread, [&](int b) {
       return barriers_[static_cast<size_t>(b)].seen[static_cast<size_t>(thread)];
     });
   }
@@ -211,7 +216,7 @@ class Machine {
     for (int matrix = 0; matrix < 4; ++matrix) {
       unsigned groups = 0;
       for (int r = 0; r < 8; ++r) {
-        groups |= 1u << (static_cast<const char*>(rows[8 * matrix + r]) - shared_) / 16 % 8;
+        groups |= 1u << shared_offset(rows[8 * matrix + r]) / 16 % 8;
       }
       ++matrix_loads_;
       if (groups != 0xffu) ++bank_conflicts_;
@@ -230,9 +235,10 @@ class Machine {
     shadow_.make_barrier(offset);
     PhaseBarrier b;
     b.offset = offset;
+    b.byte = offset % shared_stride_;
     b.count = b.missing = count;
     b.owner = running_;
-    b.seen.assign(static_cast<size_t>(threads_), 0);
+    b.seen.assign(fibers_.size(), 0);
     barriers_.push_back(std::move(b));
   }
   void fence_phase_barriers() {
@@ -244,15 +250,21 @@ class Machine {
   void arrive(const char* at, int bytes) {
     PhaseBarrier& b = barriers_[find_barrier(at)];
     if (bytes < 0 || bytes >= 1 << 20) throw Error(b.name() + ": bytes out of range");
-    if (options_.fault == Fault::kLoseArrival && ++faults_ % 7 == 0) return;
-    if (b.missing == 0) throw Error(b.name() + ": more arrivals in a phase than it takes");
-    if (bytes == 0) b.plain = true;
-    --b.missing;
-    b.bytes += bytes;
-    clocks_.release(running_, b.arrived);
-    end_phase(b);
+    arrive(b, bytes);
   }
-  void wait_phase(const char* at, int parity) {
+  // At the barrier in the same place of another CTA.
+  void arrive_in_cluster(const char* at, int rank) {
+    if (rank < 0 || rank >= ctas_) throw Error("no CTA of the cluster has number " + std::to_string(rank));
+    const auto first = fibers_.begin() + rank * threads_;
+    if (std::all_of(first, first + threads_, [](const Fiber& f) { return f.done; })) {
+      throw Error("an arrival at a barrier of a CTA that has ended");
+    }
+    PhaseBarrier& b = barriers_[find_barrier(at + (rank - cta()) * shared_stride_)];
+    if (rank != cta()) b.from_afar = true;
+    arrive(b, 0);
+  }
+  // `in_cluster`: of all its threads the work before their arrivals is waited for, not of those of this CTA only.
+  void wait_phase(const char* at, int parity, bool in_cluster = false) {
     const size_t number = find_barrier(at);
     if (parity != 0 && parity != 1) throw Error("a phase's parity is 0 or 1");
     if (options_.fault == Fault::kSkipPhase && ++faults_ % 3 == 0) return;
@@ -264,6 +276,9 @@ class Machine {
       wait(Wait::kPhase);
     }
     PhaseBarrier& b = barriers_[number];
+    if (b.from_afar && !in_cluster) {
+      throw Error(b.name() + ": threads of another CTA arrive, whose work the wait leaves out");
+    }
     b.seen[static_cast<size_t>(running_)] = b.ended;
     clocks_.acquire(running_, b.known);
     clocks_.learn(running_, clocks_.phases(static_cast<int>(number)), b.ended);
@@ -363,7 +378,7 @@ class Machine {
     clocks_.learn(running_, clocks_.products(running_ / kProductThreads), group);
     for (Product& p : w.products) {
       if (p.group > group) break;
-      if (!p.done) compute_product(p, shared_, options_.fault == Fault::kSwapFragments);
+      if (!p.done) compute_product(p, shared(), options_.fault == Fault::kSwapFragments);
       if (p.call[lane].a_registers != nullptr &&
           memcmp(p.call[lane].a_registers, p.a_registers[lane], sizeof p.a_registers[lane]) != 0) {
         throw Error("a register of A changed, or went out of scope, while a product used it");
@@ -384,13 +399,13 @@ class Machine {
   void share_registers(int count) { running().register_count = count; }
 
   // Launches that overlap.
-  void allow_next_launch() { launches_.allow(running().waited_for_launch); }
+  void allow_next_launch() { launches_.allow(cta(), running().waited_for_launch); }
   void wait_for_previous_launch() {
     if (options_.fault == Fault::kSkipLaunchWait) return;
     Fiber& fiber = running();
     if (fiber.waited_for_launch) return;
     fiber.waited_for_launch = true;
-    launches_.wait();
+    launches_.wait(cta());
     launch_waits_.push_back({running_, clocks_.now(running_)});
   }
 
@@ -400,6 +415,7 @@ class Machine {
   static constexpr int kConverge = 50;
   static constexpr size_t kStackBytes = 64 * 1024;
   static constexpr int kMostSharedBytes = 227 * 1024;
+  static constexpr int kNamedBarriers = 16;
   static constexpr int kRegisters = 64 * 1024;
   static constexpr uint32_t kPoison = 0x7fc0dead;  // not a number
 
@@ -443,6 +459,10 @@ class Machine {
     int thread;
     uint32_t time;
   };
+  // Of the cluster, the running thread's.
+  int cta() const { return running_ / threads_; }
+  // In the cluster's shared memory, which lies CTA by CTA, as all that is remembered of it does.
+  int64_t shared_offset(const void* p) const { return static_cast<const char*>(p) - shared_; }
   Fiber& running() { return fibers_[static_cast<size_t>(running_)]; }
   Warpgroup& warpgroup() {
     const size_t w = static_cast<size_t>(running_ / kProductThreads);
@@ -453,6 +473,22 @@ class Machine {
     for (int t : threads) fibers_[static_cast<size_t>(t)].waits_for = Wait::kNothing;
   }
 
+  // A barrier of all `count` threads from `first` on.
+  void gather_all(int& arrived, int first, int count) {
+    if (++arrived < count) {
+      wait(Wait::kBarrier);
+      return;
+    }
+    arrived = 0;
+    std::vector<int> all(static_cast<size_t>(count));
+    for (int t = 0; t < count; ++t) all[static_cast<size_t>(t)] = first + t;
+    if (all.size() == fibers_.size()) {
+      clocks_.synchronize_all();
+    } else {
+      clocks_.synchronize(all);
+    }
+    wake(all);
+  }
   // The lanes of a warp must wait for a barrier at the same place of the program.
   void gather_warp(const Place& place) {
     WarpAtBarrier& warp = at_barrier_of_[static_cast<size_t>(running_ / 32)];
@@ -492,6 +528,15 @@ class Machine {
     }
     throw Error("shared memory, byte " + std::to_string(offset) + ": no barrier was initialised here");
   }
+  void arrive(PhaseBarrier& b, int bytes) {
+    if (options_.fault == Fault::kLoseArrival && ++faults_ % 7 == 0) return;
+    if (b.missing == 0) throw Error(b.name() + ": more arrivals in a phase than it takes");
+    if (bytes == 0) b.plain = true;
+    --b.missing;
+    b.bytes += bytes;
+    clocks_.release(running_, b.arrived);
+    end_phase(b);
+  }
   void end_phase(PhaseBarrier& b) {
     if (!b.end_phase()) return;
     for (Fiber& f : fibers_) {
@@ -504,7 +549,8 @@ class Machine {
     Box box{map, {}, shared_offset(shared), -1};
     for (int d = 0; d < 5; ++d) box.from[d] = at[d];
     if (box.to % kSwizzlePeriod != 0) throw Error("a box's place in shared memory is no multiple of 1024");
-    if (box.to < 0 || box.to + map.bytes() > shared_bytes_) throw Error("shared memory: box out of bounds");
+    const int64_t begin = box.to - cta() * shared_stride_;
+    if (begin < 0 || begin + map.bytes() > shared_bytes_) throw Error("shared memory: box out of bounds");
     return box;
   }
   void write_out(const Box& box) {
@@ -606,11 +652,12 @@ class Machine {
     std::vector<uint32_t> seen_of(barriers_.size());
     for (size_t b = 0; b < barriers_.size(); ++b) seen_of[b] = seen(static_cast<int>(b));
     for_each_segment(p, [&](int64_t offset) {
-      shadow_.read_product(offset, number, p.group, [&](int b) { return seen_of[static_cast<size_t>(b)]; });
+      shadow_.read_product(cta() * shared_stride_ + offset, number, p.group,
+                           [&](int b) { return seen_of[static_cast<size_t>(b)]; });
     });
     w.products.push_back(p);
     if (!options_.copies_land_late) {
-      compute_product(w.products.back(), shared_, options_.fault == Fault::kSwapFragments);
+      compute_product(w.products.back(), shared(), options_.fault == Fault::kSwapFragments);
       for (int t = 0; t < kProductThreads; ++t) {
         const std::vector<float> part = accumulator->part(t);
         set_registers(first + t, p.call[t].d, part.data(), p.columns / 2);
@@ -645,7 +692,7 @@ class Machine {
     touch_global(p, bytes, access, {running_, clocks_.now(running_)});
   }
   void touch_global(const void* p, int bytes, GlobalShadow::Access access, const GlobalShadow::Who& who) {
-    global_.touch(p, bytes, access, launches_.current(), block_, running_, who,
+    global_.touch(p, bytes, access, launches_.current(), first_block_, running_, who,
                   [&](int64_t launch) { return has_ended(launch); });
   }
 
@@ -681,23 +728,23 @@ class Machine {
     setcontext(&fiber.start);
   }
 
-  void run_block(int64_t block, int threads, int shared_bytes, const std::function<void()>& kernel) {
-    block_ = block;
-    threads_ = threads;
-    kernel_ = &kernel;
-    shared_bytes_ = shared_bytes;
-    shared_memory_.assign(static_cast<size_t>(shared_bytes) + 1024, static_cast<char>(0xff));  // NaN in every type
+  void run_cluster(int64_t first_block) {
+    first_block_ = first_block;
+    const int threads = ctas_ * threads_;
+    shared_memory_.assign(static_cast<size_t>(ctas_ * shared_stride_) + kSwizzlePeriod,
+                          static_cast<char>(0xff));  // NaN in every type
     const uintptr_t base = reinterpret_cast<uintptr_t>(shared_memory_.data());
-    shared_ = shared_memory_.data() + (1024 - base % 1024) % 1024;
+    shared_ = shared_memory_.data() + (kSwizzlePeriod - base % kSwizzlePeriod) % kSwizzlePeriod;
     clocks_.start(threads);
-    shadow_.start(shared_bytes);
+    shadow_.start(ctas_, shared_bytes_, shared_stride_);
     barriers_.clear();
     boxes_.clear();
     launch_waits_.clear();
-    launches_.begin_block();
-    at_barrier_ = 0;
-    for (NamedBarrier& b : named_) b.arrived.clear();
-    at_barrier_of_.assign(static_cast<size_t>(threads_ / 32), {});
+    launches_.begin_cluster(ctas_);
+    at_barrier_.assign(static_cast<size_t>(ctas_), 0);
+    at_cluster_barrier_ = 0;
+    named_.assign(static_cast<size_t>(ctas_ * kNamedBarriers), NamedBarrier());
+    at_barrier_of_.assign(static_cast<size_t>(threads / 32), {});
     warpgroups_.assign(static_cast<size_t>(threads / kProductThreads), Warpgroup());
     meetings_.assign(warpgroups_.size(), Meeting());
     error_.clear();
@@ -739,7 +786,7 @@ class Machine {
         resume(t);
         progress = true;
         if (!error_.empty()) {
-          throw Error(error_ + " (block " + std::to_string(block) + ", thread " + std::to_string(t) + ")");
+          throw Error(error_ + " (block " + std::to_string(block()) + ", thread " + std::to_string(thread()) + ")");
         }
         if (fiber.done) {
           --left;
@@ -750,7 +797,7 @@ class Machine {
       if (!progress && left > 0) {  // a random order may have left out the warps that can go on
         const auto runs = [](const Fiber& f) { return !f.done && f.waits_for == Wait::kNothing; };
         if (std::any_of(fibers_.begin(), fibers_.end(), runs)) continue;
-        if (boxes_.empty()) throw Error(deadlock() + " (block " + std::to_string(block) + ")");
+        if (boxes_.empty()) throw Error(deadlock() + " (block " + std::to_string(first_block) + ")");
         land_box(options_.order == Order::kAscending    ? 0
                  : options_.order == Order::kDescending ? boxes_.size() - 1
                                                         : random_() % boxes_.size());
@@ -761,7 +808,7 @@ class Machine {
       if (!w.products.empty()) throw Error("a CTA ended with products under way");
     }
     check_registers();
-    launches_.end_block();
+    launches_.end_cluster();
   }
   // Registers move between whole warpgroups, and no more than there are.
   void check_registers() const {
@@ -773,7 +820,7 @@ class Machine {
       }
       all += count > 0 ? count : kRegisters / threads_ / 8 * 8;
     }
-    if (all > kRegisters) throw Error("a CTA claims more registers than there are");
+    if (all > ctas_ * kRegisters) throw Error("a CTA claims more registers than there are");
   }
   std::string deadlock() const {
     std::string text = "deadlock: threads wait for each other";
@@ -789,7 +836,7 @@ class Machine {
   std::vector<Fiber> fibers_;
   std::vector<Meeting> warps_, meetings_;
   std::vector<Warpgroup> warpgroups_;
-  NamedBarrier named_[16];
+  std::vector<NamedBarrier> named_;
   std::vector<WarpAtBarrier> at_barrier_of_;
   Clocks clocks_;
   SharedShadow shadow_;
@@ -800,12 +847,16 @@ class Machine {
   std::vector<LaunchWait> launch_waits_;  // of this CTA
   std::vector<char> shared_memory_;
   char* shared_ = nullptr;
-  int64_t shared_bytes_ = 0;
+  int64_t shared_bytes_ = 0, shared_stride_ = 0;  // of a CTA
   const std::function<void()>* kernel_ = nullptr;
   jmp_buf scheduler_;
   std::string error_;
-  int running_ = 0, threads_ = 0, at_barrier_ = 0;
-  int64_t block_ = 0;
+  int running_ = 0;  // thread of the cluster
+  int threads_ = 0;  // of a CTA
+  int ctas_ = 1;     // of the cluster
+  std::vector<int> at_barrier_;
+  int at_cluster_barrier_ = 0;
+  int64_t first_block_ = 0;
   int64_t bytes_read_ = 0, bytes_written_ = 0;
   long bank_conflicts_ = 0, matrix_loads_ = 0, late_ = 0, faults_ = 0;
 };

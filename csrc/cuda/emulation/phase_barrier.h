@@ -11,7 +11,8 @@ namespace ccnet {
 namespace emulation {
 
 struct PhaseBarrier {
-  int64_t offset = 0;  // in shared memory
+  int64_t offset = 0;  // in the cluster's shared memory
+  int64_t byte = 0;    // in that of its CTA
   int count = 0;       // arrivals that a phase takes
   int owner = 0;       // the thread that initialised it
   uint32_t fenced_at = 0;  // its time when it called fence_barriers(); 0: it has not
@@ -21,10 +22,11 @@ struct PhaseBarrier {
   int64_t bytes = 0;   // expected in this phase less those that have come
   int under_way = 0;   // boxes issued in this phase
   bool plain = false;  // whether threads ever arrived without bytes
+  bool from_afar = false;  // ... threads of another CTA
   Clock arrived, known;       // what came with this phase's arrivals, and with those of the last that ended
   std::vector<uint32_t> seen;  // by each thread: the phase that it last saw the end of
 
-  std::string name() const { return "the barrier at byte " + std::to_string(offset) + " of shared memory"; }
+  std::string name() const { return "the barrier at byte " + std::to_string(byte) + " of shared memory"; }
 
   // What the phase waits for, for messages.
   std::string text() const {

@@ -1,4 +1,4 @@
-// Who touched which bytes of a CTA's shared memory, and whether the next to touch them is ordered after that.
+// Who touched which bytes of a cluster's shared memory, and whether the next to touch them is ordered after that.
 #pragma once
 
 #include <string>
@@ -16,9 +16,11 @@ class SharedShadow {
 
   explicit SharedShadow(Clocks& clocks) : clocks_(clocks) {}
 
-  void start(int64_t bytes) {
+  // `bytes` for each CTA, which begin `stride` apart.
+  void start(int ctas, int64_t bytes, int64_t stride) {
     bytes_ = bytes;
-    granules_.resize(static_cast<size_t>(bytes / kGranule + 1));
+    stride_ = stride;
+    granules_.resize(static_cast<size_t>(ctas * stride / kGranule));
     for (Granule& g : granules_) {
       g.writes.clear();
       g.reads.clear();
@@ -129,14 +131,14 @@ class SharedShadow {
     bool copying = false;
   };
 
-  [[noreturn]] static void fail(int64_t offset, const std::string& what) {
-    throw Error("shared memory, byte " + std::to_string(offset) + ": " + what);
+  [[noreturn]] void fail(int64_t offset, const std::string& what) const {
+    throw Error("shared memory, byte " + std::to_string(offset % stride_) + ": " + what);
   }
   static uint16_t mask_of(int64_t offset, int bytes) {
     return static_cast<uint16_t>(((1u << bytes) - 1) << offset % kGranule);
   }
   Granule& at(int64_t offset, int bytes) {
-    if (offset < 0 || offset + bytes > bytes_) fail(offset, "access out of bounds");
+    if (offset < 0 || offset % stride_ + bytes > bytes_) fail(offset, "access out of bounds");
     if (offset % bytes != 0) fail(offset, "misaligned access");
     return granules_[static_cast<size_t>(offset / kGranule)];
   }
@@ -180,7 +182,7 @@ class SharedShadow {
   }
 
   Clocks& clocks_;
-  int64_t bytes_ = 0;
+  int64_t bytes_ = 0, stride_ = 1;
   std::vector<Granule> granules_;
 };
 
