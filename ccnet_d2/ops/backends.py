@@ -51,7 +51,8 @@ def automatic_backend(query: Tensor, key: Tensor, value: Tensor) -> str:
 
 def automatic_backend_on(device: str, dtype: torch.dtype) -> str:
     """The name of the backend that "auto" stands for on this type of device in this dtype."""
-    # On GPUs the kernels are several times faster in half precision; in fp32, where they are exact and leave the
-    # tensor cores alone, batched products are as fast or faster.
-    worth_it = device == "cpu" or dtype in (torch.float16, torch.bfloat16)
-    return "compiled" if worth_it and compiled.unsupported_reason(device, dtype) is None else "matmul"
+    if compiled.unsupported_reason(device, dtype) is not None:
+        return "matmul"
+    # On GPUs the kernels are several times faster in half precision.
+    worth_it = device == "cpu" or dtype in (torch.float16, torch.bfloat16) or compiled.pays_in_fp32_on_gpu()
+    return "compiled" if worth_it else "matmul"

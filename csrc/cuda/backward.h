@@ -19,7 +19,7 @@ struct BackwardShape {
   static constexpr int kBlocksPerSm = sizeof(T) == 2 ? 1 : 2;
   static constexpr int kBlock = sizeof(T) == 2 ? 128 : 64;  // positions
   // A CTA takes the pairs of a whole line where that has at most so many blocks. It saves traffic at the price of fewer
-  // CTAs: exact fp32 is bound by arithmetic and needs the CTAs.
+  // CTAs: fp32 is bound by arithmetic and needs the CTAs.
   static constexpr int kWholeLineBlocks = sizeof(T) == 2 ? 4 : 1;
   // Warp tiles of S and dP (queries x keys), and of dV, dK, dQ (positions x one panel of channels).
   static constexpr int kPairRows = 32;

@@ -213,7 +213,7 @@ struct TileWriter {
       for (int s = 0; s < Tile::kSegments; ++s) {
         old[r][s] = {{0, 0, 0, 0}};
         if (Tile::row(thread, r) < rows && Tile::segment_column(thread, s) < channels) {
-          old[r][s] = load_global(reinterpret_cast<const Segment*>(lane + Tile::row_offset(r) * stride + 32 * s));
+          old[r][s] = load_global(reinterpret_cast<const Segment*>(lane + Tile::row_offset(r) * stride + Tile::kSegmentStep * s));
         }
       }
     }
@@ -250,7 +250,7 @@ struct TileWriter {
             for (int e = 0; e < kLength; ++e) v[e] = fmaf(before[e], old_scale, v[e]);
           }
           if (Tile::row(thread, r) < rows && Tile::segment_column(thread, s) < channels) {
-            store_global(reinterpret_cast<Segment*>(lane + Tile::row_offset(r) * stride + 32 * s),
+            store_global(reinterpret_cast<Segment*>(lane + Tile::row_offset(r) * stride + Tile::kSegmentStep * s),
                          pack_segment<T>(v));
           }
         }

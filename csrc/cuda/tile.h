@@ -3,7 +3,7 @@
 // WarpTile<T, Rows, Columns, A, B> accumulates A B in fp32: A is Rows x depth, B depth x Columns. An operand's Order
 // says how it lies in shared memory. Each lane holds kLaneRows x kLaneColumns elements; row(r) and column(c) tell which.
 //   fp16, bf16: tensor cores, mma.m16n8k16; operands by ldmatrix.
-//   fp32: exact multiply-adds, each lane a small outer product; no TF32.
+//   fp32: tensor cores, each product as three of parts (tile_float.h).
 #pragma once
 
 #include "panel.h"
@@ -43,6 +43,7 @@ struct WarpTile {
   static constexpr int kLaneColumns = Columns / 4;
   static constexpr int kRun = 2;  // neighbouring columns
   static constexpr int kSegments = Columns / 32;
+  static constexpr int kSegmentStep = 32;  // columns from one to the next
 
   float sum[Rows / 16][Columns / 8][4];
 
@@ -123,7 +124,7 @@ struct WarpTile {
   // One 16-byte segment's worth of neighbouring columns of row(r), beginning at segment_column(s). A collective of the
   // warp: the four lanes of a row exchange their pairs, so that each ends up with one of four neighbouring 8-column
   // groups.
-  static CCNET_HD constexpr int segment_column(int thread, int s) { return s * 32 + (thread & 3) * 8; }
+  static CCNET_HD constexpr int segment_column(int thread, int s) { return s * kSegmentStep + (thread & 3) * 8; }
   CCNET_DEVICE void segment(int r, int s, float (&v)[8]) {
     CCNET_UNROLL
     for (int j = 0; j < 4; ++j) {
@@ -152,126 +153,7 @@ struct WarpTile {
   }
 };
 
-// Lanes form 4 rows x 8 columns. Along an operand stored kOuter a lane's elements are that grid repeated, along one
-// stored kDepth they are runs of four: either way a warp reads each 16-byte segment once and without bank conflicts.
-template <int Rows, int Columns, Order A, Order B>
-struct WarpTile<float, Rows, Columns, A, B> {
-  static_assert(Rows % 16 == 0 && Columns % 32 == 0, "a warp's tile is a multiple of 16 x 32");
-  static constexpr int kDepthStep = 4;
-  static constexpr int kLaneRows = Rows / 4;
-  static constexpr int kLaneColumns = Columns / 8;
-  static constexpr int kRun = 1;
-  static constexpr int kSegments = Columns / 32;
-
-  float sum[kLaneRows][kLaneColumns];
-
-  CCNET_DEVICE void clear() {
-    CCNET_UNROLL
-    for (int r = 0; r < kLaneRows; ++r) {
-      CCNET_UNROLL
-      for (int c = 0; c < kLaneColumns; ++c) sum[r][c] = 0.f;
-    }
-  }
-
-  static CCNET_HD constexpr int row_offset(int r) { return A == Order::kOuter ? 4 * r : (r >> 2) * 16 + (r & 3); }
-  static CCNET_HD constexpr int column_offset(int c) { return B == Order::kOuter ? 8 * c : (c >> 2) * 32 + (c & 3); }
-  static CCNET_HD constexpr int row(int thread, int r) {
-    return (thread % kWarp >> 3) * (A == Order::kOuter ? 1 : 4) + row_offset(r);
-  }
-  static CCNET_HD constexpr int column(int thread, int c) {
-    return (thread & 7) * (B == Order::kOuter ? 1 : 4) + column_offset(c);
-  }
-  CCNET_DEVICE float& at(int r, int c) { return sum[r][c]; }
-
-  static CCNET_DEVICE void load4(float (&v)[4], const char* p) {
-    const Segment s = load_shared<Segment>(p);
-    CCNET_UNROLL
-    for (int e = 0; e < 4; ++e) v[e] = bits_to_float(s.word[e]);
-  }
-
-  CCNET_DEVICE void multiply(const Panels& a, int a0, const Panels& b, int b0, int depth) {
-    const int thread = thread_index();
-    CCNET_UNROLL_BY(1)
-    for (int k = 0; k < depth; k += 4) {
-      if (A == Order::kOuter && B == Order::kOuter) {
-        float fa[kLaneRows][4];
-        CCNET_UNROLL
-        for (int r = 0; r < kLaneRows; ++r) load4(fa[r], a.segment(a0 + row(thread, r), k / 4));
-        CCNET_UNROLL
-        for (int c = 0; c < kLaneColumns; ++c) {
-          float fb[4];
-          load4(fb, b.segment(b0 + column(thread, c), k / 4));
-          CCNET_UNROLL
-          for (int e = 0; e < 4; ++e) {
-            CCNET_UNROLL
-            for (int r = 0; r < kLaneRows; ++r) sum[r][c] = fmaf(fa[r][e], fb[e], sum[r][c]);
-          }
-        }
-      } else if (A == Order::kOuter) {
-        float fa[kLaneRows][4];
-        CCNET_UNROLL
-        for (int r = 0; r < kLaneRows; ++r) load4(fa[r], a.segment(a0 + row(thread, r), k / 4));
-        CCNET_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          CCNET_UNROLL
-          for (int q = 0; q < kLaneColumns / 4; ++q) {
-            float fb[4];
-            load4(fb, b.segment(k + e, (b0 + column(thread, 4 * q)) / 4));
-            CCNET_UNROLL
-            for (int r = 0; r < kLaneRows; ++r) {
-              CCNET_UNROLL
-              for (int f = 0; f < 4; ++f) sum[r][4 * q + f] = fmaf(fa[r][e], fb[f], sum[r][4 * q + f]);
-            }
-          }
-        }
-      } else {
-        static_assert(A == Order::kOuter || B == Order::kDepth, "a transposed A goes with a B stored by depth");
-        CCNET_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          float fa[kLaneRows / 4][4];
-          CCNET_UNROLL
-          for (int p = 0; p < kLaneRows / 4; ++p) load4(fa[p], a.segment(k + e, (a0 + row(thread, 4 * p)) / 4));
-          CCNET_UNROLL
-          for (int q = 0; q < kLaneColumns / 4; ++q) {
-            float fb[4];
-            load4(fb, b.segment(k + e, (b0 + column(thread, 4 * q)) / 4));
-            CCNET_UNROLL
-            for (int r = 0; r < kLaneRows; ++r) {
-              CCNET_UNROLL
-              for (int f = 0; f < 4; ++f) sum[r][4 * q + f] = fmaf(fa[r >> 2][r & 3], fb[f], sum[r][4 * q + f]);
-            }
-          }
-        }
-      }
-    }
-  }
-
-  static CCNET_DEVICE float row_max(float v) {
-    CCNET_UNROLL
-    for (int bit = 1; bit < 8; bit *= 2) v = fmaxf(v, shuffle_xor(v, bit));
-    return v;
-  }
-  static CCNET_DEVICE float row_sum(float v) {
-    CCNET_UNROLL
-    for (int bit = 1; bit < 8; bit *= 2) v += shuffle_xor(v, bit);
-    return v;
-  }
-  static CCNET_DEVICE bool leads_row() { return (thread_index() & 7) == 0; }
-
-  static CCNET_DEVICE void fetch(const Panels& p, int thread, int row0, int column0, int r, int c, float (&v)[1]) {
-    v[0] = load_shared<float>(p.element<float>(row0 + row(thread, r), column0 + column(thread, c)));
-  }
-  static CCNET_DEVICE void put(const Panels& p, int thread, int row0, int column0, int r, int c, const float (&v)[1]) {
-    store_shared<float>(p.element<float>(row0 + row(thread, r), column0 + column(thread, c)), v[0]);
-  }
-
-  static CCNET_HD constexpr int segment_column(int thread, int s) { return s * 32 + (thread & 7) * 4; }
-  CCNET_DEVICE void segment(int r, int s, float (&v)[4]) {
-    static_assert(B == Order::kDepth, "only then are a lane's columns neighbours");
-    CCNET_UNROLL
-    for (int e = 0; e < 4; ++e) v[e] = at(r, 4 * s + e);
-  }
-};
-
 }  // namespace cuda
 }  // namespace ccnet
+
+#include "tile_float.h"

@@ -197,6 +197,43 @@ def test_mixed_dtypes_and_unknown_backends_are_refused():
         criss_cross_attention(x, x, x, backend="fast")
 
 
+def use_gpu(monkeypatch, major, minor):
+    """As if tensors were on a GPU of this compute capability."""
+    gpu = SimpleNamespace(name="Tesla", major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: gpu)
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "backend"),
+    [
+        ((9, 0), "none", "compiled"),
+        ((9, 0), "ieee", "compiled"),
+        ((9, 0), "tf32", "matmul"),
+        ((8, 0), "none", "matmul"),
+        ((10, 0), "none", "matmul"),
+    ],
+)
+def test_auto_in_fp32_on_a_gpu_is_compiled_where_that_was_measured(
+    monkeypatch, capability, precision, backend
+):
+    monkeypatch.setattr(compiled, "_CUDA_REASON", None)
+    use_gpu(monkeypatch, *capability)
+    products = SimpleNamespace(fp32_precision=precision)  # the real ones cannot be set back to what they were
+    monkeypatch.setattr(torch.backends.cuda, "matmul", products)
+    assert automatic_backend_on("cuda", torch.float32) == backend
+    assert automatic_backend_on("cuda", torch.float64) == "matmul"
+
+    # torch.compile asks once, and breaks no graph.
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def chosen(x):
+        return x + (automatic_backend_on("cuda", torch.float32) == "compiled")
+
+    assert chosen(torch.zeros(1)).item() == (backend == "compiled")
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "backend"),
     [
@@ -214,10 +251,8 @@ def test_auto_chooses_by_device_and_dtype(monkeypatch, device, dtype, backend):
     with FakeTensorMode():
         x = torch.empty(1, 8, 4, 4, device=device, dtype=dtype)
         assert automatic_backend(x, x, x) == backend
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     for major in (7, 8):
-        gpu = SimpleNamespace(name="Tesla", major=major, minor=5)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu=gpu: gpu)
+        use_gpu(monkeypatch, major, 5)
         assert automatic_backend_on(device, dtype) == (
             "matmul" if device == "cuda" and major < 8 else backend
         )

@@ -208,6 +208,43 @@ void multiply_accumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
   machine().collective(3, &op, run_mma<T>);
 }
 
+inline void run_mma_tf32(emulation::Machine& m, void* const* operands) {
+  // The machine reads no more than 19 bits.
+  const auto value_of = [](uint32_t word) { return bits_to_float(word & 0xffffe000u); };
+  float a[16][8], b[8][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const Mma& op = *static_cast<Mma*>(operands[lane]);
+    const int group = lane / 4, in_group = lane % 4;
+    for (int i = 0; i < 4; ++i) {  // a_i: row = group (+ 8 for odd i), column = in_group (+ 4 for i >= 2)
+      const int row = group + (i % 2 == 1 ? 8 : 0), column = in_group + (i >= 2 ? 4 : 0);
+      if (m.options().fault == emulation::Fault::kTransposeMma && row < 8) {
+        a[column][row] = value_of(op.a[i]);
+      } else {
+        a[row][column] = value_of(op.a[i]);
+      }
+    }
+    for (int i = 0; i < 2; ++i) b[in_group + 4 * i][group] = value_of(op.b[i]);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const Mma& op = *static_cast<Mma*>(operands[lane]);
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + (i < 2 ? 0 : 8), column = lane % 4 * 2 + (i & 1);
+      float sum = op.c[i];
+      for (int k = 0; k < 8; ++k) sum += a[row][k] * b[k][column];  // a product of such numbers is exact
+      op.c[i] = sum;
+    }
+  }
+}
+inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  for (float& sum : c) sum = 0.f;
+  Mma op{c, a, {b0, b1}};
+  machine().collective(5, &op, run_mma_tf32);
+}
+inline void multiply_accumulate_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Mma op{c, a, {b0, b1}};
+  machine().collective(5, &op, run_mma_tf32);
+}
+
 inline void copy_async(char* shared, const void* global, int bytes) { machine().copy_async(shared, global, bytes); }
 inline void wait_copies() { machine().wait_copies(); }
 
