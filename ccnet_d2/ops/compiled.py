@@ -52,14 +52,13 @@ def unavailable_reason(device: str = "cpu") -> str | None:
     return f"the compiled operator runs on CPU and CUDA, not on {device!r}."
 
 
-# torch.compile does not trace these two: they are asked once, when it traces what calls them.
-@torch.compiler.assume_constant_result
 def _old_gpu_reason() -> str | None:
-    """Why the kernels do not run on the current GPU; None as well where none is in use yet."""
-    if not torch.cuda.is_initialized():
-        return None
-    gpu = torch.cuda.get_device_properties()
-    if gpu.major >= _LEAST_CAPABILITY:
+    """Why the kernels do not run on the current GPU; None as well where none is known.
+
+    An old GPU that a compiled graph runs on is named by the operator then.
+    """
+    gpu = _current_gpu()
+    if gpu is None or gpu.major >= _LEAST_CAPABILITY:
         return None
     return (
         f"the CUDA extension needs a GPU of compute capability {_LEAST_CAPABILITY}.0 or later, "
@@ -67,18 +66,24 @@ def _old_gpu_reason() -> str | None:
     )
 
 
-@torch.compiler.assume_constant_result
 def pays_in_fp32_on_gpu() -> bool:
-    """Whether the fp32 kernels are at least as fast as batched products on the current GPU; False where none is in use.
+    """Whether the fp32 kernels are at least as fast as batched products on the current GPU; False where none is known.
 
     They were found to be so on GPUs of compute capability 9.0, and need half the memory. Where TF32 products are
     allowed they were not compared: whoever allows them wants less exact and faster ones.
     """
-    if not torch.cuda.is_initialized():
+    gpu = _current_gpu()
+    if gpu is None or (gpu.major, gpu.minor) != _FP32_CAPABILITY:
         return False
-    gpu = torch.cuda.get_device_properties()
-    tf32 = getattr(torch.backends.cuda.matmul, "fp32_precision", "none") == "tf32"
-    return (gpu.major, gpu.minor) == _FP32_CAPABILITY and not tf32
+    precision: str = torch.backends.cuda.matmul.fp32_precision
+    return precision != "tf32"
+
+
+def _current_gpu() -> Any:
+    """Its properties; None where none is in use yet, and while torch.compile traces, which would follow this."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return None
+    return torch.cuda.get_device_properties()
 
 
 def instruction_set(dtype: torch.dtype) -> str | None:

@@ -224,14 +224,14 @@ def test_auto_in_fp32_on_a_gpu_is_compiled_where_that_was_measured(
     assert automatic_backend_on("cuda", torch.float32) == backend
     assert automatic_backend_on("cuda", torch.float64) == "matmul"
 
-    # torch.compile asks once, and breaks no graph.
+    # A graph that is being compiled does not ask.
     torch.compiler.reset()
 
     @torch.compile(fullgraph=True, backend="eager")
     def chosen(x):
         return x + (automatic_backend_on("cuda", torch.float32) == "compiled")
 
-    assert chosen(torch.zeros(1)).item() == (backend == "compiled")
+    assert chosen(torch.zeros(1)).item() == 0
 
 
 @pytest.mark.parametrize(
