@@ -3,6 +3,8 @@
 import difflib
 import inspect
 from collections.abc import Sequence
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
@@ -17,6 +19,9 @@ from ccnet_d2.wording import listed
 
 _BOOLEANS_OF_YAML = ("yes", "no", "on", "off", "y", "n", "none")
 """Words that are text in an override, hence true, and mean a boolean to whoever writes them."""
+
+_NUMBERS = (bool, int, float)
+_MAY_BE_TEXT = (str, object, Any, Literal)
 
 
 def load_run(name: str, overrides: Sequence[str]) -> DictConfig:
@@ -50,7 +55,7 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             raise UserError(f"Override {override!r} is not of the form key=value.")
         if not key.startswith("+"):
             _check_key(config, key)
-            before[key] = _value(config, key)
+            before[key] = _value_or_default(config, key)
         _check_value(override)
     try:
         LazyConfig.apply_overrides(config, list(overrides))
@@ -58,10 +63,11 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         raise UserError(
             f"Overrides {list(overrides)} cannot be applied: {str(error).splitlines()[0]}"
         ) from error
-    for key, value in before.items():
-        _check_kind(config, key, value)
+    for key in before:
         if key.endswith("._target_"):
             _check_target(config, key)
+    for key, value in before.items():
+        _check_kind(config, key, value)
     return config
 
 
@@ -107,21 +113,40 @@ def _value(config: DictConfig, key: str) -> object:
     return OmegaConf.select(config, key, throw_on_resolution_failure=False)
 
 
+def _value_or_default(config: DictConfig, key: str) -> object:
+    """What an override changes: where the config does not say, the default of the argument."""
+    value = _value(config, key)
+    if value is not None:
+        return value
+    place, _, name = key.rpartition(".")
+    return next((p.default for p in _parameters(_value(config, place)) if p.name == name), None)
+
+
 def _check_kind(config: DictConfig, key: str, before: object) -> None:
     """Refuse text that takes the place of a number or a boolean, where it is seen late or counts as true.
 
-    Arguments of objects may well be either, but for words that are no text to whoever writes them.
+    Arguments of objects may well be either, but for those that are annotated as numbers alone, and for words that are
+    no text to whoever writes them.
     """
     value = _value(config, key)
-    if not isinstance(value, str) or not isinstance(before, bool | int | float):
+    if not isinstance(value, str) or not isinstance(before, _NUMBERS):
         return
-    node = _value(config, key.rpartition(".")[0])
-    is_argument = isinstance(node, DictConfig) and "_target_" in node
-    if is_argument and not (isinstance(before, bool) and value.lower() in _BOOLEANS_OF_YAML):
-        return
+    place, _, name = key.rpartition(".")
+    node = _value(config, place)
+    if isinstance(node, DictConfig) and "_target_" in node and not _is_number(node, name):
+        if not isinstance(before, bool) or value.lower() not in _BOOLEANS_OF_YAML:
+            return
     wanted = "True or False" if isinstance(before, bool) else f"a number, such as {before}"
     null = ", or null for none" if value.lower() == "none" else ""
     raise UserError(f"{key}={value!r} has to be {wanted}{null}.")
+
+
+def _is_number(node: DictConfig, name: str) -> bool:
+    """Whether the argument of this name is annotated as a number or a boolean, and as nothing that text is."""
+    annotation = next((p.annotation for p in _parameters(node) if p.name == name), None)
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    may_be_text = any((get_origin(kind) or kind) in _MAY_BE_TEXT for kind in kinds)
+    return not may_be_text and any(kind in _NUMBERS for kind in kinds)
 
 
 def _check_target(config: DictConfig, key: str) -> None:

@@ -29,10 +29,10 @@ def check_settings(cfg: DictConfig) -> None:
         value = cfg.train[key]
         if type(value) is not int or value < lowest:  # True is an int as well
             raise UserError(f"train.{key}={value} has to be a whole number, {lowest} or more.")
-    for key in ("dataloader.train.num_workers", "dataloader.test.num_workers"):
-        workers = OmegaConf.select(cfg, key)
-        if workers is not None and (type(workers) is not int or workers < 0):
-            raise UserError(f"{key}={workers} has to be a whole number, 0 or more.")
+    for key, lowest in (("train.total_batch_size", 1), ("train.num_workers", 0), ("test.num_workers", 0)):
+        value = OmegaConf.select(cfg, f"dataloader.{key}")
+        if value is not None and (type(value) is not int or value < lowest):
+            raise UserError(f"dataloader.{key}={value} has to be a whole number, {lowest} or more.")
     limit = cfg.train.clip_grad_norm
     if limit is not None and not (type(limit) in (int, float) and limit > 0):
         raise UserError(

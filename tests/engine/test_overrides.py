@@ -1,11 +1,13 @@
 """Overrides: what is there can be changed, what nothing would read is refused by name."""
 
 import re
+from typing import Literal
 
 import pytest
 from detectron2.config import LazyCall as L
 from omegaconf import OmegaConf
 from torch import nn
+from torch.optim import SGD
 
 from ccnet_d2.engine import apply_overrides
 from ccnet_d2.errors import UserError
@@ -15,6 +17,7 @@ def config():
     return OmegaConf.create(
         {
             "model": L(nn.Conv2d)(in_channels=3, out_channels=4, kernel_size=1, bias=True),
+            "optimizer": L(SGD)(lr=0.01),
             "train": {"max_iter": 10, "amp": {"enabled": False}},
             "steps": [{"size": 1}, {"size": 2}],
         },
@@ -51,19 +54,38 @@ def test_a_home_that_the_shell_left_is_told():
         ("model.bias=Off", "model.bias='Off' has to be True or False."),
         ("train.max_iter=ten", "train.max_iter='ten' has to be a number, such as 10."),
         ("train.max_iter=None", "train.max_iter='None' has to be a number, such as 10, or null for none."),
+        ("model.out_channels=four", "model.out_channels='four' has to be a number, such as 4."),
+        ("model.bias=all", "model.bias='all' has to be True or False."),
+        ("model.dilation=two", "model.dilation='two' has to be a number, such as 1."),  # its default
+        ("optimizer.lr=1e-3x", "optimizer.lr='1e-3x' has to be a number, such as 0.01."),
+        ("optimizer.nesterov=no", "optimizer.nesterov='no' has to be True or False."),
     ],
 )
 def test_text_is_no_boolean_and_no_number(override, message):
-    """ "no" and "off" counted as true, as any text does."""
+    """ "no" and "off" counted as true, as any text does; numbers ended in a traceback where they were needed."""
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         apply_overrides(config(), [override])
 
 
-def test_arguments_may_be_text_in_place_of_a_number():
-    cfg = apply_overrides(
-        config(), ["model.kernel_size=auto", "model.bias=all", "train.max_iter=${steps.1.size}"]
-    )
-    assert (cfg.model.kernel_size, cfg.model.bias, cfg.train.max_iter) == ("auto", "all", 2)
+def layer(said: int | Literal["auto"], unsaid=1, unsaid_flag=True):
+    """An object whose arguments may be text, or do not say."""
+
+
+@pytest.mark.parametrize("key", ["said", "unsaid", "unsaid_flag"])
+def test_arguments_may_be_text_in_place_of_a_number(key):
+    cfg = config()
+    cfg.layer = L(layer)(said=1)
+    assert apply_overrides(cfg, [f"layer.{key}=auto"]).layer[key] == "auto"
+    assert apply_overrides(config(), ["model.padding=same"]).model.padding == "same"
+
+
+def test_another_value_of_the_config_is_no_text():
+    assert apply_overrides(config(), ["train.max_iter=${steps.1.size}"]).train.max_iter == 2
+
+
+def test_an_object_that_is_not_there_is_told_before_its_arguments():
+    with pytest.raises(UserError, match="there is no such class"):
+        apply_overrides(config(), ["model.out_channels=four", "model._target_=torch.nn.Lineal"])
 
 
 def test_another_object_takes_the_arguments_that_are_there():

@@ -143,14 +143,20 @@ def truncate_images(dataset):
         (damage_nothing, ["train.num_pictures=-1"], ["train.num_pictures=-1", "0 or more"]),
         (
             damage_nothing,
-            ["dataloader.test.num_workers=two"],
-            ["dataloader.test.num_workers=two", "0 or more"],
+            ["dataloader.test.num_workers=2.5"],
+            ["dataloader.test.num_workers=2.5", "0 or more"],
         ),
         (
             damage_nothing,
             ["dataloader.train.num_workers=-1"],
             ["dataloader.train.num_workers=-1", "0 or more"],
         ),
+        (
+            damage_nothing,
+            ["dataloader.train.total_batch_size=x"],
+            ["dataloader.train.total_batch_size=x", "whole number, 1 or more"],
+        ),
+        (damage_nothing, ["optimizer.lr=abc"], ["optimizer.lr='abc'", "a number, such as 0.002"]),
         (damage_nothing, ["train.clip_grad_norm=-1"], ["train.clip_grad_norm=-1", "null"]),
         (damage_nothing, ["train.clip_grad_norm=0"], ["train.clip_grad_norm=0", "null"]),
         (damage_nothing, ["train.clip_grad_norm=abc"], ["train.clip_grad_norm=abc", "a number above 0"]),
