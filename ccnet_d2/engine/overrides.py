@@ -98,12 +98,12 @@ def _check_key(config: DictConfig, key: str) -> None:
         if isinstance(node, DictConfig) and part in node:
             node = node._get_node(part) if depth == len(parts) - 1 else node[part]
             continue
-        if depth == len(parts) - 1 and part in _accepted_arguments(node):
+        if depth == len(parts) - 1 and part in _names(_parameters(node)):
             return
         where = ".".join(parts[:depth]) or "the config"
         if not isinstance(node, DictConfig):
             raise UserError(f"Unknown key {key!r}: {where} has no keys.")
-        known = sorted({str(k) for k in node} | _accepted_arguments(node))
+        known = sorted({str(k) for k in node} | _names(_parameters(node)))
         near = difflib.get_close_matches(part, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}."
         raise UserError(f"Unknown key {key!r}: {where} has no {part!r}; {hint}")
@@ -159,7 +159,7 @@ def _check_target(config: DictConfig, key: str) -> None:
         raise UserError(f"{key}={_value(config, key)}: there is no such class or function.") from error
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return
-    accepted = _accepted_arguments(node)
+    accepted = _names(parameters)
     left = [name for name in node if name != "_target_" and name not in accepted]
     if accepted and left:
         target = _value(config, key)
@@ -169,10 +169,10 @@ def _check_target(config: DictConfig, key: str) -> None:
         )
 
 
-def _accepted_arguments(node: object) -> set[str]:
-    """Names of the arguments that the object a LazyCall node builds would take."""
+def _names(parameters: Sequence[inspect.Parameter]) -> set[str]:
+    """Of those that an argument by name is taken for."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {parameter.name for parameter in _parameters(node) if parameter.kind in named}
+    return {parameter.name for parameter in parameters if parameter.kind in named}
 
 
 def _parameters(node: object) -> Sequence[inspect.Parameter]:
