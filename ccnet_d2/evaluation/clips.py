@@ -32,5 +32,5 @@ class ClipSemSegEvaluator(CheckedSemSegEvaluator):
             else:
                 answered = [(clip, output["sem_seg"])]
             for frame, answer in answered:
-                if self._label_files[frame["file_name"]] is not None:
+                if self._label_file(frame["file_name"]) is not None:
                     super().process([frame], [{"sem_seg": answer}])

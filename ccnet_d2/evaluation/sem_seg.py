@@ -43,6 +43,7 @@ class CheckedSemSegEvaluator(DatasetEvaluator):
             DatasetError: the data set is unknown or cannot be listed, or two of them have one image with different
                 label maps.
         """
+        self._dataset_name = dataset_name
         self.classes, ignore_label = classes_of(dataset_name)
         self._label_map = LabelMap(len(self.classes), ignore_label)
         records = get_sem_seg_dataset_dicts(dataset_name, labelled=self._all_labelled)
@@ -70,7 +71,8 @@ class CheckedSemSegEvaluator(DatasetEvaluator):
             outputs: {"sem_seg": (K, H, W) logits} for each, H and W those of the file.
 
         Raises:
-            DatasetError: an answer has another number of classes than the data set.
+            DatasetError: an answer has another number of classes than the data set, or is for an image that is none
+                of it.
             SampleError: a label map cannot be used, does not have the answer's size, or holds a value that is neither
                 a class nor void.
         """
@@ -82,7 +84,7 @@ class CheckedSemSegEvaluator(DatasetEvaluator):
                     f"model.sem_seg_head.num_classes (MODEL.SEM_SEG_HEAD.NUM_CLASSES) has to be {classes}."
                 )
             answer = output["sem_seg"].argmax(dim=0).cpu().numpy().astype(np.int64)
-            path = self._label_files[given["file_name"]]
+            path = self._label_file(given["file_name"])
             label = self._label_map(read_label(path), path)
             if label.shape != answer.shape:
                 raise SampleError(
@@ -93,6 +95,15 @@ class CheckedSemSegEvaluator(DatasetEvaluator):
             valid = label != IGNORE_LABEL
             pairs = classes * label[valid].astype(np.int64) + answer[valid]
             self.confusion += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+    def _label_file(self, image: str) -> str | None:
+        """The image's label map, if it has one."""
+        if image not in self._label_files:
+            raise DatasetError(
+                f"'{image}' is no image of the data set {self._dataset_name!r} that the evaluator was given: "
+                "dataloader.evaluator.dataset_name has to be that of dataloader.test."
+            )
+        return self._label_files[image]
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """`{"sem_seg": {"mIoU", "fwIoU", "mACC", "pACC", "IoU-<class>", "ACC-<class>"}}` in percent, NaN for a class

@@ -142,3 +142,15 @@ def test_a_model_of_another_number_of_classes(register, classes):
         DatasetError, match=f"answers with {classes} classes, but the data set has 4: .* to be 4"
     ):
         evaluator.process(records, [{"sem_seg": logits_of(drawn(1, range(3)), classes)}])
+
+
+@pytest.mark.parametrize("evaluator", [CheckedSemSegEvaluator, ClipSemSegEvaluator])
+def test_an_image_of_another_data_set_is_named(register, evaluator):
+    """It was a KeyError."""
+    (other,) = register(drawn(0), name="checked_other")
+    register(drawn(0))
+    with pytest.raises(
+        DatasetError,
+        match=r"^'\S+checked_other/images/0.png' is no image of the data set 'checked_evaluator_test' that .*\.$",
+    ):
+        evaluate(evaluator("checked_evaluator_test"), [other], [drawn(1, range(4))])
