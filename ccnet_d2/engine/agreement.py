@@ -1,11 +1,15 @@
 """Whether what a run says about its model fits what it says about its data."""
 
+from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 
 from ccnet_d2.data.catalog import classes_of
 from ccnet_d2.errors import UserError
 
-__all__ = ["check_agreement", "check_channel_order"]
+__all__ = ["check_agreement", "check_channel_order", "check_instance_classes"]
+
+_INSTANCE_CLASSES = ("model.roi_heads.num_classes", "model.num_classes")
+"""Where Detectron2's models have the number of classes of instances; all others in their runs follow it."""
 
 
 def check_agreement(cfg: DictConfig) -> None:
@@ -32,6 +36,27 @@ def check_agreement(cfg: DictConfig) -> None:
         )
     for split in ("train", "test"):
         check_channel_order(cfg, split)
+
+
+def check_instance_classes(cfg: DictConfig) -> None:
+    """Compare the number of classes of instances, once the training set is loaded: only then are those of a COCO file
+    of one's own known.
+
+    With one class too few the last trains as background; with one too many Detectron2's evaluator fails on the first
+    answer of a class that is not there.
+
+    Raises:
+        UserError: model and data differ.
+    """
+    names = OmegaConf.select(cfg, "dataloader.train.dataset.names")
+    if not names:
+        return
+    # Detectron2's loader has compared the classes of several sets.
+    classes = MetadataCatalog.get(names if isinstance(names, str) else names[0]).get("thing_classes")
+    for key in _INSTANCE_CLASSES:
+        count = OmegaConf.select(cfg, key)
+        if classes is not None and count is not None and count != len(classes):
+            raise UserError(f"{key} is {count}, but the training set {names!r} has {len(classes)} classes.")
 
 
 def check_channel_order(cfg: DictConfig, split: str) -> None:

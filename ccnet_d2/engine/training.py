@@ -24,7 +24,7 @@ from ccnet_d2.errors import UserError
 from ccnet_d2.inference.build import configured_mode
 from ccnet_d2.modeling.compilation import compile_model
 
-from .agreement import check_agreement, check_channel_order
+from .agreement import check_agreement, check_channel_order, check_instance_classes
 from .distributed import (
     any_process,
     check_batch_size,
@@ -135,6 +135,7 @@ def _build_trainer(cfg: DictConfig, model: nn.Module) -> Trainer:
     optimizer = instantiate(cfg.optimizer)
     merge_param_groups(optimizer)
     train_loader = build_train_loader(cfg)
+    check_instance_classes(cfg)
     return Trainer(
         share_model(model, **cfg.train.ddp),
         train_loader,

@@ -15,6 +15,7 @@ import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.projects.point_rend import add_pointrend_config
@@ -155,6 +156,33 @@ def test_plain_checkpoint_starts_the_run_with_rcca(fixture_set, tmp_path):
         "backbone.bottom_up.res4.1.rcca.qkv.{bias, weight}",
     ]
     assert "not used by the model" not in log and "do not appear" not in log
+
+
+@pytest.mark.parametrize("count", [2, 80])
+def test_another_number_of_classes_is_refused_before_the_training(fixture_set, tmp_path, capsys, count):
+    """A COCO file of one's own, whose classes are known when it is read. The evaluation failed, or nothing did."""
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from detectron2.data.datasets import register_coco_instances\n"
+        "from ccnet_d2.model_zoo import get_config\n"
+        f"files = {str(fixture_set / 'annotations.json')!r}, {str(fixture_set / 'images')!r}\n"
+        "register_coco_instances('own_things', {}, *files)\n"
+        f"run = get_config({CONFIG!r})\n"
+        "model, dataloader, train = run.model, run.dataloader, run.train\n"
+        "optimizer, lr_multiplier = run.optimizer, run.lr_multiplier\n"
+        "dataloader.train.dataset.names = dataloader.test.dataset.names = 'own_things'\n"
+    )
+    output = tmp_path / "output"
+    options = ["train.max_iter=1", "train.device=cpu", f"train.output_dir={output}"]
+    try:
+        status = main(["--config-file", str(own), *options, f"model.roi_heads.num_classes={count}"])
+    finally:
+        DatasetCatalog.remove("own_things")
+        MetadataCatalog.remove("own_things")
+    error = capsys.readouterr().err.splitlines()[-1]
+    message = f"model.roi_heads.num_classes is {count}, but the training set 'own_things' has 3 classes."
+    assert status == 1 and error == f"error: {message}"
+    assert not (output / "model_final.pth").exists()
 
 
 def test_missing_fixture_is_one_sentence(tmp_path, capsys):
