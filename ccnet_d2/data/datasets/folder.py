@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -53,7 +54,9 @@ def _files_by_stem(folder: str, suffix: str | None, kind: str, name: str, hint: 
 
     found: dict[str, str] = {}
     for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and not _leads_back(parent, f))
+        folders[:] = sorted(
+            f for f in folders if not f.startswith(".") and not _leads_back(folder, parent, f)
+        )
         for file in sorted(files):
             if file.startswith("."):
                 continue
@@ -79,13 +82,18 @@ def _files_by_stem(folder: str, suffix: str | None, kind: str, name: str, hint: 
     return found
 
 
-def _leads_back(parent: str, folder: str) -> bool:
-    """Whether `folder` is a link to what it lies in, as ``ln -s`` leaves when it is called twice."""
+def _leads_back(root: str, parent: str, folder: str) -> bool:
+    """Whether `folder` is a link to what it was reached through from `root`, or to what that lies in.
+
+    ``ln -s`` leaves one when it is called twice, and so do two folders that link to each other.
+    """
     path = os.path.join(parent, folder)
     if not os.path.islink(path):
         return False
     target = os.path.realpath(path)
-    return os.path.commonpath([target, os.path.realpath(parent)]) == target
+    way = Path(parent).relative_to(root).parts
+    passed = (os.path.realpath(Path(root, *way[:depth])) for depth in range(len(way) + 1))
+    return any(os.path.commonpath([target, place]) == target for place in passed)
 
 
 def _some(names: Sequence[str]) -> str:

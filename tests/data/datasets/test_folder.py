@@ -66,6 +66,17 @@ def test_hidden_folders_and_links_back_are_passed_over(tmp_path: Path, write_pai
     assert [s["image_id"] for s in DatasetCatalog.get("mine")] == ["b", "linked/c", "street/a"]
 
 
+def test_folders_that_link_to_each_other_are_read_once_each_way(tmp_path: Path, write_pair: Callable) -> None:
+    """They were followed until the system refused: a sample came back forty times."""
+    write_pair("a/1", LABEL)
+    write_pair("b/2", LABEL)
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "a/to_b").symlink_to(tmp_path / kind / "b")
+        (tmp_path / kind / "b/to_a").symlink_to(tmp_path / kind / "a")
+    _register(tmp_path)
+    assert [s["image_id"] for s in DatasetCatalog.get("mine")] == ["a/1", "a/to_b/2", "b/2", "b/to_a/1"]
+
+
 def test_a_folder_that_cannot_be_read_is_not_left_out(
     tmp_path: Path, write_pair: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
