@@ -3,17 +3,12 @@
 import ccnet_d2.compat  # first: it imports Detectron2 without its warnings
 import ccnet_d2.path_handler  # noqa: F401  ccnet://NAME is a checkpoint
 
-from .atomic_file import DiskFullError, atomic_write, atomic_write_text, disk_full_reported
 from .checkpointer import CheckpointError, SafeCheckpointer, load_checkpoint
 from .safe_load import load_file
 
 __all__ = [
     "CheckpointError",
-    "DiskFullError",
     "SafeCheckpointer",
-    "atomic_write",
-    "atomic_write_text",
-    "disk_full_reported",
     "load_checkpoint",
     "load_file",
 ]

@@ -12,10 +12,10 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from ccnet_d2.atomic_file import atomic_write, atomic_write_text, disk_full_reported, remove_temporary_files
 from ccnet_d2.errors import UserError
 from ccnet_d2.wording import listed
 
-from .atomic_file import atomic_write, atomic_write_text, disk_full_reported, remove_temporary_files
 from .safe_load import CheckpointError, check_weights, load_file
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ccnet_d2.checkpoint import atomic_write_text
-from ccnet_d2.data.atomic_folder import scratch_beside
+from ccnet_d2.atomic_file import atomic_write_text
+from ccnet_d2.atomic_folder import scratch_beside
 from ccnet_d2.data.errors import DatasetError, SampleError
 from ccnet_d2.data.image_files import write_bgr
 

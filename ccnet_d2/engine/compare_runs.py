@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ccnet_d2.checkpoint import atomic_write_text
+from ccnet_d2.atomic_file import atomic_write_text
 from ccnet_d2.errors import UserError
 
 from .comparison import Variant, VariantRun, train_variants

@@ -11,7 +11,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import DictConfig
 
-from ccnet_d2.checkpoint import atomic_write_text
+from ccnet_d2.atomic_file import atomic_write_text
 from ccnet_d2.compat import has_fast_bf16
 from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
 from ccnet_d2.data.image_files import read_image, read_label

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ccnet_d2.checkpoint import atomic_write_text
+from ccnet_d2.atomic_file import atomic_write_text
 
 
 def drop_metrics_from(path: Path, iteration: int) -> None:

@@ -10,8 +10,9 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from ccnet_d2.atomic_file import atomic_write
 from ccnet_d2.autocast import autocast
-from ccnet_d2.checkpoint import CheckpointError, atomic_write, load_file
+from ccnet_d2.checkpoint import CheckpointError, load_file
 from ccnet_d2.data.randomness import GeneratorStates
 from ccnet_d2.errors import UserError
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from ccnet_d2.checkpoint import SafeCheckpointer, atomic_write_text
+from ccnet_d2.atomic_file import atomic_write_text
+from ccnet_d2.checkpoint import SafeCheckpointer
 from ccnet_d2.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch.distributed.rendezvous import rendezvous
 
-from ccnet_d2.checkpoint import atomic_write_text
+from ccnet_d2.atomic_file import atomic_write_text
 from ccnet_d2.errors import UserError
 
 from .distributed import TIMEOUT, any_process, joined_processes

@@ -15,8 +15,9 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ccnet_d2.atomic_file import atomic_write_text, disk_full_reported
 from ccnet_d2.autocast import configured_amp_dtype, configured_autocast
-from ccnet_d2.checkpoint import SafeCheckpointer, atomic_write_text, disk_full_reported, load_checkpoint
+from ccnet_d2.checkpoint import SafeCheckpointer, load_checkpoint
 from ccnet_d2.data.forked_workers import fork_workers
 from ccnet_d2.data.train_loader import TrainLoader
 from ccnet_d2.devices import available_device

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from ccnet_d2.checkpoint.atomic_file import atomic_write
+from ccnet_d2.atomic_file import atomic_write
 
 from .check import DEFAULT_SIZES, Difference, Run, compare
 from .network import ExportError, check_form

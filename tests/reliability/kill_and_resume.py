@@ -107,7 +107,8 @@ class Child:
 
 def _train(output: Path, workers: int, tell: int, die_at: int | None) -> int:
     """In the child: train_net.py, telling when a save begins and ends, and dying at its `die_at`-th operation."""
-    from ccnet_d2.checkpoint import SafeCheckpointer, atomic_file
+    from ccnet_d2 import atomic_file
+    from ccnet_d2.checkpoint import SafeCheckpointer
     from ccnet_d2.engine.command_line import main
 
     with (output.parent / f"{output.name}.log").open("ab", buffering=0) as log:

@@ -9,13 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ccnet_d2.checkpoint import (
-    DiskFullError,
-    SafeCheckpointer,
-    atomic_file,
-    load_checkpoint,
-    load_file,
-)
+from ccnet_d2 import atomic_file
+from ccnet_d2.atomic_file import DiskFullError
+from ccnet_d2.checkpoint import SafeCheckpointer, load_checkpoint, load_file
 
 
 @pytest.fixture

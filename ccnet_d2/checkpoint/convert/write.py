@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ccnet_d2.checkpoint.atomic_file import atomic_write
+from ccnet_d2.atomic_file import atomic_write
 from ccnet_d2.checkpoint.safe_load import CheckpointError
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ccnet_d2.data.atomic_folder import replace_folder
+from ccnet_d2.atomic_folder import replace_folder
 from ccnet_d2.data.datasets.camvid import (
     CAMVID_CLASSES,
     CAMVID_IGNORE_LABEL,

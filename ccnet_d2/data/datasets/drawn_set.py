@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ccnet_d2.data.atomic_folder import replace_folder
+from ccnet_d2.atomic_folder import replace_folder
 from ccnet_d2.data.datasets.paths import dataset_root
 from ccnet_d2.data.errors import DatasetError
 

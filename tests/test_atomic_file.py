@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ccnet_d2.checkpoint import atomic_write, atomic_write_text
+from ccnet_d2.atomic_file import atomic_write, atomic_write_text
 
 
 def test_files_appear_whole_and_synced(tmp_path, monkeypatch):

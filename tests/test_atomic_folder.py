@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ccnet_d2.data.atomic_folder import replace_folder, scratch_beside
+from ccnet_d2.atomic_folder import replace_folder, scratch_beside
 
 
 def killed(work: Callable[[], None]) -> None:
