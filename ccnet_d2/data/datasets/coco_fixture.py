@@ -90,9 +90,17 @@ def generate_coco_fixture(
         root,
         "COCO fixture",
         lambda new: _write_set(new, config, info),
-        is_there=lambda: _read_info(root) == info,
+        is_there=lambda: _read_info(root) == info and _has_all_images(root, config),
         is_ours=lambda: _read_info(root).get("generator") == _GENERATOR,
     )
+
+
+def _file_name(index: int) -> str:
+    return f"{index:04d}.png"
+
+
+def _has_all_images(root: str, config: CocoFixtureConfig) -> bool:
+    return all(os.path.isfile(os.path.join(root, "images", _file_name(i))) for i in range(config.images))
 
 
 def _write_set(root: Path, config: CocoFixtureConfig, info: dict[str, Any]) -> None:
@@ -105,7 +113,7 @@ def _write_set(root: Path, config: CocoFixtureConfig, info: dict[str, Any]) -> N
     (root / "images").mkdir()
     for index in range(config.images):
         image, objects = _draw(config, np.random.default_rng([config.seed, index]))
-        file_name = f"{index:04d}.png"
+        file_name = _file_name(index)
         write_bgr(root / "images" / file_name, image)
         record = {"id": index + 1, "file_name": file_name, "height": config.size, "width": config.size}
         data["images"].append(record)

@@ -210,7 +210,7 @@ def generate_lip_fixture(
         root,
         "LIP fixture",
         lambda new: _write_set(new, config),
-        is_there=lambda: _read_manifest(root) == _manifest(config),
+        is_there=lambda: _read_manifest(root) == _manifest(config) and _is_complete(root, config),
         is_ours=lambda: _read_manifest(root) is not None,
     )
 
@@ -229,23 +229,46 @@ def register_lip_fixture(root: str | os.PathLike[str] | None = None) -> None:
     )
 
 
+def _names(config: LipFixtureConfig, split: str) -> list[str]:
+    """Of a split's images, as LIP's are."""
+    first = 100000 * (_SPLITS.index(split) + 1)
+    return [f"{first + index}_{400000 + index}" for index in range(getattr(config, f"{split}_images"))]
+
+
+def _folders(root: str | os.PathLike[str], config: LipFixtureConfig, split: str) -> tuple[str, str]:
+    """Those of a split's images and label maps."""
+    labels_root = os.path.join(root, "TrainVal_parsing_annotations" if config.layout == "official" else "")
+    return os.path.join(root, f"{split}_images"), os.path.join(labels_root, f"{split}_segmentations")
+
+
+def _list_file(root: str | os.PathLike[str], split: str) -> str:
+    return os.path.join(root, f"{split}_id.txt")
+
+
+def _is_complete(root: str, config: LipFixtureConfig) -> bool:
+    """Whether every file the set consists of is there."""
+    files = [_list_file(root, split) for split in _SPLITS] if config.layout == "ce2p" else []
+    for split in _SPLITS:
+        images, labels = _folders(root, config, split)
+        for name in _names(config, split):
+            files += [os.path.join(images, f"{name}.jpg"), os.path.join(labels, f"{name}.png")]
+    return all(map(os.path.isfile, files))
+
+
 def _write_set(root: Path, config: LipFixtureConfig) -> None:
-    labels_root = os.path.join(root, "TrainVal_parsing_annotations") if config.layout == "official" else root
     for number, split in enumerate(_SPLITS):
-        images = os.path.join(root, f"{split}_images")
-        labels = os.path.join(labels_root, f"{split}_segmentations")
+        images, labels = _folders(root, config, split)
         os.makedirs(images)
         os.makedirs(labels)
-        names = []
-        for index in range(getattr(config, f"{split}_images")):
+        names = _names(config, split)
+        for index, name in enumerate(names):
             rng = np.random.default_rng([config.seed, number, index])
             height = round(config.size * rng.uniform(0.8, 1.0))
             person = draw_person(index, height, round(height * rng.uniform(0.48, 0.66)), rng)
-            names.append(f"{100000 * (number + 1) + index}_{400000 + index}")  # as LIP's are
-            write_bgr(os.path.join(images, f"{names[-1]}.jpg"), _paint(person, config.noise, rng))
-            write_bgr(os.path.join(labels, f"{names[-1]}.png"), person)
+            write_bgr(os.path.join(images, f"{name}.jpg"), _paint(person, config.noise, rng))
+            write_bgr(os.path.join(labels, f"{name}.png"), person)
         if config.layout == "ce2p":
-            with open(os.path.join(root, f"{split}_id.txt"), "w", encoding="utf-8") as stream:
+            with open(_list_file(root, split), "w", encoding="utf-8") as stream:
                 stream.writelines(f"{name}\n" for name in names)
     with open(os.path.join(root, _MANIFEST), "w", encoding="utf-8") as stream:
         json.dump(_manifest(config), stream, indent=2)

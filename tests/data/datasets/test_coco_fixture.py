@@ -82,6 +82,15 @@ def test_made_once_and_always_the_same(root, tmp_path, monkeypatch):
     assert len(json.loads((root / "annotations.json").read_text())["images"]) == 3
 
 
+def test_a_set_that_lacks_an_image_is_drawn_again(root):
+    """It counted as there by its annotations."""
+    whole = files_of(root)
+    (root / "images/0003.png").unlink()
+    assert generate_coco_fixture(root) and files_of(root) == whole
+    shutil.rmtree(root / "images")
+    assert generate_coco_fixture(root) and files_of(root) == whole
+
+
 def test_leaves_what_others_have_there_alone(tmp_path):
     for name, content in (
         ("annotations.json", '{"images": []}'),

@@ -77,6 +77,25 @@ def test_made_once_and_always_the_same(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("layout", "lost"),
+    [
+        ("ce2p", "train_images/100003_400003.jpg"),
+        ("ce2p", "val_segmentations/200000_400000.png"),
+        ("ce2p", "val_id.txt"),
+        ("official", "TrainVal_parsing_annotations/train_segmentations/100000_400000.png"),
+    ],
+)
+def test_a_set_that_lacks_a_file_is_drawn_again(tmp_path, layout, lost):
+    """It counted as there by its manifest."""
+    config = replace(SMALL, layout=layout)
+    generate_lip_fixture(tmp_path, config)
+    content = (tmp_path / lost).read_bytes()
+    (tmp_path / lost).unlink()
+    assert generate_lip_fixture(tmp_path, config) and (tmp_path / lost).read_bytes() == content
+    assert not generate_lip_fixture(tmp_path, config)
+
+
 def test_never_overwrites_anything_else(tmp_path):
     root = tmp_path / "LIP"
     (root / "train_images").mkdir(parents=True)
