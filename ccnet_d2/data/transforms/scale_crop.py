@@ -148,7 +148,7 @@ class RandomScaleCrop(Augmentation):
         tries: see above.
         pad_value: image values beyond the image, in the order of its channels; default: the ImageNet mean in
             RGB.
-        label_pad_value: label beyond the image.
+        label_pad_value: label beyond the image, which `category_max_ratio` does not count as labelled.
 
     Raises:
         ValueError: more than one of the scales is given, or a value is out of its range.
