@@ -146,14 +146,23 @@ def test_the_file_of_a_run_names_its_classes(toy_pt2, tmp_path):
 
 def test_the_model_is_left_as_it_was(toy):
     attention = toy.sem_seg_head.context
-    ExportedNetwork(toy)
+    network = ExportedNetwork(toy)
     assert attention.backend == "auto" and "project" not in vars(attention)
     assert all(parameter.requires_grad for parameter in toy.parameters())
+    # The copy is in fp32 and predicts, whatever the model does.
+    model = make_model().double().train()
+    images = torch.randint(0, 256, (1, 3, 49, 91)).float()
+    logits = ExportedNetwork(model)(images)
+    assert logits.dtype == torch.float32 and not logits.requires_grad
+    assert torch.equal(logits, network(images))
+    assert model.training and all(parameter.dtype == torch.float64 for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("align_corners", [True, False])
-def test_the_network_to_be_exported_is_the_model(align_corners):
-    model = make_model(TOY, f"model.sem_seg_head.align_corners={align_corners}", "model.size_divisibility=16")
+@pytest.mark.parametrize(("align_corners", "padded_by"), [(True, "model"), (False, "backbone")])
+def test_the_network_to_be_exported_is_the_model(align_corners, padded_by, monkeypatch):
+    model = make_model(TOY, f"model.sem_seg_head.align_corners={align_corners}")
+    part = model if padded_by == "model" else type(model.backbone)
+    monkeypatch.setattr(part, "size_divisibility", 16)
     for difference in compare(ExportedNetwork(model), model, SIZES):
         assert difference.largest < 1e-5
 
@@ -321,6 +330,8 @@ def test_what_does_not_export_is_one_sentence(tmp_path, monkeypatch):
     ):
         with pytest.raises(ExportError, match=re.escape(message)):
             export_model(model, tmp_path / "model.onnx")
+        with pytest.raises(ExportError, match=re.escape(message)):
+            ExportedNetwork(model)
     assert list(tmp_path.iterdir()) == []
 
 

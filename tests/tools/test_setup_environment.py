@@ -223,6 +223,7 @@ def test_environment_of_another_python_is_kept_where_none_was_chosen(
         (None, False, True),  # the first time
         (another, False, False),
         (another, True, True),
+        (sys.version_info[:2], True, False),
         ((3, 9), False, True),
     ]:
         environment = Recorded(tmp_path, chosen_python=chosen)
@@ -424,6 +425,7 @@ def test_what_the_real_stages_run(
         (None, 0, ""),
         (InstallError("There is no torch."), 1, "set-up: There is no torch.\n"),
         (OSError(28, "No space left on device", "/disk"), 1, "set-up: /disk: No space left on device.\n"),
+        (OSError("the disk is gone"), 1, "set-up: the system: the disk is gone.\n"),
         (
             KeyboardInterrupt(),
             130,
