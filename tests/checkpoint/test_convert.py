@@ -256,6 +256,15 @@ def test_norms_that_count_batches_keep_their_weights(official):
     assert not any("InPlaceABN" in change for change in conversion.changes)
 
 
+def test_norms_of_other_layouts_keep_their_weights(mmseg):
+    """Also without counters, which old versions of torch did not have."""
+    weights = {k: v for k, v in read_weights(mmseg[1]).items() if not k.endswith("num_batches_tracked")}
+    conversion = convert_weights(weights)
+    norm = conversion.weights["backbone.res2.0.conv1.norm.weight"]
+    assert torch.equal(norm, weights["backbone.layer1.0.bn1.weight"])
+    assert not any("InPlaceABN" in change for change in conversion.changes)
+
+
 class TimmResNet(nn.Module):
     """timm's ResNet with a deep stem, whose last norm has a name of its own."""
 
