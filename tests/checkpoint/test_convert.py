@@ -203,6 +203,22 @@ def instantiate_on_meta(run: str, *, depth: int, **head) -> nn.Module:
         return instantiate(cfg.model)
 
 
+def test_what_the_model_has_no_place_for_is_left_out_and_named(official):
+    weights = read_weights(official[1])
+    model = instantiate_on_meta(OFFICIAL, depth=50, channels=64, aux_feature=None)
+    conversion = convert_weights(weights, model=model)
+    assert (
+        conversion.weights.keys()
+        == conversion.sources.keys()
+        == model.state_dict().keys()
+        - {name for name in model.state_dict() if name.endswith("num_batches_tracked")}
+    )
+    assert conversion.missing == ()
+    auxiliary = [name for name in weights if name.startswith("dsn.")]
+    assert len(auxiliary) == 8
+    assert conversion.unused == dict.fromkeys(auxiliary, "the model has no place for it")
+
+
 def test_without_classifier(mmseg, tmp_path):
     _, source, _ = mmseg
     conversion = convert_file(source, tmp_path / "x.pth", classifier=False)
@@ -237,6 +253,15 @@ def test_norms_that_count_batches_keep_their_weights(official):
     }
     conversion = convert_weights(counted)
     assert torch.equal(conversion.weights["backbone.stem.conv1.norm.weight"], weights["bn1.weight"])
+    assert not any("InPlaceABN" in change for change in conversion.changes)
+
+
+def test_norms_of_other_layouts_keep_their_weights(mmseg):
+    """Also without counters, which old versions of torch did not have."""
+    weights = {k: v for k, v in read_weights(mmseg[1]).items() if not k.endswith("num_batches_tracked")}
+    conversion = convert_weights(weights)
+    norm = conversion.weights["backbone.res2.0.conv1.norm.weight"]
+    assert torch.equal(norm, weights["backbone.layer1.0.bn1.weight"])
     assert not any("InPlaceABN" in change for change in conversion.changes)
 
 
@@ -499,6 +524,10 @@ def test_the_target_is_written_whole_or_not_at_all(mmseg, tmp_path):
         with pytest.raises(CheckpointError, match=sentence):
             convert_file(source, target)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out.pth").write_bytes(b"precious")
+    with pytest.raises(CheckpointError, match=r"none\.pth"):
+        convert_file(tmp_path / "none.pth", tmp_path / "out.pth")
+    assert (tmp_path / "out.pth").read_bytes() == b"precious"
 
 
 def test_a_full_disk_is_told_as_any_other_trouble(tmp_path, monkeypatch):

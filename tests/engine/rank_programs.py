@@ -183,7 +183,9 @@ def batch_norm(folder: str) -> None:
                 parameter.grad, everything.get_parameter(name).grad, check_dtype=False, **exact
             )
         for name, buffer in synchronised.named_buffers():
-            torch.testing.assert_close(buffer, everything.get_buffer(name), check_dtype=False, **exact)
+            # Statistics are not rounded to the dtype of the samples.
+            near = exact if dtype == torch.float64 else dict(rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(buffer, everything.get_buffer(name), check_dtype=False, **near)
         torch.testing.assert_close(
             synchronised.eval()(samples.to(found.dtype)).double(), everything.eval()(whole), **exact
         )

@@ -12,9 +12,11 @@ from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import build_model
 from torch import nn
 
+import ccnet_d2
 from ccnet_d2.engine import apply_overrides
 from ccnet_d2.errors import UserError
 from ccnet_d2.export import (
+    DEFAULT_SIZES,
     ExportedNetwork,
     ExportError,
     compare,
@@ -66,7 +68,7 @@ def toy():
 @pytest.fixture(scope="module")
 def toy_onnx(toy, tmp_path_factory):
     pytest.importorskip("onnxscript")
-    path = tmp_path_factory.mktemp("onnx") / "new" / "toy.onnx"
+    path = tmp_path_factory.mktemp("onnx") / "new" / "folder" / "toy.onnx"
     report = export_model(toy, path, metadata={"classes": '["a", "b"]'})
     assert report.path == path and report.size == path.stat().st_size
     return path
@@ -144,14 +146,23 @@ def test_the_file_of_a_run_names_its_classes(toy_pt2, tmp_path):
 
 def test_the_model_is_left_as_it_was(toy):
     attention = toy.sem_seg_head.context
-    ExportedNetwork(toy)
+    network = ExportedNetwork(toy)
     assert attention.backend == "auto" and "project" not in vars(attention)
     assert all(parameter.requires_grad for parameter in toy.parameters())
+    # The copy is in fp32 and predicts, whatever the model does.
+    model = make_model().double().train()
+    images = torch.randint(0, 256, (1, 3, 49, 91)).float()
+    logits = ExportedNetwork(model)(images)
+    assert logits.dtype == torch.float32 and not logits.requires_grad
+    assert torch.equal(logits, network(images))
+    assert model.training and all(parameter.dtype == torch.float64 for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("align_corners", [True, False])
-def test_the_network_to_be_exported_is_the_model(align_corners):
-    model = make_model(TOY, f"model.sem_seg_head.align_corners={align_corners}", "model.size_divisibility=16")
+@pytest.mark.parametrize(("align_corners", "padded_by"), [(True, "model"), (False, "backbone")])
+def test_the_network_to_be_exported_is_the_model(align_corners, padded_by, monkeypatch):
+    model = make_model(TOY, f"model.sem_seg_head.align_corners={align_corners}")
+    part = model if padded_by == "model" else type(model.backbone)
+    monkeypatch.setattr(part, "size_divisibility", 16)
     for difference in compare(ExportedNetwork(model), model, SIZES):
         assert difference.largest < 1e-5
 
@@ -197,6 +208,27 @@ def test_logits_that_are_not_finite_are_no_small_difference(value, of_file):
     assert difference.largest == difference.relative == float("inf")
 
 
+def test_the_images_are_drawn_by_the_seed_alone():
+    """As Detectron2 reads them for the model; what is random elsewhere stays as it was."""
+
+    def images_of(seed):
+        def model(inputs):
+            seen.extend(inputs)
+            return [{"sem_seg": item["image"][:1].float()} for item in inputs]
+
+        seen = []
+        (difference,) = compare(lambda images: images[:, :1], model, [(2, 33, 40)], seed=seed)
+        assert difference.largest == 0 and difference.reach == max(item["image"][0].max() for item in seen)
+        assert all((item["height"], item["width"]) == (33, 40) for item in seen)
+        assert all(item["image"].dtype == torch.uint8 for item in seen)
+        return torch.stack([item["image"] for item in seen])
+
+    state = torch.get_rng_state()
+    first = images_of(0)
+    assert torch.equal(images_of(0), first) and not torch.equal(images_of(1), first)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.fixture
 def export_of(toy, monkeypatch):
     """`export_model` to a file of seven bytes that has these differences."""
@@ -231,6 +263,21 @@ def test_the_tolerance_is_the_one_given(export_of, tmp_path, monkeypatch):
     assert report.path.read_bytes() == b"content"
 
 
+def test_a_place_that_cannot_be_written_is_one_sentence(export_of, tmp_path):
+    (tmp_path / "file").write_bytes(b"precious")
+    path = tmp_path / "file" / "folder" / "model.pt2"
+    with pytest.raises(ExportError, match=rf"^cannot write '{path}': Not a directory\.$"):
+        export_of([0, 0, 0], path)
+    assert (tmp_path / "file").read_bytes() == b"precious"
+
+
+def test_a_program_that_says_nothing_of_itself(tmp_path):
+    """As torch writes it."""
+    torch.export.save(torch.export.export(nn.ReLU(), (torch.zeros(2),)), tmp_path / "relu.pt2")
+    network, metadata = load_program(tmp_path / "relu.pt2")
+    assert metadata == {} and network(torch.tensor([-1.0, 1.0])).tolist() == [0, 1]
+
+
 def test_a_run_s_own_weights_and_what_is_passed_on(toy, tmp_path, monkeypatch):
     torch.save({"model": toy.state_dict()}, tmp_path / "model.pth")
     seen = {}
@@ -246,6 +293,10 @@ def test_a_run_s_own_weights_and_what_is_passed_on(toy, tmp_path, monkeypatch):
     assert seen["metadata"]["input_format"] == "BGR"
     for name, value in seen["model"].state_dict().items():
         assert torch.equal(value, toy.state_dict()[name]), name
+    cfg.dataloader.test.dataset.names = ()  # no data set, and so no names
+    export_run(cfg, "toy.pt2")
+    assert (seen["sizes"], seen["tolerance"]) == (DEFAULT_SIZES, 1e-4)
+    assert seen["metadata"] == {"ccnet_d2": ccnet_d2.__version__, "input_format": "BGR"}
 
 
 def detectron2_segmentor():
@@ -258,7 +309,8 @@ def detectron2_segmentor():
     return build_model(cfg)
 
 
-def test_what_does_not_export_is_one_sentence(tmp_path):
+def test_what_does_not_export_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_onnx_maker", None)  # packages that would be of no use are not asked for
     detector = instantiate(get_config("coco/mask_rcnn_rcca_R_50_FPN_1x.py").model)
     for model, message in (
         (instantiate(get_config("toy/ranet_synthetic.py").model), "CCNet with RANet's head does not export"),
@@ -278,6 +330,8 @@ def test_what_does_not_export_is_one_sentence(tmp_path):
     ):
         with pytest.raises(ExportError, match=re.escape(message)):
             export_model(model, tmp_path / "model.onnx")
+        with pytest.raises(ExportError, match=re.escape(message)):
+            ExportedNetwork(model)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -195,6 +195,8 @@ def test_mixed_dtypes_and_unknown_backends_are_refused():
         criss_cross_attention(x.to("meta"), x.to("meta"), x.to("meta").double())
     with pytest.raises(ValueError, match="Unknown backend 'fast'"):
         criss_cross_attention(x, x, x, backend="fast")
+    with pytest.raises(RuntimeError, match=r"^backend='compiled' cannot run: the compiled operator"):
+        criss_cross_attention(x.to("meta"), x.to("meta"), x.to("meta"), backend="compiled")
 
 
 def use_gpu(monkeypatch, major, minor):

@@ -61,10 +61,11 @@ class Recorded(Environment):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def little_space_is_enough() -> Iterator[None]:
-    """These stages install nothing, and the disk may be nearly full."""
+def little_is_enough() -> Iterator[None]:
+    """These stages install nothing: the disk may be nearly full, and where Python brings pip no other is looked for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup_environment, "NEEDED_BYTES", 10**8)
+        patch.setattr(setup_environment, "get_pip_wheel", None)
         yield
 
 
@@ -176,6 +177,9 @@ def test_interrupted_stage_is_repaired(root: Path, capsys: pytest.CaptureFixture
     assert (site_packages / "pip").is_dir() and not (site_packages / "~nk").is_symlink()
     assert not environment.temporary.exists()
     assert "half-1.0.dist-info, ~ld, ~nk" in capsys.readouterr().out
+    environment.working.touch()  # interrupted before there was a temporary file
+    Recorded(root).run()
+    assert capsys.readouterr().out == ""
 
 
 def test_half_made_or_moved_environment_is_remade(root: Path, tmp_path: Path) -> None:
@@ -219,6 +223,7 @@ def test_environment_of_another_python_is_kept_where_none_was_chosen(
         (None, False, True),  # the first time
         (another, False, False),
         (another, True, True),
+        (sys.version_info[:2], True, False),
         ((3, 9), False, True),
     ]:
         environment = Recorded(tmp_path, chosen_python=chosen)
@@ -245,6 +250,7 @@ def test_pip_where_python_brings_none(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def run(command: list[str], **keywords: object) -> str:
         ran.append(command)
+        assert keywords["log"] == environment.log
         return run_command(command, **keywords)
 
     monkeypatch.setattr(
@@ -260,6 +266,13 @@ def test_pip_where_python_brings_none(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sorted(path.name for path in environment.state.iterdir()) == ["place"]
 
 
+def test_python_without_venv_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InstallError, match=r"lacks the module venv: apt install python3-venv\."):
+        Environment(tmp_path).create()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_environment_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "mine").write_text("precious")
@@ -267,6 +280,12 @@ def test_environment_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
         Recorded(tmp_path).run()
     assert (tmp_path / ".venv" / "mine").read_text() == "precious"
     assert [path.name for path in (tmp_path / ".venv").iterdir()] == ["mine"]
+
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / ".venv").symlink_to(tmp_path / "a disk that is not there")
+    with pytest.raises(InstallError, match=r"was not made by this set-up.*move it away"):
+        Recorded(tmp_path / "linked").run()
+    assert (tmp_path / "linked" / ".venv").is_symlink()
 
 
 def test_usable_environment_of_somebody_else_is_used(tmp_path: Path) -> None:
@@ -365,7 +384,9 @@ def test_real_stages_follow_what_determines_them(tmp_path: Path, monkeypatch: py
     assert wishes["project"] == {"FORCE_CUDA": "1", "C++ compiler": "found", "nvcc": "found"}
 
 
-def test_what_the_real_stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_real_stages_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """All is done by the environment's own Python, which notes here what it is asked for."""
     environment = Environment(tmp_path)
     environment.python.parent.mkdir(parents=True)
@@ -388,6 +409,14 @@ def test_what_the_real_stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         # Elsewhere than where ccnet_d2's sources would be found whether it is installed or not.
         f"{theirs}{environment.venv} -W ignore -c {setup_environment.CHECK}",
     ]
+    assert capsys.readouterr().out.endswith(
+        f"compiled operator: not built, PyTorch's are used ({environment.log} says why)\n"
+    )
+    (tmp_path / "ccnet_d2/ops").mkdir(parents=True)
+    for device in ("cuda", "cpu"):
+        (tmp_path / f"ccnet_d2/ops/_C_{device}.so").touch()
+    environment.install_project()
+    assert capsys.readouterr().out.endswith("compiled operator: built for cpu and cuda\n")
 
 
 @pytest.mark.parametrize(
@@ -396,6 +425,7 @@ def test_what_the_real_stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (None, 0, ""),
         (InstallError("There is no torch."), 1, "set-up: There is no torch.\n"),
         (OSError(28, "No space left on device", "/disk"), 1, "set-up: /disk: No space left on device.\n"),
+        (OSError("the disk is gone"), 1, "set-up: the system: the disk is gone.\n"),
         (
             KeyboardInterrupt(),
             130,
