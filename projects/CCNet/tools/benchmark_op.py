@@ -9,7 +9,7 @@ floor is the larger of arithmetic at the speed of a large matrix product (on CPU
 faster) and memory traffic at the speed of a large copy, all measured in the same run.
 
 On a GPU a call is recorded as a CUDA graph and timed by the device's clock, its inputs no longer in the cache: what the
-host needs to launch the kernels is not in the figures (with --eager it is). fp32 is exact fp32 there, TF32 is off.
+host needs to launch the kernels is not in the figures (with --eager it is). TF32 is off there.
 
 Examples:
     python projects/CCNet/tools/benchmark_op.py
