@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -218,7 +219,9 @@ def say_who() -> None:
         "gathered": comm.all_gather(comm.get_rank()),
         "threads": torch.get_num_threads(),
     }
-    print(json.dumps(line), flush=True)
+    # In one piece: print() writes the end of the line apart, and another process's line may come between.
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
 
 
 def wrong_input_on_one() -> None:
