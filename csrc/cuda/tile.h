@@ -35,15 +35,13 @@ CCNET_HD FragmentRow fragment_row_b(int lane) {
   return {lane & 15, lane >> 4};
 }
 
-template <typename T, int Rows, int Columns, Order A, Order B>
-struct WarpTile {
+// What a lane holds of a tile, whatever the dtype: its products come in 16 rows x 8 columns, of which lane / 4 is the row
+// and eight further, and the four lanes of a row share the columns.
+template <int Rows, int Columns>
+struct WarpSums {
   static_assert(Rows % 16 == 0 && Columns % 32 == 0, "a warp's tile is a multiple of 16 x 32");
-  static constexpr int kDepthStep = 16;
   static constexpr int kLaneRows = Rows / 8;
   static constexpr int kLaneColumns = Columns / 4;
-  static constexpr int kRun = 2;  // neighbouring columns
-  static constexpr int kSegments = Columns / 32;
-  static constexpr int kSegmentStep = 32;  // columns from one to the next
 
   float sum[Rows / 16][Columns / 8][4];
 
@@ -58,10 +56,33 @@ struct WarpTile {
     }
   }
 
-  // The place in the tile of element (r, c) of a thread's lane: that of (0, 0) and an offset.
+  // The place in the tile of row r of a thread's lane: that of row 0 and an offset.
   static CCNET_HD constexpr int row_offset(int r) { return (r >> 1) * 16 + (r & 1) * 8; }
-  static CCNET_HD constexpr int column_offset(int c) { return (c >> 1) * 8 + (c & 1); }
   static CCNET_HD constexpr int row(int thread, int r) { return (thread % kWarp >> 2) + row_offset(r); }
+
+  // Reductions over the lanes that hold one row; every one of them gets the result.
+  static CCNET_DEVICE float row_max(float v) {
+    v = fmaxf(v, shuffle_xor(v, 1));
+    return fmaxf(v, shuffle_xor(v, 2));
+  }
+  static CCNET_DEVICE float row_sum(float v) {
+    v += shuffle_xor(v, 1);
+    return v + shuffle_xor(v, 2);
+  }
+  static CCNET_DEVICE bool leads_row() { return (thread_index() & 3) == 0; }
+};
+
+template <typename T, int Rows, int Columns, Order A, Order B>
+struct WarpTile : WarpSums<Rows, Columns> {
+  static constexpr int kDepthStep = 16;
+  static constexpr int kRun = 2;  // neighbouring columns
+  static constexpr int kSegments = Columns / 32;
+  static constexpr int kSegmentStep = 32;  // columns from one to the next
+  using WarpSums<Rows, Columns>::sum;
+  using WarpSums<Rows, Columns>::row;
+
+  // The place in the tile of column c of a thread's lane, as WarpSums has that of a row.
+  static CCNET_HD constexpr int column_offset(int c) { return (c >> 1) * 8 + (c & 1); }
   static CCNET_HD constexpr int column(int thread, int c) { return (thread & 3) * 2 + column_offset(c); }
   CCNET_DEVICE float& at(int r, int c) { return sum[r >> 1][c >> 1][(r & 1) * 2 + (c & 1)]; }
 
@@ -97,17 +118,6 @@ struct WarpTile {
       }
     }
   }
-
-  // Reductions over the lanes that hold one row; every one of them gets the result.
-  static CCNET_DEVICE float row_max(float v) {
-    v = fmaxf(v, shuffle_xor(v, 1));
-    return fmaxf(v, shuffle_xor(v, 2));
-  }
-  static CCNET_DEVICE float row_sum(float v) {
-    v += shuffle_xor(v, 1);
-    return v + shuffle_xor(v, 2);
-  }
-  static CCNET_DEVICE bool leads_row() { return (thread_index() & 3) == 0; }
 
   // Elements (r, c) .. (r, c + kRun - 1) of this lane, at the same place of a matrix in shared memory whose corner is
   // (row0, column0).

@@ -14,33 +14,17 @@ namespace cuda {
 // reads whole segments, its columns in four products at once; numbered so that eight lanes, two columns and four depths,
 // find eight different groups of banks.
 template <int Rows, int Columns, Order A, Order B>
-struct WarpTile<float, Rows, Columns, A, B> {
-  static_assert(Rows % 16 == 0 && Columns % 32 == 0, "a warp's tile is a multiple of 16 x 32");
+struct WarpTile<float, Rows, Columns, A, B> : WarpSums<Rows, Columns> {
   static constexpr int kDepthStep = 8;
-  static constexpr int kLaneRows = Rows / 8;
-  static constexpr int kLaneColumns = Columns / 4;
   static constexpr int kRun = B == Order::kOuter ? 2 : 4;  // neighbouring columns
   static constexpr int kSegments = Columns / 16;
   static constexpr int kSegmentStep = 16;  // columns from one to the next
+  using WarpSums<Rows, Columns>::sum;
+  using WarpSums<Rows, Columns>::row;
 
-  float sum[Rows / 16][Columns / 8][4];
-
-  CCNET_DEVICE void clear() {
-    CCNET_UNROLL
-    for (int m = 0; m < Rows / 16; ++m) {
-      CCNET_UNROLL
-      for (int n = 0; n < Columns / 8; ++n) {
-        CCNET_UNROLL
-        for (int e = 0; e < 4; ++e) sum[m][n][e] = 0.f;
-      }
-    }
-  }
-
-  static CCNET_HD constexpr int row_offset(int r) { return (r >> 1) * 16 + (r & 1) * 8; }
   static CCNET_HD constexpr int column_offset(int c) {
     return B == Order::kOuter ? (c >> 1) * 8 + (c & 1) : (c >> 2) * 16 + (c & 3);
   }
-  static CCNET_HD constexpr int row(int thread, int r) { return (thread % kWarp >> 2) + row_offset(r); }
   static CCNET_HD constexpr int column(int thread, int c) { return (thread & 3) * kRun + column_offset(c); }
   CCNET_DEVICE float& at(int r, int c) {
     if (B == Order::kOuter) return sum[r >> 1][c >> 1][(r & 1) * 2 + (c & 1)];
@@ -95,17 +79,6 @@ struct WarpTile<float, Rows, Columns, A, B> {
       }
     }
   }
-
-  // Reductions over the lanes that hold one row; every one of them gets the result.
-  static CCNET_DEVICE float row_max(float v) {
-    v = fmaxf(v, shuffle_xor(v, 1));
-    return fmaxf(v, shuffle_xor(v, 2));
-  }
-  static CCNET_DEVICE float row_sum(float v) {
-    v += shuffle_xor(v, 1);
-    return v + shuffle_xor(v, 2);
-  }
-  static CCNET_DEVICE bool leads_row() { return (thread_index() & 3) == 0; }
 
   // Elements (r, c) .. (r, c + kRun - 1) of this lane, at the same place of a matrix in shared memory whose corner is
   // (row0, column0).

@@ -33,6 +33,12 @@ std::string said_by(const std::function<void()>& run) {
   return "nothing";
 }
 
+// Requires that a mistake of this kind was noticed, and for its own reason.
+void require_noticed(const std::string& kind, const std::string& reason, const std::string& said) {
+  require(said.find(reason) != std::string::npos,
+          "a mistake with " + kind + " should be noticed (" + reason + "), but the machine said " + said);
+}
+
 // A tensor [batch][other0][other1][position][channel] whose rows are padded.
 template <typename T>
 struct Source {

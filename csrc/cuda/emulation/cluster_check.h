@@ -106,9 +106,7 @@ int check_clusters(const Options& options) {
   int checks = 1;
   for (const auto& expectation : expectations) {
     const std::string said = said_by([&] { run_cluster(options, expectation.first); });
-    require(said.find(expectation.second) != std::string::npos,
-            std::string("a mistake with a cluster should be noticed (") + expectation.second +
-                "), but the machine said " + said);
+    require_noticed("a cluster", expectation.second, said);
     ++checks;
   }
   return checks;

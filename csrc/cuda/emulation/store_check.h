@@ -126,9 +126,7 @@ int check_store_mistakes() {
       std::mt19937 random(5);
       const std::string said =
           said_by([&] { run_stores(options, {0, 0, 0, 1, 1}, 8, 3, expectation.first, random); });
-      require(said.find(expectation.second) != std::string::npos,
-              std::string("a mistake with a stored box should be noticed (") + expectation.second +
-                  "), but the machine said " + said);
+      require_noticed("a stored box", expectation.second, said);
       ++checks;
     }
   }
