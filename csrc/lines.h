@@ -53,6 +53,12 @@ struct TensorRef {
   Strides strides;
 };
 
+// A (B, C, N) map, N the positions: strides in numbers; channels or positions lie side by side.
+struct FlatMap {
+  void* data;
+  int64_t batch, channel, position;
+};
+
 // Strides of a dense (B, *S) tensor: one scalar per position.
 CCNET_HD Strides scalar_strides(const Grid& g) {
   Strides s{};

@@ -32,6 +32,20 @@ inline TensorRef reference(const Tensor& t, const Grid& grid, int64_t first = 0)
   return r;
 }
 
+// t as (B, C, N); an error where its positions are not evenly spaced or neither axis is dense.
+inline FlatMap flat_map(const Tensor& t, const char* name) {
+  int64_t step = 0, count = 1;
+  for (int64_t d = t.dim() - 1; d >= 2; --d) {
+    if (t.size(d) == 1) continue;
+    if (count == 1) step = t.stride(d);
+    STD_TORCH_CHECK(t.stride(d) == step * count, name, " must have evenly spaced positions.");
+    count *= t.size(d);
+  }
+  const int64_t channel = t.size(1) == 1 ? 1 : t.stride(1), position = count == 1 ? 1 : step;
+  STD_TORCH_CHECK(channel == 1 || position == 1, name, " must be dense over channels or positions.");
+  return {t.data_ptr(), t.stride(0), channel, position};
+}
+
 inline void check_alike(const Tensor& t, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), name,
                   " must be on the device of query.");
@@ -49,6 +63,15 @@ inline Grid checked_grid(const Tensor& query, const Tensor& key, const Tensor& v
   check_alike(value, query, "value");
   STD_TORCH_CHECK(key.size(1) == query.size(1), "key must have the channels of query.");
   return grid_of(query);
+}
+
+// Of (B, 2C' + C, *S): query, key and value side by side.
+inline Grid checked_packed_grid(const Tensor& packed, int64_t qk_channels) {
+  const Grid grid = checked_grid(packed, packed, packed);
+  STD_TORCH_CHECK(qk_channels >= 1 && packed.size(1) > 2 * qk_channels,
+                  "packed must have 2 key_channels + C channels, got ", packed.size(1), " channels and key_channels=",
+                  qk_channels, ".");
+  return grid;
 }
 
 // What the backward pass is given beside the operands; value has `channels`.
@@ -77,6 +100,14 @@ inline Tensor empty_positions_first(const Tensor& like, int64_t channels, Scalar
 inline Tensor with_channels_second(Tensor t) {
   for (int64_t d = t.dim() - 1; d > 1; --d) t = torch::stable::transpose(t, d - 1, d);
   return t;
+}
+
+// An uninitialised (B, channels, *S) tensor: NCHW in memory.
+inline Tensor empty_positions_last(const Tensor& like, int64_t channels) {
+  int64_t sizes[2 + kMaxAxes];
+  const int64_t dims = like.dim();
+  for (int64_t d = 0; d < dims; ++d) sizes[d] = d == 1 ? channels : like.size(d);
+  return torch::stable::new_empty(like, {sizes, static_cast<size_t>(dims)});
 }
 
 // An uninitialised (B, *S) tensor of fp32, or fp64 for fp64 inputs.

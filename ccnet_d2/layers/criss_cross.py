@@ -187,10 +187,10 @@ class RCCA(CrissCrossAttention):
         return self._recur(x)
 
     def _recur(self, x: Tensor) -> Tensor:
-        """The loops. On CPU the maps between them are channels-last, as attention reads and writes them."""
+        """The loops. The maps between them are channels-last, as attention reads and writes them."""
         if self._recomputes(x):
             return self._recomputed(x, loops=self.recurrence)
-        chosen = x.device.type == "cpu" and x.is_contiguous()
+        chosen = x.is_contiguous()
         for loop in range(1, self.recurrence + 1):
             x = self.attend(x, channels_last=loop < self.recurrence if chosen else None)
         return x

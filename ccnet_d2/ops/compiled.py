@@ -138,7 +138,7 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def channels_last_copy(x: Tensor) -> Tensor:
     """(B, C, *S) channels-last in memory; differentiable."""
-    if runs_on_cpu(x):
+    if supports(x) is None and (x.device.type == "cpu" or x.is_contiguous()):
         copy: Tensor = torch.ops.ccnet_d2.to_channels_last(x)
         return copy
     return x.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -37,8 +37,8 @@ def to_channels_last(x: Tensor) -> Tensor:
 
 
 def to_channels_second(x: Tensor) -> Tensor:
-    """(B, C, *S) itself where it is NCHW without gaps, else a copy that is; of channels-last maps on CPU a fast one."""
-    if x.is_contiguous() or not (is_channels_last(x) and compiled.runs_on_cpu(x)):
+    """(B, C, *S) itself where it is NCHW without gaps, else a copy that is; of channels-last maps a fast one."""
+    if x.is_contiguous() or not (is_channels_last(x) and compiled.supports(x) is None):
         return x.contiguous()
     # The positions as the channels of a line of C positions: what makes channels-last maps makes NCHW ones of these.
     copy = compiled.channels_last_copy(x.flatten(2).transpose(1, 2))

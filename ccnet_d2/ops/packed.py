@@ -1,8 +1,7 @@
 """The compiled criss-cross op on one tensor that holds query, key and value side by side, as one projection makes them.
 
-Two operators, `ccnet_d2::criss_cross_packed_forward` and `ccnet_d2::criss_cross_packed_backward`. On CPU their kernels
-read the parts, and write the gradients of the parts, in place; on CUDA they are made of the operators on three
-tensors. Otherwise as in `ccnet_d2.ops.compiled`.
+Two operators, `ccnet_d2::criss_cross_packed_forward` and `ccnet_d2::criss_cross_packed_backward`. They read the parts,
+and write the gradients of the parts, in place. Otherwise as in `ccnet_d2.ops.compiled`.
 """
 
 from typing import Any
@@ -40,20 +39,6 @@ def backward(grad_out: Tensor, packed: Tensor, key_channels: int, out: Tensor, l
     compiled.refuse_unsupported(grad_out)
     grad: Tensor = torch.ops.ccnet_d2.criss_cross_packed_backward(grad_out, packed, key_channels, out, lse)
     return grad
-
-
-def forward_of_parts(packed: Tensor, key_channels: int) -> tuple[Tensor, Tensor]:
-    """The forward operator by way of the one on three tensors."""
-    out: tuple[Tensor, Tensor] = torch.ops.ccnet_d2.criss_cross_forward(*split(packed, key_channels))
-    return out
-
-
-def backward_of_parts(
-    grad_out: Tensor, packed: Tensor, key_channels: int, out: Tensor, lse: Tensor
-) -> Tensor:
-    """The backward operator by way of the one on three tensors."""
-    grads = torch.ops.ccnet_d2.criss_cross_backward(grad_out, *split(packed, key_channels), out, lse)
-    return torch.cat([grad.movedim(1, -1) for grad in grads], dim=-1).movedim(-1, 1)
 
 
 def _forward_fake(packed: Tensor, key_channels: int) -> tuple[Tensor, Tensor]:
@@ -95,8 +80,6 @@ def _register() -> None:
     name, backward_name = "ccnet_d2::criss_cross_packed_forward", "ccnet_d2::criss_cross_packed_backward"
     library.register_fake(name, _forward_fake)
     library.register_fake(backward_name, _backward_fake)
-    library.register_kernel(name, "cuda", forward_of_parts)
-    library.register_kernel(backward_name, "cuda", backward_of_parts)
     library.register_autograd(name, _differentiate, setup_context=_save)
     library.register_autograd(backward_name, compiled.refuse_second_derivative)
     register_flop_formula(torch.ops.ccnet_d2.criss_cross_packed_forward)(_forward_flops)

@@ -1,8 +1,8 @@
 """The layer's last step, `x + gamma * attended`, between memory layouts.
 
 The attention's output is channels-last in memory, and x mostly is not: added up by PyTorch, one of the two is read
-against the grain. On CPU the compiled library does it in one blocked pass, and writes the sum in the layout that is
-wanted next; elsewhere PyTorch does.
+against the grain. The compiled libraries do it in one blocked pass, and write the sum in the layout that is wanted
+next; without them PyTorch does.
 """
 
 from typing import Any
@@ -80,11 +80,12 @@ def residual_gradients(grad: Tensor, attended: Tensor, gamma: Tensor) -> tuple[T
 
 
 def _runs_compiled(attended: Tensor, gamma: Tensor, x: Tensor) -> bool:
+    on_cpu = x.device.type == "cpu"
     return (
-        compiled.runs_on_cpu(x, attended, gamma)
+        compiled.supports(x, attended, gamma) is None
         and attended.shape == x.shape
-        and (is_dense(attended) or has_even_rows(attended))
-        and (attended.dtype == x.dtype or (x.dtype == torch.float32 and attended.dtype in _HALF))
+        and (has_even_rows(attended) or (on_cpu and is_dense(attended)))
+        and (attended.dtype == x.dtype or (on_cpu and x.dtype == torch.float32 and attended.dtype in _HALF))
     )
 
 

@@ -49,12 +49,6 @@ struct CopyArgs {
   Parallel parallel;
 };
 
-// A (B, C, N) map, N the positions: strides in numbers; channels or positions lie side by side.
-struct FlatMap {
-  void* data;
-  int64_t batch, channel, position;
-};
-
 // The layer's last step and its backward.
 struct ResidualArgs {
   int64_t batch, channels, positions;

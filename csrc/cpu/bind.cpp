@@ -118,14 +118,6 @@ Operands side_by_side(const Tensor& packed, int64_t qk_channels, const Grid& gri
           qk_channels, packed.size(1) - 2 * qk_channels};
 }
 
-Grid checked_packed_grid(const Tensor& packed, int64_t qk_channels) {
-  const Grid grid = checked_grid(packed, packed, packed);
-  STD_TORCH_CHECK(qk_channels >= 1 && packed.size(1) > 2 * qk_channels,
-                  "packed must have 2 key_channels + C channels, got ", packed.size(1), " channels and key_channels=",
-                  qk_channels, ".");
-  return grid;
-}
-
 std::tuple<Tensor, Tensor> packed_forward(Tensor packed, int64_t key_channels) {
   const Grid grid = checked_packed_grid(packed, key_channels);
   Tensor out = empty_channels_last(packed, packed.size(1) - 2 * key_channels);

@@ -77,10 +77,7 @@ void use_huge_pages_if_new(const Tensor& t) {
 }
 
 Tensor empty_channels_second(const Tensor& like, int64_t channels) {
-  int64_t sizes[2 + kMaxAxes];
-  const int64_t dims = like.dim();
-  for (int64_t d = 0; d < dims; ++d) sizes[d] = d == 1 ? channels : like.size(d);
-  const Tensor t = torch::stable::new_empty(like, {sizes, static_cast<size_t>(dims)});
+  const Tensor t = empty_positions_last(like, channels);
   use_huge_pages_if_new(t);
   return t;
 }
@@ -99,19 +96,6 @@ DType kernel_dtype(const Tensor& t) {
     case ScalarType::Double: return DType::kDouble;
     default: STD_TORCH_CHECK(false, "criss-cross attention takes float16, bfloat16, float32 or float64.");
   }
-}
-
-FlatMap flat_map(const Tensor& t, const char* name) {
-  int64_t step = 0, count = 1;
-  for (int64_t d = t.dim() - 1; d >= 2; --d) {
-    if (t.size(d) == 1) continue;
-    if (count == 1) step = t.stride(d);
-    STD_TORCH_CHECK(t.stride(d) == step * count, name, " must have evenly spaced positions.");
-    count *= t.size(d);
-  }
-  const int64_t channel = t.size(1) == 1 ? 1 : t.stride(1), position = count == 1 ? 1 : step;
-  STD_TORCH_CHECK(channel == 1 || position == 1, name, " must be dense over channels or positions.");
-  return {t.data_ptr(), t.stride(0), channel, position};
 }
 
 Tensor copy_channels_last(const Tensor& t, const Grid& grid) {

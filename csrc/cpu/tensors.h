@@ -32,9 +32,6 @@ Tensor empty_channels_last(const Tensor& like, int64_t channels);
 // The same in NCHW memory.
 Tensor empty_channels_second(const Tensor& like, int64_t channels);
 
-// t as (B, C, N); an error where its positions are not evenly spaced or neither axis is dense.
-FlatMap flat_map(const Tensor& t, const char* name);
-
 Tensor copy_channels_last(const Tensor& t, const Grid& grid);
 
 // The tensor itself where its channels lie one beside the other, else a channels-last copy.

@@ -1,14 +1,11 @@
 // The operators of the CUDA library: argument checks, memory, device and stream. LibTorch stable ABI only. The schemas
 // are defined by the CPU library.
-#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include <limits>
 #include <tuple>
 
-#include "../tensors.h"
-#include "interface.h"
+#include "tensors.h"
 
 namespace ccnet {
 namespace cuda {
@@ -52,8 +49,6 @@ const Kernels& kernels_for(const Tensor& t, const BackwardRequest& request) {
   return choice.general;
 }
 
-void check(int error) { STD_CUDA_CHECK(static_cast<cudaError_t>(error)); }
-
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, which, device));
@@ -70,38 +65,36 @@ DeviceInfo device_info(const Tensor& t) {
           10 * major + attribute(cudaDevAttrComputeCapabilityMinor, device), attribute(cudaDevAttrL2CacheSize, device)};
 }
 
-void* current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return stream;
+// Query, key and value, or their gradients.
+struct Parts {
+  TensorRef query, key, value;
+};
+Parts separate(const Tensor& query, const Tensor& key, const Tensor& value, const Grid& grid) {
+  return {reference(query, grid), reference(key, grid), reference(value, grid)};
+}
+// Of (B, 2C' + C, *S) in channels-last memory.
+Parts side_by_side(const Tensor& packed, int64_t qk_channels, const Grid& grid) {
+  return {reference(packed, grid), reference(packed, grid, qk_channels), reference(packed, grid, 2 * qk_channels)};
 }
 
-// The kernels count positions of a line and channels in 32 bits, with room for the last tile, and divide by the latter.
-void check_counts(const Grid& grid, const Tensor& query, const Tensor& value) {
-  constexpr int64_t kMost = std::numeric_limits<int>::max() - 1024;
-  for (int a = 0; a < grid.axes; ++a) {
-    STD_TORCH_CHECK(grid.size[a] <= kMost, "criss-cross attention takes at most ", kMost, " positions on an axis.");
-  }
-  for (const int64_t channels : {query.size(1), value.size(1)}) {
-    STD_TORCH_CHECK(channels >= 1 && channels <= kMost, "criss-cross attention takes 1 to ", kMost, " channels.");
-  }
-}
-
-// An uninitialised (B, channels, *S) tensor in channels-last memory.
-Tensor empty_channels_last(const Tensor& like, int64_t channels) {
-  return with_channels_second(empty_positions_first(like, channels, like.scalar_type()));
-}
-
-// The tensor itself where its channels are neighbours in memory, otherwise a channels-last copy.
-Tensor with_dense_channels(const Tensor& t) {
-  if (t.stride(1) == 1 || t.size(1) == 1) return t;
-  Tensor copy = empty_channels_last(t, t.size(1));
-  torch::stable::copy_(copy, t);
-  return copy;
-}
-
-Tensor empty_floats(const Tensor& like, int64_t count) {
-  return torch::stable::new_empty(like, {&count, 1}, ScalarType::Float);
+// The operands have their channels side by side in memory. `like`: on their device, of their dtype.
+void run_forward(const Tensor& like, const Grid& grid, int64_t qk_channels, const Parts& operands, const Tensor& out,
+                 const Tensor& lse) {
+  ForwardRequest request{};
+  request.device = device_info(like);
+  request.grid = grid;
+  request.qk_channels = static_cast<int>(qk_channels);
+  request.channels = static_cast<int>(out.size(1));
+  request.query = operands.query;
+  request.key = operands.key;
+  request.value = operands.value;
+  request.out = reference(out, grid);
+  request.lse = static_cast<float*>(lse.data_ptr());
+  request.stream = current_stream(like);
+  const Kernels& kernels = kernels_for(like, request);
+  const Tensor stats = empty_floats(like, kernels.forward_scratch(grid, request.device) / int64_t{sizeof(float)});
+  request.stats = stats.data_ptr();
+  check(kernels.forward(request));
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value) {
@@ -114,23 +107,46 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value) {
     query = with_dense_channels(query);
     key = with_dense_channels(key);
     value = with_dense_channels(value);
-    ForwardRequest request{};
-    request.device = device_info(query);
-    request.grid = grid;
-    request.qk_channels = static_cast<int>(query.size(1));
-    request.channels = static_cast<int>(value.size(1));
-    request.query = reference(query, grid);
-    request.key = reference(key, grid);
-    request.value = reference(value, grid);
-    request.out = reference(out, grid);
-    request.lse = static_cast<float*>(lse.data_ptr());
-    request.stream = current_stream(query);
-    const Kernels& kernels = kernels_for(query, request);
-    Tensor stats = empty_floats(query, kernels.forward_scratch(grid, request.device) / int64_t{sizeof(float)});
-    request.stats = stats.data_ptr();
-    check(kernels.forward(request));
+    run_forward(query, grid, query.size(1), separate(query, key, value, grid), out, lse);
   }
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> packed_forward(Tensor packed, int64_t key_channels) {
+  const Grid grid = checked_packed_grid(packed, key_channels);
+  check_counts(grid, packed, packed);
+  const torch::stable::accelerator::DeviceGuard guard(packed.get_device_index());
+  Tensor out = empty_channels_last(packed, packed.size(1) - 2 * key_channels);
+  Tensor lse = empty_statistic(packed);
+  if (lse.numel() > 0) {
+    packed = with_dense_channels(packed);
+    run_forward(packed, grid, key_channels, side_by_side(packed, key_channels, grid), out, lse);
+  }
+  return {out, lse};
+}
+
+void run_backward(const Tensor& like, const Grid& grid, int64_t qk_channels, const Parts& operands, Tensor grad_out,
+                  Tensor out, const Tensor& lse, const Parts& grads) {
+  out = with_dense_channels(out);
+  grad_out = with_dense_channels(grad_out);
+  Tensor delta = empty_statistic(like);
+  BackwardRequest request{};
+  request.device = device_info(like);
+  request.grid = grid;
+  request.qk_channels = static_cast<int>(qk_channels);
+  request.channels = static_cast<int>(out.size(1));
+  request.query = operands.query;
+  request.key = operands.key;
+  request.value = operands.value;
+  request.out = reference(out, grid);
+  request.grad_out = reference(grad_out, grid);
+  request.grad_query = grads.query;
+  request.grad_key = grads.key;
+  request.grad_value = grads.value;
+  request.lse = static_cast<const float*>(lse.data_ptr());
+  request.delta = static_cast<float*>(delta.data_ptr());
+  request.stream = current_stream(like);
+  check(kernels_for(like, request).backward(request));
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out,
@@ -146,28 +162,24 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor query, Tenso
     query = with_dense_channels(query);
     key = with_dense_channels(key);
     value = with_dense_channels(value);
-    out = with_dense_channels(out);
-    grad_out = with_dense_channels(grad_out);
-    Tensor delta = empty_statistic(query);
-    BackwardRequest request{};
-    request.device = device_info(query);
-    request.grid = grid;
-    request.qk_channels = static_cast<int>(query.size(1));
-    request.channels = static_cast<int>(value.size(1));
-    request.query = reference(query, grid);
-    request.key = reference(key, grid);
-    request.value = reference(value, grid);
-    request.out = reference(out, grid);
-    request.grad_out = reference(grad_out, grid);
-    request.grad_query = reference(grad_query, grid);
-    request.grad_key = reference(grad_key, grid);
-    request.grad_value = reference(grad_value, grid);
-    request.lse = static_cast<const float*>(lse.data_ptr());
-    request.delta = static_cast<float*>(delta.data_ptr());
-    request.stream = current_stream(query);
-    check(kernels_for(query, request).backward(request));
+    run_backward(query, grid, query.size(1), separate(query, key, value, grid), grad_out, out, lse,
+                 separate(grad_query, grad_key, grad_value, grid));
   }
   return {grad_query, grad_key, grad_value};
+}
+
+Tensor packed_backward(Tensor grad_out, Tensor packed, int64_t key_channels, Tensor out, Tensor lse) {
+  const Grid grid = checked_packed_grid(packed, key_channels);
+  check_counts(grid, packed, packed);
+  check_backward(packed, packed.size(1) - 2 * key_channels, grad_out, out, lse, grid);
+  const torch::stable::accelerator::DeviceGuard guard(packed.get_device_index());
+  Tensor grad_packed = empty_channels_last(packed, packed.size(1));
+  if (lse.numel() > 0) {
+    packed = with_dense_channels(packed);
+    run_backward(packed, grid, key_channels, side_by_side(packed, key_channels, grid), grad_out, out, lse,
+                 side_by_side(grad_packed, key_channels, grid));
+  }
+  return grad_packed;
 }
 
 }  // namespace
@@ -177,4 +189,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor query, Tenso
 STABLE_TORCH_LIBRARY_IMPL(ccnet_d2, CUDA, m) {
   m.impl("criss_cross_forward", TORCH_BOX(&ccnet::cuda::forward));
   m.impl("criss_cross_backward", TORCH_BOX(&ccnet::cuda::backward));
+  m.impl("criss_cross_packed_forward", TORCH_BOX(&ccnet::cuda::packed_forward));
+  m.impl("criss_cross_packed_backward", TORCH_BOX(&ccnet::cuda::packed_backward));
 }

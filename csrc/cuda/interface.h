@@ -38,6 +38,17 @@ struct BackwardRequest {
   void* stream;
 };
 
+// A step of residual.h on maps of one dtype, of which those that are not NCHW have their channels side by side.
+struct ResidualRequest {
+  int64_t batch, positions;
+  int channels;
+  FlatMap attended, x, out;  // attended is not there in a copy
+  const float* gamma;
+  float* sums;   // residual_sums many, and
+  float* total;  // their sum, one: of the backward pass
+  void* stream;
+};
+
 // The current CUDA device must be the tensors'. The results are cudaError_t values, 0 for success.
 struct Kernels {
   bool (*takes_forward)(const ForwardRequest&);  // whether this device and these tensors are for these kernels
@@ -46,10 +57,19 @@ struct Kernels {
   int (*forward)(const ForwardRequest&);
   int (*backward)(const BackwardRequest&);
 };
+struct ResidualKernels {
+  int64_t (*sums)(const ResidualRequest&);  // how many the backward pass makes
+  int (*copy)(const ResidualRequest&);
+  int (*forward)(const ResidualRequest&);
+  int (*backward)(const ResidualRequest&);
+};
 
 const Kernels& float_kernels();
 const Kernels& half_kernels();
 const Kernels& bfloat16_kernels();
+const ResidualKernels& float_residual_kernels();
+const ResidualKernels& half_residual_kernels();
+const ResidualKernels& bfloat16_residual_kernels();
 
 // For compute capability 9.0; there where the library is built for it.
 #if defined(CCNET_HOPPER)

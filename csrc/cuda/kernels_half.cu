@@ -7,6 +7,10 @@ const Kernels& half_kernels() {
   static const Kernels kernels = kernels_of<Half>();
   return kernels;
 }
+const ResidualKernels& half_residual_kernels() {
+  static const ResidualKernels kernels = residual_kernels_of<Half>();
+  return kernels;
+}
 
 }  // namespace cuda
 }  // namespace ccnet

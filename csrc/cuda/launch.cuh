@@ -2,6 +2,7 @@
 #pragma once
 
 #include "plan.h"
+#include "residual_plan.h"
 
 namespace ccnet {
 namespace cuda {
@@ -21,6 +22,13 @@ class Launcher {
   template <typename T>
   int operator()(const DeltaArgs<T>& args, int shared_bytes) const {
     return run(delta_kernel<T>, args, kDeltaThreads, shared_bytes);
+  }
+  template <typename T, int Width, ResidualStep Step>
+  int residual(const ResidualArgs<T>& args) const {
+    return run(residual_kernel<T, Width, Step>, args, kResidualThreads, kResidualSharedBytes<T>);
+  }
+  int residual_sum(const ResidualSumArgs& args) const {
+    return run(residual_sum_kernel<double>, args, kResidualThreads, kResidualThreads * static_cast<int>(sizeof(double)));
   }
 
  private:
@@ -49,6 +57,16 @@ Kernels kernels_of() {
   k.forward_scratch = [](const Grid& grid, const DeviceInfo& device) { return forward_scratch<T>(grid, device); };
   k.forward = [](const ForwardRequest& request) { return forward<T>(request, Launcher(request.stream)); };
   k.backward = [](const BackwardRequest& request) { return backward<T>(request, Launcher(request.stream)); };
+  return k;
+}
+
+template <typename T>
+ResidualKernels residual_kernels_of() {
+  ResidualKernels k{};
+  k.sums = residual_blocks;
+  k.copy = [](const ResidualRequest& r) { return residual<T, ResidualStep::kCopy>(r, Launcher(r.stream)); };
+  k.forward = [](const ResidualRequest& r) { return residual<T, ResidualStep::kForward>(r, Launcher(r.stream)); };
+  k.backward = [](const ResidualRequest& r) { return residual<T, ResidualStep::kBackward>(r, Launcher(r.stream)); };
   return k;
 }
 

@@ -15,7 +15,9 @@ import pytest
 
 CUDA_SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 DTYPES = ("float", "half", "bfloat16")
-KERNELS = ("forward_kernel", "backward_kernel", "delta_kernel")
+KERNELS = ("forward_kernel", "backward_kernel", "delta_kernel", "residual_sum_kernel")
+# A copy, the forward and the backward pass, by elements; of 16 bits, by pairs as well.
+RESIDUAL_KERNELS = {"float": 3, "half": 6, "bfloat16": 6}
 # Three of each: lines of one block, of two, and of one with fewer rows; and one more that finds delta as well.
 HOPPER_KERNELS = (
     *("hopper_forward_kernel", "hopper_backward_kernel") * 3,
@@ -88,10 +90,23 @@ def test_emulated_machine_itself(tmp_path: Path) -> None:
     assert re.match(r"\d{3} checks passed", _run([str(program)]))
 
 
+def test_residual_kernels_agree_with_float64(tmp_path: Path) -> None:
+    program = str(_build_for_emulation("residual_check.cpp", tmp_path))
+    # None more than one rounding, no bit different with another order of threads, both ways of moving channels taken.
+    for line, dtype in zip(_run([program]).splitlines(), DTYPES, strict=True):
+        match = re.fullmatch(rf"{dtype}: 40 cases, .*; (\d+) launches by element, (\d+) by pair", line)
+        assert match is not None, line
+        assert int(match[1]) > 0 and (int(match[2]) > 0) == (dtype != "float")
+    for fault, symptom in (("skip-barrier", "without a barrier"), ("shuffle", "the sum is wrong")):
+        result = subprocess.run([program, "--fault", fault], capture_output=True, text=True, timeout=900)
+        assert result.returncode == 1 and symptom in result.stdout, result.stdout + result.stderr
+
+
 @pytest.mark.parametrize("architecture", ["80", "90"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_compile_without_spills(dtype: str, architecture: str, tmp_path: Path) -> None:
-    _compile_without_spills(f"kernels_{dtype}.cu", architecture, KERNELS, tmp_path)
+    kernels = (*KERNELS, *["residual_kernel"] * RESIDUAL_KERNELS[dtype])
+    _compile_without_spills(f"kernels_{dtype}.cu", architecture, kernels, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["half", "bfloat16"])
@@ -123,7 +138,8 @@ def _compile_without_spills(source: str, architecture: str, kernels: tuple[str, 
     return report
 
 
-def test_binding_compiles(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["bind_cuda.cpp", "bind_residual.cpp"])
+def test_binding_compiles(name: str) -> None:
     compiler = shutil.which("g++") or shutil.which("clang++")
     headers = _nvcc().resolve().parents[1] / "include"
     if compiler is None or not (headers / "cuda_runtime_api.h").is_file():
@@ -133,7 +149,7 @@ def test_binding_compiles(tmp_path: Path) -> None:
     includes = [option for path in [*include_paths(), str(headers)] for option in ("-isystem", path)]
     defines = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     warnings = ["-Wall", "-Wextra", "-Werror"]
-    source = str(CUDA_SOURCES / "bind_cuda.cpp")
+    source = str(CUDA_SOURCES / name)
     _run([compiler, "-std=c++17", "-fsyntax-only", *warnings, *defines, *includes, source])
 
 

@@ -42,19 +42,6 @@ def test_equals_the_op_on_three_tensors(sizes, dtype, channels_last):
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_by_way_of_parts(sizes):
-    """What runs on CUDA, whose kernels take three tensors."""
-    x = draw(*sizes).detach()
-    out, lse = packed.forward(x, KEY_CHANNELS)
-    for got, wanted in zip(packed.forward_of_parts(x, KEY_CHANNELS), (out, lse), strict=True):
-        assert torch.equal(got, wanted)
-    grad = torch.randn_like(out)
-    arguments = (grad, x, KEY_CHANNELS, out, lse)
-    got, wanted = packed.backward_of_parts(*arguments), packed.backward(*arguments)
-    assert torch.equal(got, wanted) and got.stride() == wanted.stride()
-
-
-@pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(sizes, dtype):
     x = draw(*sizes, dtype=dtype)

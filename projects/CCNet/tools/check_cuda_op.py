@@ -10,9 +10,9 @@ Builds nothing: the CUDA library must be there (`python -m ccnet_d2.collect_env`
 
 Checked, for drawn shapes, strides and dtypes: outputs and gradients against a float64 oracle built from an explicit
 neighbour mask, and against the error of the textbook form in the same precision; bitwise equality between
-runs; memory that the kernels should write filled with NaN before. Timed, as replays of CUDA graphs over several sets of
-inputs: the kernels, the matmul backend and the textbook form, beside the floor that follows from the bandwidth and
-the matrix rate measured in the same run.
+runs; memory that the kernels should write filled with NaN before; and the other steps of a layer. Timed, as replays of
+CUDA graphs over several sets of inputs: the kernels, the matmul backend and the textbook form, beside the floor that
+follows from the bandwidth and the matrix rate measured in the same run.
 
 --small is for compute-sanitizer, which slows kernels down a hundredfold: each kernel by the smallest calls that reach
 all of it, and next to none of other libraries, since inputs are drawn and results checked on the CPU. Every tensor has
@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from ccnet_d2.ops import compiled
 from ccnet_d2.script_exit import exit_with
+from cuda_layer_checks import check_layer_steps
 from cuda_op_cases import DTYPES, Case, draw_cases, small_cases
 from cuda_op_checks import NAMES, CheckFailed, check_case, check_large, check_official, check_small_case
 from cuda_op_times import TABLE_HEAD, TIMED_SIZES, measure_ceilings, render_row, time_sizes
@@ -108,6 +109,7 @@ def check_cases(
         try:
             for name, error in check(case, device).items():
                 worst[case.dtype][name] = max(worst[case.dtype][name], error)
+            check_layer_steps(case, device)
         except CheckFailed as failure:
             failures.append({"case": asdict(case), "failure": str(failure)})
             print(f"FAILED {case}: {failure}", flush=True)
