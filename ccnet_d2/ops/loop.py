@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import compiled, fp32_products, packed
+from .aligned_rows import has_aligned_rows, with_aligned_rows
 from .autocast import autocast_disabled, autocasts, compute_dtype
 from .backends import automatic_backend_on
 from .layout import channel_sums, is_channels_last, is_dense, on_huge_pages, to_channels_last
@@ -91,16 +92,27 @@ def loop_without_gradients(
 ) -> Tensor:
     """`criss_cross_loop`, its projection and attention in `dtype`."""
     # Nothing else of it is held: the projection is freed before the result is made.
-    attended = _attend(x, weight, bias, key_channels, dtype)[1]
-    return gated_residual(attended, gamma, x, channels_last=channels_last)
+    attended, read = _attend(x, weight, bias, key_channels, dtype)[1::2]
+    return _add_residual(attended, gamma, x, read, channels_last)
 
 
 def _attend(
     x: Tensor, weight: Tensor, bias: Tensor, key_channels: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The projection, the attended map, and the log-sum-exps."""
-    projected = project(x.to(dtype), weight.to(dtype), bias.to(dtype))
-    return projected, *packed.forward(projected, key_channels)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The projection, the attended map, the log-sum-exps, and x as the projection has read it."""
+    read = with_aligned_rows(x.to(dtype))
+    projected = project(read, weight.to(dtype), bias.to(dtype))
+    attended, lse = packed.forward(projected, key_channels)
+    return projected, attended, lse, read
+
+
+def _add_residual(
+    attended: Tensor, gamma: Tensor, x: Tensor, read: Tensor, channels_last: bool | None
+) -> Tensor:
+    """`gated_residual`, from a copy of x where that lies in memory as `attended` does."""
+    if channels_last is None and is_dense(x):
+        channels_last = not x.is_contiguous()
+    return gated_residual(attended, gamma, read if read.dtype == x.dtype else x, channels_last=channels_last)
 
 
 class _Loop(torch.autograd.Function):
@@ -115,11 +127,11 @@ class _Loop(torch.autograd.Function):
         dtype: torch.dtype,
         channels_last: bool | None,
     ) -> Tensor:
-        projected, attended, lse = _attend(x, weight, bias, key_channels, dtype)
+        projected, attended, lse, read = _attend(x, weight, bias, key_channels, dtype)
         ctx.save_for_backward(x, weight, gamma, projected, attended, lse)
         ctx.key_channels = key_channels
         ctx.bias_dtype = bias.dtype
-        return gated_residual(attended, gamma, x, channels_last=channels_last)
+        return _add_residual(attended, gamma, x, read, channels_last)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -189,7 +201,7 @@ def _input_gradient(grad: Tensor, grads: Tensor, weight: Tensor, x: Tensor) -> T
     if grad.dtype == grads.dtype and fp32_products.pays(grads, weight):
         return fp32_products.input_gradient(grads, weight, grad, channels_last=channels_last)
     same_layout = is_channels_last(grad) == channels_last
-    if grad.dtype == grads.dtype and (same_layout or channels_last):
+    if grad.dtype == grads.dtype and (channels_last or (same_layout and has_aligned_rows(grad))):
         total = on_huge_pages(torch.empty_like(grad)).copy_(grad) if same_layout else to_channels_last(grad)
         add_input_gradient(total, grads, weight)
         return total

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import compiled
+from .aligned_rows import with_aligned_rows
 from .autocast import autocast_disabled, compute_dtype, refuse_mixed_dtypes
 from .backends import automatic_backend_on, require_compiled, select_backend
 from .chunks import backward_chunks, forward_chunks
@@ -47,8 +48,8 @@ class _Layer:
     dtype: torch.dtype  # of the projection and the attention
 
     def low(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x, weight and bias in the dtype that is computed in."""
-        return x.to(self.dtype), self.weight.to(self.dtype), self.bias.to(self.dtype)
+        """x, weight and bias in the dtype that is computed in, and x laid out for products."""
+        return with_aligned_rows(x.to(self.dtype)), self.weight.to(self.dtype), self.bias.to(self.dtype)
 
     def query_and_key(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         """Their projection."""

@@ -55,28 +55,31 @@ class HopperLauncher {
   template <typename T, int Blocks, int Keys>
   int forward(const HopperForwardArgs& args) const {
     using Shape = HopperForwardShape<Blocks, Keys>;
-    return run(hopper_forward_kernel<T, Blocks, Keys>, args, Shape::kThreads, Shape::kSharedBytes);
+    return run(hopper_forward_kernel<T, Blocks, Keys>, args, true, Shape::kThreads, Shape::kSharedBytes);
   }
   template <typename T, int Blocks, bool FindsDelta, int Rows>
   int backward(const HopperBackwardArgs<T>& args) const {
     using Shape = HopperBackwardShape<T, Blocks, FindsDelta, Rows>;
-    return run(hopper_backward_kernel<T, Blocks, FindsDelta, Rows>, args, Shape::kThreads, Shape::kSharedBytes,
-               Shape::kClusterBlocks);
+    return run(hopper_backward_kernel<T, Blocks, FindsDelta, Rows>, args, !args.first, Shape::kThreads,
+               Shape::kSharedBytes, Shape::kClusterBlocks);
   }
   template <typename T>
   int dense_delta(const DenseDeltaArgs<T>& args) const {
-    return run(dense_delta_kernel<T>, args, kDenseDeltaThreads, 0);
+    return run(dense_delta_kernel<T>, args, false, kDenseDeltaThreads, 0);
   }
 
  private:
+  // `overlaps`: it may begin before the launch before has ended, once all CTAs of that have allowed it. The first of a
+  // backward pass does not: both passes in succession take less time so at most sizes (docs/performance.md).
   template <typename Args>
-  int run(void (*kernel)(Args), const Args& args, int threads, int shared_bytes, int cluster_blocks = 1) const {
+  int run(void (*kernel)(Args), const Args& args, bool overlaps, int threads, int shared_bytes,
+          int cluster_blocks = 1) const {
     cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                              cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return static_cast<int>(error);
     cudaLaunchAttribute attributes[2]{};
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[0].val.programmaticStreamSerializationAllowed = overlaps;
     attributes[1].id = cudaLaunchAttributeClusterDimension;
     attributes[1].val.clusterDim = {static_cast<unsigned>(cluster_blocks), 1, 1};
     cudaLaunchConfig_t config{};

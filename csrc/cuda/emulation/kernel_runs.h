@@ -55,12 +55,13 @@ class HopperLauncher {
   int backward(const HopperBackwardArgs<T>& args) {
     using Shape = HopperBackwardShape<T, Blocks, FindsDelta, Rows>;
     machine_.run_grid(args.blocks, Shape::kThreads, Shape::kSharedBytes,
-                      [&] { hopper_backward_kernel<T, Blocks, FindsDelta, Rows>(args); }, true, Shape::kClusterBlocks);
+                      [&] { hopper_backward_kernel<T, Blocks, FindsDelta, Rows>(args); }, !args.first,
+                      Shape::kClusterBlocks);
     return 0;
   }
   template <typename T>
   int dense_delta(const DenseDeltaArgs<T>& args) {
-    machine_.run_grid(args.blocks, kDenseDeltaThreads, 0, [&] { dense_delta_kernel<T>(args); }, true);
+    machine_.run_grid(args.blocks, kDenseDeltaThreads, 0, [&] { dense_delta_kernel<T>(args); });
     return 0;
   }
 
