@@ -96,10 +96,12 @@ struct HopperBackwardArgs {
   SegmentOutput<T> grad_query, grad_key, grad_value;
   const float* lse;                            // (B, N)
   float* delta;                                // (B, N), of an earlier launch or to be found
-  bool first;                                  // launch of the call
+  bool overlaps;                               // may begin before the launch before has ended
   bool accumulate;                             // an earlier launch has written the gradients
   int backwards;                               // 1: through the channels, starting with the last
-  int kept_steps;  // panels of V and dO, the last ones, that the L2 cache keeps for the next launch
+  // The steps from which on the L2 cache keeps panels of dV, and of V and dO, for the next launch. The others only pass
+  // through it.
+  int keeps_grads_from, keeps_values_from;
   int groups;                                  // of lines: cluster i takes groups i, i + clusters, ...
   int blocks;                                  // CTAs, in whole clusters
 };
@@ -141,19 +143,10 @@ struct WarpOutput {
     }
   }
 
-  // Has the L2 cache fetch the rows' first `panels` panels, of which fetch() will bring one after the other.
-  CCNET_DEVICE void prefetch(int thread, const SegmentOutput<T>& out, int panels) const {
-    const uint32_t segment = static_cast<uint32_t>(thread % kRowSegments * kRowSegments);
-    if (segment >= static_cast<uint32_t>(min_of(out.segments, panels * kRowSegments))) return;
-    CCNET_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      if (row[i] != kNoRow) prefetch_row(reinterpret_cast<const Segment*>(out.data) + (row[i] + segment));
-    }
-  }
-
-  // `add`: to what fetch() has brought. A collective of the warp, which may use the panel anew afterwards.
+  // `add`: to what fetch() has brought. `keeps`: the L2 cache, which treats it as `otherwise` says if not. A collective of
+  // the warp, which may use the panel anew afterwards.
   CCNET_DEVICE void write(int thread, float (&d)[32], bool add, char* panel, const SegmentOutput<T>& out,
-                          int step) const {
+                          int step, bool keeps = false, CachePolicy otherwise = CachePolicy::kNormal) const {
     if (add) {
       CCNET_UNROLL
       for (int i = 0; i < 4; ++i) {
@@ -185,7 +178,13 @@ struct WarpOutput {
     CCNET_UNROLL
     for (int i = 0; i < kRows; ++i) {
       Segment* const to = reinterpret_cast<Segment*>(out.data) + (row[i] + segment);
-      if (exists && row[i] != kNoRow) store_global(to, segments[i]);
+      if (!exists || row[i] == kNoRow) continue;
+      // A choice between two known policies: a policy that is chosen takes registers that are not there.
+      if (keeps) {
+        store_global(to, segments[i], CachePolicy::kLast);
+      } else {
+        store_global(to, segments[i], otherwise);
+      }
     }
   }
 
@@ -338,8 +337,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
   } else {
     cluster_barrier();
   }
-  // Inputs of a launch that is not the first were there before the one before began.
-  if (a.first) wait_for_previous_launch();
+  // The inputs were there before the launch before began.
   allow_next_launch();
 
   const int qk_steps = static_cast<int>(ceil_div(a.qk_channels, kWidth));
@@ -352,31 +350,25 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
     int group_parity = 0;
     for (int number = first_group; number < a.groups; number += clusters) {
       const Line group = find_group(a.tiling, number);
-      const auto load = [&](const TensorMap* key_side, const TensorMap* query_side, int panel, CachePolicy key_policy,
-                            CachePolicy query_policy) {
+      const auto load = [&](const TensorMap* key_side, const TensorMap* query_side, int panel, CachePolicy policy) {
         const int slot = ring.acquire((1 + Blocks) * panel_bytes(box_rows));
         char* const stage = ring.stage(slot);
         SharedBarrier* const full = ring.full + slot;
-        load_lines(stage, key_side, panel * kWidth, key_block * kTileRows, group, full, key_policy);
+        load_lines(stage, key_side, panel * kWidth, key_block * kTileRows, group, full, policy);
         CCNET_UNROLL
         for (int b = 0; b < Blocks; ++b) {
-          load_lines(stage + (1 + b) * Shape::kPanelBytes, query_side, panel * kWidth, query0(b), group, full,
-                     query_policy);
+          load_lines(stage + (1 + b) * Shape::kPanelBytes, query_side, panel * kWidth, query0(b), group, full, policy);
         }
       };
       const auto load_scores = [&]() {
-        for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, p, evict_normal(), evict_normal());
-      };
-      const auto policy = [&](int p, CachePolicy other) {
-        return p >= value_steps - a.kept_steps ? evict_last() : other;
+        for (int p = 0; p < qk_steps; ++p) load(&a.key, &a.query, p, CachePolicy::kNormal);
       };
       load_scores();
       constexpr int kLag = FindsDelta ? Shape::kOutLag : 0;
       for (int p = 0; p < value_steps + kLag; ++p) {
         if (p < value_steps) {
-          // dO is read once more by the other CTA of a cluster.
-          load(&a.value, &a.grad_out, value_panel(p, a.backwards, value_steps), policy(p, evict_first()),
-               policy(p, Blocks == 1 ? evict_first() : evict_normal()));
+          load(&a.value, &a.grad_out, value_panel(p, a.backwards, value_steps),
+               p >= a.keeps_values_from ? CachePolicy::kLast : CachePolicy::kFirst);
         }
         if constexpr (FindsDelta) {
           if (p < kLag) continue;
@@ -386,7 +378,7 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
           }
           const int slot = out_ring.acquire(panel_bytes(box_rows));
           const int panel = value_panel(p - kLag, a.backwards, value_steps);
-          load_lines(out_ring.stage(slot), &a.out, panel * kWidth, 0, group, out_ring.full + slot, evict_first());
+          load_lines(out_ring.stage(slot), &a.out, panel * kWidth, 0, group, out_ring.full + slot, CachePolicy::kFirst);
         }
       }
       load_scores();
@@ -545,7 +537,8 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
         converge_warp();
         if (Shape::kStagingPanels > 1 && !last) value_rows.fetch(own_thread(), next_panel, a.grad_value, next_channels);
       }
-      value_rows.write(own_thread(), d, accumulate, panel, a.grad_value, channels);
+      value_rows.write(own_thread(), d, accumulate, panel, a.grad_value, channels, p >= a.keeps_grads_from,
+                       CachePolicy::kFirst);
       if (Shape::kStagingPanels == 1 && accumulate && !last) {
         value_rows.fetch(own_thread(), panel, a.grad_value, next_channels);
       }
@@ -572,10 +565,6 @@ void hopper_backward_kernel(CCNET_CONSTANT_PARAMETER HopperBackwardArgs<T> a) {
     // What earlier launches have left is needed at last: here what is added to, delta after the loop.
     if (accumulate) {
       wait_for_previous_launch();
-      // What dK and dQ are added to is needed when the loop is over, and then at once.
-      WarpOutput<T>(own_thread(), a.grad_key, a.tiling, group, key0).prefetch(own_thread(), a.grad_key, qk_steps);
-      WarpOutput<T>(own_thread(), a.grad_query, a.tiling, group, query0(0))
-          .prefetch(own_thread(), a.grad_query, qk_steps);
       value_rows.fetch(own_thread(), staging, a.grad_value, value_panel(0, a.backwards, value_steps));
     }
     // The last step.
@@ -768,7 +757,6 @@ CCNET_KERNEL(kDenseDeltaThreads, 1)
 void dense_delta_kernel(DenseDeltaArgs<T> a) {
   constexpr int kLength = kSegmentLength<T>;
   constexpr int kPositions = 2, kChunks = 2;
-  wait_for_previous_launch();
   allow_next_launch();
   const int lane = thread_index() % kWarp;
   const uint32_t warps = static_cast<uint32_t>(a.blocks) * (kDenseDeltaThreads / kWarp);

@@ -21,6 +21,15 @@ enum class Major {
   kOuter,  // [depth][row of A, or column of B]
 };
 
+// How soon the L2 cache gives up what an access brings or writes; the numbers that createpolicy answers with for all of
+// its bytes. kUnchanged leaves what is there as it is.
+enum class CachePolicy : uint64_t {
+  kUnchanged = 0x10f0000000000000,
+  kFirst = 0x12f0000000000000,
+  kLast = 0x14f0000000000000,
+  kNormal = 0x16f0000000000000,
+};
+
 }  // namespace cuda
 }  // namespace ccnet
 
@@ -72,24 +81,6 @@ CCNET_DEVICE void wait_phase(SharedBarrier* b, int parity) { CCNET_WAIT_PHASE(b,
 CCNET_DEVICE void wait_phase_in_cluster(SharedBarrier* b, int parity) { CCNET_WAIT_PHASE(b, parity, ".acquire.cluster"); }
 #undef CCNET_WAIT_PHASE
 
-// How soon the L2 cache gives up what a box brings or takes.
-using CachePolicy = uint64_t;
-CCNET_DEVICE CachePolicy evict_normal() {
-  CachePolicy p;
-  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;\n" : "=l"(p));
-  return p;
-}
-CCNET_DEVICE CachePolicy evict_first() {
-  CachePolicy p;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(p));
-  return p;
-}
-CCNET_DEVICE CachePolicy evict_last() {
-  CachePolicy p;
-  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;\n" : "=l"(p));
-  return p;
-}
-
 // CTAs of a cluster run at the same time. The number of this one:
 CCNET_DEVICE int cluster_rank() {
   int rank;
@@ -120,7 +111,7 @@ CCNET_DEVICE void load_box(char* panel, const TensorMap* map, int channel, int p
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
       "[%1, {%3, %4, %5, %6, %7}], [%2], %8;\n" ::"r"(shared_address(panel)),
       "l"(reinterpret_cast<uint64_t>(map)), "r"(shared_address(b)), "r"(channel), "r"(position), "r"(other0),
-      "r"(other1), "r"(batch), "l"(policy)
+      "r"(other1), "r"(batch), "l"(static_cast<uint64_t>(policy))
       : "memory");
 }
 // The inverse: what of a box lies in the tensor is written from a panel, which holds what threads wrote before
@@ -131,13 +122,17 @@ CCNET_DEVICE void store_box(const TensorMap* map, const char* panel, int channel
   asm volatile(
       "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5, %6}], [%1], %7;\n" ::
           "l"(reinterpret_cast<uint64_t>(map)),
-      "r"(shared_address(panel)), "r"(channel), "r"(position), "r"(other0), "r"(other1), "r"(batch), "l"(policy)
+      "r"(shared_address(panel)), "r"(channel), "r"(position), "r"(other0), "r"(other1), "r"(batch),
+      "l"(static_cast<uint64_t>(policy))
       : "memory");
 }
 CCNET_DEVICE void commit_stores() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
 CCNET_DEVICE void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
-// Has the L2 cache fetch the 128 bytes at p.
-CCNET_DEVICE void prefetch_row(const void* p) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(p)); }
+CCNET_DEVICE void store_global(Segment* p, Segment v, CachePolicy policy) {
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;\n" ::"l"(p), "r"(v.word[0]), "r"(v.word[1]),
+               "r"(v.word[2]), "r"(v.word[3]), "l"(static_cast<uint64_t>(policy))
+               : "memory");
+}
 CCNET_DEVICE void prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
 }

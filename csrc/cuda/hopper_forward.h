@@ -48,7 +48,8 @@ struct HopperForwardArgs {
   int first_key;              // position at which the keys of this launch begin
   int qk_channels, channels;  // C', C
   bool backwards;             // through the channels: first those that the launch before has left in the L2 cache
-  int kept_steps;             // at the end of each job, whose V and output the L2 cache keeps for the next launch
+  // At the end of each job: so many panels of the output, and of V, that the L2 cache keeps for the next launch.
+  int kept_out_steps, kept_value_steps;
   const Stats<float>* stats_in;  // (B, N); null on the first launch: nothing attended yet
   Stats<float>* stats_out;       // (B, N); null on the last
   float* lse;                    // (B, N); null except on the last
@@ -93,9 +94,6 @@ class HopperForwardMover {
         qk_items_(static_cast<int>(ceil_div(a.qk_channels, kWidth)) * (1 + Blocks)),
         panels_(static_cast<int>(ceil_div(a.channels, kWidth))),
         bytes_(panel_bytes(tile_rows(a.tiling))),
-        normal_(evict_normal()),
-        first_(evict_first()),
-        last_(evict_last()),
         load_number_(static_cast<int>(block_index())),
         load_job_(a, load_number_, panels_) {}
 
@@ -116,7 +114,7 @@ class HopperForwardMover {
       arrive_and_expect(ready, merges ? bytes_ : 0);
       if (merges) {
         load_lines(out_.stage(ready_slot_), &a_.out, ready_job.channel(a_, ready_step, kWidth), ready_job.query0,
-                   ready_job.group, ready, first_);
+                   ready_job.group, ready, CachePolicy::kFirst);
       }
       if (++ready_slot_ == Shape::kOutPanels) ready_slot_ = 0;
       next(ready_number, ready_job, ready_step);
@@ -127,7 +125,7 @@ class HopperForwardMover {
     while (number < a_.jobs) {
       const int slot = out_.written();
       store_lines(&a_.out, out_.stage(slot), job.channel(a_, step, kWidth), job.query0, job.group,
-                  a_.stats_out == nullptr ? normal_ : policy(job, step, first_));
+                  a_.stats_out == nullptr ? CachePolicy::kNormal : policy(job, step, a_.kept_out_steps));
       commit_stores();
       done_items += Blocks;
       load_until(done_items + Shape::kSlots);
@@ -142,10 +140,9 @@ class HopperForwardMover {
   }
 
  private:
-  // What the next launch finds in the L2 cache is what it begins with; the rest only passes through, unless another tile
-  // of the same lines is to find it.
-  CCNET_DEVICE CachePolicy policy(const HopperForwardJob& job, int step, CachePolicy other) const {
-    return step >= job.steps - a_.kept_steps ? last_ : other;
+  // What the next launch finds in the L2 cache is what it begins with; the rest only passes through.
+  CCNET_DEVICE static CachePolicy policy(const HopperForwardJob& job, int step, int kept_steps) {
+    return step >= job.steps - kept_steps ? CachePolicy::kLast : CachePolicy::kFirst;
   }
   CCNET_DEVICE void next(int& number, HopperForwardJob& job, int& step) const {
     if (++step < job.steps) return;
@@ -157,7 +154,7 @@ class HopperForwardMover {
     CCNET_UNROLL_BY(1)
     for (; loaded_ < end && load_number_ < a_.jobs; ++loaded_) {
       const TensorMap* map = &a_.value;
-      CachePolicy kept = normal_;
+      CachePolicy kept = CachePolicy::kNormal;
       int channel, row;
       if (load_item_ < qk_items_) {
         const int panel = load_item_ / (1 + Blocks), which = load_item_ - panel * (1 + Blocks);
@@ -168,7 +165,10 @@ class HopperForwardMover {
         const int v = load_item_ - qk_items_;
         row = a_.first_key + v % Blocks * kTileRows;
         channel = load_job_.channel(a_, v / Blocks, kWidth);
-        kept = policy(load_job_, v / Blocks, a_.tiling.line_tiles == 1 ? first_ : normal_);
+        // At the end, another tile of the same lines may be about to read it.
+        kept = a_.stats_out == nullptr && a_.tiling.line_tiles > 1
+                   ? CachePolicy::kUnchanged
+                   : policy(load_job_, v / Blocks, a_.kept_value_steps);
       }
       const int slot = ring_.acquire(bytes_);
       load_lines(ring_.stage(slot), map, channel, row, load_job_.group, ring_.full + slot, kept);
@@ -185,7 +185,6 @@ class HopperForwardMover {
   typename Shape::OutRing out_;
   const int qk_items_;  // of a job
   const int panels_, bytes_;
-  const CachePolicy normal_, first_, last_;
   int loaded_ = 0;
   int load_number_, load_item_ = 0;  // of the job
   HopperForwardJob load_job_;

@@ -60,7 +60,7 @@ class HopperLauncher {
   template <typename T, int Blocks, bool FindsDelta, int Rows>
   int backward(const HopperBackwardArgs<T>& args) const {
     using Shape = HopperBackwardShape<T, Blocks, FindsDelta, Rows>;
-    return run(hopper_backward_kernel<T, Blocks, FindsDelta, Rows>, args, !args.first, Shape::kThreads,
+    return run(hopper_backward_kernel<T, Blocks, FindsDelta, Rows>, args, args.overlaps, Shape::kThreads,
                Shape::kSharedBytes, Shape::kClusterBlocks);
   }
   template <typename T>

@@ -44,11 +44,22 @@ inline int64_t hopper_forward_scratch(const Grid& g) {
   return stats_buffers(hopper_forward_launches(g)) * g.batch * g.positions() * int64_t{sizeof(Stats<float>)};
 }
 
-// So many panels of all positions of so many tensors can be kept in the L2 cache from one launch to the next, while other
-// things pass through it. The caches of recent GPUs have two halves, and what both read stands in both.
-inline int64_t kept_panels(const Grid& g, const DeviceInfo& device, int tensors) {
-  return device.l2_bytes * 2 / 5 / (tensors * g.batch * g.positions() * kRowBytes);
-}
+// What the L2 cache can keep from one launch to the next while other things pass through it, panel by panel of all
+// positions. The caches of recent GPUs have two halves, and what both read stands in both.
+class CacheRoom {
+ public:
+  CacheRoom(const Grid& g, const DeviceInfo& device)
+      : panels_(device.l2_bytes * 2 / 5 / (g.batch * g.positions() * kRowBytes)) {}
+  // Takes room for the same number of panels of each of so many tensors, `wanted` of them or fewer.
+  int64_t take(int64_t wanted, int tensors) {
+    const int64_t taken = min_of(wanted, panels_ / tensors);
+    panels_ -= taken * tensors;
+    return taken;
+  }
+
+ private:
+  int64_t panels_;
+};
 
 // launch.template forward<T, Blocks, Keys>(args)
 template <typename T, typename Launch>
@@ -94,7 +105,12 @@ int hopper_forward(const ForwardRequest& call, Launch&& launch) {
       args.jobs = static_cast<int>(tiles * splits);
       args.blocks = static_cast<int>(args.jobs < places ? args.jobs : places);
       const bool last = done + 1 == launches;
-      args.kept_steps = last ? 0 : static_cast<int>(kept_panels(g, call.device, 2) / splits);
+      if (!last) {
+        // The output first: what is written again before it has gone is not written twice.
+        CacheRoom room(g, call.device);
+        args.kept_out_steps = static_cast<int>(room.take(steps, 1) / splits);
+        args.kept_value_steps = static_cast<int>(room.take(steps, 1) / splits);
+      }
       args.backwards = done % 2 != 0;
       args.stats_in = done == 0 ? nullptr : stats + (done - 1) % 2 * positions;
       args.stats_out = last ? nullptr : stats + done % 2 * positions;
@@ -181,6 +197,7 @@ int hopper_backward(const BackwardRequest& call, Launch&& launch) {
     const int error = hopper_delta<T>(call, many_free ? free : processors, launch);
     if (error != 0) return error;
   }
+  const int64_t steps = ceil_div(call.channels, kPanelWidth<T>);
   bool accumulate = false;
   int last_axis = g.axes - 1;
   while (last_axis > 0 && !has_keys(g, last_axis)) --last_axis;
@@ -210,15 +227,22 @@ int hopper_backward(const BackwardRequest& call, Launch&& launch) {
     args.grad_value = output(call.grad_value, call.channels);
     args.lse = call.lse;
     args.delta = call.delta;
-    args.first = finds_delta && axis == first_axis;
     args.accumulate = accumulate;
     args.backwards = backwards;
-    args.kept_steps = axis == last_axis ? 0 : static_cast<int>(kept_panels(g, call.device, 2));
+    args.keeps_grads_from = args.keeps_values_from = static_cast<int>(steps);
+    if (axis != last_axis) {
+      // dV first: what is added to before it has gone is neither written nor read twice.
+      CacheRoom room(g, call.device);
+      args.keeps_grads_from -= static_cast<int>(room.take(steps, 1));
+      args.keeps_values_from -= static_cast<int>(room.take(steps, 2));
+    }
     backwards ^= 1;
     args.groups = static_cast<int>(line_groups(args.tiling, g.batch));
     args.blocks = hopper_backward_blocks(args.tiling, args.groups, call.device);
     const int rows = args.tiling.group > 1 ? tile_rows(args.tiling) : args.tiling.length;
-    if (args.first) {
+    const bool first = finds_delta && axis == first_axis;
+    args.overlaps = !first;
+    if (first) {
       error = launch.template backward<T, 1, true, kTileRows>(args);
     } else if (args.tiling.line_tiles > 1) {
       error = launch.template backward<T, 2, false, kTileRows>(args);

@@ -16,7 +16,7 @@ enum class ResidualStep {
 };
 
 constexpr int kResidualTile = 64;
-constexpr int kResidualThreads = 256;
+constexpr int kResidualThreads = 1024;
 constexpr int kResidualWarps = kResidualThreads / kWarp;
 // A row of the tile's channels in shared memory: one word longer, so that rows begin in different banks.
 template <typename T>
@@ -120,10 +120,14 @@ class ResidualTile {
       store_shared<Word>(place(shared, position, channel), v[i][j]);
     });
   }
-  CCNET_DEVICE void store_across(const char* shared, const ResidualMap<T>& map) const {
-    for_across([&](int, int, int position, int channel) {
-      store_global(corner(map) + (channel * map.channel + position),
-                   load_shared<T>(place(const_cast<char*>(shared), position, channel)));
+  CCNET_DEVICE void get_across(const char* shared, T (&v)[kAcrossChannels][kAcrossPositions]) const {
+    for_across([&](int i, int j, int position, int channel) {
+      v[i][j] = load_shared<T>(place(const_cast<char*>(shared), position, channel));
+    });
+  }
+  CCNET_DEVICE void store_across(const T (&v)[kAcrossChannels][kAcrossPositions], const ResidualMap<T>& map) const {
+    for_across([&](int i, int j, int position, int channel) {
+      store_global(corner(map) + (channel * map.channel + position), v[i][j]);
     });
   }
 
@@ -167,7 +171,7 @@ class ResidualTile {
 
 // By single elements a thread has twice as many, and needs as many registers.
 template <typename T, int Width, ResidualStep Step>
-CCNET_KERNEL(kResidualThreads, Width == 1 ? 2 : 3)
+CCNET_KERNEL(kResidualThreads, Width == 1 ? 1 : 2)
 void residual_kernel(ResidualArgs<T> a) {
   using Tile = ResidualTile<T, Width>;
   using Unit = typename Tile::Unit;
@@ -178,6 +182,19 @@ void residual_kernel(ResidualArgs<T> a) {
   if (a.x_across) {
     T across[Tile::kAcrossChannels][Tile::kAcrossPositions];
     tile.load_across(across, a.x);
+    if (Step == ResidualStep::kForward && a.out_across) {
+      // What is attended alone changes sides.
+      tile.put_along(shared, attended);
+      barrier();
+      T with[Tile::kAcrossChannels][Tile::kAcrossPositions];
+      tile.get_across(shared, with);
+      const float gamma = load_global(a.gamma);
+      tile.for_across([&](int i, int j, int, int) {
+        across[i][j] = from_float<T>(fmaf(gamma, to_float<T>(with[i][j]), to_float<T>(across[i][j])));
+      });
+      tile.store_across(across, a.out);
+      return;
+    }
     tile.put_across(shared, across);
     barrier();
     tile.get_along(shared, x);
@@ -204,10 +221,11 @@ void residual_kernel(ResidualArgs<T> a) {
     });
   }
   if (Step == ResidualStep::kForward && a.out_across) {
-    // Each thread writes where it has read, or where nobody has.
     tile.put_along(shared, x);
     barrier();
-    tile.store_across(shared, a.out);
+    T across[Tile::kAcrossChannels][Tile::kAcrossPositions];
+    tile.get_across(shared, across);
+    tile.store_across(across, a.out);
   } else {
     tile.store_along(x, a.out);
   }

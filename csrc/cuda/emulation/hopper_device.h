@@ -26,23 +26,18 @@ inline void wait_phase(SharedBarrier* b, int parity) {
   machine().wait_phase(reinterpret_cast<const char*>(b), parity);
 }
 
-// Which results do not depend on.
-using CachePolicy = int;
-inline CachePolicy evict_normal() { return 0; }
-inline CachePolicy evict_first() { return 1; }
-inline CachePolicy evict_last() { return 2; }
-
+// Results do not depend on cache policies.
 inline void load_box(char* panel, const TensorMap* map, int channel, int position, int other0, int other1, int batch,
-                     SharedBarrier* b, CachePolicy = evict_normal()) {
+                     SharedBarrier* b, CachePolicy = CachePolicy::kNormal) {
   machine().load_box(panel, *map, {channel, position, other0, other1, batch}, reinterpret_cast<const char*>(b));
 }
 inline void store_box(const TensorMap* map, const char* panel, int channel, int position, int other0, int other1,
-                      int batch, CachePolicy = evict_normal()) {
+                      int batch, CachePolicy = CachePolicy::kNormal) {
   machine().store_box(*map, panel, {channel, position, other0, other1, batch});
 }
 inline void commit_stores() { machine().commit_stores(); }
 inline void wait_stores_read() { machine().wait_stores_read(); }
-inline void prefetch_row(const void* p) { machine().global_access(p, 16, false); }
+inline void store_global(Segment* p, Segment v, CachePolicy) { store_global(p, v); }
 inline void prefetch_map(const TensorMap*) {}
 
 inline int cluster_rank() { return machine().cluster_rank(); }

@@ -55,7 +55,7 @@ class HopperLauncher {
   int backward(const HopperBackwardArgs<T>& args) {
     using Shape = HopperBackwardShape<T, Blocks, FindsDelta, Rows>;
     machine_.run_grid(args.blocks, Shape::kThreads, Shape::kSharedBytes,
-                      [&] { hopper_backward_kernel<T, Blocks, FindsDelta, Rows>(args); }, !args.first,
+                      [&] { hopper_backward_kernel<T, Blocks, FindsDelta, Rows>(args); }, args.overlaps,
                       Shape::kClusterBlocks);
     return 0;
   }
