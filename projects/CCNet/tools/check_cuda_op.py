@@ -12,7 +12,7 @@ Checked, for drawn shapes, strides and dtypes: outputs and gradients against a f
 neighbour mask, and against the error of the textbook form in the same precision; bitwise equality between
 runs; memory that the kernels should write filled with NaN before; and the other steps of a layer. Timed, as replays of
 CUDA graphs over several sets of inputs: the kernels, the matmul backend and the textbook form, beside the floor that
-follows from the bandwidth and the matrix rate measured in the same run.
+follows from the bandwidth and the matrix rate measured in the same run; and a layer's other steps.
 
 --small is for compute-sanitizer, which slows kernels down a hundredfold: each kernel by the smallest calls that reach
 all of it, and next to none of other libraries, since inputs are drawn and results checked on the CPU. Every tensor has
@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from ccnet_d2.ops import compiled
 from ccnet_d2.script_exit import exit_with
 from cuda_layer_checks import check_layer_steps
+from cuda_layer_times import STEP_HEAD, render_step, time_layer_steps
 from cuda_op_cases import DTYPES, Case, draw_cases, small_cases
 from cuda_op_checks import NAMES, CheckFailed, check_case, check_large, check_official, check_small_case
 from cuda_op_times import TABLE_HEAD, TIMED_SIZES, measure_ceilings, render_row, time_sizes
@@ -134,8 +135,10 @@ def check_once(name: str, check: Callable[[], str]) -> Failures:
 
 def time_all(
     dtypes: tuple[str, ...], device: torch.device, repeats: int, official: OfficialKernels | None
-) -> tuple[dict[str, float], list[dict[str, object]]]:
-    """Print and return the measured ceilings, and a row for each dtype, size, pass and formulation."""
+) -> tuple[dict[str, float], list[dict[str, object]], list[dict[str, object]]]:
+    """Print and return the measured ceilings, and rows: one for each dtype, size, pass and formulation, and one
+    for each of a layer's other steps.
+    """
     ceilings = measure_ceilings(device, dtypes)
     print("measured: " + ", ".join(f"{name} {rate / 1e12:.2f} T/s" for name, rate in ceilings.items()))
     print(TABLE_HEAD, flush=True)
@@ -145,7 +148,14 @@ def time_all(
             for row in time_sizes(dtype, sizes, ceilings, device, repeats, official):
                 rows.append(row)
                 print(render_row(row), flush=True)
-    return ceilings, rows
+    print(STEP_HEAD, flush=True)
+    steps = []
+    for dtype in dtypes:
+        for sizes in TIMED_SIZES:
+            for row in time_layer_steps(dtype, sizes, ceilings, device, repeats):
+                steps.append(row)
+                print(render_step(row), flush=True)
+    return ceilings, rows, steps
 
 
 def _errors_text(errors: dict[str, float]) -> str:
@@ -203,8 +213,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     ceilings: dict[str, float] = {}
     rows: list[dict[str, object]] = []
+    steps: list[dict[str, object]] = []
     if device.type == "cuda" and not (arguments.no_timing or arguments.small or failures):
-        ceilings, rows = time_all(dtypes, device, arguments.repeats, official)
+        ceilings, rows, steps = time_all(dtypes, device, arguments.repeats, official)
     if arguments.json is not None:
         report = {
             "device": device_name,
@@ -214,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
             "largest_errors": worst,
             "ceilings": ceilings,
             "times": rows,
+            "layer_times": steps,
         }
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 1 if failures else 0
