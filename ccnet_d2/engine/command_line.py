@@ -18,7 +18,7 @@ from ccnet_d2.script_exit import exit_with
 from . import yacs
 from .launch import Processes, launch
 from .overrides import load_run
-from .settings import make_output_dir
+from .settings import check_seed, make_output_dir
 from .torchrun import ElasticRun, TorchrunProcess, joined_torchrun
 from .training import evaluate_only, train
 from .user_errors import one_sentence_errors
@@ -158,6 +158,7 @@ def _program(args: argparse.Namespace) -> tuple[Callable[[bool], Any], str, str]
     options = [*args.opts, *(["train.device=cpu"] if on_cpu else [])]
     cfg = load_run(args.config_file, options)
     args.config_file = str(config_path(args.config_file))
+    check_seed(cfg)
     make_output_dir(cfg.train.output_dir, "train.output_dir")
 
     def program(resume: bool) -> None:

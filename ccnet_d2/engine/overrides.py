@@ -3,7 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Sequence
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from detectron2.config import LazyConfig
@@ -45,8 +45,8 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
     Raises:
         UserError: an override is not `key=value`, its key is neither in the config nor an argument of the object it is
-            given to, it is text in place of a number or a boolean, or it builds an object of another kind that does
-            not take the arguments that are there.
+            given to, it is text in place of a number or a boolean, nothing in place of a number, no list in place of
+            one, or it builds an object of another kind that does not take the arguments that are there.
     """
     before = {}
     for override in overrides:
@@ -123,17 +123,25 @@ def _value_or_default(config: DictConfig, key: str) -> object:
 
 
 def _check_kind(config: DictConfig, key: str, before: object) -> None:
-    """Refuse text that takes the place of a number or a boolean, where it is seen late or counts as true.
+    """Refuse text that takes the place of a number or a boolean, where it is seen late or counts as true, and what is
+    annotated otherwise: nothing for a number, a single value for several.
 
     Arguments of objects may well be either, but for those that are annotated as numbers alone, and for words that are
     no text to whoever writes them.
     """
     value = _value(config, key)
-    if not isinstance(value, str) or not isinstance(before, _NUMBERS):
-        return
     place, _, name = key.rpartition(".")
     node = _value(config, place)
-    if isinstance(node, DictConfig) and "_target_" in node and not _is_number(node, name):
+    builds = isinstance(node, DictConfig) and "_target_" in node
+    if isinstance(before, (ListConfig, tuple)):
+        if builds and not isinstance(value, ListConfig) and _is_tuple(node, name):
+            raise UserError(f"{key}={value!r} has to be a list, such as {list(before)}.")
+        return
+    if value is None and builds and type(before) in (int, float) and not _may_be_none(node, name):
+        raise UserError(f"{key}=null has to be a number, such as {before}.")
+    if not isinstance(value, str) or not isinstance(before, _NUMBERS):
+        return
+    if builds and not _is_number(node, name):
         if not isinstance(before, bool) or value.lower() not in _BOOLEANS_OF_YAML:
             return
     wanted = "True or False" if isinstance(before, bool) else f"a number, such as {before}"
@@ -141,12 +149,28 @@ def _check_kind(config: DictConfig, key: str, before: object) -> None:
     raise UserError(f"{key}={value!r} has to be {wanted}{null}.")
 
 
+def _kinds(node: DictConfig, name: str) -> tuple[Any, ...]:
+    """What the argument of this name is annotated as."""
+    annotation = next((p.annotation for p in _parameters(node) if p.name == name), None)
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
 def _is_number(node: DictConfig, name: str) -> bool:
     """Whether the argument of this name is annotated as a number or a boolean, and as nothing that text is."""
-    annotation = next((p.annotation for p in _parameters(node) if p.name == name), None)
-    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kinds = _kinds(node, name)
     may_be_text = any((get_origin(kind) or kind) in _MAY_BE_TEXT for kind in kinds)
     return not may_be_text and any(kind in _NUMBERS for kind in kinds)
+
+
+def _may_be_none(node: DictConfig, name: str) -> bool:
+    """Whether it is not annotated as a number, or as None as well, which may also be told by its default."""
+    default = next((p.default for p in _parameters(node) if p.name == name), None)
+    return default is None or NoneType in _kinds(node, name) or not _is_number(node, name)
+
+
+def _is_tuple(node: DictConfig, name: str) -> bool:
+    """Whether it is annotated as several values, and as nothing else."""
+    return all(get_origin(kind) is tuple for kind in _kinds(node, name))
 
 
 def _check_target(config: DictConfig, key: str) -> None:

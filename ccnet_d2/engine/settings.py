@@ -1,5 +1,6 @@
 """The values of `train` that no part of the loop refuses by itself, or only after hours."""
 
+import math
 import os
 import tempfile
 from typing import Any
@@ -9,7 +10,26 @@ from omegaconf import DictConfig, OmegaConf
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference.build import configured_mode
 
-__all__ = ["check_settings", "make_output_dir"]
+__all__ = ["check_seed", "check_settings", "make_output_dir"]
+
+_WHOLE_NUMBERS = {"max_iter": 1, "log_period": 1, "eval_period": 0, "num_pictures": 0}
+"""Keys of `train`, and the least that they may be."""
+
+_WHOLE_NUMBERS_IF_ANY = {
+    "train.checkpointer.period": 1,
+    "train.checkpointer.max_to_keep": 1,
+    "dataloader.train.total_batch_size": 1,
+    "dataloader.train.num_workers": 0,
+    "dataloader.test.num_workers": 0,
+    "model.sem_seg_head.num_classes": 1,
+    "model.roi_heads.num_classes": 1,
+    "model.num_classes": 1,
+}
+"""The same of keys that a run may lack, or have null for."""
+
+
+_LARGEST_SEED = 2**31 - 1
+"""Processes count on from it, and NumPy takes 32 bits."""
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -25,20 +45,39 @@ def check_settings(cfg: DictConfig) -> None:
         UserError: a value cannot be used.
         ValueError: the test mode is unknown or cannot be made.
     """
-    for key, lowest in (("max_iter", 1), ("log_period", 1), ("eval_period", 0), ("num_pictures", 0)):
+    for key, lowest in _WHOLE_NUMBERS.items():
         value = cfg.train[key]
-        if type(value) is not int or value < lowest:  # True is an int as well
+        if not _is_whole_number(value, lowest):
             raise UserError(f"train.{key}={value} has to be a whole number, {lowest} or more.")
-    for key, lowest in (("train.total_batch_size", 1), ("train.num_workers", 0), ("test.num_workers", 0)):
-        value = OmegaConf.select(cfg, f"dataloader.{key}")
-        if value is not None and (type(value) is not int or value < lowest):
-            raise UserError(f"dataloader.{key}={value} has to be a whole number, {lowest} or more.")
+    check_seed(cfg)
+    for key, lowest in _WHOLE_NUMBERS_IF_ANY.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not _is_whole_number(value, lowest):
+            raise UserError(f"{key}={value} has to be a whole number, {lowest} or more.")
     limit = cfg.train.clip_grad_norm
     if limit is not None and not (type(limit) in (int, float) and limit > 0):
         raise UserError(
             f"train.clip_grad_norm={limit} has to be a number above 0; train.clip_grad_norm=null does not clip."
         )
     configured_mode(cfg)
+
+
+def _is_whole_number(value: Any, lowest: float = -math.inf) -> bool:
+    return type(value) is int and value >= lowest  # True is an int as well
+
+
+def check_seed(cfg: DictConfig) -> None:
+    """Look at what Detectron2 seeds the random numbers with, before it does.
+
+    Raises:
+        UserError: it is no seed.
+    """
+    seed = cfg.train.seed
+    if not _is_whole_number(seed) or seed > _LARGEST_SEED:
+        raise UserError(
+            f"train.seed={seed} has to be a whole number up to {_LARGEST_SEED}; one below 0 stands for another one in "
+            "each run."
+        )
 
 
 def make_output_dir(folder: Any, key: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 from detectron2.config import LazyCall as L
 from omegaconf import OmegaConf
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, AdamW
 
 from ccnet_d2.engine import apply_overrides
 from ccnet_d2.errors import UserError
@@ -67,8 +67,47 @@ def test_text_is_no_boolean_and_no_number(override, message):
         apply_overrides(config(), [override])
 
 
-def layer(said: int | Literal["auto"], unsaid=1, unsaid_flag=True):
-    """An object whose arguments may be text, or do not say."""
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=null", "optimizer.lr=null has to be a number, such as 0.01."),
+        ("optimizer.momentum=null", "optimizer.momentum=null has to be a number, such as 0"),  # its default
+        ("model.out_channels=null", "model.out_channels=null has to be a number, such as 4."),
+        ("adam.betas=x", "adam.betas='x' has to be a list, such as [0.9, 0.999]."),
+        ("adam.betas=0.9", "adam.betas=0.9 has to be a list, such as [0.9, 0.999]."),
+        ("adam.betas=null", "adam.betas=None has to be a list, such as [0.9, 0.999]."),
+        ("said.betas=0.5", "said.betas=0.5 has to be a list, such as [0.8, 0.9]."),
+    ],
+)
+def test_nothing_is_no_number_and_one_value_is_no_list(override, message):
+    """An optimizer compared them with numbers, which ended in a traceback."""
+    cfg = config()
+    cfg.adam, cfg.said = L(AdamW)(lr=0.1), L(AdamW)(lr=0.1, betas=[0.8, 0.9])
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        apply_overrides(cfg, [override])
+
+
+def test_nothing_and_one_value_where_they_may_be():
+    cfg = config()
+    cfg.layer, cfg.adam = L(layer)(said=1), L(AdamW)(lr=0.1)
+    overrides = ["layer.unsaid=null", "layer.number_or_none=null", "layer.none_by_default=null"]
+    overrides += ["layer.unsaid_list=3", "layer.one_or_two=3", "layer.flag=null", "train.max_iter=null"]
+    changed = apply_overrides(cfg, [*overrides, "adam.betas=[0.5,0.6]", "adam.foreach=null"])
+    assert changed.layer.number_or_none is None and changed.layer.one_or_two == 3
+    assert changed.adam.betas == [0.5, 0.6]
+
+
+def layer(
+    said: int | Literal["auto"],
+    unsaid=1,
+    unsaid_flag=True,
+    number_or_none: float | None = 1.0,
+    none_by_default: int = None,  # noqa: RUF013 - as older code has it
+    flag: bool = True,
+    unsaid_list=(1, 2),
+    one_or_two: int | tuple[int, int] = (1, 2),
+):
+    """An object whose arguments may be of several kinds, or do not say."""
 
 
 @pytest.mark.parametrize("key", ["said", "unsaid", "unsaid_flag"])

@@ -157,6 +157,8 @@ def truncate_images(dataset):
             ["dataloader.train.total_batch_size=x", "whole number, 1 or more"],
         ),
         (damage_nothing, ["optimizer.lr=abc"], ["optimizer.lr='abc'", "a number, such as 0.002"]),
+        (damage_nothing, ["optimizer.lr=null"], ["optimizer.lr=null", "a number, such as 0.002"]),
+        (damage_nothing, ["train.seed=1.5"], ["train.seed=1.5", "whole number"]),
         (damage_nothing, ["train.clip_grad_norm=-1"], ["train.clip_grad_norm=-1", "null"]),
         (damage_nothing, ["train.clip_grad_norm=0"], ["train.clip_grad_norm=0", "null"]),
         (damage_nothing, ["train.clip_grad_norm=abc"], ["train.clip_grad_norm=abc", "a number above 0"]),
