@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from . import compiled
 from .layout import is_channels_last, to_channels_last
 from .transforms import is_traced
 
@@ -14,9 +15,9 @@ def has_aligned_rows(x: Tensor) -> bool:
 
     On GPUs, cuBLAS multiplies half precision by its fast kernels only where rows begin at multiples of 16 bytes. The
     channels of an NCHW map with an odd number of positions, 97x97 for instance, do not, and a product takes five to ten
-    times as long. Elsewhere, and in graphs, which are to take any size, True.
+    times as long. Elsewhere, in graphs, which are to take any size, and where copies are slow, True.
     """
-    if not _reads_by_rows(x) or is_channels_last(x):
+    if not _pays_to_copy(x) or is_channels_last(x):
         return True
     return x.shape[2:].numel() * x.itemsize % _ALIGNMENT == 0
 
@@ -26,6 +27,7 @@ def with_aligned_rows(x: Tensor) -> Tensor:
     return x if has_aligned_rows(x) else to_channels_last(x)
 
 
-def _reads_by_rows(x: Tensor) -> bool:
-    in_graph = torch.compiler.is_compiling() or is_traced()
-    return x.device.type == "cuda" and x.itemsize == 2 and not in_graph
+def _pays_to_copy(x: Tensor) -> bool:
+    if x.device.type != "cuda" or x.itemsize != 2 or torch.compiler.is_compiling() or is_traced():
+        return False
+    return compiled.supports(x) is None  # its kernels copy; PyTorch takes several times as long

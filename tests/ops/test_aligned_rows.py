@@ -32,6 +32,12 @@ def draw_parameters(*, device="cpu", dtype=torch.float64):
     return [t.to(dtype).to(device) for t in (weight, torch.randn(rows), torch.tensor([0.7]))]
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if the compiled library for GPUs were there."""
+    monkeypatch.setattr(compiled, "supports", lambda *inputs: None)
+
+
 class Products(TorchDispatchMode):
     """What is multiplied with what."""
 
@@ -54,6 +60,7 @@ def rows_are_aligned(matrix):
     return 1 in distances and all(s == 1 or s * matrix.itemsize % 16 == 0 for s in distances)
 
 
+@needs_operators
 @pytest.mark.parametrize(
     ("device", "dtype", "sizes", "aligned"),
     [
@@ -65,7 +72,7 @@ def rows_are_aligned(matrix):
         ("cpu", torch.bfloat16, (97, 97), True),
     ],
 )
-def test_copies_what_the_gpu_would_not_read_fast(device, dtype, sizes, aligned):
+def test_copies_what_the_gpu_would_not_read_fast(gpu, device, dtype, sizes, aligned):
     with FakeTensorMode():
         x = draw(2, sizes, device=device, dtype=dtype)
         read = with_aligned_rows(x)
@@ -81,7 +88,7 @@ def test_copies_what_the_gpu_would_not_read_fast(device, dtype, sizes, aligned):
 @pytest.mark.parametrize("x_last", [False, True])
 @pytest.mark.parametrize("grad_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_products_of_a_loop_on_a_gpu(sizes, batch, x_last, grad_last, dtype):
+def test_products_of_a_loop_on_a_gpu(gpu, sizes, batch, x_last, grad_last, dtype):
     with FakeTensorMode(), Products() as products, torch.no_grad():
         x = draw(batch, sizes, device="cuda", dtype=dtype, channels_last=x_last)
         grad = draw(batch, sizes, device="cuda", dtype=dtype, channels_last=grad_last)
@@ -96,7 +103,7 @@ def test_products_of_a_loop_on_a_gpu(sizes, batch, x_last, grad_last, dtype):
 
 
 def test_the_test_sees_products_that_are_not_aligned(monkeypatch):
-    monkeypatch.setattr(aligned_rows, "_reads_by_rows", lambda x: False)
+    monkeypatch.setattr(aligned_rows, "_pays_to_copy", lambda x: False)
     with FakeTensorMode(), Products() as products:
         x = draw(1, (9, 11), device="cuda", dtype=torch.float16)
         project(x, *draw_parameters(device="cuda", dtype=torch.float16)[:2])
@@ -139,7 +146,7 @@ def test_values_by_way_of_copies(recompute, sizes, batch, grad_last, channels_la
 
     wanted = run()
     copies = []
-    monkeypatch.setattr(aligned_rows, "_reads_by_rows", lambda x: True)
+    monkeypatch.setattr(aligned_rows, "_pays_to_copy", lambda x: True)
     copy = aligned_rows.to_channels_last
     monkeypatch.setattr(aligned_rows, "to_channels_last", lambda x: copies.append(x) or copy(x))
     got = run()
@@ -162,3 +169,10 @@ def test_gradients_off_the_cpu(batch, channels_last):
         add_input_gradient(x, grads, weight)
     own = [t for operands in products.operands for t in operands]
     assert sum(t.untyped_storage() is weight.untyped_storage() for t in own) == 2
+
+
+def test_without_the_library_for_gpus_nothing_is_copied(monkeypatch):
+    monkeypatch.setattr(compiled, "supports", lambda *inputs: "it is not there.")
+    with FakeTensorMode():
+        x = draw(2, (97, 97), device="cuda", dtype=torch.bfloat16)
+        assert has_aligned_rows(x) and with_aligned_rows(x) is x
