@@ -27,7 +27,6 @@ _WHOLE_NUMBERS_IF_ANY = {
 }
 """The same of keys that a run may lack, or have null for."""
 
-
 _LARGEST_SEED = 2**31 - 1
 """Processes count on from it, and NumPy takes 32 bits."""
 
@@ -72,7 +71,7 @@ def check_seed(cfg: DictConfig) -> None:
     Raises:
         UserError: it is no seed.
     """
-    seed = cfg.train.seed
+    seed = OmegaConf.select(cfg, "train.seed", default=-1)  # Detectron2's own runs need not have one
     if not _is_whole_number(seed) or seed > _LARGEST_SEED:
         raise UserError(
             f"train.seed={seed} has to be a whole number up to {_LARGEST_SEED}; one below 0 stands for another one in "

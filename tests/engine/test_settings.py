@@ -64,3 +64,9 @@ def test_classes_of_detectron2_s_models(key, value):
     node.num_classes = float(value) if value != "x" else value
     with pytest.raises(UserError, match=f"^{re.escape(key)}={value} has to be a whole number, 1 or more"):
         check_settings(cfg)
+
+
+def test_runs_of_detectron2_need_no_seed():
+    cfg = run_with()
+    del cfg.train["seed"]
+    check_seed(cfg)
