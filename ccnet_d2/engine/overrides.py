@@ -119,7 +119,7 @@ def _value_or_default(config: DictConfig, key: str) -> object:
     if value is not None:
         return value
     place, _, name = key.rpartition(".")
-    return next((p.default for p in _parameters(_value(config, place)) if p.name == name), None)
+    return _default(_value(config, place), name)
 
 
 def _check_kind(config: DictConfig, key: str, before: object) -> None:
@@ -151,7 +151,8 @@ def _check_kind(config: DictConfig, key: str, before: object) -> None:
 
 def _kinds(node: DictConfig, name: str) -> tuple[Any, ...]:
     """What the argument of this name is annotated as."""
-    annotation = next((p.annotation for p in _parameters(node) if p.name == name), None)
+    parameter = _parameter(node, name)
+    annotation = None if parameter is None else parameter.annotation
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
@@ -164,8 +165,7 @@ def _is_number(node: DictConfig, name: str) -> bool:
 
 def _may_be_none(node: DictConfig, name: str) -> bool:
     """Whether it is not annotated as a number, or as None as well, which may also be told by its default."""
-    default = next((p.default for p in _parameters(node) if p.name == name), None)
-    return default is None or NoneType in _kinds(node, name) or not _is_number(node, name)
+    return _default(node, name) is None or NoneType in _kinds(node, name) or not _is_number(node, name)
 
 
 def _is_tuple(node: DictConfig, name: str) -> bool:
@@ -197,6 +197,16 @@ def _names(parameters: Sequence[inspect.Parameter]) -> set[str]:
     """Of those that an argument by name is taken for."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {parameter.name for parameter in parameters if parameter.kind in named}
+
+
+def _default(node: object, name: str) -> object:
+    """Of the argument of this name; None where there is no such argument."""
+    parameter = _parameter(node, name)
+    return None if parameter is None else parameter.default
+
+
+def _parameter(node: object, name: str) -> inspect.Parameter | None:
+    return next((parameter for parameter in _parameters(node) if parameter.name == name), None)
 
 
 def _parameters(node: object) -> Sequence[inspect.Parameter]:

@@ -77,10 +77,12 @@ Parts side_by_side(const Tensor& packed, int64_t qk_channels, const Grid& grid) 
   return {reference(packed, grid), reference(packed, grid, qk_channels), reference(packed, grid, 2 * qk_channels)};
 }
 
-// The operands have their channels side by side in memory. `like`: on their device, of their dtype.
-void run_forward(const Tensor& like, const Grid& grid, int64_t qk_channels, const Parts& operands, const Tensor& out,
-                 const Tensor& lse) {
-  ForwardRequest request{};
+// What both passes ask for. The operands have their channels side by side in memory. `like`: on their device, of their
+// dtype.
+template <typename Request>
+Request request_for(const Tensor& like, const Grid& grid, int64_t qk_channels, const Parts& operands,
+                    const Tensor& out, const Tensor& lse) {
+  Request request{};
   request.device = device_info(like);
   request.grid = grid;
   request.qk_channels = static_cast<int>(qk_channels);
@@ -91,6 +93,12 @@ void run_forward(const Tensor& like, const Grid& grid, int64_t qk_channels, cons
   request.out = reference(out, grid);
   request.lse = static_cast<float*>(lse.data_ptr());
   request.stream = current_stream(like);
+  return request;
+}
+
+void run_forward(const Tensor& like, const Grid& grid, int64_t qk_channels, const Parts& operands, const Tensor& out,
+                 const Tensor& lse) {
+  auto request = request_for<ForwardRequest>(like, grid, qk_channels, operands, out, lse);
   const Kernels& kernels = kernels_for(like, request);
   const Tensor stats = empty_floats(like, kernels.forward_scratch(grid, request.device) / int64_t{sizeof(float)});
   request.stats = stats.data_ptr();
@@ -130,22 +138,12 @@ void run_backward(const Tensor& like, const Grid& grid, int64_t qk_channels, con
   out = with_dense_channels(out);
   grad_out = with_dense_channels(grad_out);
   Tensor delta = empty_statistic(like);
-  BackwardRequest request{};
-  request.device = device_info(like);
-  request.grid = grid;
-  request.qk_channels = static_cast<int>(qk_channels);
-  request.channels = static_cast<int>(out.size(1));
-  request.query = operands.query;
-  request.key = operands.key;
-  request.value = operands.value;
-  request.out = reference(out, grid);
+  auto request = request_for<BackwardRequest>(like, grid, qk_channels, operands, out, lse);
   request.grad_out = reference(grad_out, grid);
   request.grad_query = grads.query;
   request.grad_key = grads.key;
   request.grad_value = grads.value;
-  request.lse = static_cast<const float*>(lse.data_ptr());
   request.delta = static_cast<float*>(delta.data_ptr());
-  request.stream = current_stream(like);
   check(kernels_for(like, request).backward(request));
 }
 

@@ -518,7 +518,7 @@ int check_maps(std::mt19937& random) {
 }
 
 int run() {
-  try {
+  return emulation::status_of([] {
     int checks = 0;
     std::mt19937 random(1);
     for (int order = 0; order < 3; ++order) {
@@ -535,11 +535,7 @@ int run() {
     }
     checks += check_maps(random) + check_mistakes() + check_faults() + check_store_mistakes();
     printf("%d checks passed\n", checks);
-  } catch (const std::exception& e) {
-    printf("FAILED: %s\n", e.what());
-    return 1;
-  }
-  return 0;
+  });
 }
 
 }  // namespace

@@ -234,18 +234,14 @@ int run(int argc, char** argv) {
       return 2;
     }
   }
-  try {
+  return emulation::status_of([&] {
     std::mt19937 random(seed);
     check_lines(random);
     check_pairs();
     if (dtype.empty() || dtype == "float") check_dtype<float>("float", cases, capability, seed, fault);
     if (dtype.empty() || dtype == "half") check_dtype<Half>("half", cases, capability, seed, fault);
     if (dtype.empty() || dtype == "bfloat16") check_dtype<BFloat16>("bfloat16", cases, capability, seed, fault);
-  } catch (const std::exception& e) {
-    printf("FAILED: %s\n", e.what());
-    return 1;
-  }
-  return 0;
+  });
 }
 
 }  // namespace

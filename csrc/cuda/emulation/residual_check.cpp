@@ -197,15 +197,11 @@ int run(int argc, char** argv) {
       return 2;
     }
   }
-  try {
+  return emulation::status_of([&] {
     check_dtype<float>("float", cases, seed, fault);
     check_dtype<Half>("half", cases, seed, fault);
     check_dtype<BFloat16>("bfloat16", cases, seed, fault);
-  } catch (const std::exception& e) {
-    printf("FAILED: %s\n", e.what());
-    return 1;
-  }
-  return 0;
+  });
 }
 
 }  // namespace
