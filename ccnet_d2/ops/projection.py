@@ -7,7 +7,7 @@ Shapes: B batch, C channels of the input, O of the output, S spatial sizes, N nu
 import torch
 from torch import Tensor
 
-from . import fp32_products
+from . import compiled, fp32_products
 from .aligned_rows import with_aligned_rows
 from .autocast import autocast_disabled, compute_dtype, refuse_mixed_dtypes
 from .layout import is_channels_last, on_huge_pages
@@ -98,18 +98,28 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     # The operand with fewer columns is the one that is transposed: up to a fifth faster on CPUs than the other way.
     if rows.dim() == 3:
         return torch.bmm(rows.transpose(1, 2), _image_rows(grad)).sum(0).t().contiguous()
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    # Compiled graphs are to take any length.
-    if half and not (torch.compiler.is_compiling() or is_channels_last(x) or len(rows) < _LONG_ENOUGH):
+    if _pays_in_runs(x):
         return _product_in_runs(rows, _rows(grad)).t().contiguous()
     return (rows.t() @ _rows(grad)).t().contiguous()
 
 
-def _product_in_runs(rows: Tensor, grad_rows: Tensor) -> Tensor:
-    """(N, C) and (N, O) -> (C, O), as the sum of products over four runs of positions.
+def _pays_in_runs(x: Tensor) -> bool:
+    """Whether the weight's gradient of this map, of one image, is computed in runs.
 
-    Of half precision, where positions are the columns in memory, a third faster on CPUs than one long product.
+    Half precision in NCHW: a third faster than one long product on matrix units, up to a fifth slower elsewhere.
     """
+    if torch.compiler.is_compiling():  # the graph is to take any length
+        return False
+    return (
+        x.dtype in (torch.float16, torch.bfloat16)
+        and not is_channels_last(x)
+        and x.shape[2:].numel() >= _LONG_ENOUGH
+        and compiled.instruction_set(x.dtype) == "amx"
+    )
+
+
+def _product_in_runs(rows: Tensor, grad_rows: Tensor) -> Tensor:
+    """(N, C) and (N, O) -> (C, O), as the sum of products over four runs of positions."""
     length = len(rows) // _RUNS
     whole = _RUNS * length
     runs, grad_runs = (x[:whole].unflatten(0, (_RUNS, length)) for x in (rows, grad_rows))

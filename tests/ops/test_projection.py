@@ -24,7 +24,7 @@ def draw(*shape, dtype, channels_last=False):
     return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
 
 
-# The last ones are long enough to be multiplied in runs, without and with positions left over.
+# The last ones are long enough to be multiplied in runs on matrix units, without and with positions left over.
 @pytest.mark.parametrize("sizes", [(7,), (5, 6), (2, 3, 4), (32, 40), (37, 43), (1031,)])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)
@@ -101,6 +101,32 @@ def test_gradient_in_half_precision_added_to_an_fp32_one(dtype, channels_last, o
     room = x if own else torch.empty_like(x)
     input_gradient_into(room, x, grad, weight)
     assert torch.equal(room, wanted) and room.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(32, 40), (37, 43), (1031,)], ids=str
+)  # without and with positions left over
+def test_weight_gradient_in_runs(monkeypatch, dtype, sizes):
+    """As on matrix units, where that is faster."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(projection, "better_in_fp32", lambda x: False)
+    monkeypatch.setattr(projection, "_pays_in_runs", lambda x: True)
+    x, grad = draw(1, 24, *sizes, dtype=dtype), draw(1, 30, *sizes, dtype=dtype, channels_last=True)
+    with Products() as products:
+        got = weight_gradient(grad, x)
+    exact = torch.einsum("bon,bcn->oc", grad.double().flatten(2), x.double().flatten(2))
+    assert (got.double() - exact).norm() <= UNIT[dtype] * exact.norm() and got.is_contiguous()
+    assert products.dtypes == {dtype}
+
+
+@pytest.mark.parametrize("instructions", ["amx", "avx512_bf16", None])
+def test_what_is_multiplied_in_runs(monkeypatch, instructions):
+    monkeypatch.setattr(projection.compiled, "instruction_set", lambda dtype: instructions)
+    long, units = draw(1, 8, 32, 32, dtype=torch.bfloat16), instructions == "amx"
+    assert projection._pays_in_runs(long) is units and projection._pays_in_runs(long.half()) is units
+    for x in (long.float(), long[..., :31], long.to(memory_format=torch.channels_last)):
+        assert not projection._pays_in_runs(x)
 
 
 class Products(TorchDispatchMode):
