@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ccnet_d2.ops import compiled, criss_cross_attention
 
@@ -202,6 +203,31 @@ def test_half_precision_errors_are_those_of_plain_pytorch(dtype, sizes, instruct
     got = run_compiled(inputs, grad_out)
     for factor, g, p, e in zip((2, 3, 3, 3), got, plain, exact, strict=True):
         assert (g.double() - e).norm() <= factor * (p.double() - e).norm()
+
+
+def flash_attention(query, key, value):
+    """PyTorch's fused attention along one axis."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        rows = (x.mT.contiguous()[:, None] for x in (query, key, value))
+        return torch.nn.functional.scaled_dot_product_attention(*rows, scale=1.0)[:, 0].mT
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "length"), [(8, 129), (64, 65), (64, 257), (32, 700)])
+@pytest.mark.parametrize("scale", [1, 3])
+def test_peaked_attention_in_half_precision_is_as_exact_as_flash_attention(
+    dtype, channels, length, scale, instruction_set
+):
+    """Both take the mean of the weights' gradients from the rounded output, which weighs where few keys count."""
+    skip_if_for_bf16_alone(instruction_set, dtype)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad_out = (torch.randn(2, channels, length, generator=generator) for _ in range(4))
+    inputs = [x.to(dtype) for x in (scale * query, scale * key, value)]
+    grad_out = grad_out.to(dtype)
+    exact = outputs_and_gradients(dense_attention, [x.double() for x in inputs], grad_out.double())
+    flash = outputs_and_gradients(flash_attention, inputs, grad_out)
+    for g, f, e in zip(run_compiled(inputs, grad_out), flash, exact, strict=True):
+        assert (g.double() - e).norm() <= 1.5 * (f.double() - e).norm()
 
 
 @pytest.mark.parametrize("length", [257, 300, 337, 673, 700])
