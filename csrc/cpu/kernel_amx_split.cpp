@@ -32,7 +32,17 @@ void forward(const ForwardArgs& args) {
   args.dtype == DType::kHalf ? split_forward_typed<Half>(args) : split_forward_typed<float>(args);
 }
 
+// Whether lines come in several blocks of queries.
+bool has_long_lines(const Grid& grid) {
+  for (int axis = 0; axis < grid.axes; ++axis) {
+    if (queries_at_once(grid.size[axis]) < grid.size[axis]) return true;
+  }
+  return false;
+}
+
 void backward(const BackwardArgs& args) {
+  // Gradients of such lines in fp16 are added up block by block, for which only the vector kernels have wider sums.
+  if (args.dtype == DType::kHalf && has_long_lines(args.grid)) return avx512_kernels()->backward(args);
   args.dtype == DType::kHalf ? split_backward_typed<Half>(args) : split_backward_typed<float>(args);
 }
 

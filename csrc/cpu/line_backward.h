@@ -98,13 +98,17 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
                                : edge == 1 ? pack_gradient<V, 1, S>
                                            : pack_gradient<V, 2, S>;
   const Strides stat = scalar_strides(grid);
-  // Blocks of queries after the first add to a line that should still be at hand.
+  // Blocks of queries after the first add to a line that should still be at hand. Narrow numbers are added up in wide
+  // ones: rounded with every block, the sums over a long line would be off by several times their last digit.
+  const bool summed = !std::is_same<S, T>::value && block < L;
+  const int64_t c_ld = round_up(C, V::W);
   const Store query_store = narrow_store(args, first);
   const Store value_store = block < L && first ? Store::kReplace : axis_store<V, S>(grid, args.grad_value, C, first);
 
   run_items(args, grid.lines(axis), [&](auto next) {
     Scratch<T> scratch(QK * lpad + qkpad * (L + block) + 2 * block * lpad + block * g_ld + panel * lpad +
-                       2 * bpad + (1 + edge) * bpad * V::W + panel * max_rows<V>(1) * 2);
+                       2 * bpad + (1 + edge) * bpad * V::W + panel * max_rows<V>(1) * 2 +
+                       (summed ? L * (qkpad + c_ld) : 0));
     if (!scratch.ok()) return false;
     T* kt = scratch.take(QK * lpad);
     T* kr = scratch.take(qkpad * L);
@@ -117,6 +121,8 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
     T* delta = scratch.take(bpad);
     T* sums = scratch.take((1 + edge) * bpad * V::W);
     T* tile = scratch.take(panel * max_rows<V>(1));
+    const LineView<T> dk_sums{scratch.take(summed ? qkpad * L : 0), qkpad};
+    const LineView<T> dv_sums{scratch.take(summed ? c_ld * L : 0), c_ld};
 
     int64_t line, upcoming;
     for (bool more = next(&line); more; line = upcoming) {
@@ -136,6 +142,17 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         T* delta_io = static_cast<T*>(args.delta) + stat0;
         pack_rows<V>(q, rows, 0, QK, qr, qkpad);
         const NextBlock next_block(L, block, line, i0, more, upcoming);
+        // The gradient of keys or values, to which every block of queries adds: (+)= A^T B from column c on.
+        const auto add_to_keys = [&](int64_t cols, const T* a, const T* b, int64_t ldb, const LineView<S>& dst,
+                                     const LineView<T>& dst_sums, int64_t c, Store store, Ahead* ahead) {
+          if (summed) {
+            gemm_to_line<V, kColMajor>(L, cols, rows, a, lpad, b, ldb, tile, dst_sums, c,
+                                       i0 > 0 ? Store::kJoin : Store::kReplace, ahead);
+          } else {
+            gemm_to_line<V, kColMajor>(L, cols, rows, a, lpad, b, ldb, tile, dst, c, i0 > 0 ? Store::kJoin : store,
+                                       ahead);
+          }
+        };
         const int64_t first_cols = panel < C ? panel : C;
         Ahead first_panel;  // each product asks for what the next ones need
         if (value_store != Store::kPastCaches) first_panel.add(dv.data, dv.row, L, first_cols);
@@ -169,8 +186,7 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
           }
           ahead.spread(steps<V>(rows, jpad / V::W, cols) + steps<V>(L, width / V::W, rows));
           gemm<V, kRowMajor>(rows, jpad, cols, gp, g_ld, vt, lpad, ds, lpad, c > 0, &ahead);
-          gemm_to_line<V, kColMajor>(L, cols, rows, p, lpad, gp, g_ld, tile, dv, c,
-                                     i0 > 0 ? Store::kJoin : value_store, &ahead);
+          add_to_keys(cols, p, gp, g_ld, dv, dv_sums, c, value_store, &ahead);
         }
 
         for (int64_t i = 0; i < rows; ++i) {
@@ -191,8 +207,11 @@ void backward_axis(const BackwardArgs& args, int axis, bool first) {
         next_block.ask_wide(args, axis, views, first_cols, &next_panel);
         next_panel.spread(steps<V>(rows, qkpad / V::W, L) + steps<V>(L, qkpad / V::W, rows));
         gemm_to_line<V, kRowMajor>(rows, QK, L, ds, lpad, kr, qkpad, tile, dq, 0, query_store, &next_panel);
-        gemm_to_line<V, kColMajor>(L, QK, rows, ds, lpad, qr, qkpad, tile, dk, 0,
-                                   i0 > 0 ? Store::kJoin : query_store, &next_panel);
+        add_to_keys(QK, ds, qr, qkpad, dk, dk_sums, 0, query_store, &next_panel);
+        if (summed && i0 + block >= L) {
+          add_rows<V>(dk_sums.data, qkpad, L, QK, dk, 0, 0, query_store == Store::kJoin);
+          add_rows<V>(dv_sums.data, c_ld, L, C, dv, 0, 0, value_store == Store::kJoin);
+        }
       }
     }
     V::fence();

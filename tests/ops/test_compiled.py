@@ -270,6 +270,20 @@ def test_large_results_are_written_past_the_caches(dtype, sizes, channels, packe
         assert (g.double() - e).norm() <= tolerance * e.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(1, 1200), (2, 1200), (1200, 2)])
+def test_half_precision_errors_do_not_grow_with_the_line(dtype, sizes, instruction_set):
+    """Sums over its blocks of queries are rounded once, not with every block."""
+    skip_if_for_bf16_alone(instruction_set, dtype)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, c, *sizes, generator=generator).to(dtype) for c in (8, 8, 40)]
+    grad_out = torch.randn(1, 40, *sizes, generator=generator).to(dtype)
+    exact = outputs_and_gradients(textbook_attention, [x.double() for x in inputs], grad_out.double())
+    for factor, g, e in zip((1.4, 4, 3, 1.8), run_compiled(inputs, grad_out), exact, strict=True):
+        rounded_once = (e.to(dtype).double() - e).norm()
+        assert (g.double() - e).norm() <= factor * rounded_once
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_huge_and_constant_energies_give_no_nan(dtype, instruction_set):
     generator = torch.Generator().manual_seed(0)
