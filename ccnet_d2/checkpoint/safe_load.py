@@ -163,13 +163,18 @@ def check_weights(weights: Any, path: str | Path) -> None:
                 f"Checkpoint {path} has an entry named {name!r}, which is no name of a weight."
             )
         if isinstance(value, torch.Tensor):
-            fine = value.layout is torch.strided and not value.is_meta and not value.is_quantized
+            fine = is_dense(value)
         else:
             fine = isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
         if not fine:
             raise CheckpointError(
                 f"Checkpoint {path} holds {type(value).__name__} at {name!r}, where an array of numbers is expected."
             )
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds a number for each of its elements, as weights do."""
+    return tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
 
 
 def _load_running_code(path: Path, is_plain_pickle: bool) -> Any:

@@ -426,6 +426,35 @@ def test_a_tensor_that_can_be_no_weight_of_its_name_is_an_error(mmseg, name, sha
         convert_weights(weights | {name: torch.zeros(shape)})
 
 
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        (
+            {"head.cca.value_conv.weight": (64, 64, 3, 1)},
+            r"^head\.cca\.query_conv\.weight, .*value_conv\.weight have shapes \(8, 64, 1, 1\), .*\(64, 64, 3, 1\),",
+        ),
+        (  # as many rows as the model's in all
+            {"head.cca.query_conv.bias": (7,), "head.cca.key_conv.bias": (9,)},
+            r"have shapes \(7,\), \(9,\), \(64,\), which no attention has",
+        ),
+        (
+            {"dsn.0.bias": (1,)},
+            r"^dsn\.0\.bias has shape \(1,\), and dsn\.1\.running_mean, which it is taken off, \(64,\)\.$",
+        ),
+        ({"dsn.0.bias": (65,)}, r"^dsn\.0\.bias has shape \(65,\)"),
+        (
+            {"head.bottleneck.3.weight": (19, 1, 1, 1)},
+            r"classifier has shape \(19, 1, 1, 1\), .* channels=1 is not a positive multiple of reduction=8\.$",
+        ),
+    ],
+)
+def test_tensors_that_do_not_go_together_are_an_error(official, changed, sentence):
+    weights = read_weights(official[1])
+    assert changed.keys() <= weights.keys()
+    with pytest.raises(CheckpointError, match=sentence):
+        convert_weights(weights | {name: torch.ones(shape) for name, shape in changed.items()})
+
+
 def test_resnet_d_is_refused():
     weights = torchvision.models.resnet18().state_dict()
     for kind in ("weight", "bias", "running_mean", "running_var"):
@@ -461,6 +490,43 @@ def test_weights_of_another_precision_become_fp32(tmp_path, dtype):
     first = stored["conv1.weight"].to(torch.float32).numpy()
     np.testing.assert_array_equal(weights["backbone.stem.conv1.weight"], first)
     assert {str(value.dtype) for value in weights.values()} == {"float32", "int64"}
+
+
+def test_numbers_of_eight_bits_and_parameters_become_plain_fp32(tmp_path):
+    net = torchvision.models.resnet18()
+    stored = dict(net.named_parameters()) | dict(net.named_buffers())
+    stored["bn1.weight"] = torch.tensor([1.0, 0.5]).repeat(32).to(torch.float8_e4m3fn)
+    torch.save(stored, tmp_path / "source.pth")
+    for name in ("out.pth", "out.pkl"):
+        convert_file(tmp_path / "source.pth", tmp_path / name)
+    weights = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
+    assert weights["backbone.stem.conv1.norm.weight"].tolist() == [1.0, 0.5] * 32
+    assert torch.equal(weights["backbone.stem.conv1.weight"], net.conv1.weight)
+    assert not any(value.requires_grad for value in weights.values())
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (
+            torch.zeros(64, 3, 7, 7, dtype=torch.int8),
+            r"conv1\.weight is of torch\.int8, not of floating-point",
+        ),
+        (torch.zeros(64, 3, 7, 7, dtype=torch.complex64), r"conv1\.weight is of torch\.complex64, not of"),
+        (torch.zeros(64, 3, 7, 7, device="meta"), r"conv1\.weight is sparse, quantized or without values"),
+        (torch.zeros(64, 3, 7, 7).to_sparse(), r"conv1\.weight is sparse, quantized or without values"),
+        (
+            torch.full((64, 3, 7, 7), 1e300, dtype=torch.float64),
+            r"damaged: conv1\.weight holds values that are not",
+        ),
+    ],
+)
+def test_a_tensor_that_holds_no_weights_is_an_error(tmp_path, value, sentence):
+    torch.save(torchvision.models.resnet18().state_dict() | {"conv1.weight": value}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=rf"x\.pth.*{sentence}"):
+        convert_file(tmp_path / "x.pth", tmp_path / "y.pth")
+    assert not (tmp_path / "y.pth").exists()
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_state"])

@@ -45,7 +45,7 @@ def convert_weights(
 
     Raises:
         CheckpointError: the layout is unknown or another one, a name in the network is unknown, a weight has another
-            shape than the model's, or one that prediction needs is missing.
+            shape than the model's or no floating-point numbers, or one that prediction needs is missing.
     """
     rules = _layout(source, layout)
     sources, unused = _rename(source, rules)
@@ -165,7 +165,13 @@ def _join_qkv(weights: dict[str, Tensor], sources: dict[str, tuple[str, ...]]) -
             raise CheckpointError(
                 f"The attention is not whole: there is no {absent[0].removeprefix(prefix)}."
             )
-        weights[f"{prefix}qkv.{kind}"] = torch.cat([weights.pop(name) for name in names])
+        query, key, value = (weights.pop(name) for name in names)
+        if query.shape != key.shape or key.shape[1:] != value.shape[1:]:
+            shapes = ", ".join(str(tuple(part.shape)) for part in (query, key, value))
+            raise CheckpointError(
+                f"{', '.join(sources[name][0] for name in names)} have shapes {shapes}, which no attention has."
+            )
+        weights[f"{prefix}qkv.{kind}"] = torch.cat([query, key, value])
         sources[f"{prefix}qkv.{kind}"] = tuple(sources.pop(name)[0] for name in names)
     gamma = weights.get(f"{prefix}gamma")
     if gamma is None:
@@ -181,6 +187,11 @@ def _fold_biases(weights: dict[str, Tensor], sources: dict[str, tuple[str, ...]]
     for name in [name for name in weights if name.endswith(".bias")]:
         mean = f"{name.removesuffix('bias')}norm.running_mean"
         if mean in weights:
+            if weights[name].shape != weights[mean].shape:
+                raise CheckpointError(
+                    f"{sources[name][0]} has shape {tuple(weights[name].shape)}, and {sources[mean][0]}, which it is "
+                    f"taken off, {tuple(weights[mean].shape)}."
+                )
             changes.append(f"{sources[name][0]} taken off {sources[mean][0]}")
             weights[mean] = weights[mean] - weights.pop(name)
             sources[mean] += sources.pop(name)
@@ -202,6 +213,11 @@ def _check_axes(weights: Mapping[str, Tensor], sources: Mapping[str, tuple[str, 
     for name, value in weights.items():
         if name.endswith("num_batches_tracked"):
             continue
+        if not value.is_floating_point():
+            raise CheckpointError(
+                f"{sources[name][0]} is of {value.dtype}, not of floating-point numbers: convert the weights as they "
+                "were before quantization."
+            )
         convolution = name.endswith(".weight") and not name.endswith("norm.weight")
         axes = {4} if convolution else {0, 1} if name.endswith("gamma") else {1}
         if value.dim() not in axes or value.numel() == 0:

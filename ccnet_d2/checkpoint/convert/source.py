@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccnet_d2.checkpoint.safe_load import CheckpointError, load_file
+from ccnet_d2.checkpoint.safe_load import CheckpointError, is_dense, load_file
 
 # Where training codes put the state dict: mmsegmentation and many others, Detectron2 and the official code, pycls.
 _WRAPPERS = ("state_dict", "model", "model_state")
@@ -23,7 +23,7 @@ def read_weights(path: str | Path, *, allow_pickle: bool = False) -> dict[str, T
         allow_pickle: run the code in it, see `load_file`; only for files of somebody you trust.
 
     Returns:
-        Tensors by name, on the CPU.
+        Tensors by name, on the CPU and apart from any graph; floating-point numbers as fp32.
 
     Raises:
         CheckpointError: the file cannot be read or wants code to run, or holds no state dict.
@@ -35,7 +35,7 @@ def unwrap(data: Any, where: str) -> dict[str, Tensor]:
     """The state dict within the contents of a file; `where` names the file in errors.
 
     Raises:
-        CheckpointError: there is none, it is empty, or it holds something else than finite tensors.
+        CheckpointError: there is none, it is empty, or it holds something else than dense tensors, finite in fp32.
     """
     if isinstance(data, Mapping):
         for key in _WRAPPERS:
@@ -54,10 +54,16 @@ def unwrap(data: Any, where: str) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{where} is not a state dict: its entry {name!r} is a {type(value).__name__}, not a tensor."
             )
+        if not is_dense(value):
+            raise CheckpointError(
+                f"{where} cannot be converted: {name} is sparse, quantized or without values; save its weights as "
+                "dense tensors."
+            )
+        value = value.detach()
         if value.is_floating_point():
+            value = value.float()
             if not torch.isfinite(value).all():
                 raise CheckpointError(f"{where} is damaged: {name} holds values that are not finite.")
-            value = value.float()
         weights[name] = value
     if not weights:
         raise CheckpointError(f"{where} holds no weights.")

@@ -63,7 +63,11 @@ def describe(weights: Mapping[str, Tensor]) -> str:
 
 def model_of(weights: Mapping[str, Tensor]) -> nn.Module:
     """A model on the meta device with the parameters that weights of this kind have: a CCNet, or a backbone alone
-    under the name `backbone`."""
+    under the name `backbone`.
+
+    Raises:
+        CheckpointError: they are of no network that can be built here.
+    """
     arguments = resnet_arguments(weights)
     with torch.device("meta"):
         backbone = build_resnet(**arguments, norm="BN")
@@ -71,14 +75,20 @@ def model_of(weights: Mapping[str, Tensor]) -> nn.Module:
         if classifier is None:
             return nn.ModuleDict({"backbone": backbone})
         auxiliary = weights.get("sem_seg_head.auxiliary.0.weight")
-        head = CCNetHead(
-            resnet_output_shape(arguments["depth"]),
-            num_classes=classifier.shape[0],
-            channels=classifier.shape[1],
-            norm="BN",
-            aux_feature=None if auxiliary is None else "res4",
-            aux_channels=1 if auxiliary is None else auxiliary.shape[0],
-        )
+        try:
+            head = CCNetHead(
+                resnet_output_shape(arguments["depth"]),
+                num_classes=classifier.shape[0],
+                channels=classifier.shape[1],
+                norm="BN",
+                aux_feature=None if auxiliary is None else "res4",
+                aux_channels=1 if auxiliary is None else auxiliary.shape[0],
+            )
+        except ValueError as error:  # of a number of channels that no attention has
+            reason = str(error).partition(":")[0]
+            raise CheckpointError(
+                f"The classifier has shape {tuple(classifier.shape)}, before which there can be no attention: {reason}."
+            ) from error
         return CCNet(backbone=backbone, sem_seg_head=head, pixel_mean=[0.0], pixel_std=[1.0])
 
 
