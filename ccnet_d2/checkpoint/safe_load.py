@@ -78,13 +78,16 @@ def load_file(path: str | Path, *, allow_pickle: bool = False) -> Any:
             only for files that you or somebody you trust wrote.
 
     Raises:
-        CheckpointError: the file is missing, empty or damaged, or wants code to run.
+        CheckpointError: the file is missing, unreadable, empty or damaged, or wants code to run.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"Checkpoint {path} does not exist{' as a file' if path.exists() else ''}.")
-    with path.open("rb") as file:
-        start = file.read(len(_ZIP_MAGIC))
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"Checkpoint {path} does not exist{' as a file' if path.exists() else ''}.")
+        with path.open("rb") as file:
+            start = file.read(len(_ZIP_MAGIC))
+    except OSError as error:
+        raise CheckpointError(f"Checkpoint {path} cannot be read: {error.strerror or error}.") from error
     if not start:
         raise CheckpointError(f"Checkpoint {path} is empty.")
     is_zip = start == _ZIP_MAGIC

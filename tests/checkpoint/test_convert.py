@@ -586,6 +586,7 @@ def test_the_target_is_written_whole_or_not_at_all(mmseg, tmp_path):
         (tmp_path / "out.bin", "neither a .pth nor a .pkl"),
         (source, "is the source itself"),
         (source / "out.pth", "cannot be written"),
+        (tmp_path / f"{'x' * 300}.pth", "cannot be written: .*File name too long"),
     ):
         with pytest.raises(CheckpointError, match=sentence):
             convert_file(source, target)

@@ -1,6 +1,8 @@
 """Checkpoints are data: nothing in them runs, and what does not fit is an error."""
 
+import errno
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +93,28 @@ def test_a_failure_does_not_stand_in_the_way_of_the_next_file(tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere\.pth"):
         load_checkpoint(model(), tmp_path / "nowhere.pth")
+
+
+@pytest.mark.parametrize("load", [load_file, partial(load_checkpoint, model())])
+def test_a_file_that_may_not_be_read_is_named_with_the_reason(tmp_path, monkeypatch, load):
+    path = tmp_path / "secret.pth"
+    torch.save({"model": model().state_dict()}, path)
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:  # root may read everything
+        patched.setattr(Path, "open", refuse)
+        with pytest.raises(
+            CheckpointError, match=r"^Checkpoint \S+/secret\.pth cannot be read: Permission denied\.$"
+        ):
+            load(path)
+    load(path)
+
+
+def test_a_name_that_is_too_long_for_the_disk():
+    with pytest.raises(CheckpointError, match=r"x\.pth cannot be read: File name too long\.$"):
+        load_file("x" * 300 + ".pth")
 
 
 def test_wrong_shape_is_an_error(tmp_path):

@@ -1,5 +1,6 @@
 """Renaming published weights, and the little arithmetic that goes with it."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -97,7 +98,7 @@ def convert_file(
     Raises:
         CheckpointError: as in `convert_weights`; or a file cannot be read or written.
     """
-    if Path(target).exists() and Path(source).exists() and Path(target).samefile(source):
+    if _are_one_file(source, target):
         raise CheckpointError(f"{target} is the source itself: name another file to write.")
     try:
         conversion = convert_weights(read_weights(source, allow_pickle=allow_pickle), layout, model=model)
@@ -109,6 +110,13 @@ def convert_file(
     author = f"{Path(source).name}, {conversion.layout} layout, converted by ccnet_d2"
     write_checkpoint(conversion.weights, target, author)
     return conversion
+
+
+def _are_one_file(source: str | Path, target: str | Path) -> bool:
+    try:
+        return os.path.samefile(source, target)
+    except (OSError, ValueError):  # one is not there or cannot be looked at, which reading and writing report
+        return False
 
 
 def _layout(source: Mapping[str, Tensor], name: str) -> Layout:
