@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from iopath.common.file_io import file_lock
+from portalocker.exceptions import LockException
 
 from ccnet_d2.checkpoint.convert import convert_file
 from ccnet_d2.errors import UserError
@@ -17,11 +18,21 @@ _CONVERSION = 1
 
 
 def cache_dir() -> Path:
-    """CCNET_D2_CACHE, or ccnet_d2 in the user's cache directory."""
+    """CCNET_D2_CACHE, or ccnet_d2 in the user's cache directory.
+
+    Raises:
+        UserError: it lies in a home directory, and there is none.
+    """
     chosen = os.environ.get("CCNET_D2_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ccnet_d2"
+    try:
+        if chosen:
+            return Path(chosen).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ccnet_d2"
+    except RuntimeError as error:  # as in containers that run as a user without an entry
+        raise UserError(
+            f"There is no home directory for the cache {chosen or '~/.cache/ccnet_d2'}: set CCNET_D2_CACHE to the full "
+            "path of a folder."
+        ) from error
 
 
 def weights_file(name: str, *, classifier: bool = True) -> Path:
@@ -57,6 +68,11 @@ def weights_file(name: str, *, classifier: bool = True) -> Path:
             finally:
                 if downloaded:
                     source.unlink()
+    except LockException as error:  # on some network file systems
+        raise UserError(
+            f"The cache {folder} cannot be locked ({error}): set CCNET_D2_CACHE to a folder that can, such as one on a "
+            "local disk."
+        ) from error
     except OSError as error:
         raise UserError(
             f"The cache {folder} cannot be written ({error}): set CCNET_D2_CACHE to a folder that can."

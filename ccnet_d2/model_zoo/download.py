@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
+from ccnet_d2.atomic_file import disk_full_reported
 from ccnet_d2.errors import UserError
 
 from .published import Published
@@ -35,17 +36,22 @@ def local_or_downloaded(entry: Published, folder: Path) -> tuple[Path, bool]:
         The file, and whether it was downloaded (and so may be deleted).
 
     Raises:
-        UserError: there is no such file, it cannot be downloaded, or it is another one than was published.
+        UserError: there is no such file, it cannot be read or downloaded, or it is another one than was published.
     """
     place = os.environ.get("CCNET_D2_ZOO", "")
     if place and "://" not in place:
-        path = Path(place).expanduser() / entry.file
-        if not path.is_file():
+        path = Path(os.path.expanduser(place)) / entry.file
+        try:
+            if not path.is_file():
+                raise UserError(
+                    f"CCNET_D2_ZOO={place} has no {entry.file}: download it there from {entry.address}, or unset "
+                    "CCNET_D2_ZOO."
+                )
+            _check(entry, path, _sha256_of(path), f"delete it and download it again from {entry.address}")
+        except OSError as error:
             raise UserError(
-                f"CCNET_D2_ZOO={place} has no {entry.file}: download it there from {entry.address}, or unset "
-                "CCNET_D2_ZOO."
-            )
-        _check(entry, path, _sha256_of(path), f"delete it and download it again from {entry.address}")
+                f"{path}, in the folder that CCNET_D2_ZOO names, cannot be read: {error.strerror or error}."
+            ) from error
         return path, False
     address = f"{place.rstrip('/')}/{quote(entry.file)}" if place else entry.address
     return _download(entry, address, folder), True
@@ -56,7 +62,8 @@ def _download(entry: Published, address: str, folder: Path) -> Path:
     part = folder / f".{entry.file}.part"
     logging.getLogger(__name__).info("Downloading %s", address)
     try:
-        digest = _read_to(address, part, entry.file)
+        with disk_full_reported(folder, lambda: "make room, or set CCNET_D2_CACHE to a folder that has it"):
+            digest = _read_to(address, part, entry.file)
         _check(entry, part, digest, "it was not kept; try again, or get it elsewhere and see CCNET_D2_ZOO")
         os.replace(part, path)
     except UserError:

@@ -1,5 +1,6 @@
 """Published weights: fetched once, checked, converted, kept; and one clear sentence where that cannot be."""
 
+import errno
 import hashlib
 import re
 import socket
@@ -16,6 +17,7 @@ import pytest
 import torch
 from detectron2.config import instantiate
 from detectron2.utils.file_io import PathManager
+from portalocker.exceptions import LockException
 
 from ccnet_d2 import model_zoo
 from ccnet_d2.checkpoint import SafeCheckpointer
@@ -133,6 +135,27 @@ def test_places_by_environment(tmp_path, monkeypatch):
         assert cache_dir() == tmp_path / place
 
 
+@pytest.mark.parametrize("value", ["~no user of this name/cache", ""])
+def test_a_cache_in_a_home_that_is_not_there_is_one_sentence(entry, monkeypatch, value):
+    """As in a container that runs as a user without an entry."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("CCNET_D2_CACHE", value)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(
+        UserError, match=rf"no home directory for the cache {value or '~/.cache/ccnet_d2'}: set CCNET"
+    ):
+        weights_file(entry.name)
+
+
+def test_a_folder_of_files_in_a_home_that_is_not_there_has_none(entry, server, monkeypatch):
+    monkeypatch.setenv("CCNET_D2_ZOO", "~no user of this name/zoo")
+    with pytest.raises(
+        UserError, match=r"^CCNET_D2_ZOO=~no user of this name/zoo has no net\.pth: download it"
+    ):
+        weights_file(entry.name)
+    assert server.asked == []
+
+
 def test_what_was_published_anew_is_fetched_anew(entry, server, network, monkeypatch):
     first = weights_file(entry.name)
     bias = network[0].decode_head.conv_seg.bias
@@ -164,6 +187,19 @@ def test_who_waits_for_another_takes_what_that_one_made(entry, server, monkeypat
     assert weights_file(entry.name) == path and len(server.asked) == 1
 
 
+def test_a_cache_that_cannot_be_locked(entry, monkeypatch):
+    @contextmanager
+    def no_lock(name):
+        raise LockException(OSError(errno.ENOSYS, "Function not implemented"))
+        yield
+
+    monkeypatch.setattr(cache, "file_lock", no_lock)
+    with pytest.raises(
+        UserError, match=r"cache \S+ cannot be locked \(.*not implemented\): set CCNET_D2_CACHE"
+    ):
+        weights_file(entry.name)
+
+
 def test_a_mirror_takes_the_place_of_every_address(entry, server, monkeypatch):
     elsewhere = replace(entry, address="http://127.0.0.1:9/net.pth", file="net 1.pth")
     monkeypatch.setitem(PUBLISHED, entry.name, elsewhere)
@@ -179,6 +215,34 @@ def test_a_file_of_an_old_torch(entry, server, network, monkeypatch):
     torch.save(content, server.folder / "net.pth", _use_new_zipfile_serialization=False)
     weights = torch.load(weights_file(entry.name), weights_only=True)["model"]
     assert torch.equal(weights["sem_seg_head.classifier.bias"], network[0].decode_head.conv_seg.bias)
+
+
+def test_a_file_in_a_local_folder_that_may_not_be_read(entry, tmp_path, monkeypatch):
+    """The folder is at fault, not the cache."""
+    (tmp_path / "net.pth").write_bytes(b"PK")
+    monkeypatch.setenv("CCNET_D2_ZOO", str(tmp_path))
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(download, "_sha256_of", refuse)
+    with pytest.raises(
+        UserError, match=r"net\.pth, in the .* CCNET_D2_ZOO names, cannot be read: Permission denied\.$"
+    ):
+        weights_file(entry.name)
+
+
+def test_a_disk_that_is_full_is_no_trouble_of_the_network(entry, monkeypatch):
+    class FullBar(download.tqdm):
+        def update(self, n=1):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(download, "tqdm", FullBar)
+    with pytest.raises(
+        UserError, match=r"^Writing to \S+ failed: No space left .*; make room, or set CCNET_D2_CACHE"
+    ):
+        weights_file(entry.name)
+    assert files_in_cache() == []
 
 
 def test_no_network_is_one_sentence(entry, server, monkeypatch):
