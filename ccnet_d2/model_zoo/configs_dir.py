@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from ccnet_d2.errors import UserError
 
 from .nearest import nearest
-from .published import published
+from .published import PUBLISHED, published
 
 _PACKAGED = Path(__file__).parent / "configs"
 _CHECKOUT = Path(__file__).parents[2] / "configs"
@@ -75,5 +75,12 @@ def get_config(name: str, trained: bool = False) -> DictConfig:
     if missing:
         raise UserError(f"{path} is not a run: it defines no {' and no '.join(missing)}.")
     if trained:
-        config.train.init_checkpoint = f"ccnet://{published(name, is_run=True).name}"
+        config.train.init_checkpoint = f"ccnet://{published(_known_name(name, path), is_run=True).name}"
     return config
+
+
+def _known_name(name: str, path: Path) -> str:
+    """The name of a run with published weights whose file is given by its path; any other name as it is."""
+    file, root = path.resolve(), config_root().resolve()
+    known = file.relative_to(root).with_suffix("").as_posix() if file.is_relative_to(root) else name
+    return known if known in PUBLISHED else name

@@ -31,6 +31,26 @@ def test_get_config_gives_a_run():
     assert {"model", "dataloader", "optimizer", "lr_multiplier", "train"} <= set(cfg)
 
 
+@pytest.mark.parametrize("form", [str, lambda path: f"./configs/../{path.relative_to(path.parents[2])}"])
+def test_a_path_to_a_run_of_the_project_has_its_published_weights(monkeypatch, form):
+    name = "voc12/ccnet_R_50_D8_512x512_20k"
+    path = config_path(name).resolve()
+    monkeypatch.chdir(path.parents[2])
+    assert get_config(form(path), trained=True).train.init_checkpoint == f"ccnet://{name}"
+
+
+def test_a_path_to_another_s_run_of_that_name_has_none(tmp_path):
+    name = "voc12/ccnet_R_50_D8_512x512_20k"
+    copy = tmp_path / f"{name}.py"
+    copy.parent.mkdir()
+    copy.write_text(
+        f"from ccnet_d2.model_zoo import get_config\n\n_run = get_config({name!r})\n"
+        "model, dataloader, train = _run.model, _run.dataloader, _run.train\n"
+    )
+    with pytest.raises(UserError, match=rf"no published weights for '{copy}', a run that has to be trained"):
+        get_config(str(copy), trained=True)
+
+
 def test_unknown_name():
     with pytest.raises(UserError, match=r"no config 'toy/ccnet_sintetic'.*toy/ccnet_synthetic\.py"):
         get_config("toy/ccnet_sintetic")
