@@ -180,6 +180,45 @@ def test_few_names_are_all_in_the_report_and_each_reason_has_a_line(count):
     ]
 
 
+def test_every_name_is_in_a_report_that_is_to_have_every_one():
+    unused = {f"left{index}": "of no use" for index in range(6)}
+    missing = tuple(f"gone{index}" for index in range(6))
+    weights, sources = {"x": torch.zeros(1)}, {"x": ("one", "two")}
+    text = Conversion("mmseg", "A net", weights, sources, unused, missing).text(every_name=True)
+    assert text.splitlines()[2:] == [
+        "           one + two -> x",
+        f"  unused   {', '.join(unused)} (of no use)",
+        f"  missing  {', '.join(missing)}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "reason"),
+    [
+        ("official", "criterion.weight", "the loss"),
+        ("official", "fc.bias", "the ImageNet classifier"),
+        ("mmseg", "head.fc.weight", "the ImageNet classifier"),
+        ("mmseg", "data_preprocessor.mean", "mean and deviation of images, which configs say here"),
+    ],
+)
+def test_what_no_model_needs_is_left_out_with_the_reason(official, mmseg, source, name, reason):
+    weights = read_weights({"official": official, "mmseg": mmseg}[source][1])
+    conversion = convert_weights(weights | {name: torch.zeros(19)})
+    assert conversion.unused == {name: reason} and conversion.missing == ()
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("official", "BGR images less the mean 104.007, 116.669, 122.679"),
+        ("mmseg", "RGB images; the first block"),
+    ],
+)
+def test_what_no_weight_tells_is_noted(official, mmseg, source, words):
+    weights = read_weights({"official": official, "mmseg": mmseg}[source][1])
+    assert convert_weights(weights).text().splitlines()[-1].startswith(f"  note     {words}")
+
+
 def test_what_is_left_out_as_asked_adds_to_what_is_missing_and_unused(official):
     weights = {k: v for k, v in read_weights(official[1]).items() if not k.startswith("dsn.")}
     model = instantiate_on_meta(OFFICIAL, depth=50, channels=64, aux_channels=64)
@@ -328,6 +367,15 @@ def test_resnets_are_told_by_their_blocks(depth):
     assert convert_weights(weights).network == f"ResNet-{depth}, basic stem"
 
 
+def test_a_resnet_under_the_name_backbone():
+    """As mmsegmentation and its relatives keep one that they pretrained."""
+    bare = torchvision.models.resnet18().state_dict()
+    under = {name if name.startswith("fc.") else f"backbone.{name}": value for name, value in bare.items()}
+    conversion, expected = convert_weights(under), convert_weights(bare).weights
+    assert conversion.layout == "mmseg" and conversion.weights.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in conversion.weights.items())
+
+
 def test_a_plain_resnet_of_timm_has_torchvisions_names():
     weights = torchvision.models.resnet18().state_dict()
     conversion, other = convert_weights(weights, "timm"), convert_weights(weights, "torchvision")
@@ -400,6 +448,7 @@ def test_what_does_not_fit_is_an_error(official, mmseg):
         ),
         ({"conv1.weight": torch.zeros(6, 1, 5, 5)}, {}, r"none of official, mmseg, .*conv1\.weight"),
         ({"backbone.res2.0.conv1.weight": torch.zeros(1)}, {}, "Detectron2's names already"),
+        ({"res2.0.conv1.weight": torch.zeros(1)}, {}, "Detectron2's names already"),
     ):
         with pytest.raises(CheckpointError, match=sentence):
             convert_weights(weights, **options)

@@ -3,7 +3,7 @@
 import pytest
 
 from ccnet_d2.errors import UserError
-from ccnet_d2.model_zoo import config_names, config_path, get_config
+from ccnet_d2.model_zoo import config_names, config_path, configs_dir, get_config
 
 
 def test_names_are_runs():
@@ -68,6 +68,22 @@ def test_a_yacs_config_is_told_where_it_works():
         get_config("yacs/toy/ccnet_synthetic.yaml")
 
 
-def test_a_part_is_not_a_run():
-    with pytest.raises(UserError, match="is not a run"):
+def test_a_part_is_not_a_run(tmp_path):
+    with pytest.raises(
+        UserError, match=r"optim\.py is not a run: it defines no model and no dataloader and no train\.$"
+    ):
         get_config("common/optim.py")
+    (tmp_path / "half.py").write_text("model, train = {}, {}")
+    with pytest.raises(UserError, match=r"half\.py is not a run: it defines no dataloader\.$"):
+        get_config(str(tmp_path / "half.py"))
+
+
+def test_an_installation_without_configs(monkeypatch, tmp_path):
+    monkeypatch.setattr(configs_dir, "_PACKAGED", tmp_path / "packaged")
+    checkout = configs_dir.config_root()
+    (tmp_path / "packaged/common").mkdir(parents=True)
+    assert configs_dir.config_root() == tmp_path / "packaged" != checkout
+    (tmp_path / "packaged/common").rmdir()
+    monkeypatch.setattr(configs_dir, "_CHECKOUT", tmp_path)
+    with pytest.raises(UserError, match=r"^No configs at \S+/packaged or .*: .* reinstall ccnet_d2\.$"):
+        config_names()

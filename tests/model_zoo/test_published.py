@@ -25,6 +25,7 @@ from ccnet_d2.checkpoint.convert import LAYOUTS
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference import Predictor
 from ccnet_d2.model_zoo import PUBLISHED, __main__, cache, cache_dir, download, get_config, weights_file
+from ccnet_d2.model_zoo.published import published
 from tests.checkpoint.source_networks import MMSegCCNet, randomize
 from tests.checkpoint.test_convert import Payload, image, logits
 
@@ -323,6 +324,26 @@ def test_an_answer_that_is_none_is_one_sentence(entry, monkeypatch, answer, reas
     assert files_in_cache() == []
 
 
+@pytest.mark.parametrize("protocol", ["HTTP/1.1", "HTTP/1.0"])
+def test_an_answer_that_does_not_say_its_length(entry, server, network, monkeypatch, protocol):
+    """It ends with an empty chunk, or where the connection does."""
+    handler = server._server.RequestHandlerClass.func
+    content = network[1]
+
+    def answer(self):
+        self.protocol_version = protocol
+        self.send_response(200)
+        if protocol == "HTTP/1.1":
+            self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        head = b"%x\r\n" % len(content)
+        self.wfile.write(head + content + b"\r\n0\r\n\r\n" if protocol == "HTTP/1.1" else content)
+        self.close_connection = True
+
+    monkeypatch.setattr(handler, "do_GET", answer)
+    assert weights_file(entry.name).is_file()
+
+
 def test_a_mirror_whose_address_is_none_is_one_sentence(entry, monkeypatch):
     monkeypatch.setenv("CCNET_D2_ZOO", "http://127.0.0.1:9/my folder")
     with pytest.raises(UserError, match=r"my folder/net\.pth \(URL can't contain"):
@@ -398,15 +419,24 @@ def test_names(entry):
         model_zoo.get("camvid/ccnet_R_18_D8_half", trained=True)
     with pytest.raises(UserError, match=r"did you mean .*imagenet/resnet50_v1c"):
         weights_file("imagenet/resnet50_v1")
+    assert published("configs/ade20k/ccnet_R_50_D8_512x512_80k.py").name == "ade20k/ccnet_R_50_D8_512x512_80k"
     trained = model_zoo.list(trained=True)
     assert len(trained) == 19 and set(trained) < set(model_zoo.list())
-    assert model_zoo.get("toy/ccnet_synthetic.py", device="meta").training
+    model = model_zoo.get("toy/ccnet_synthetic.py", device="meta")
+    assert model.training and {value.device.type for value in model.parameters()} == {"meta"}
 
 
 def test_command_line(entry, capsys):
     assert __main__.main([]) == 0
     out = capsys.readouterr().out
     assert "cityscapes/ccnet_R_50_D8_512x1024_40k" in out and "(not public)" in out
+    assert str(cache_dir()) in out and "https://" not in out
+    assert __main__.main(["--addresses"]) == 0
+    out = capsys.readouterr().out
+    for listed in PUBLISHED.values():
+        assert re.search(
+            rf"^{re.escape(listed.name)} .*  {listed.file}  {re.escape(listed.address)}$", out, re.MULTILINE
+        )
     assert __main__.main([entry.name]) == 0
     assert Path(capsys.readouterr().out.strip()).is_file()
     assert __main__.main(["nothing"]) == 1
@@ -423,10 +453,20 @@ def test_the_table():
         assert entry.address.startswith(("https://", "http://sceneparsing.csail.mit.edu/"))
         if entry.sha256:
             assert entry.address.endswith(f"-{entry.sha256}.pth")
+    # Who published a file named its weights.
+    layouts = {"_v1c": "mmseg", "_v1s": "timm", "_mit": "official"}
+    for entry in PUBLISHED.values():
+        if entry.is_run:
+            layout = (
+                "official" if Path(entry.name).name.startswith(("ccnet_official", "ccnet_ohem")) else "mmseg"
+            )
+        else:
+            layout = layouts.get(entry.name[-4:], "torchvision")
+        assert entry.layout == layout, entry.name
     # The sixteen of mmsegmentation: network, crop, schedule and data set in the name of the file are those of the run.
-    published = [entry for entry in PUBLISHED.values() if entry.source == "mmsegmentation"]
-    assert len(published) == 16
-    for entry in published:
+    sixteen = [entry for entry in PUBLISHED.values() if entry.source == "mmsegmentation"]
+    assert len(sixteen) == 16
+    for entry in sixteen:
         cfg = get_config(entry.name)
         height, width = cfg.dataloader.train.mapper.augmentations[0].crop_size
         data = {19: "cityscapes", 150: "ade20k", 21: "voc12aug"}[cfg.model.sem_seg_head.num_classes]
