@@ -154,7 +154,8 @@ class CodeInteraction(nn.Module):
                 _take(query, x * own[:, None], x)
                 for query, x, own in zip(queries, context, scores, strict=True)
             ]
-        distributed: Tensor = self.distribute(torch.stack(out).transpose(1, 2).reshape(features.shape))
+        passed_on = torch.stack(out).transpose(1, 2).reshape(features.shape)
+        distributed: Tensor = self.distribute(passed_on.to(self.distribute.conv.weight.dtype))
         return distributed
 
 
@@ -168,7 +169,8 @@ def _on_lists(convolution: ConvNormAct, lists: list[Tensor]) -> list[Tensor]:
 
     The norm is over the vectors of all images, as over the pixels of a batch.
     """
-    columns = torch.cat([convolution.conv(x.t()[None, :, :, None]) for x in lists], dim=2)
+    dtype = convolution.conv.weight.dtype  # autocast, where it is on, chooses from there
+    columns = torch.cat([convolution.conv(x.t()[None, :, :, None].to(dtype)) for x in lists], dim=2)
     # A lone vector counts twice: batch norm cannot train on a single value of each channel.
     lone = columns.shape[2] == 1
     out = convolution.normalize(torch.cat([columns, columns], dim=2) if lone else columns)

@@ -263,6 +263,20 @@ def test_half_precision_is_computed_in_full():
     torch.testing.assert_close(found, expected.bfloat16())
 
 
+@pytest.mark.parametrize("variant", ["paper", "code"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_weights_of_another_dtype(variant, dtype):
+    """As `model.half()` makes them: the convolutions run in it, the steps between them in fp32 at least."""
+    torch.manual_seed(0)
+    attention, inputs = RegionAttention(8, variant=variant).eval(), maps((4, 5))
+    expected = attention(*inputs)
+    found = attention.to(dtype)(*(x.to(dtype) for x in inputs))
+    assert found.dtype == dtype
+    assert (found - expected).norm() <= 0.05 * expected.norm()
+    found.sum().backward()
+    assert inputs[0].grad.isfinite().all()
+
+
 def test_code_interaction_by_hand():
     """The released code's three steps, with its convolutions as they are."""
     features, boundary, semantic = maps((4, 5), batch=1)
