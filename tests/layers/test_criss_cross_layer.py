@@ -337,6 +337,46 @@ def test_an_input_of_another_dtype_than_the_weights_is_refused_on_every_machine(
             layer(torch.ones(1, 16, 3, 4, dtype=dtype))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize(
+    ("dtype", "weights", "low"),
+    [
+        (
+            torch.bfloat16,
+            torch.float32,
+            torch.bfloat16,
+        ),  # behind a convolution, which autocast runs in half precision
+        (torch.float16, torch.float32, torch.float16),
+        (torch.float32, torch.float32, torch.float16),
+        (torch.float64, torch.float64, torch.bfloat16),  # which autocast leaves alone
+    ],
+    ids=str,
+)
+def test_what_comes_to_the_layer_in_autocast(dtype, weights, low, backend, recompute):
+    """The result has the input's dtype, gradients those of what they belong to."""
+    if available_backends().get(backend) is not None:
+        pytest.skip(available_backends()[backend])
+    torch.manual_seed(0)
+    layer = with_gamma(RCCA(16, backend=backend, recompute=recompute)).to(weights)
+    exact = with_gamma(RCCA(16, backend="reference")).double()
+    exact.load_state_dict(layer.state_dict())
+    inputs = [torch.randn(2, 16, 5, 6).to(dtype).requires_grad_(), *layer.parameters()]
+    exact_inputs = [inputs[0].detach().double().requires_grad_(), *exact.parameters()]
+    with torch.autocast("cpu", dtype=low):
+        out = layer(inputs[0])
+    wanted = exact(exact_inputs[0])
+    grad = torch.randn_like(out)
+    got = [out, *torch.autograd.grad(out, inputs, grad)]
+    wanted = [wanted, *torch.autograd.grad(wanted, exact_inputs, grad.double())]
+    unit = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float64: 1e-12}[
+        dtype if dtype == torch.float64 else low
+    ]
+    for like, value, expected in zip((inputs[0], *inputs), got, wanted, strict=True):
+        assert value.dtype == like.dtype
+        assert (value.double() - expected).norm() <= unit * expected.norm()
+
+
 @pytest.mark.parametrize(
     ("recompute", "recurrence", "wanted"), [(True, 1, 3), (True, 2, 5), (True, 3, 5), (1, 1, 1), (7, 2, 7)]
 )
