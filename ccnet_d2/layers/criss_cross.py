@@ -68,13 +68,14 @@ class CrissCrossAttention(ContextModule):
         The convolution is 1x1, hence one matrix product; written as such it reads NCHW and channels-last inputs in
         place and writes what the attention reads, whereas a convolution would answer in the layout it is given.
         """
-        bias = self.qkv.bias
-        if bias is not None and self._projects_plainly():
-            projected = project(x, self.qkv.weight.flatten(1), bias)
-        else:
-            # A convolution of fewer axes than x, as that of `ClipRCCA`, takes the first ones as one.
-            last = x.dim() - self.spatial_dims
-            projected = self.qkv(x.flatten(2, last)).unflatten(2, x.shape[2 : last + 1])
+        plain = self._plain_projection()
+        if plain is not None:
+            projected = project(x, *plain)
+        elif x.dim() == self.spatial_dims + 2:
+            projected = self.qkv(x)
+        else:  # the clips of `ClipRCCA`, frame by frame
+            frames = x.transpose(1, 2)
+            projected = self.qkv(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
         query, key, value = projected.split([self.key_channels, self.key_channels, self.channels], dim=1)
         return query, key, value
 
@@ -84,8 +85,8 @@ class CrissCrossAttention(ContextModule):
 
     def _recomputed(self, x: Tensor, *, loops: int) -> Tensor:
         """So many loops, of which little is kept: (B, C, *S) -> (B, C, *S)."""
-        bias = self.qkv.bias
-        if bias is None or not self._projects_plainly():
+        plain = self._plain_projection()
+        if plain is None:
             raise RuntimeError(
                 "A layer with recompute takes the weight and the bias of its qkv alone, which has hooks (of pruning or "
                 "weight_norm, for instance), has no bias or was replaced: use recompute=False there."
@@ -95,8 +96,7 @@ class CrissCrossAttention(ContextModule):
             chunks = RECOMPUTED_CHUNKS if loops > 1 else CHUNKS_OF_ONE_LOOP
         return recomputed_loops(
             x,
-            self.qkv.weight.flatten(1),
-            bias,
+            *plain,
             self.gamma,
             self.key_channels,
             loops=loops,
@@ -111,15 +111,13 @@ class CrissCrossAttention(ContextModule):
         """
         if self._recomputes(x):
             return self._recomputed(x, loops=1)
-        bias = self.qkv.bias
-        if bias is not None and self._projects_plainly():
-            weight = self.qkv.weight.flatten(1)
-            # Compiled for any image size, the loop in one step would keep the projection as a view on four axes, on
-            # which torch 2.14's compiler fails; query, key and value apart are views that it makes again.
-            if not torch.compiler.is_compiling() and supports_loop(x, weight, bias, self.gamma, self.backend):
-                return criss_cross_loop(
-                    x, weight, bias, self.gamma, self.key_channels, channels_last=channels_last
-                )
+        plain = self._plain_projection()
+        # Compiled for any image size, the loop in one step would keep the projection as a view on four axes, on
+        # which torch 2.14's compiler fails; query, key and value apart are views that it makes again.
+        if plain is not None and not torch.compiler.is_compiling():
+            tensors = x, *plain, self.gamma
+            if supports_loop(*tensors, self.backend):
+                return criss_cross_loop(*tensors, self.key_channels, channels_last=channels_last)
         out = criss_cross_attention(*self.project(x), backend=self.backend)
         if self.backend in ("auto", "compiled"):
             return gated_residual(out, self.gamma, x)
@@ -131,8 +129,8 @@ class CrissCrossAttention(ContextModule):
         self._check_input(x)
         return self.attend(x)
 
-    def _projects_plainly(self) -> bool:
-        """Whether the projection is what `qkv` has for weight and bias; else it has to be called, as a module is.
+    def _plain_projection(self) -> tuple[Tensor, Tensor] | None:
+        """`qkv`'s weight (2C' + C, C) and bias; None where it is no matter of these alone, and has to be called.
 
         Pruning and weight_norm make the weight in a hook of each call, adapters put a module of theirs in its place.
         """
@@ -140,7 +138,12 @@ class CrissCrossAttention(ContextModule):
         hooks = (qkv._forward_pre_hooks, qkv._forward_hooks, qkv._backward_pre_hooks, qkv._backward_hooks)
         # Not by the bound method's function, which torch.compile sees as another one.
         convolves = type(qkv).forward is CONVOLUTIONS[self.spatial_dims].forward
-        return convolves and "forward" not in qkv.__dict__ and not any(map(len, hooks))
+        if not convolves or "forward" in qkv.__dict__ or any(map(len, hooks)) or qkv.bias is None:
+            return None
+        ones = (1,) * self.spatial_dims
+        if (qkv.kernel_size, qkv.stride, qkv.padding, qkv.groups) != (ones, ones, (0,) * len(ones), 1):
+            return None
+        return qkv.weight.flatten(1), qkv.bias
 
     def extra_repr(self) -> str:
         text = f"channels={self.channels}, key_channels={self.key_channels}, spatial_dims={self.spatial_dims}"

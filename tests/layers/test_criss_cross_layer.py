@@ -194,6 +194,37 @@ def test_hooks_of_the_projection_are_called_in_clips_too():
     assert seen == [20] * layer.recurrence
 
 
+@pytest.mark.parametrize("backend", ["auto", "matmul"])
+@pytest.mark.parametrize(
+    "projection",
+    [
+        nn.Sequential(nn.Conv2d(16, 20, 1), nn.GroupNorm(4, 20)),
+        nn.Conv2d(16, 20, 3, padding=1),
+        nn.Conv2d(16, 20, 1, groups=4),
+        nn.Conv2d(16, 20, (1, 3), padding="same", padding_mode="circular"),
+    ],
+    ids=["sequence", "3x3", "groups", "padding"],
+)
+def test_another_projection_is_called(projection, backend):
+    """Of clips frame by frame."""
+    layer, clips, frames = with_gamma(RCCA(16, backend=backend)), ClipRCCA(16, 1), torch.randn(6, 16, 4, 5)
+    layer.qkv = with_gamma(clips).qkv = projection
+    expected = frames
+    for _ in range(layer.recurrence):
+        parts = projection(expected).split([2, 2, 16], dim=1)
+        expected = 0.7 * criss_cross_attention(*parts, backend="reference") + expected
+    torch.testing.assert_close(layer(frames), expected, rtol=1e-4, atol=1e-5)
+    parts = [
+        part.unflatten(0, (2, 3)).transpose(1, 2) for part in projection(frames).split([2, 2, 16], dim=1)
+    ]
+    expected = 0.7 * criss_cross_attention(*parts, backend="reference").transpose(1, 2).flatten(0, 1) + frames
+    with clips_of(clips, 3):
+        torch.testing.assert_close(clips(frames), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match=r"was replaced: use recompute=False there"):
+        layer.recompute = True
+        layer(frames)
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_compiled_graphs_take_the_projection_as_it_is(dims):
     """A layer with recompute would refuse anything else."""
