@@ -54,18 +54,20 @@ class ContextModule(nn.Module):
 def check_recurrence(recurrence: int) -> None:
     """
     Raises:
-        ValueError: R, the number of loops, is below 1.
+        ValueError: R, the number of loops, is below 1 or no whole number.
     """
-    if recurrence < 1:
-        raise ValueError(f"recurrence must be at least 1, got {recurrence}: one loop is R=1.")
+    if not hasattr(recurrence, "__index__") or recurrence < 1:
+        raise ValueError(f"recurrence must be at least 1 and whole, got {recurrence!r}: one loop is R=1.")
 
 
 def key_channels(channels: int, reduction: int) -> int:
     """C' = channels / reduction.
 
     Raises:
-        ValueError: channels is not a positive multiple of reduction.
+        ValueError: channels is not a positive multiple of reduction, or that is no whole number.
     """
+    if not hasattr(reduction, "__index__"):
+        raise ValueError(f"reduction must be a whole number, got {reduction!r}.")
     if reduction < 1 or channels < 1 or channels % reduction:
         raise ValueError(
             f"channels={channels} is not a positive multiple of reduction={reduction}: "

@@ -50,11 +50,11 @@ class CrissCrossAttention(ContextModule):
 
         Raises:
             ValueError: channels is not a positive multiple of reduction, spatial_dims is not 1, 2 or 3, or recompute
-                is a negative number.
+                is neither a number of chunks nor True or False.
         """
         super().__init__(channels, spatial_dims=spatial_dims)
-        if recompute < 0:
-            raise ValueError(f"recompute must be True, False or a number of chunks, got {recompute}.")
+        if not hasattr(recompute, "__index__") or recompute < 0:
+            raise ValueError(f"recompute must be True, False or a number of chunks, got {recompute!r}.")
         self.channels = channels
         self.key_channels = key_channels(channels, reduction)
         self.backend = backend

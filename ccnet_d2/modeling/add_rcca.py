@@ -69,6 +69,15 @@ def add_rcca(
         UserError: there is no such place, or it cannot be told, or an argument does not fit; the model is unchanged.
         ValueError: the module refuses its arguments.
     """
+    for key, value, kinds, what in (
+        ("where", where, str, "the path of a module, such as 'res4'"),
+        ("before", before, int | None, "the index of a block, or None"),
+        ("module", module, nn.Module | str | None, f"one of {listed(INSERTS)}, or a module built already"),
+        ("name", name, str | None, "a name"),
+    ):
+        if not isinstance(value, kinds):
+            given = f"a {type(value).__name__}" if isinstance(value, nn.Module) else repr(value)
+            raise UserError(f"{key} must be {what}, not {given}.")
     path, target = _find(model, where)
     if feature is not None and before is not None:
         raise UserError(
@@ -89,6 +98,8 @@ def add_rcca(
     if module is None:
         module = "rcca"
     name = name or (module if isinstance(module, str) else "context")
+    if "." in name:
+        raise UserError(f"name={name!r}: a module's name has no dot in it.")
     if hasattr(target, name):
         raise UserError(
             f"{path} has a {name!r} already: give the new module another name, such as name='{name}_2'."

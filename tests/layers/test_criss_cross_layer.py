@@ -327,9 +327,14 @@ def test_recompute_in_distributed_data_parallel(tmp_path):
     ("build", "message"),
     [
         (lambda: RCCA(20), "channels=20 is not a positive multiple of reduction=8"),
-        (lambda: RCCA(16, recurrence=0), "recurrence must be at least 1, got 0"),
+        (lambda: RCCA(16, recurrence=0), "recurrence must be at least 1 and whole, got 0"),
         (lambda: RCCA(16, spatial_dims=4), "spatial_dims must be 1, 2 or 3"),
+        (lambda: RCCA(16, 2.5), "recurrence must be at least 1 and whole, got 2.5"),
+        (lambda: RCCA(16, "2"), "recurrence must be at least 1 and whole, got '2'"),
+        (lambda: RCCA(16, reduction=8.0), "reduction must be a whole number, got 8.0"),
         (lambda: RCCA(16, recompute=-1), "recompute must be True, False or a number of chunks, got -1"),
+        (lambda: RCCA(16, recompute=2.5), "recompute must be True, False or a number of chunks, got 2.5"),
+        (lambda: RCCA(16, recompute="yes"), "recompute must be True, False or a number of chunks, got 'yes'"),
         (
             lambda: CrissCrossAttention(16)(torch.zeros(1, 8, 4, 4)),
             r"inputs \(B, 16, H, W\), got \(1, 8, 4, 4\)",

@@ -103,7 +103,7 @@ def test_large_energies_stay_finite(backend):
 
 def test_errors():
     for arguments, message in (
-        ({"recurrence": 0}, "recurrence must be at least 1, got 0"),
+        ({"recurrence": 0}, "recurrence must be at least 1 and whole, got 0"),
         ({"spatial_dims": 4}, "spatial_dims must be 1, 2 or 3, got 4"),
         ({"backend": "flash"}, "backend='flash' is not one of 'sdpa', 'matmul'"),
         ({"reduction": 0}, "not a positive multiple of reduction=0"),

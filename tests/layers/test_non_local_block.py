@@ -79,7 +79,7 @@ def test_parameters_of_the_published_block():
     ("options", "message"),
     [
         ({"channels": 15}, "channels=15"),
-        ({"channels": 16, "recurrence": 0}, "recurrence must be at least 1, got 0"),
+        ({"channels": 16, "recurrence": 0}, "recurrence must be at least 1 and whole, got 0"),
         ({"channels": 16, "norm": "LN"}, "unknown norm 'LN'"),
         ({"channels": 16, "backend": "cuda"}, "backend='cuda' is not one of"),
         ({"channels": 16, "norm": lambda c: torch.nn.BatchNorm2d(c, affine=False)}, "no learned scale"),

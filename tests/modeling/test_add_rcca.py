@@ -355,6 +355,14 @@ def detector():
         (resnet, {"module": NonLocal(32), "recurrence": 2}, ["recurrence", "NonLocal"]),
         (resnet, {"feature": "res4"}, ["feature='res4'", "before=None"]),
         (resnet, {"name": "conv1"}, ["res4.2", "'conv1'", "name="]),
+        (resnet, {"name": "my.rcca"}, ["name='my.rcca'", "no dot"]),
+        (resnet, {"where": nn.Linear(2, 2)}, ["where must be the path of a module", "not a Linear."]),
+        (resnet, {"before": "last"}, ["before must be the index of a block, or None", "not 'last'"]),
+        (
+            resnet,
+            {"module": NonLocal},
+            ["module must be one of rcca, nl, or a module built already", "NonLocal"],
+        ),
         (pyramid, {"where": "backbone", "before": None, "feature": "p9"}, ["'p9'", "p2, p3"]),
         (
             pyramid,
