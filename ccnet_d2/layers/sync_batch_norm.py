@@ -17,7 +17,7 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     Statistics are those of all samples of all processes, whatever their number and size on each; they are taken in
     two steps, mean and then squared deviations, in at least fp32. Outputs and gradients are those of one process with
-    the whole batch. All processes must call it, in the same order.
+    the whole batch; a second derivative is refused. All processes must call it, in the same order.
     """
 
     process_group: dist.ProcessGroup | None = None
@@ -113,6 +113,7 @@ class _Normalize(torch.autograd.Function):
         return output.to(input.dtype), mean, variance, count
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(  # type: ignore[no-untyped-def]
         ctx, gradient: Tensor, *_: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
