@@ -117,3 +117,5 @@ def test_errors():
         ASPP(4, dilations=(0, 1))
     with pytest.raises(ValueError, match="out_channels must be at least 1, got 0"):
         PSP(4, 0)
+    with pytest.raises(ValueError, match=r"^channels must be at least 1, got 0"):
+        PSP(0, 4)
