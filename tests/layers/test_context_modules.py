@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ccnet_d2.layers.build import CONTEXT_MODULES, build_context
 from ccnet_d2.layers.norm_act import ConvNormAct
+from ccnet_d2.layers.psp import PSP
 
 SMALL = {
     "aspp": {"branch_channels": 8, "dilations": (1, 2)},
@@ -131,6 +132,15 @@ def test_build_context_names_what_is_wrong():
     for name in ("nl", "hv", "hv_vh", "danet"):
         with pytest.raises(ValueError, match="channels=12 is not a positive multiple of reduction=8"):
             build_context(name, 12, 12)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_a_module_that_resizes_does_so_as_its_head(align_corners):
+    module = small("psp", align_corners=align_corners).eval()
+    same = PSP(16, align_corners=align_corners).eval()
+    same.load_state_dict(module.state_dict())
+    x = torch.randn(1, 16, 7, 5)
+    assert torch.equal(module(x), same(x))
 
 
 def test_own_modules_join_the_table(monkeypatch):

@@ -46,6 +46,14 @@ def test_convolution_norm_activation_in_this_order():
     torch.testing.assert_close(block(x), expected)
 
 
+def test_weights_start_as_those_of_the_convolutions_around():
+    """He et al., by what leaves the convolution."""
+    torch.manual_seed(0)
+    weight = ConvNormAct(8, 256, 3).conv.weight.detach()
+    assert weight.mean().abs() < 0.002
+    assert weight.std().item() == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.05)
+
+
 def test_bias_only_without_norm():
     assert ConvNormAct(3, 4, norm="BN").conv.bias is None
     assert ConvNormAct(3, 4, norm="").conv.bias is not None
