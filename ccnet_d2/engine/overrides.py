@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+import torch
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,6 +23,8 @@ _BOOLEANS_OF_YAML = ("yes", "no", "on", "off", "y", "n", "none")
 
 _NUMBERS = (bool, int, float)
 _MAY_BE_TEXT = (str, object, Any, Literal)
+_SEVERAL = (tuple, list, Sequence)
+_SINGLE = {*_NUMBERS, NoneType, torch.Tensor}
 
 
 def load_run(name: str, overrides: Sequence[str]) -> DictConfig:
@@ -45,8 +48,8 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
     Raises:
         UserError: an override is not `key=value`, its key is neither in the config nor an argument of the object it is
-            given to, it is text in place of a number or a boolean, nothing in place of a number, no list in place of
-            one, or it builds an object of another kind that does not take the arguments that are there.
+            given to, it is text or nothing in place of a number or a boolean, no list in place of one, a single value
+            in place of a group, or it builds an object of another kind that does not take the arguments that are there.
     """
     before = {}
     for override in overrides:
@@ -123,54 +126,112 @@ def _value_or_default(config: DictConfig, key: str) -> object:
 
 
 def _check_kind(config: DictConfig, key: str, before: object) -> None:
-    """Refuse text that takes the place of a number or a boolean, where it is seen late or counts as true, and what is
-    annotated otherwise: nothing for a number, a single value for several.
+    """Refuse what takes the place of a number, a boolean, a list or a group of values and is none, where it is seen
+    late, or counts as true or false.
 
-    Arguments of objects may well be either, but for those that are annotated as numbers alone, and for words that are
-    no text to whoever writes them.
+    Arguments of objects may well be of several kinds, but for those that are annotated as one alone, and for words that
+    are no text to whoever writes them.
     """
     value = _value(config, key)
     place, _, name = key.rpartition(".")
     node = _value(config, place)
-    builds = isinstance(node, DictConfig) and "_target_" in node
-    if isinstance(before, (ListConfig, tuple)):
-        if builds and not isinstance(value, ListConfig) and _is_tuple(node, name):
-            raise UserError(f"{key}={value!r} has to be a list, such as {list(before)}.")
-        return
-    if value is None and builds and type(before) in (int, float) and not _may_be_none(node, name):
-        raise UserError(f"{key}=null has to be a number, such as {before}.")
-    if not isinstance(value, str) or not isinstance(before, _NUMBERS):
-        return
-    if builds and not _is_number(node, name):
-        if not isinstance(before, bool) or value.lower() not in _BOOLEANS_OF_YAML:
-            return
-    wanted = "True or False" if isinstance(before, bool) else f"a number, such as {before}"
-    null = ", or null for none" if value.lower() == "none" else ""
-    raise UserError(f"{key}={value!r} has to be {wanted}{null}.")
+    object_node = node if isinstance(node, DictConfig) and "_target_" in node else None
+    if isinstance(before, DictConfig) and object_node is None and "_target_" not in before:
+        if before and not isinstance(value, DictConfig):
+            raise UserError(
+                f"{key}={_shown(value)} is no group of values, as {key} is one: change those in it by their own keys, "
+                f"such as {key}.{next(iter(before))}."
+            )
+    elif isinstance(before, (ListConfig, tuple)) and object_node is not None:
+        wanted = _wanted_list(object_node, name, before, value)
+        if wanted:
+            raise UserError(f"{key}={_shown(value)} has to be {wanted}.")
+    elif isinstance(before, _NUMBERS) and not _may_replace(object_node, name, before, value):
+        wanted = "True or False" if isinstance(before, bool) else f"a number, such as {before}"
+        null = ", or null for none" if isinstance(value, str) and value.lower() == "none" else ""
+        raise UserError(f"{key}={_shown(value)} has to be {wanted}{null}.")
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else repr(value)
+
+
+def _may_replace(node: DictConfig | None, name: str, before: bool | int | float, value: object) -> bool:
+    """Whether a value may take the place of a number or a boolean.
+
+    Args:
+        node: of the object that it is an argument of; None where it is none.
+        name: of the argument.
+        before: the number or boolean.
+        value: what is to replace it.
+    """
+    flag = isinstance(before, bool)
+    if node is None:
+        # What holds no objects does not say whether a number may be left out.
+        return isinstance(value, _NUMBERS) or not (flag or isinstance(value, str))
+    if not _is_number(node, name):
+        return not (flag and isinstance(value, str) and value.lower() in _BOOLEANS_OF_YAML)
+    kinds = _kinds(node, name)
+    if value is None:
+        return _may_be_none(node, name)
+    if isinstance(value, bool):
+        return flag or bool in kinds
+    if isinstance(value, (ListConfig, DictConfig)):
+        return not set(map(_origin, kinds)) <= _SINGLE
+    return not isinstance(value, str)
+
+
+def _wanted_list(node: DictConfig, name: str, before: Sequence[Any], value: object) -> str | None:
+    """What an argument that is annotated as several values, and as nothing else, has to be; None if it is that."""
+    kinds = [kind for kind in _kinds(node, name) if kind is not NoneType]
+    if not all(_origin(kind) in _SEVERAL for kind in kinds) or (value is None and _may_be_none(node, name)):
+        return None
+    plain = all(isinstance(entry, (*_NUMBERS, str)) for entry in before)
+    example = f", such as {list(before)}" if before and plain else ""
+    if not isinstance(value, ListConfig):
+        return f"a list{example}"
+    of_fixed_length = [
+        get_args(kind) for kind in kinds if _origin(kind) is tuple and ... not in get_args(kind)
+    ]
+    # Detectron2 has Tuple[float] for any number of them.
+    if [len(entries) for entries in of_fixed_length] == [len(before)] * len(kinds) and len(value) != len(
+        before
+    ):
+        return f"a list of {len(before)}{example}"
+    entries = [kind for several in kinds for entry in get_args(several) for kind in _alternatives(entry)]
+    if _are_numbers(entries) and any(isinstance(entry, str) for entry in value):
+        return f"a list of numbers{example}"
+    return None
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _origin(kind: Any) -> Any:
+    return get_origin(kind) or kind
 
 
 def _kinds(node: DictConfig, name: str) -> tuple[Any, ...]:
     """What the argument of this name is annotated as."""
     parameter = _parameter(node, name)
-    annotation = None if parameter is None else parameter.annotation
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return _alternatives(None if parameter is None else parameter.annotation)
+
+
+def _are_numbers(kinds: Sequence[Any]) -> bool:
+    """Whether there are numbers or booleans among them, and nothing that text is."""
+    may_be_text = any(_origin(kind) in _MAY_BE_TEXT for kind in kinds)
+    return not may_be_text and any(kind in _NUMBERS for kind in kinds)
 
 
 def _is_number(node: DictConfig, name: str) -> bool:
     """Whether the argument of this name is annotated as a number or a boolean, and as nothing that text is."""
-    kinds = _kinds(node, name)
-    may_be_text = any((get_origin(kind) or kind) in _MAY_BE_TEXT for kind in kinds)
-    return not may_be_text and any(kind in _NUMBERS for kind in kinds)
+    return _are_numbers(_kinds(node, name))
 
 
 def _may_be_none(node: DictConfig, name: str) -> bool:
-    """Whether it is not annotated as a number, or as None as well, which may also be told by its default."""
-    return _default(node, name) is None or NoneType in _kinds(node, name) or not _is_number(node, name)
-
-
-def _is_tuple(node: DictConfig, name: str) -> bool:
-    """Whether it is annotated as several values, and as nothing else."""
-    return all(get_origin(kind) is tuple for kind in _kinds(node, name))
+    """Whether it is annotated as None as well, which may also be told by its default."""
+    return _default(node, name) is None or NoneType in _kinds(node, name)
 
 
 def _check_target(config: DictConfig, key: str) -> None:
@@ -216,6 +277,13 @@ def _parameters(node: object) -> Sequence[inspect.Parameter]:
     target = OmegaConf.to_container(node, resolve=False)["_target_"]
     target = locate(target) if isinstance(target, str) else target
     try:
-        return tuple(inspect.signature(target).parameters.values())
+        return tuple(_signature(target).parameters.values())
     except (TypeError, ValueError):
         return ()
+
+
+def _signature(target: Any) -> inspect.Signature:
+    try:
+        return inspect.signature(target, eval_str=True)
+    except (NameError, AttributeError, SyntaxError):  # annotations of what is there for type checkers alone
+        return inspect.signature(target)

@@ -1,16 +1,18 @@
 """Overrides: what is there can be changed, what nothing would read is refused by name."""
 
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 import pytest
 from detectron2.config import LazyCall as L
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 from torch.optim import SGD, AdamW
 
 from ccnet_d2.engine import apply_overrides
 from ccnet_d2.errors import UserError
+from ccnet_d2.model_zoo import get_config
 
 
 def config():
@@ -75,8 +77,12 @@ def test_text_is_no_boolean_and_no_number(override, message):
         ("model.out_channels=null", "model.out_channels=null has to be a number, such as 4."),
         ("adam.betas=x", "adam.betas='x' has to be a list, such as [0.9, 0.999]."),
         ("adam.betas=0.9", "adam.betas=0.9 has to be a list, such as [0.9, 0.999]."),
-        ("adam.betas=null", "adam.betas=None has to be a list, such as [0.9, 0.999]."),
+        ("adam.betas=null", "adam.betas=null has to be a list, such as [0.9, 0.999]."),
         ("said.betas=0.5", "said.betas=0.5 has to be a list, such as [0.8, 0.9]."),
+        ("adam.betas=[0.9]", "adam.betas=[0.9] has to be a list of 2, such as [0.9, 0.999]."),
+        ("adam.betas=[0.9,x]", "adam.betas=[0.9, 'x'] has to be a list of numbers, such as [0.9, 0.999]."),
+        ("optimizer.lr=[0.1]", "optimizer.lr=[0.1] has to be a number, such as 0.01."),
+        ("optimizer.lr={a: 1}", "optimizer.lr={'a': 1} has to be a number, such as 0.01."),
     ],
 )
 def test_nothing_is_no_number_and_one_value_is_no_list(override, message):
@@ -91,10 +97,84 @@ def test_nothing_and_one_value_where_they_may_be():
     cfg = config()
     cfg.layer, cfg.adam = L(layer)(said=1), L(AdamW)(lr=0.1)
     overrides = ["layer.unsaid=null", "layer.number_or_none=null", "layer.none_by_default=null"]
-    overrides += ["layer.unsaid_list=3", "layer.one_or_two=3", "layer.flag=null", "train.max_iter=null"]
+    overrides += [
+        "layer.unsaid_list=3",
+        "layer.one_or_two=3",
+        "layer.unsaid_flag=null",
+        "train.max_iter=null",
+    ]
+    overrides += ["layer.list_or_none=null", "layer.any_list=[1,2,3]", "model.kernel_size=[1,3]"]
+    overrides += ["layer.said_to_be_one=[1,2]"]
     changed = apply_overrides(cfg, [*overrides, "adam.betas=[0.5,0.6]", "adam.foreach=null"])
     assert changed.layer.number_or_none is None and changed.layer.one_or_two == 3
-    assert changed.adam.betas == [0.5, 0.6]
+    assert changed.adam.betas == [0.5, 0.6] and changed.layer.any_list == [1, 2, 3]
+    assert changed.model.kernel_size == [1, 3] and changed.layer.list_or_none is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.nesterov=null", "optimizer.nesterov=null has to be True or False."),
+        ("model.bias=null", "model.bias=null has to be True or False."),  # its default is True
+        ("train.amp.enabled=null", "train.amp.enabled=null has to be True or False."),
+        ("optimizer.lr=true", "optimizer.lr=True has to be a number, such as 0.01."),
+        (
+            "train.amp=True",
+            "train.amp=True is no group of values, as train.amp is one: change those in it by their own keys, such as "
+            "train.amp.enabled.",
+        ),
+        ("train=null", "train=null is no group of values"),
+    ],
+)
+def test_what_would_pass_for_another_value_without_a_word(override, message):
+    """null counted as false, true as 1, and a run with `train.amp=True` trained in fp32."""
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        apply_overrides(config(), [override])
+
+
+def test_flags_and_groups_that_are_replaced_by_such():
+    cfg = config()
+    cfg.layer = L(layer)(said=1, group={"a": 1})
+    overrides = [
+        "train.amp.enabled=1",
+        "train.amp={enabled: True}",
+        "layer.flag_or_none=null",
+        "layer.group=null",
+    ]
+    changed = apply_overrides(cfg, overrides)
+    assert changed.train.amp.enabled is True and changed.layer.flag_or_none is None
+    assert changed.layer.group is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("said.size=x", "said.size='x' has to be a number, such as 4."),
+        ("said.size=null", "said.size=null has to be a number, such as 4."),
+        ("said.pairs=3", "said.pairs=3 has to be a list, such as [1, 2]."),
+        ("said.pairs=null", "said.pairs=null has to be a list, such as [1, 2]."),
+    ],
+)
+def test_annotations_that_are_text_count_as_others(override, message):
+    """As in every module with `from __future__ import annotations`."""
+    cfg = config()
+    cfg.said = L(annotated_by_text)()
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        apply_overrides(cfg, [override])
+
+
+def test_annotations_of_names_that_are_not_there_say_nothing():
+    cfg = config()
+    cfg.unknown = L(annotated_for_type_checkers)()
+    assert apply_overrides(cfg, ["unknown.size=x"]).unknown.size == "x"
+
+
+def annotated_by_text(size: "int" = 4, pairs: "Sequence[int]" = (1, 2)):
+    """As a module with postponed annotations has its functions."""
+
+
+def annotated_for_type_checkers(size: "int" = 4, other: "Missing" = None):  # noqa: F821
+    """With a name that only a type checker imports."""
 
 
 def layer(
@@ -106,6 +186,11 @@ def layer(
     flag: bool = True,
     unsaid_list=(1, 2),
     one_or_two: int | tuple[int, int] = (1, 2),
+    flag_or_none: bool | None = True,
+    list_or_none: Sequence[int] | None = (1, 2),
+    any_list: tuple[int, ...] = (1, 2),
+    said_to_be_one: tuple[float] = (1.0, 2.0, 3.0),  # as Detectron2 has pixel_mean
+    group: dict | None = None,
 ):
     """An object whose arguments may be of several kinds, or do not say."""
 
@@ -185,3 +270,26 @@ def test_plus_adds_a_key():
 def test_wrong_overrides_are_named(override, message):
     with pytest.raises(UserError, match=message):
         apply_overrides(config(), [override])
+
+
+@pytest.mark.parametrize(
+    "name", ["toy/ccnet_synthetic.py", "coco/mask_rcnn_R_50_FPN_1x.py", "camvid/ccnet_R_18_D8_half.py"]
+)
+def test_what_is_there_may_be_said_again(name):
+    """Whatever a run has as a number, a boolean or a list is of its kind."""
+    cfg = get_config(name)
+    same = [f"{key}={value}" for key, value in leaves(cfg, "")]
+    assert len(same) > 20
+    apply_overrides(cfg, same)
+
+
+def leaves(node, place):
+    """The keys of numbers, booleans, and lists of numbers, with what they are."""
+    for key in node:
+        value, path = node[key], f"{place}{key}"
+        if isinstance(value, ListConfig) and all(isinstance(entry, (int, float)) for entry in value):
+            yield path, list(value)
+        elif isinstance(value, DictConfig):
+            yield from leaves(value, f"{path}.")
+        elif isinstance(value, (bool, int, float)):
+            yield path, value

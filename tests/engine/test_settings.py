@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from omegaconf import OmegaConf
 
 from ccnet_d2.engine.overrides import load_run
 from ccnet_d2.engine.settings import check_seed, check_settings
@@ -49,8 +50,10 @@ def test_whole_numbers(key, least):
     check_settings(run_with(f"{key}={least}"))
     for value in (least - 1, least + 0.5, True):
         message = f"{key}={value} has to be a whole number, {least} or more."
+        cfg = run_with()
+        OmegaConf.update(cfg, key, value)
         with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-            check_settings(run_with(f"{key}={value}"))
+            check_settings(cfg)
 
 
 @pytest.mark.parametrize("key", ["model.num_classes", "model.roi_heads.num_classes"])
