@@ -21,7 +21,7 @@ def available_device(device: str | torch.device, asked: str = "device '{}' was a
     """
     try:
         found = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # the latter for what is no text
         raise UserError(f"'{device}' is no device: take 'cpu', 'cuda' or 'cuda:N'.") from error
     if found.type == "cuda":
         if not torch.cuda.is_available():

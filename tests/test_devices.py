@@ -14,6 +14,8 @@ def test_devices_that_are_not_there(monkeypatch):
     assert parse_devices("cpu, cpu") == [torch.device("cpu")] * 2
     with pytest.raises(UserError, match="'tpu' is no device"):
         parse_devices("cpu,tpu")
+    with pytest.raises(UserError, match="'None' is no device"):
+        available_device(None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UserError, match="device 'cuda:0' was asked for, but torch sees no GPU"):

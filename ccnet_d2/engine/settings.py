@@ -5,14 +5,21 @@ import os
 import tempfile
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference.build import configured_mode
 
 __all__ = ["check_seed", "check_settings", "make_output_dir"]
 
-_WHOLE_NUMBERS = {"max_iter": 1, "log_period": 1, "eval_period": 0, "num_pictures": 0}
+_WHOLE_NUMBERS = {
+    "max_iter": 1,
+    "log_period": 1,
+    "eval_period": 0,
+    "num_pictures": 0,
+    "non_finite_retries": 0,
+    "bad_sample_budget": 0,
+}
 """Keys of `train`, and the least that they may be."""
 
 _WHOLE_NUMBERS_IF_ANY = {
@@ -27,6 +34,9 @@ _WHOLE_NUMBERS_IF_ANY = {
 }
 """The same of keys that a run may lack, or have null for."""
 
+_LISTS_OF_PATTERNS = ("init_may_lack", "init_may_differ")
+"""Keys of `train`."""
+
 _LARGEST_SEED = 2**31 - 1
 """Processes count on from it, and NumPy takes 32 bits."""
 
@@ -34,8 +44,9 @@ _LARGEST_SEED = 2**31 - 1
 def check_settings(cfg: DictConfig) -> None:
     """Look at them before anything is built.
 
-    A limit of the gradients' norm below 0 turns them round, and one of 0 leaves nothing of them; neither fails. The
-    test mode is asked for by the first evaluation only.
+    A limit of the gradients' norm below 0 turns them round, and one of 0 leaves nothing of them; neither fails. One
+    pattern that is no list counts as its characters, of which "*" is the name of everything. The test mode is asked for
+    by the first evaluation only.
 
     Args:
         cfg: a run.
@@ -53,6 +64,12 @@ def check_settings(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value is not None and not _is_whole_number(value, lowest):
             raise UserError(f"{key}={value} has to be a whole number, {lowest} or more.")
+    for key in _LISTS_OF_PATTERNS:
+        patterns = cfg.train[key]
+        if not isinstance(patterns, ListConfig) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise UserError(
+                f"train.{key}={patterns} has to be a list of patterns of names, such as ['sem_seg_head.*'], or []."
+            )
     limit = cfg.train.clip_grad_norm
     if limit is not None and not (type(limit) in (int, float) and limit > 0):
         raise UserError(

@@ -38,6 +38,8 @@ def test_seeds(value):
         ("train.log_period", 1),
         ("train.eval_period", 0),
         ("train.num_pictures", 0),
+        ("train.non_finite_retries", 0),
+        ("train.bad_sample_budget", 0),
         ("train.checkpointer.period", 1),
         ("train.checkpointer.max_to_keep", 1),
         ("dataloader.train.total_batch_size", 1),
@@ -54,6 +56,17 @@ def test_whole_numbers(key, least):
         OmegaConf.update(cfg, key, value)
         with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
             check_settings(cfg)
+
+
+@pytest.mark.parametrize("key", ["train.init_may_lack", "train.init_may_differ"])
+def test_patterns_of_names(key):
+    """As characters, "sem_seg_head.*" allowed all weights to be missing: "*" is one of them."""
+    check_settings(run_with(f"{key}=[]"))
+    check_settings(run_with(f"{key}=['sem_seg_head.*','x']"))
+    for value in ("sem_seg_head.*", "null", "5", "[5]"):
+        message = f"{key}={value.replace('null', 'None')} has to be a list of patterns of names, such as "
+        with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+            check_settings(run_with(f"{key}={value}"))
 
 
 @pytest.mark.parametrize("key", ["model.num_classes", "model.roi_heads.num_classes"])
