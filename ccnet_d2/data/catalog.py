@@ -13,25 +13,25 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ccnet_d2.data.datasets.paths import ENV_VAR
 from ccnet_d2.data.errors import DatasetError
 
-__all__ = ["classes_of", "flip_pairs_of", "get_sem_seg_dataset_dicts"]
+__all__ = ["check_registered", "classes_of", "flip_pairs_of", "get_sem_seg_dataset_dicts"]
 
 _DEFAULT_IGNORE_LABEL = 255
 
 
-def _check_registered(name: str) -> None:
-    if name in DatasetCatalog:
-        return
-    close = difflib.get_close_matches(name, list(DatasetCatalog), n=3)
-    hint = f"did you mean {' or '.join(repr(other) for other in close)}?" if close else "register it first."
-    raise DatasetError(f"There is no data set '{name}'; {hint}")
+def check_registered(names: str | Sequence[str]) -> list[str]:
+    """The names, as a list, once there are data sets of them.
 
-
-def _names(names: str | Sequence[str]) -> list[str]:
-    listed = [names] if isinstance(names, str) else list(names)
-    if not listed:
+    Raises:
+        DatasetError: a name is unknown, or none is given.
+    """
+    if not names:
         raise DatasetError("No data set is named.")
+    listed = [names] if isinstance(names, str) else list(names)
     for name in listed:
-        _check_registered(name)
+        if name not in DatasetCatalog:
+            close = difflib.get_close_matches(name, list(DatasetCatalog), n=3)
+            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "register it first."
+            raise DatasetError(f"There is no data set '{name}'; {hint}")
     return listed
 
 
@@ -53,7 +53,7 @@ def get_sem_seg_dataset_dicts(names: str | Sequence[str], *, labelled: bool = Tr
             maps of others.
     """
     samples: list[dict[str, Any]] = []
-    for name in _names(names):
+    for name in check_registered(names):
         found = _load(name)
         if not found:
             raise DatasetError(f"Data set '{name}' is empty.")
@@ -130,7 +130,7 @@ def classes_of(names: str | Sequence[str]) -> tuple[list[str], int]:
     Raises:
         DatasetError: a name is not registered, has no classes, or the data sets differ.
     """
-    listed = _names(names)
+    listed = check_registered(names)
     described = []
     for name in listed:
         metadata = MetadataCatalog.get(name)

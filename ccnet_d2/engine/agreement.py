@@ -1,12 +1,23 @@
 """Whether what a run says about its model fits what it says about its data."""
 
+import logging
+from collections.abc import Sequence
+
 from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 
-from ccnet_d2.data.catalog import classes_of
+from ccnet_d2.data.catalog import check_registered, classes_of
 from ccnet_d2.errors import UserError
 
-__all__ = ["check_agreement", "check_channel_order", "check_instance_classes"]
+__all__ = [
+    "check_agreement",
+    "check_channel_order",
+    "check_data_set_names",
+    "check_instance_classes",
+    "check_test_classes",
+]
+
+logger = logging.getLogger(__name__)
 
 _INSTANCE_CLASSES = ("model.roi_heads.num_classes", "model.num_classes")
 """Where Detectron2's models have the number of classes of instances; all others in their runs follow it."""
@@ -38,6 +49,21 @@ def check_agreement(cfg: DictConfig) -> None:
         check_channel_order(cfg, split)
 
 
+def check_data_set_names(cfg: DictConfig, split: str) -> None:
+    """See that there are data sets of the names in the run, for which Detectron2's loaders list all that there are.
+
+    Args:
+        cfg: a run.
+        split: whose data sets, "train" or "test".
+
+    Raises:
+        DatasetError: there is none of such a name, or no name.
+    """
+    dataset = OmegaConf.select(cfg, f"dataloader.{split}.dataset")
+    if isinstance(dataset, DictConfig) and "names" in dataset:
+        check_registered(dataset.names)
+
+
 def check_instance_classes(cfg: DictConfig) -> None:
     """Compare the number of classes of instances, once the training set is loaded: only then are those of a COCO file
     of one's own known.
@@ -48,15 +74,68 @@ def check_instance_classes(cfg: DictConfig) -> None:
     Raises:
         UserError: model and data differ.
     """
-    names = OmegaConf.select(cfg, "dataloader.train.dataset.names")
-    if not names:
+    _compare_instance_classes(cfg, "train")
+
+
+def check_test_classes(cfg: DictConfig) -> None:
+    """Compare the classes of the test set, once it is loaded, with the model's number of them.
+
+    Detectron2's evaluator of instances takes the model's first class for the test set's first one, whatever they are.
+    Classes of other names than those of the training set are logged.
+
+    Raises:
+        UserError: model and data differ.
+    """
+    _compare_instance_classes(cfg, "test")
+    names = OmegaConf.select(cfg, "dataloader.test.dataset.names")
+    count = OmegaConf.select(cfg, "model.sem_seg_head.num_classes")
+    if not names or OmegaConf.select(cfg, "dataloader.train.mapper.dataset_names") is None:
         return
-    # Detectron2's loader has compared the classes of several sets.
-    classes = MetadataCatalog.get(names if isinstance(names, str) else names[0]).get("thing_classes")
-    for key in _INSTANCE_CLASSES:
-        count = OmegaConf.select(cfg, key)
-        if classes is not None and count is not None and count != len(classes):
-            raise UserError(f"{key} is {count}, but the training set {names!r} has {len(classes)} classes.")
+    classes, _ = classes_of(names)
+    if count is not None and count != len(classes):
+        raise UserError(
+            f"model.sem_seg_head.num_classes is {count}, but the test set {names!r} has {len(classes)} classes."
+        )
+    _warn_of_other_names(cfg, "stuff_classes")
+
+
+def _compare_instance_classes(cfg: DictConfig, split: str) -> None:
+    names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")
+    classes = _metadata(names, "thing_classes")
+    if classes is None:
+        return
+    counts = {key: OmegaConf.select(cfg, key) for key in _INSTANCE_CLASSES}
+    for key, count in counts.items():
+        if count is not None and count != len(classes):
+            kind = "training" if split == "train" else split
+            raise UserError(f"{key} is {count}, but the {kind} set {names!r} has {len(classes)} classes.")
+    if split == "test" and any(count is not None for count in counts.values()):
+        _warn_of_other_names(cfg, "thing_classes")
+
+
+def _warn_of_other_names(cfg: DictConfig, kind: str) -> None:
+    train, test = (OmegaConf.select(cfg, f"dataloader.{split}.dataset.names") for split in ("train", "test"))
+    trained, tested = _metadata(train, kind), _metadata(test, kind)
+    if not trained or not tested:
+        return
+    for index, (one, other) in enumerate(zip(trained, tested, strict=False)):
+        if one != other:
+            logger.warning(
+                "Class %d is '%s' in the training set %r, but '%s' in the test set %r: the evaluation takes the one "
+                "for the other.",
+                *(index, one, train, other, test),
+            )
+            return
+
+
+def _metadata(names: str | Sequence[str] | None, key: str) -> Sequence[str] | None:
+    """What the first of several data sets says, whose classes their loaders have compared."""
+    if not names:
+        return None
+    classes: Sequence[str] | None = MetadataCatalog.get(names if isinstance(names, str) else names[0]).get(
+        key
+    )
+    return classes
 
 
 def check_channel_order(cfg: DictConfig, split: str) -> None:

@@ -25,7 +25,13 @@ from ccnet_d2.errors import UserError
 from ccnet_d2.inference.build import configured_mode
 from ccnet_d2.modeling.compilation import compile_model
 
-from .agreement import check_agreement, check_channel_order, check_instance_classes
+from .agreement import (
+    check_agreement,
+    check_channel_order,
+    check_data_set_names,
+    check_instance_classes,
+    check_test_classes,
+)
 from .distributed import (
     any_process,
     check_batch_size,
@@ -44,6 +50,7 @@ from .saving import ReportBadSamples, SaveCheckpoints
 from .settings import check_settings
 from .train_data import build_train_loader
 from .trainer import Trainer
+from .user_errors import USER_ERRORS, sentence_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +85,12 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
     if cfg.train.deterministic:
         _be_deterministic()
     check_batch_size(OmegaConf.select(cfg, "dataloader.train.total_batch_size"))
+    check_data_set_names(cfg, "train")
     check_agreement(cfg)
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
     trainer = _build_trainer(cfg, model)
+    _try_evaluation(cfg)
     shared_model = trainer.model
     checkpointer = SafeCheckpointer(
         shared_model,
@@ -130,6 +139,31 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
     return results or None
 
 
+def _is_evaluated(cfg: DictConfig) -> bool:
+    return OmegaConf.select(cfg, "dataloader.evaluator") is not None
+
+
+def _try_evaluation(cfg: DictConfig) -> None:
+    """Build what the evaluations and pictures of a run will build, so that a test set which is not there, or is of
+    other classes, is told at once and not after hours of training.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    try:
+        if _is_evaluated(cfg) or cfg.train.num_pictures:
+            check_data_set_names(cfg, "test")
+            instantiate(cfg.dataloader.test)
+            check_test_classes(cfg)
+        if _is_evaluated(cfg):
+            instantiate(cfg.dataloader.evaluator)
+    except USER_ERRORS as error:
+        raise UserError(
+            f"{sentence_of(error).rstrip('.')}. To train without an evaluation: dataloader.evaluator=null "
+            "train.num_pictures=0."
+        ) from error
+
+
 def _build_trainer(cfg: DictConfig, model: nn.Module) -> Trainer:
     """The run's trainer, which shares the model with the other processes."""
     cfg.optimizer.params.model = model
@@ -167,7 +201,7 @@ def _hooks(
 
 def _final_evaluation_is_missing(cfg: DictConfig) -> bool:
     """Whether a run that is at its end was stopped before or during its last evaluation."""
-    if "evaluator" not in cfg.dataloader:
+    if not _is_evaluated(cfg):
         return False
     results, weights = (Path(cfg.train.output_dir, name) for name in ("evaluation.json", "model_final.pth"))
     if not results.is_file():
@@ -190,15 +224,15 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> Mapping[str, Any] | None:
     Returns:
         {task: {metric: value}}, percent; None on other processes than the main one.
     """
-    if "evaluator" not in cfg.dataloader:
+    if not _is_evaluated(cfg):
         return None
     model = own_model(model)  # the shared one may wait for processes that have fewer images
     copy_buffers_from_main_process(model)
+    loader = fork_workers(instantiate(cfg.dataloader.test))
+    check_test_classes(cfg)
     with configured_autocast(cfg):
         results = inference_on_dataset(
-            _in_test_mode(cfg, model),
-            fork_workers(instantiate(cfg.dataloader.test)),
-            instantiate(cfg.dataloader.evaluator),
+            _in_test_mode(cfg, model), loader, instantiate(cfg.dataloader.evaluator)
         )
     if not comm.is_main_process():
         return None
@@ -211,8 +245,12 @@ def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any]
     """Evaluate `train.init_checkpoint`, or with `resume` the last checkpoint of the output directory.
 
     Raises:
-        UserError: there is no checkpoint, or the test images' channels are in another order than the model's.
+        UserError: there is no checkpoint or nothing to evaluate with, or the test images' channels are in another order
+            than the model's.
     """
+    if not _is_evaluated(cfg):
+        raise UserError("--eval-only: the run has no dataloader.evaluator to evaluate with.")
+    check_data_set_names(cfg, "test")
     check_channel_order(cfg, "test")
     path = cfg.train.init_checkpoint
     if resume:

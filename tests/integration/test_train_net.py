@@ -202,6 +202,34 @@ def test_unknown_test_mode_is_told_before_training(train_net, tmp_path):
     assert not list((tmp_path / "output").glob("*.pth"))
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("dataloader.test.dataset.names=ccnet_synthetic_vall", ["did you mean 'ccnet_synthetic_val'"]),
+        ("dataloader.test.dataset.names=camvid_sem_seg_val", ["camvid/val' does not exist"]),
+        ("dataloader.evaluator.dataset_name=nothing", ["'nothing'"]),
+        ("dataloader.test.mapper.is_train=True", ["SemSegMapper needs dataset_names"]),
+    ],
+)
+def test_what_cannot_be_evaluated_is_told_before_training(train_net, tmp_path, override, words):
+    """It came at the first evaluation, after thousands of steps, and where there were pictures as a traceback."""
+    status, error = train_net(override)
+    assert status == 1 and all(word in error for word in words), error
+    assert not list((tmp_path / "output").glob("*.pth")) and not (tmp_path / "output/metrics.json").exists()
+
+
+def test_training_without_an_evaluation(train_net, tmp_path):
+    missing = "dataloader.test.dataset.names=camvid_sem_seg_val"
+    status, error = train_net(missing)
+    advice = "dataloader.evaluator=null train.num_pictures=0"
+    assert status == 1 and error.endswith(f"To train without an evaluation: {advice}.")
+    assert train_net(missing, *advice.split()) == (0, "")
+    assert (tmp_path / "output/model_final.pth").is_file()
+    assert not (tmp_path / "output/evaluation.json").exists()
+    status, error = train_net("--eval-only", "dataloader.evaluator=null")
+    assert status == 1 and "no dataloader.evaluator" in error
+
+
 def test_unknown_config(train_net):
     status, error = train_net(config="toy/ccnet_sinthetic.py")
     assert status == 1 and "toy/ccnet_synthetic.py" in error
