@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ccnet_d2.autocast import configured_autocast
-from ccnet_d2.data.image_files import read_image, read_label
+from ccnet_d2.data.image_files import check_label_size, read_image, read_label
 from ccnet_d2.inference.build import configured_mode
 from ccnet_d2.inference.classes import ClassTable
 from ccnet_d2.inference.mode import InferenceMode, WholeImage
@@ -82,13 +82,17 @@ def _draw_label_maps(
     metadata: Metadata,
     path: Path,
 ) -> None:
+    images = [read_image(record["file_name"]) for record in records]
+    truths = [read_label(record["sem_seg_file_name"]) for record in records]
+    for record, image, truth in zip(records, images, truths, strict=True):
+        check_label_size(truth, record["sem_seg_file_name"], image, record["file_name"])
     predictions = [mode.predict_labels([one])[0].numpy() for one in inputs]
     path.parent.mkdir(parents=True, exist_ok=True)
     save_prediction_grid(
         path,
-        [read_image(record["file_name"]) for record in records],
+        images,
         predictions,
         ClassTable.from_metadata(metadata),
-        [read_label(record["sem_seg_file_name"]) for record in records],
+        truths,
         row_titles=[Path(record["file_name"]).stem for record in records],
     )

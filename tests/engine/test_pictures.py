@@ -1,5 +1,6 @@
 """Pictures of predictions during training."""
 
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from detectron2.data import DatasetCatalog
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
+from ccnet_d2.data import SampleError, SyntheticConfig, generate_synthetic_dataset, register_all
 from ccnet_d2.engine import apply_overrides
 from ccnet_d2.engine.pictures import PredictionPictures, draw_predictions
 from ccnet_d2.model_zoo import get_config
@@ -77,6 +78,16 @@ def test_predictions_are_the_models(run, tmp_path, monkeypatch):
         with torch.no_grad():
             logits = model([{"image": torch.from_numpy(image).permute(2, 0, 1)}])[0]["sem_seg"]
         np.testing.assert_array_equal(prediction, logits.argmax(0).numpy())
+
+
+def test_a_label_map_of_another_size_is_named(run, tmp_path):
+    """Pictures are drawn before the last evaluation; NumPy said that it could not broadcast."""
+    cfg = run()
+    record = DatasetCatalog.get(cfg.dataloader.test.dataset.names)[0]
+    Image.fromarray(np.zeros((40, 48), np.uint8)).save(record["sem_seg_file_name"])
+    message = f"'{record['sem_seg_file_name']}' is 48x40, but its image '{record['file_name']}' is 48x48"
+    with pytest.raises(SampleError, match=re.escape(message)):
+        draw_predictions(cfg, instantiate(cfg.model), tmp_path / "one.png")
 
 
 @pytest.mark.parametrize(
