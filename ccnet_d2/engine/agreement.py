@@ -7,6 +7,7 @@ from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 
 from ccnet_d2.data.catalog import check_registered, classes_of
+from ccnet_d2.data.sem_seg_mapper import IGNORE_LABEL
 from ccnet_d2.errors import UserError
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "check_data_set_names",
     "check_instance_classes",
     "check_test_classes",
+    "check_void",
 ]
 
 logger = logging.getLogger(__name__)
@@ -22,11 +24,15 @@ logger = logging.getLogger(__name__)
 _INSTANCE_CLASSES = ("model.roi_heads.num_classes", "model.num_classes")
 """Where Detectron2's models have the number of classes of instances; all others in their runs follow it."""
 
+_VOID = ("model.sem_seg_head.ignore_value", "model.ignore_value")
+
 
 def check_agreement(cfg: DictConfig) -> None:
-    """Compare the number of classes and the order of the channels, before the first step.
+    """Compare the number of classes, the label of void and the order of the channels, before the first step.
 
     One class too few is a failed assertion within a kernel on a GPU; one too many is noticed by the evaluation only.
+    The label of void that a data set's files have is not the one that mappers give: the loss would leave out a class,
+    or meet void as a label that is none.
     Channels in another order train and evaluate without a word, and `Predictor`, which asks the model for the order,
     then gives it other images.
 
@@ -45,8 +51,27 @@ def check_agreement(cfg: DictConfig) -> None:
         raise UserError(
             f"model.sem_seg_head.num_classes is {count}, but the training set {names!r} has {len(classes)} classes."
         )
+    for key in _VOID:
+        check_void(OmegaConf.select(cfg, key), key)
     for split in ("train", "test"):
         check_channel_order(cfg, split)
+
+
+def check_void(label: int | None, key: str) -> None:
+    """Compare the label that a model takes for void with that of this package's mappers.
+
+    Args:
+        label: the value of the config; None where it does not say.
+        key: its name there.
+
+    Raises:
+        UserError: they differ.
+    """
+    if label is not None and label != IGNORE_LABEL:
+        raise UserError(
+            f"{key} is {label}, but void is {IGNORE_LABEL} in what the mappers give, whatever it is in the files: "
+            f"leave it at {IGNORE_LABEL}, and register the data set with the ignore_label of its files."
+        )
 
 
 def check_data_set_names(cfg: DictConfig, split: str) -> None:

@@ -27,6 +27,7 @@ from ccnet_d2.model_zoo import config_path
 from ccnet_d2.modeling import add_ccnet_config
 from ccnet_d2.modeling.config import refuse_without_effect
 
+from .agreement import check_void
 from .distributed import (
     check_batch_size,
     check_same_start,
@@ -207,6 +208,7 @@ def run(cfg: CfgNode, args: argparse.Namespace, *, resume: bool) -> Mapping[str,
     _test_mode(cfg)  # a wrong one would be met after the training
     if args.eval_only:
         return _evaluate(cfg, resume=resume)
+    _check_settings(cfg)
     check_batch_size(cfg.SOLVER.IMS_PER_BATCH, "SOLVER.IMS_PER_BATCH")
     if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type != "cuda":
         raise UserError(
@@ -215,6 +217,7 @@ def run(cfg: CfgNode, args: argparse.Namespace, *, resume: bool) -> Mapping[str,
         )
     with detectron2_shares_models():
         trainer = YacsTrainer(cfg)
+    _try_evaluation(cfg)
     trainer.resume_or_load(resume=resume)
     check_same_start(trainer.start_iter, cfg.OUTPUT_DIR)
     if trainer.start_iter >= trainer.max_iter:
@@ -224,6 +227,37 @@ def run(cfg: CfgNode, args: argparse.Namespace, *, resume: bool) -> Mapping[str,
         )
     trainer.train()
     return getattr(trainer, "_last_eval_results", None)
+
+
+def _check_settings(cfg: CfgNode) -> None:
+    """
+    Raises:
+        UserError: a value cannot be used; Detectron2 would divide by it, or leave out a class.
+    """
+    for key in ("MAX_ITER", "CHECKPOINT_PERIOD", "IMS_PER_BATCH"):
+        if cfg.SOLVER[key] < 1:
+            raise UserError(f"SOLVER.{key} is {cfg.SOLVER[key]}, but has to be 1 or more.")
+    check_void(cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE, "MODEL.SEM_SEG_HEAD.IGNORE_VALUE")
+
+
+def _try_evaluation(cfg: CfgNode) -> None:
+    """Build what evaluations will build, so that a test set that cannot be used is told before the training.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    count = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    for name in cfg.DATASETS.TEST:
+        try:
+            YacsTrainer.build_test_loader(cfg, name)
+            classes = YacsTrainer.build_evaluator(cfg, name).classes
+        except UserError as error:
+            advice = 'To train without an evaluation: DATASETS.TEST "()".'
+            raise UserError(f"{str(error).rstrip('.')}. {advice}") from error
+        if count != len(classes):
+            raise UserError(
+                f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {count}, but the test set '{name}' has {len(classes)} classes."
+            )
 
 
 def _evaluate(cfg: CfgNode, *, resume: bool) -> Mapping[str, Any]:

@@ -43,6 +43,13 @@ def test_runs_of_the_project(name, caplog):
             r"num_classes is 21, but the training set 'camvid.*' has 11 classes",
         ),
         ("dataloader.train.dataset.names=lip_sem_seg_train", "'lip_sem_seg_train' has 20 classes"),
+        # That of CamVid's files, and a class; a GPU's kernel would assert, or the class never be learnt.
+        (
+            "model.sem_seg_head.ignore_value=11",
+            "ignore_value is 11, but void is 255 in what the mappers give",
+        ),
+        ("model.sem_seg_head.ignore_value=0", "ignore_value is 0, but void is 255 in what the mappers give"),
+        ("model.ignore_value=11", "^model.ignore_value is 11, but void is 255 in what the mappers give"),
         ("model.input_format=BGR", "'BGR', but dataloader.train.mapper.image_format is 'RGB'"),
         (
             "dataloader.test.mapper.image_format=BGR",

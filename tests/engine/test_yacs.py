@@ -10,7 +10,12 @@ from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.solver import build_optimizer
 
-from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
+from ccnet_d2.data import (
+    SyntheticConfig,
+    generate_synthetic_dataset,
+    register_all,
+    register_sem_seg_folder,
+)
 from ccnet_d2.data.transforms import RandomPhotometricDistortion, RandomScaleCrop, ResizeToFit
 from ccnet_d2.engine import yacs
 from ccnet_d2.engine.command_line import main
@@ -109,6 +114,35 @@ def test_wrong_input_is_one_sentence(train_net, tmp_path):
         yacs.load_config(CONFIG, ["SOLVER.MAX_ITER=3"])
     status, error = train_net(config="yacs/toy/ccnet_sinthetic.yaml")
     assert status == 1 and "no config" in error
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("SOLVER.MAX_ITER", 0, ["SOLVER.MAX_ITER is 0, but has to be 1 or more"]),
+        ("SOLVER.CHECKPOINT_PERIOD", 0, ["SOLVER.CHECKPOINT_PERIOD is 0, but has to be 1 or more"]),
+        ("SOLVER.IMS_PER_BATCH", 0, ["SOLVER.IMS_PER_BATCH is 0, but has to be 1 or more"]),
+        ("MODEL.SEM_SEG_HEAD.IGNORE_VALUE", 0, ["MODEL.SEM_SEG_HEAD.IGNORE_VALUE is 0, but void is 255"]),
+        (
+            "DATASETS.TEST",
+            "('nothing',)",
+            ["no data set 'nothing'", 'without an evaluation: DATASETS.TEST "()".'],
+        ),
+        ("DATASETS.TEST", "('lip_sem_seg_val',)", ["LIP", "does not exist", "without an evaluation"]),
+        (
+            "DATASETS.TEST",
+            "('ccnet_synthetic_val','fewer_classes')",
+            ["MODEL.SEM_SEG_HEAD.NUM_CLASSES is 4, but the test set 'fewer_classes' has 2 classes"],
+        ),
+    ],
+)
+def test_what_ends_a_training_is_told_before_it(train_net, tmp_path, key, value, words):
+    """Detectron2 divided by the first two, left out class 0, and asked for the test set when the training was over."""
+    folders = (tmp_path / "ccnet_synthetic" / kind / "train" for kind in ("images", "labels"))
+    register_sem_seg_folder("fewer_classes", *folders, classes=["a", "b"])
+    status, error = train_net(**{key.replace(".", "__"): value})
+    assert status == 1 and all(word in error for word in words), error
+    assert not list((tmp_path / "output").glob("*.pth"))
 
 
 def test_weights_of_another_shape_are_refused_unless_they_may_differ(train_net, tmp_path):
