@@ -134,16 +134,13 @@ def test_what_would_pass_for_another_value_without_a_word(override, message):
 
 def test_flags_and_groups_that_are_replaced_by_such():
     cfg = config()
-    cfg.layer = L(layer)(said=1, group={"a": 1})
-    overrides = [
-        "train.amp.enabled=1",
-        "train.amp={enabled: True}",
-        "layer.flag_or_none=null",
-        "layer.group=null",
-    ]
+    cfg.layer, cfg.empty = L(layer)(said=1, group={"a": 1}), {}
+    overrides = ["train.amp.enabled=1", "train.amp={enabled: True}", "layer.flag_or_none=null"]
+    # Objects, and arguments of objects, may be left out.
+    overrides += ["layer.group=null", "optimizer=null", "empty=1"]
     changed = apply_overrides(cfg, overrides)
     assert changed.train.amp.enabled is True and changed.layer.flag_or_none is None
-    assert changed.layer.group is None
+    assert changed.layer.group is None and changed.optimizer is None and changed.empty == 1
 
 
 @pytest.mark.parametrize(
