@@ -28,6 +28,7 @@ VIDEO_CODECS = {".mp4": "mp4v", ".m4v": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", 
 
 FOLDER_FPS = 10.0
 _DEFAULT_FPS = 25.0
+_MOST_TICKS = 2**16 - 1  # in a second, of MPEG-4
 # Containers that do not store the number of frames have it estimated from the duration.
 _TOLERATED_SHARE_MISSING = 0.02
 
@@ -189,7 +190,7 @@ class VideoWriter:
         """
         Args:
             path: .mp4, .m4v, .mov or .mkv (MPEG-4), or .avi (Motion JPEG).
-            fps: frames per second.
+            fps: frames per second; kept to three decimals, above 65.535 to two, above 655.35 to one.
 
         Raises:
             ImageFileError: another suffix, or the path is a folder.
@@ -202,7 +203,7 @@ class VideoWriter:
             )
         if self.path.is_dir():
             raise ImageFileError(f"cannot write '{path}': it is a folder, name a file in it.")
-        self.fps = fps
+        self.fps = _writable_fps(fps)
         self.written = 0
         self._part = self.path.with_name(f".{self.path.stem}.{os.getpid()}.part{suffix}")
         self._codec = cv2.VideoWriter_fourcc(*VIDEO_CODECS[suffix])
@@ -264,6 +265,12 @@ class VideoWriter:
             raise ImageFileError(
                 f"cannot write '{self.path}': {found} of {self.written} frames arrived, is the disk full?"
             )
+
+
+def _writable_fps(fps: float) -> float:
+    """With as many decimals as the encoder takes: OpenCV gives it a decimal fraction, of up to three of them."""
+    rounded = ((round(fps, places), 10**places) for places in (3, 2, 1, 0))
+    return next((value for value, parts in rounded if value * parts <= _MOST_TICKS), fps)
 
 
 def _capture(path: str) -> cv2.VideoCapture:

@@ -42,6 +42,19 @@ def test_what_is_written_is_read(tmp_path, suffix):
     assert np.abs(np.stack(found).astype(int) - frames).mean() < 6  # lossy, and in RGB order
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("fps", [29.97002997002997, 65.5354, 89.123, 239.8731, 655.36, 999.999])
+def test_rates_of_slow_motion_are_kept(tmp_path, fps, suffix):
+    """Telephones' are odd averages, and MPEG-4 takes no more than 65535 parts of a second."""
+    path = tmp_path / f"video{suffix}"
+    with VideoWriter(path, fps) as writer:
+        for frame in moving_square(4):
+            writer.write(frame)
+    with open_video(path) as video:
+        assert video.fps == pytest.approx(fps, rel=2e-4)
+        assert len(list(video)) == 4 and video.problems == []
+
+
 def test_colours_keep_their_order(tmp_path):
     red = np.zeros((32, 32, 3), np.uint8)
     red[..., 0] = 255
