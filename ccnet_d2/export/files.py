@@ -68,10 +68,10 @@ def export_model(
         ExportError: the suffix is another, the model cannot be exported, or a difference is above the tolerance;
             nothing is written then.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.suffix not in FORMATS:
         raise ExportError(f"'{path}' must end in .onnx or .pt2 (torch.export), which says what to write.")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ExportError(f"'{path}' is a folder: name a file.")
     if not sizes or any(batch < 1 or min(height, width) < LEAST_SIDE for batch, height, width in sizes):
         raise ExportError(

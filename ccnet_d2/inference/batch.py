@@ -149,7 +149,7 @@ def plan_pictures(
     if ground_truth is not None and picture != "side-by-side":
         raise UserError(f"a ground truth is drawn in side-by-side pictures only, not in '{picture}'.")
     paths = find_images(inputs)
-    targets = _targets(paths, Path(output).expanduser())
+    targets = _targets(paths, Path(os.path.expanduser(output)))
     if picture == "labels" and any(target.suffix.lower() != ".png" for target in targets):
         raise UserError(f"label maps are written as .png, which keeps their values; got '{output}'.")
     truths = _truth_files(paths, ground_truth) if ground_truth is not None else [None] * len(paths)
@@ -168,13 +168,13 @@ def _confidence_picture(confidence: np.ndarray) -> np.ndarray:
 
 
 def _targets(paths: Sequence[Path], output: Path) -> list[Path]:
-    if output.suffix.lower() in Image.registered_extensions() and not output.is_dir():
+    if output.suffix.lower() in Image.registered_extensions() and not os.path.isdir(output):
         if len(paths) > 1:
             raise UserError(f"{len(paths)} images cannot all be written to '{output}': give a folder.")
         writable_format(output)
         targets = [output]
     else:
-        if output.exists() and not output.is_dir():
+        if os.path.exists(output) and not os.path.isdir(output):
             raise UserError(f"output '{output}' is a file without an image suffix: give a folder, or a .png.")
         targets = [output / f"{path.stem}.png" for path in paths]
     taken: dict[Path, Path] = {}
@@ -195,8 +195,8 @@ def _check_kept(paths: Sequence[Path], targets: Sequence[Path], truths: Sequence
 
 
 def _truth_files(paths: Sequence[Path], folder: str | os.PathLike[str]) -> list[Path]:
-    files = [Path(folder).expanduser() / f"{path.stem}.png" for path in paths]
-    missing = [file for file in files if not file.is_file()]
+    files = [Path(os.path.expanduser(folder)) / f"{path.stem}.png" for path in paths]
+    missing = [file for file in files if not os.path.isfile(file)]
     if missing:
         raise UserError(
             f"ground truth '{missing[0]}' does not exist ({len(missing)} of {len(files)} missing)."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,29 +37,17 @@ def find_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
         Files in the order given, those of a folder or pattern by name; each once.
 
     Raises:
-        ImageFileError: a path does not exist, a folder holds no image or a pattern matches none.
+        ImageFileError: a path does not exist or may not be looked up, a folder holds no image or a pattern matches
+            none.
     """
     if isinstance(inputs, str | os.PathLike):
         inputs = [inputs]
     found: dict[Path, None] = {}
     for item in inputs:
-        text = os.path.expanduser(os.fspath(item))
-        path = Path(text)
-        if path.is_dir():
-            files = sorted(file for file in path.iterdir() if _is_image_name(file))
-            if not files:
-                raise ImageFileError(f"folder '{item}' holds no image ({', '.join(IMAGE_SUFFIXES)}).")
-        elif path.exists():
-            files = [path]
-        elif glob.has_magic(text):
-            files = sorted(
-                Path(match) for match in glob.glob(text, recursive=True) if _is_image_name(Path(match))
-            )
-            if not files:
-                raise ImageFileError(f"pattern '{item}' matches no image.")
-        else:
-            raise ImageFileError(f"image '{item}' does not exist.")
-        found.update(dict.fromkeys(files))
+        try:
+            found.update(dict.fromkeys(_files_of(item)))
+        except OSError as error:  # a folder that may not be looked into, a name too long to be one
+            raise ImageFileError(f"'{item}' cannot be looked up: {error.strerror or error}.") from error
     if not found:
         raise ImageFileError("no image given: name files, folders or patterns.")
     return list(found)
@@ -116,7 +105,7 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
     image_format = writable_format(path)
     if image.dtype == np.int16:
         image = image.astype(np.uint16)  # what PNG holds; class indices are not negative
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{secrets.token_hex(8)}.part")  # the name itself may be as long as names can be
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -131,6 +120,24 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
         raise ImageFileError(f"cannot write '{path}': {reason.rstrip('.')}.") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _files_of(item: str | os.PathLike[str]) -> list[Path]:
+    text = os.path.expanduser(os.fspath(item))
+    path = Path(text)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if _is_image_name(file))
+        if not files:
+            raise ImageFileError(f"folder '{item}' holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+        return files
+    if path.exists():
+        return [path]
+    if not glob.has_magic(text):
+        raise ImageFileError(f"image '{item}' does not exist.")
+    files = sorted(Path(match) for match in glob.glob(text, recursive=True) if _is_image_name(Path(match)))
+    if not files:
+        raise ImageFileError(f"pattern '{item}' matches no image.")
+    return files
 
 
 def _is_image_name(path: Path) -> bool:

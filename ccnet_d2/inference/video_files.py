@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -73,10 +74,10 @@ class VideoFile(VideoSource):
         """
         super().__init__()
         self.name = os.fspath(path)
-        file = Path(path).expanduser()
-        if not file.is_file():
+        file = os.path.expanduser(path)
+        if not os.path.isfile(file):
             raise UserError(f"video '{path}' does not exist.")
-        self._capture = _capture(str(file))
+        self._capture = _capture(os.fspath(file))
         readable, self._first = self._capture.read()
         if not readable:
             self._capture.release()
@@ -176,7 +177,7 @@ def open_video(path: str | os.PathLike[str]) -> VideoSource:
     Raises:
         UserError: it does not exist, holds no frame or cannot be decoded.
     """
-    return FrameFolder(path) if Path(path).expanduser().is_dir() else VideoFile(path)
+    return FrameFolder(path) if os.path.isdir(os.path.expanduser(path)) else VideoFile(path)
 
 
 class VideoWriter:
@@ -195,17 +196,17 @@ class VideoWriter:
         Raises:
             ImageFileError: another suffix, or the path is a folder.
         """
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))
         suffix = self.path.suffix.lower()
         if suffix not in VIDEO_CODECS:
             raise ImageFileError(
                 f"cannot write '{path}': '{suffix}' is no video type known here, take one of {', '.join(VIDEO_CODECS)}."
             )
-        if self.path.is_dir():
+        if os.path.isdir(self.path):
             raise ImageFileError(f"cannot write '{path}': it is a folder, name a file in it.")
         self.fps = _writable_fps(fps)
         self.written = 0
-        self._part = self.path.with_name(f".{self.path.stem}.{os.getpid()}.part{suffix}")
+        self._part = self.path.with_name(f".{secrets.token_hex(8)}.part{suffix}")
         self._codec = cv2.VideoWriter_fourcc(*VIDEO_CODECS[suffix])
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
@@ -251,10 +252,16 @@ class VideoWriter:
                 self._writer.release()
                 if kind is None:
                     self._check_written()
-                    os.replace(self._part, self.path)
+                    self._put_in_place()
         finally:
             if self._part.exists():
                 self._part.unlink()
+
+    def _put_in_place(self) -> None:
+        try:
+            os.replace(self._part, self.path)
+        except OSError as error:
+            raise ImageFileError(f"cannot write '{self.path}': {error.strerror or error}.") from error
 
     def _check_written(self) -> None:
         """OpenCV says nothing when a disk is full."""

@@ -271,6 +271,14 @@ def test_a_place_that_cannot_be_written_is_one_sentence(export_of, tmp_path):
     assert (tmp_path / "file").read_bytes() == b"precious"
 
 
+def test_names_that_are_no_home_and_too_long(export_of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(export_of([0, 0, 0], "~nobody's.pt2").path) == "~nobody's.pt2"
+    assert [path.name for path in tmp_path.iterdir()] == ["~nobody's.pt2"]
+    with pytest.raises(ExportError, match=r"a\.pt2': File name too long\.$"):
+        export_of([0, 0, 0], "a" * 300 + ".pt2")
+
+
 def test_a_program_that_says_nothing_of_itself(tmp_path):
     """As torch writes it."""
     torch.export.save(torch.export.export(nn.ReLU(), (torch.zeros(2),)), tmp_path / "relu.pt2")

@@ -1,3 +1,4 @@
+import errno
 import os
 
 import numpy as np
@@ -338,6 +339,27 @@ def test_finding_images(tmp_path, monkeypatch):
         find_images(tmp_path / "empty")
     with pytest.raises(ImageFileError, match="no image given"):
         find_images([])
+
+
+def test_what_cannot_be_looked_up_is_one_sentence(tmp_path, monkeypatch):
+    """Names quoted together are one name, longer than any file's; folders may be another user's."""
+    with pytest.raises(ImageFileError, match=r"(cannot be looked up: File name too long|does not exist)\.$"):
+        find_images("street.png " * 30)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", refuse)
+    with pytest.raises(ImageFileError, match=rf"^'{tmp_path}' cannot be looked up: Permission denied\.$"):
+        find_images(tmp_path)
+
+
+def test_names_as_long_as_they_can_be(tmp_path):
+    write_image(tmp_path / f"{'a' * 251}.png", np.zeros((2, 2, 3), np.uint8))
+    assert os.listdir(tmp_path) == [f"{'a' * 251}.png"]
+    with pytest.raises(ImageFileError, match=r"a\.png': File name too long\.$"):
+        write_image(tmp_path / f"{'a' * 252}.png", np.zeros((2, 2, 3), np.uint8))
+    assert len(os.listdir(tmp_path)) == 1
 
 
 def test_arrays_and_pillow_images_become_rgb():

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -261,9 +263,13 @@ def test_where_pictures_are_written(photograph, tmp_path, monkeypatch):
         (folder, folder / "street.png"),
         (tmp_path / "v1.2", tmp_path / "v1.2" / "street.png"),
         ("~/o.png", tmp_path / "o.png"),
+        ("~nobody's.png", Path("~nobody's.png")),  # of no user's home
+        ("a" * 300 + ".png", Path("a" * 300 + ".png")),  # which the one who writes to it will tell
     ):
         (job,) = plan_pictures(path, output, picture="side-by-side", ground_truth="~/truth")
         assert (job.target, job.truth) == (target, truth)
+    with pytest.raises(UserError, match=r"ground truth '~none/street\.png' does not exist"):
+        plan_pictures(path, folder, picture="side-by-side", ground_truth="~none")
 
 
 def test_outputs_that_do_not_fit_are_refused_before_predicting(make_segmenter, photograph, tmp_path):

@@ -103,6 +103,29 @@ def test_outputs_that_cannot_be(tmp_path):
         writer.write(moving_square(1)[0])
 
 
+def test_names_as_long_as_they_can_be(tmp_path):
+    with VideoWriter(tmp_path / f"{'a' * 251}.mp4", 10) as writer:
+        writer.write(moving_square(1)[0])
+    assert os.listdir(tmp_path) == [f"{'a' * 251}.mp4"]
+    with (
+        pytest.raises(UserError, match=r"cannot write '.*a\.mp4': File name too long\.$"),
+        VideoWriter(tmp_path / f"{'a' * 252}.mp4", 10) as writer,
+    ):
+        writer.write(moving_square(1)[0])
+    assert len(os.listdir(tmp_path)) == 1
+
+
+def test_a_name_that_begins_with_a_tilde_is_one(tmp_path, monkeypatch):
+    """Of no user's home."""
+    monkeypatch.chdir(tmp_path)
+    with VideoWriter("~nobody's.mp4", 10) as writer:
+        writer.write(moving_square(1)[0])
+    assert os.listdir(tmp_path) == ["~nobody's.mp4"]
+    assert len(list(open_video("~nobody's.mp4"))) == 1
+    with pytest.raises(UserError, match=r"video '~none\.mp4' does not exist"):
+        open_video("~none.mp4")
+
+
 def test_damaged_videos(tmp_path):
     path = tmp_path / "whole.avi"
     with VideoWriter(path, 10) as writer:
