@@ -17,7 +17,7 @@ from ccnet_d2.atomic_file import atomic_write
 
 from .check import DEFAULT_SIZES, Difference, Run, compare
 from .network import ExportError, check_form
-from .program import LEAST_SIDE, trace
+from .program import LEAST_SIDE, MOST_SIDE, trace
 
 __all__ = ["FORMATS", "ExportReport", "export_model", "load_program"]
 
@@ -65,18 +65,23 @@ def export_model(
         tolerance: largest difference allowed between logits, where logits are above 1 as a share of the largest.
 
     Raises:
-        ExportError: the suffix is another, the model cannot be exported, or a difference is above the tolerance;
-            nothing is written then.
+        ExportError: the suffix is another, a size or the tolerance is out of range, the model cannot be exported, or a
+            difference is above the tolerance; nothing is written then.
     """
     path = Path(os.path.expanduser(path))
     if path.suffix not in FORMATS:
         raise ExportError(f"'{path}' must end in .onnx or .pt2 (torch.export), which says what to write.")
     if os.path.isdir(path):
         raise ExportError(f"'{path}' is a folder: name a file.")
-    if not sizes or any(batch < 1 or min(height, width) < LEAST_SIDE for batch, height, width in sizes):
+    if not sizes or any(
+        batch < 1 or not LEAST_SIDE <= min(sides) <= max(sides) <= MOST_SIDE for batch, *sides in sizes
+    ):
         raise ExportError(
-            f"sizes to check on must be (batch, height, width) with sides of at least {LEAST_SIDE}."
+            f"sizes to check on must be (batch, height, width) with sides of at least {LEAST_SIDE} and at most "
+            f"{MOST_SIDE}."
         )
+    if not tolerance >= 0:
+        raise ExportError(f"the tolerance must be 0 or above, got {tolerance:g}.")
     check_form(model)  # before packages are asked for that would be of no use
     make = _onnx_maker() if path.suffix == ".onnx" else _pt2
     model.eval()

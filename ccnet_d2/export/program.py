@@ -18,18 +18,20 @@ from ccnet_d2.layers.cell_average import average_by_products
 
 from .network import ExportedNetwork, ExportError
 
-__all__ = ["INPUT", "LEAST_SIDE", "OUTPUT", "trace"]
+__all__ = ["INPUT", "LEAST_SIDE", "MOST_SIDE", "OUTPUT", "trace"]
 
 INPUT, OUTPUT = "images", "logits"
 LEAST_SIDE = 32
 """Smallest height and width of the images that an exported file takes."""
+MOST_SIDE = 2**16
+"""Largest height and width."""
 
 # Neither equal sides nor multiples of a stride: what holds for them alone would show as a violated constraint.
 _EXAMPLE = (2, 3, 106, 138)
 
 
 def trace(model: nn.Module) -> ExportedProgram:
-    """The model as a program from images (B, 3, H, W) to logits (B, K, H, W), for any B and any H, W >= 32.
+    """The model as a program from images (B, 3, H, W) to logits (B, K, H, W), for any B and any H, W of 32 to 65536.
 
     Raises:
         ExportError: the model is of a form that is not exported (see `ExportedNetwork`), or its arithmetic depends
@@ -38,8 +40,8 @@ def trace(model: nn.Module) -> ExportedProgram:
     network = ExportedNetwork(model).eval()
     sizes = {
         0: Dim("batch", min=1),
-        2: Dim("height", min=LEAST_SIDE, max=1 << 16),
-        3: Dim("width", min=LEAST_SIDE, max=1 << 16),
+        2: Dim("height", min=LEAST_SIDE, max=MOST_SIDE),
+        3: Dim("width", min=LEAST_SIDE, max=MOST_SIDE),
     }
     try:
         with torch.no_grad(), _quiet():

@@ -368,6 +368,8 @@ def test_arithmetic_that_depends_on_the_size_is_refused(tmp_path):
         ("model.onnx", [(1, 8, 64)], "sides of at least 32"),
         ("model.onnx", [(1, 64, 31)], "sides of at least 32"),
         ("model.onnx", [(1, 64, 32), (0, 64, 64)], "sizes to check on must be"),
+        ("model.pt2", [(1, 64, 2**16 + 1)], "and at most 65536"),
+        ("model.pt2", [(1, 2**16 + 1, 64)], "and at most 65536"),
         ("folder.pt2", SIZES, "is a folder: name a file"),
     ],
 )
@@ -375,6 +377,12 @@ def test_wrong_arguments_are_one_sentence(toy, tmp_path, name, sizes, message):
     (tmp_path / "folder.pt2").mkdir()
     with pytest.raises(ExportError, match=message):
         export_model(toy, tmp_path / name, sizes=sizes)
+
+
+@pytest.mark.parametrize("tolerance", [-1e-4, float("nan")])
+def test_a_tolerance_that_nothing_meets_is_not_the_file_s_fault(toy, tmp_path, tolerance):
+    with pytest.raises(ExportError, match=rf"^the tolerance must be 0 or above, got {tolerance:g}\.$"):
+        export_model(toy, tmp_path / "model.pt2", sizes=SIZES[:1], tolerance=tolerance)
 
 
 @pytest.mark.slow
