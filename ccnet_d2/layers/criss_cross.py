@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ccnet_d2.ops import criss_cross_attention
+from ccnet_d2.choices import check_choice
+from ccnet_d2.ops import BACKENDS, criss_cross_attention
 from ccnet_d2.ops.loop import criss_cross_loop, supports_loop
 from ccnet_d2.ops.projection import project
 from ccnet_d2.ops.recompute import recomputed_loops
@@ -49,10 +50,11 @@ class CrissCrossAttention(ContextModule):
                 A number says how many chunks at most; more need less memory and more time.
 
         Raises:
-            ValueError: channels is not a positive multiple of reduction, spatial_dims is not 1, 2 or 3, or recompute
-                is neither a number of chunks nor True or False.
+            ValueError: channels is not a positive multiple of reduction, spatial_dims is not 1, 2 or 3, the backend is
+                unknown, or recompute is neither a number of chunks nor True or False.
         """
         super().__init__(channels, spatial_dims=spatial_dims)
+        check_choice("backend", backend, ("auto", *BACKENDS))
         if not hasattr(recompute, "__index__") or recompute < 0:
             raise ValueError(f"recompute must be True, False or a number of chunks, got {recompute!r}.")
         self.channels = channels

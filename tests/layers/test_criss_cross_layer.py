@@ -334,6 +334,10 @@ def test_recompute_in_distributed_data_parallel(tmp_path):
         (lambda: RCCA(16, reduction=8.0), "reduction must be a whole number, got 8.0"),
         (lambda: RCCA(16, recompute=-1), "recompute must be True, False or a number of chunks, got -1"),
         (lambda: RCCA(16, recompute=2.5), "recompute must be True, False or a number of chunks, got 2.5"),
+        (
+            lambda: RCCA(16, backend="cuda"),
+            "backend='cuda' is not one of 'auto', 'compiled', 'matmul', 'reference'",
+        ),
         (lambda: RCCA(16, recompute="yes"), "recompute must be True, False or a number of chunks, got 'yes'"),
         (
             lambda: CrissCrossAttention(16)(torch.zeros(1, 8, 4, 4)),
