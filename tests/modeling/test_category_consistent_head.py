@@ -68,6 +68,20 @@ def test_loss_is_that_of_16_channels_before_convb(form):
     assert head.convb.weight.grad is None and head.classifier.weight.grad is None
 
 
+def test_its_labels_are_the_head_s_ignored_one_and_at_the_head_s_corners():
+    head = make_head(category_consistent="piecewise", dropout=0.0, ignore_value=3, align_corners=True)
+    nn.init.normal_(head.category_features.weight, std=2.0)
+    features, _ = features_and_labels()
+    labels = torch.randint(0, 4, (2, 12, 16), generator=torch.Generator().manual_seed(3))
+    _, losses = head(features, labels)
+    embedding = head.category_features(head.context(head.conva(features["conv"])))
+    rows = [int(i * 11 / 5 + 0.5) for i in range(6)]
+    columns = [int(j * 15 / 7 + 0.5) for j in range(8)]
+    small = labels[:, rows][:, :, columns]
+    expected = brute_force(embedding, small.masked_fill(small == 3, 255), linear=True)
+    torch.testing.assert_close(losses["loss_category_consistent"], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_forms_differ_and_do_not_change_predictions():
     features, labels = features_and_labels()
     values, logits = [], []

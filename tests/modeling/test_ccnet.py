@@ -43,6 +43,22 @@ def test_inference_gives_logits_of_the_wanted_size():
     assert [tuple(o["sem_seg"].shape) for o in outputs] == [(5, 48, 60), (5, 21, 30)]
 
 
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_another_size_is_reached_as_the_head_reaches_the_image_s(align_corners):
+    model = small_model(align_corners=align_corners).eval()
+    own, other = (
+        model([{**sample(24, 32), **size}])[0]["sem_seg"] for size in ({}, {"height": 47, "width": 60})
+    )
+    wanted = F.interpolate(own[None], (47, 60), mode="bilinear", align_corners=align_corners)
+    torch.testing.assert_close(other, wanted[0])
+
+
+def test_answers_are_fp32_inside_autocast():
+    model = small_model().eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model([sample()])[0]["sem_seg"].dtype == torch.float32
+
+
 def test_without_height_and_width_the_image_s_own_size_is_used():
     out = small_model().eval()([{"image": sample(21, 30)["image"]}])
     assert out[0]["sem_seg"].shape == (5, 21, 30)
@@ -61,6 +77,21 @@ def test_head_is_the_published_composition():
     wanted = F.interpolate(expected, (23, 31), mode="bilinear", align_corners=False)
     torch.testing.assert_close(logits, wanted)
     assert losses == {}
+
+
+def test_dropout_of_whole_channels_comes_before_both_classifiers():
+    head = small_model(dropout=0.5, aux_feature="conv", aux_channels=16).sem_seg_head
+    seen = []
+    for classifier in (head.classifier, head.auxiliary[-1]):
+        classifier.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x = {"conv": torch.randn(2, 16, 12, 16)}
+    head.train()(x, torch.zeros(2, 24, 32, dtype=torch.long))
+    assert len(seen) == 2
+    for values in seen:
+        dropped = (values == 0).flatten(2).all(dim=2)
+        assert 0.2 < dropped.float().mean() < 0.8
+    head.eval()(x)
+    assert not (seen[-1] == 0).flatten(2).all(dim=2).any()
 
 
 @pytest.mark.parametrize(("align_corners", "ignored"), [(False, 255), (True, 3)])
@@ -132,6 +163,32 @@ def test_images_of_one_size_and_of_several_are_normalised_alike():
     padded = model._batch_images([one, two])[0]
     assert padded.shape == (2, 3, 32, 32) and torch.equal(padded[:, :, :16, :20], together)
     assert (padded[:, :, 16:] == 0).all() and (padded[..., 20:] == 0).all()
+
+
+def test_images_are_padded_to_what_the_backbone_needs():
+    class Backbone(PlainConvNet):
+        size_divisibility = 16
+
+    model = CCNet(
+        backbone=Backbone(), sem_seg_head=torch.nn.Identity(), pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3
+    )
+    assert model._batch_images([sample(17, 32)])[0].shape == (1, 3, 32, 32)
+
+
+def test_checkpoints_hold_no_normalisation():
+    """Published weights have none, which would then be missing, and a run's own counts."""
+    assert not [name for name in small_model().state_dict() if name.startswith("pixel")]
+
+
+def test_unknown_channel_order_is_refused():
+    with pytest.raises(ValueError, match="input_format='rgb' is not one of 'RGB', 'BGR'"):
+        CCNet(
+            backbone=PlainConvNet(),
+            sem_seg_head=torch.nn.Identity(),
+            pixel_mean=[0.0] * 3,
+            pixel_std=[1.0] * 3,
+            input_format="rgb",
+        )
 
 
 def test_batch_of_ignored_labels_trains():

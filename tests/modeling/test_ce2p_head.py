@@ -290,6 +290,12 @@ def test_yacs_config_builds_and_trains():
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
     assert isinstance(model, CCNet) and isinstance(model.sem_seg_head, CE2PHead)
+    decoder, edge = (
+        model.sem_seg_head.decoder,
+        model.sem_seg_head.edge,
+    )  # of widths that no key sets: the paper's
+    widths = [conv.out_channels for conv in (decoder.reduce, decoder.fine, edge.reduce[0])]
+    assert widths == [256, 48, 256] and model.sem_seg_head.fuse.out_channels == 256
     assert model.sem_seg_head.context.context.recurrence == 1
     image = torch.randint(0, 256, (3, 48, 48), dtype=torch.uint8)
     losses = model.train()([{"image": image, "sem_seg": torch.randint(0, 7, (48, 48))} for _ in range(2)])

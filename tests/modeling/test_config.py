@@ -178,7 +178,7 @@ def test_each_key_is_for_its_argument_of_the_backbone_and_of_the_model(monkeypat
     )
     ccnet.AUX_FEATURE, ccnet.SIZE_DIVISIBILITY = "res3", 48
     cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES, cfg.MODEL.SEM_SEG_HEAD.NORM = ["res5"], "BN"
-    cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE, cfg.INPUT.FORMAT, cfg.MODEL.DEVICE = 7, "RGB", "cpu"
+    cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE, cfg.INPUT.FORMAT, cfg.MODEL.DEVICE = 7, "BGR", "cpu"
     cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [1.0, 2.0, 3.0], [4.0, 5.0, 6.0]
     model = build_model(cfg)
     assert built == [
@@ -190,7 +190,7 @@ def test_each_key_is_for_its_argument_of_the_backbone_and_of_the_model(monkeypat
     ]
     frozen = [name for name, p in model.backbone.named_parameters() if not p.requires_grad]
     assert frozen and all(name.startswith("stem.") for name in frozen)
-    assert (model.input_format, model.size_divisibility, model.ignore_value) == ("RGB", 48, 7)
+    assert (model.input_format, model.size_divisibility, model.ignore_value) == ("BGR", 48, 7)
     assert model.pixel_mean.flatten().tolist() == [1, 2, 3] and model.pixel_std.flatten().tolist() == [
         4,
         5,

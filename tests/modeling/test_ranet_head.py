@@ -69,6 +69,96 @@ def test_losses_are_those_of_the_variant(variant, ignored):
             torch.testing.assert_close(losses[name], 0.7 * weight * loss(found[part], labels))
 
 
+@pytest.mark.parametrize("variant", ["paper", "code"])
+def test_the_parts_are_put_together_as_in_the_table(variant):
+    net = head(variant=variant).eval()
+    with torch.no_grad():  # sharper scores, so that there are several regions
+        net.semantic.weight.mul_(30)
+        net.boundary.weight.mul_(8)
+    x = features()
+    a = net.reduce(x["res5"])
+    source = a if variant == "paper" else net.coarse_reduce(x["res4"])
+    o = net.context(a, net.boundary(source)[:, 0].sigmoid(), net.semantic(source).softmax(1))
+    assert not torch.allclose(a, o)
+    fused = net.fuse(torch.cat([a, o], dim=1))
+    expected = F.interpolate(net.classifier(fused), (40, 48), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(net(x)[0], expected)
+
+
+def test_the_code_variant_learns_boundaries_of_its_fine_features_too():
+    net = head(variant="code").train()
+    seen = []
+    net.fuse.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    net.fine_boundary.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    net(features(), targets())
+    assert len(seen) == 2 and torch.equal(*seen)
+
+
+@pytest.mark.parametrize("variant", ["paper", "code"])
+def test_dropout_of_whole_channels_comes_before_the_classifiers(variant):
+    net = head(variant=variant, channels=32, dropout=0.5).train()
+    seen = {}
+    for part in ("classifier", "semantic", "boundary"):
+        getattr(net, part).register_forward_pre_hook(
+            lambda module, inputs, part=part: seen.__setitem__(part, inputs[0])
+        )
+    net(features(), targets())
+    shares = {part: (x == 0).flatten(2).all(dim=2).float().mean().item() for part, x in seen.items()}
+    assert 0.2 < shares["classifier"] < 0.8
+    # A itself is not dropped: the regions' features are those that the paper's B and C come from.
+    assert shares["semantic"] == shares["boundary"]
+    assert 0.2 < shares["semantic"] < 0.8 if variant == "code" else shares["semantic"] == 0
+
+
+def test_boundaries_start_at_a_tenth_everywhere():
+    for channels, off in ((8, 0.005), (512, 0.06)):
+        net = head(channels=channels).train()
+        first = net.boundary(net.reduce(features()["res5"])).sigmoid()
+        assert (first - 0.1).abs().max() < off
+
+
+@pytest.mark.parametrize(
+    ("options", "loss_options"),
+    [
+        ({"boundary_radius": 5.0}, {"radius": 5.0, "resolution": "map"}),
+        ({"boundary_resolution": "labels"}, {"resolution": "labels"}),
+        ({"balanced_boundaries": True}, {"balanced": True, "resolution": "map"}),
+    ],
+)
+def test_options_of_the_boundary_loss(options, loss_options):
+    found = []
+    net = head(**options).train()
+    net.boundary.register_forward_hook(lambda module, inputs, out: found.append(out))
+    # Stripes of a cell and a half: boundaries at some distance of each other, on a part of the cells.
+    labels = torch.arange(48).div(12, rounding_mode="floor").remainder(3).expand(2, 40, 48)
+    loss = net(features(), labels)[1]["loss_boundary"]
+    torch.testing.assert_close(loss, 0.2 * BoundaryLoss(**loss_options)(found[0], labels))
+    assert not torch.allclose(loss, 0.2 * BoundaryLoss(resolution="map")(found[0], labels), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "reaches"),
+    [
+        ({}, False),
+        ({"map_gradients": True}, True),
+        ({"variant": "code"}, True),
+        ({"variant": "code", "map_gradients": False}, False),
+    ],
+)
+def test_whether_the_fine_loss_teaches_the_maps(options, reaches):
+    net = head(**options).train()
+    loss = net(features(), targets())[1]["loss_sem_seg"]
+    weights = (net.boundary.weight, net.semantic.weight)
+    gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+    assert [gradient is not None and bool(gradient.any()) for gradient in gradients] == [reaches] * 2
+
+
+def test_all_its_convolutions_have_the_head_s_activation():
+    net = head(variant="code", activation="leaky_relu")
+    kinds = {type(m) for m in net.modules() if isinstance(m, torch.nn.ReLU | torch.nn.LeakyReLU)}
+    assert kinds == {torch.nn.LeakyReLU}
+
+
 def test_fine_and_coarse_output():
     net = head().eval()
     x = features()
@@ -124,6 +214,7 @@ def test_other_context_in_its_place(context):
         {"pair_cells": 6},
         {"threshold": 0.2},
         {"small_regions": "join"},
+        {"kernel": "free"},
     ],
 )
 def test_rows_of_the_tables_and_other_choices_change_the_output(options):

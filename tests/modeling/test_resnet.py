@@ -61,6 +61,15 @@ def test_dilations(depth, stride, res5):
     assert contracted.res5[0].conv2.dilation[0] == max(res5 // 2, 1)
 
 
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_blocks_are_as_many_as_torchvision_s(depth):
+    with torch.device("meta"):
+        ours = build_resnet(depth, norm="BN")
+        theirs = getattr(torchvision.models, f"resnet{depth}")()
+    stages = (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4)
+    assert [len(stage) for stage in ours.stages] == [len(stage) for stage in stages]
+
+
 @pytest.mark.parametrize("depth", [18, 34, 50])
 def test_shapes_are_as_announced(depth):
     names = ("res2", "res3", "res4", "res5")
@@ -78,6 +87,27 @@ def test_ceil_mode_matters_on_even_sides_only(side, plain, ceil):
     for ceil_mode, expected in ((False, plain), (True, ceil)):
         x = DeepStem(norm="BN", ceil_mode=ceil_mode, channels=(4, 4, 8))(torch.zeros(1, 3, side, side))
         assert nn.Conv2d(8, 8, 3, stride=2, padding=1)(x).shape[-1] == expected
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_the_deep_stem_is_that_of_the_published_networks(ceil_mode):
+    """Three 3x3 convolutions without bias, the first of stride 2, each with norm and ReLU, and a max-pool."""
+    torch.manual_seed(0)
+    stem = DeepStem(norm="BN", channels=(4, 6, 8), ceil_mode=ceil_mode).eval()
+    layers, channels = [], (3, 4, 6, 8)
+    for i in (1, 2, 3):
+        ours = getattr(stem, f"conv{i}")
+        conv = nn.Conv2d(*channels[i - 1 : i + 1], 3, stride=2 if i == 1 else 1, padding=1, bias=False)
+        norm = nn.BatchNorm2d(channels[i])
+        for value in (ours.norm.weight, ours.norm.bias, ours.norm.running_mean):
+            nn.init.normal_(value)
+        conv.load_state_dict({"weight": ours.weight})
+        norm.load_state_dict(ours.norm.state_dict(), strict=False)
+        layers += [conv, norm, nn.ReLU()]
+    theirs = nn.Sequential(*layers, nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=ceil_mode)).eval()
+    for size in ((33, 48), (34, 29)):
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(stem(x), theirs(x))
 
 
 @pytest.mark.parametrize(
