@@ -75,6 +75,31 @@ def test_links_lead_somewhere():
                 assert anchor in [heading.lower().replace(" ", "-") for heading in headings]
 
 
+def test_every_run_for_a_public_data_set_is_linked():
+    drawn = ("toy/", "quick_schedules/")
+    linked = re.findall(r"\]\(\.\./\.\./configs/([^)]+\.py)\)", TEXT)
+    assert sorted(linked) == sorted(name for name in config_names() if not name.startswith(drawn))
+
+
+@pytest.mark.parametrize(
+    ("network", "kind", "depth", "reported"),
+    [
+        ("R-50-FPN", "", 50, "38.2"),
+        ("R-50-FPN + NL", "nl_", 50, "39.0"),
+        ("R-50-FPN + RCCA", "rcca_", 50, "39.3"),
+        ("R-101-FPN", "", 101, "40.1"),
+        ("R-101-FPN + NL", "nl_", 101, "40.8"),
+        ("R-101-FPN + RCCA", "rcca_", 101, "41.0"),
+    ],
+)
+def test_detectors_are_there_with_the_paper_s_numbers(network, kind, depth, reported):
+    names = [f"coco/mask_rcnn_{kind}R_{depth}_FPN_{times}x" for times in (1, 3)]
+    links = " | ".join(f"[{name}](../../configs/{name}.py)" for name in names)
+    assert f"\n| {network} | {links} | 16 | {reported} |\n" in TEXT
+    assert [get_config(f"{name}.py").train.max_iter for name in names] == [90000, 270000]
+    assert {get_config(f"{name}.py").dataloader.train.total_batch_size for name in names} == {16}
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_every_run_is_there_with_its_numbers(name):
     backbone, crop, iterations, batch, *figures, weights = rows()[name]
