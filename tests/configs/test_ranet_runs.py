@@ -48,13 +48,15 @@ def test_the_paper_s_recipe(name):
     assert (construction.variant, construction.representatives) == ("paper", 8)
     assert (head.coarse_loss_weight, head.boundary_loss_weight, head.boundary_loss.radius) == (0.4, 0.2, 2)
 
-    assert (cfg.optimizer.lr, cfg.optimizer.momentum) == (1e-3, 0.9)
+    assert head.align_corners and head.boundary_loss.align_corners and head.loss.align_corners
+
+    assert (cfg.optimizer.lr, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (1e-3, 0.9, 1e-4)
     multiplier = instantiate(cfg.lr_multiplier)
     assert [multiplier(where) for where in (0.0, 0.25, 0.5)] == pytest.approx([1.0, 0.75, 0.5])
     assert (cfg.train.max_iter, cfg.dataloader.train.total_batch_size) == (iterations, 8)
     assert cfg.dataloader.train.dataset.names == train
     scale, flip, brightness = instantiate(cfg.dataloader.train.mapper).augmentations.augs
-    assert tuple(scale.crop_size) == (crop, crop)
+    assert tuple(scale.crop_size) == (crop, crop) and scale.scale_range == (0.5, 2.0)
     assert flip.prob == 0.5 and brightness.intensity_min < 1 < brightness.intensity_max
     mode = instantiate(cfg.test.inference)
     assert mode.scales == (0.5, 0.75, 1.0, 1.25, 1.5, 1.75) and not mode.flip
