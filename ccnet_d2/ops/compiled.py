@@ -29,7 +29,28 @@ _DTYPES = {
 _LEAST_CAPABILITY = 8  # of a GPU, its first number
 _FP32_CAPABILITY = (9, 0)
 
-_CPU_REASON = _library.load("_C_cpu")
+_OPERATORS = (
+    "cpu_instruction_set",
+    "criss_cross_backward",
+    "criss_cross_backward_into",
+    "criss_cross_forward",
+    "criss_cross_forward_into",
+    "criss_cross_packed_backward",
+    "criss_cross_packed_forward",
+    "gated_residual_backward",
+    "gated_residual_forward",
+    "gated_residual_forward_into",
+    "has_fp32_products",
+    "projection_forward",
+    "projection_forward_into",
+    "projection_input_gradient",
+    "projection_input_gradient_into",
+    "projection_weight_gradient",
+    "to_channels_last",
+    "use_huge_pages",
+)
+
+_CPU_REASON = _library.load("_C_cpu", operators=_OPERATORS)
 _CUDA_REASON = _library.load(
     "_C_cuda",
     required=None

@@ -1,9 +1,12 @@
 """Why a compiled library is missing."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
-from ccnet_d2.ops import _library
+from ccnet_d2.ops import _library, compiled
 
 pytestmark = pytest.mark.skipif(
     tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10),
@@ -45,3 +48,35 @@ def test_a_damaged_library(folder):
     (folder / "_C_cpu.so").write_bytes(b"no library")
     (folder / "_C_cpu.not_built").write_text("of an earlier build\n")
     assert "cannot be loaded" in _library.load("_C_cpu")
+
+
+@pytest.mark.skipif(not compiled.is_available(), reason="needs the compiled op")
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
+def test_a_library_that_is_cut_short(folder, part):
+    """An interrupted installation or a full disk leaves one; loading it is a bus error, which ends Python."""
+    whole = Path(_library.__file__).with_name("_C_cpu.so").read_bytes()
+    (folder / "_C_cpu.so").write_bytes(whole[: int(len(whole) * part)])
+    assert _library.load("_C_cpu") == (
+        f"{folder / '_C_cpu.so'} is cut short, as by an interrupted installation or a full disk: build it again."
+    )
+
+
+def test_why_the_system_does_not_load_a_library(folder):
+    (folder / "_C_cpu.so").write_bytes(b"no library")
+    assert re.search(r"_C_cpu\.so cannot be loaded \(.*(too short|ELF).*\); build", _library.load("_C_cpu"))
+
+
+def test_a_library_of_older_sources(folder, monkeypatch):
+    """As after a `git pull` without building again."""
+    (folder / "_C_cpu.so").touch()
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    assert _library.load("_C_cpu", operators=["no_such_operator"]) == (
+        f"{folder / '_C_cpu.so'} is of other sources than this package, it has no operator no_such_operator: "
+        "build it again."
+    )
+
+
+def test_every_operator_of_the_sources_is_asked_for():
+    sources = (Path(__file__).resolve().parents[2] / "csrc" / "cpu").glob("*.cpp")
+    defined = [name for path in sources for name in re.findall(r'm\.def\(\s*"(\w+)\(', path.read_text())]
+    assert sorted(defined) == list(compiled._OPERATORS)
