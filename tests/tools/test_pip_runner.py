@@ -31,6 +31,17 @@ from pip_runner import InstallError
         ("Collecting a\nERROR: Invalid requirement: '??'\n", "Invalid requirement: '??'"),
         ("ERROR: Failed to build 'a'\nWARNING: b\n  error: no room for c\n", "no room for c"),
         ("Traceback\nValueError: something new\n", "ValueError: something new"),
+        (
+            "  error: csrc/cpu was not built: no C++ compiler\n  error: subprocess-exited-with-error\n"
+            "  ERROR: Failed building wheel for a\nFailed to build a\nERROR: Failed to build one or more wheels\n",
+            "csrc/cpu was not built: no C++ compiler",
+        ),
+        (
+            "  Traceback (most recent call last):\n  distutils.errors.SetupError: A=b is unknown\n"
+            "  error: subprocess-exited-with-error\nerror: metadata-generation-failed\nhint: See above for details.\n",
+            "distutils.errors.SetupError: A=b is unknown",
+        ),
+        ("ERROR: Failed to build 'a'\nhint: none\n", "Failed to build 'a'"),
         ("", "pip printed nothing"),
     ],
 )

@@ -59,6 +59,11 @@ _CAUSES: tuple[tuple[str, str], ...] = (
     ),
 )
 
+# What pip says after a build that failed; why it did stands before.
+_CONSEQUENCE = re.compile(
+    r"(ERROR|error): (subprocess-exited-with-error|metadata-generation-failed|Failed (building|to build)\b)"
+)
+
 
 def explain_failure(output: str) -> str:
     """Return the cause of a pip failure as part of a sentence.
@@ -67,15 +72,21 @@ def explain_failure(output: str) -> str:
         output: everything pip printed.
 
     Returns:
-        A known cause in plain words, else pip's own last error line.
+        A known cause in plain words, else the last error of pip or of a build, else the last line.
     """
     for pattern, meaning in _CAUSES:
         if re.search(pattern, output):
             return meaning
-    errors = [line for line in output.splitlines() if re.match(r"\s*(ERROR|error|fatal):", line)]
-    if errors:
-        return re.sub(r"^\s*(ERROR|error|fatal):\s*", "", errors[-1]).strip()
     lines = [line.strip() for line in output.splitlines() if line.strip()]
+    told = [line for line in lines if not _CONSEQUENCE.match(line)]
+    for beginning, among in (
+        (r"(ERROR|error|fatal):\s*", told),
+        (r"(?=[\w.]+Error:)", told),  # what ended a build with a traceback
+        (r"(ERROR|error):\s*", lines),
+    ):
+        errors = [line for line in among if re.match(beginning, line)]
+        if errors:
+            return re.sub(f"^{beginning}", "", errors[-1])
     return lines[-1] if lines else "pip printed nothing"
 
 
@@ -174,7 +185,7 @@ def run_command(
         if sentence:
             raise InstallError(sentence["sentence"])
         where = f" All of the output is in {log}." if log else ""
-        raise InstallError(f"{what} failed: {explain_failure(output).rstrip('.')}.{where}")
+        raise InstallError(f"{what} failed: {explain_failure(output).rstrip('.:')}.{where}")
     return output
 
 
