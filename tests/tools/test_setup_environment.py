@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -126,6 +127,14 @@ def test_wish_counts_when_it_is_new_and_stays_when_it_is_left_out(root: Path) ->
         environment.wish = wish
         environment.run()
         assert environment.ran == expected
+
+
+def test_every_variable_of_the_build_is_a_wish() -> None:
+    """A build that failed of one, such as of too many jobs at once, is tried again when it is set."""
+    told = (ROOT / "setup.py").read_text().partition("Environment variables:")[2].partition('"""')[0]
+    names = set(re.findall(r"\b(?:CCNET_EXT|CXX|[A-Z]+_[A-Z_]+|[A-Z]+FLAGS)\b", told))
+    assert {"MAX_JOBS", "NVCC_CCBIN", "CXXFLAGS", "TORCH_CUDA_ARCH_LIST"} <= names
+    assert names <= set(setup_environment.BUILD_VARIABLES)
 
 
 def test_failed_stage_is_run_again(root: Path) -> None:

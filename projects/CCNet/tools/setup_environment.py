@@ -10,8 +10,8 @@ again does nothing until one of those things changes, and an interrupted set-up 
 
 Environment variables:
     DETECTRON2: a pip requirement of another Detectron2 than 0.5 from PyPI (see install_detectron2.py).
-    FORCE_CUDA, CUDA_HOME, TORCH_CUDA_ARCH_LIST, CCNET_EXT, CXX, CXXFLAGS: how the compiled operator is built,
-        see setup.py; setting one to something new builds it again.
+    FORCE_CUDA, CUDA_HOME, TORCH_CUDA_ARCH_LIST, CCNET_EXT, CXX, CXXFLAGS, NVCC_CCBIN, MAX_JOBS: how the compiled
+        operator is built, see setup.py; setting one to something new builds it again.
 
 Standard library only.
 """
@@ -53,6 +53,8 @@ BUILD_VARIABLES = (
     "TORCH_CUDA_ARCH_LIST",
     "CXX",
     "CXXFLAGS",
+    "NVCC_CCBIN",
+    "MAX_JOBS",
 )
 # What it looks for; it cannot be asked before setuptools is there.
 BUILD_PROGRAMS = {
