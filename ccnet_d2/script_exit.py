@@ -25,13 +25,15 @@ def exit_with(main: Callable[[], Any]) -> NoReturn:
         try:
             sys.exit(main())
         finally:
-            sys.stdout.flush()  # of what was printed last, also by a parser that exits by itself
+            if sys.stdout is not None:  # as where it was closed from the start (>&-)
+                sys.stdout.flush()  # of what was printed last, also by a parser that exits by itself
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(_INTERRUPTED)
     except BrokenPipeError:
         # Another pipe or socket that breaks, to a worker for instance, is a fault of the program.
-        closed = [stream for stream in (sys.stdout, sys.stderr) if _nobody_reads(stream)]
+        streams = (sys.stdout, sys.stderr)
+        closed = [stream for stream in streams if stream is not None and _nobody_reads(stream)]
         if not closed:
             raise
         for stream in closed:  # which Python flushes once more at its end

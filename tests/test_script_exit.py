@@ -58,6 +58,21 @@ def test_a_script_and_a_module_end_quietly():
     assert run_into_closed_pipe(["projects/CCNet/tools/make_lip_fixture.py", "--help"])[1] == ""
 
 
+@pytest.mark.parametrize(("redirection", "status"), [(">&-", 3), (">&- 2>&-", 3), ("2>&- | :", 141)])
+def test_streams_that_are_closed_from_the_start(redirection, status, tmp_path):
+    """As of a job that a daemon starts: there is nothing to print to, and nothing wrong."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        _PROGRAM.format(body="import time; time.sleep(0.5); print('much ' * 100_000); return 3")
+    )
+    shell = f'set -o pipefail; "$0" "$1" {redirection}'
+    done = subprocess.run(
+        ["bash", "-c", shell, sys.executable, str(program)], capture_output=True, text=True, cwd=_REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(_REPOSITORY)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
+
+
 def test_other_broken_pipes_keep_their_traceback():
     program = _PROGRAM.format(body="raise BrokenPipeError('of a worker')")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
