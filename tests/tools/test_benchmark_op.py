@@ -14,6 +14,7 @@ from ccnet_d2.ops import available_backends, criss_cross_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "projects" / "CCNet" / "tools"))
 import benchmark_op
+import check_cuda_op
 import op_report
 from attention_formulations import (
     RecurrentModule,
@@ -237,3 +238,19 @@ def test_what_cannot_be_measured_is_refused_at_once(command, message, capsys):
     with pytest.raises(SystemExit):
         parse_arguments(command.split())
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parse", [parse_arguments, check_cuda_op.parse_arguments])
+def test_files_that_cannot_be_written_are_refused_at_once(parse, tmp_path, monkeypatch, capsys):
+    """They would be lost after minutes."""
+    (tmp_path / "file").touch()
+
+    def refused(name):
+        with pytest.raises(SystemExit):
+            parse(["--json", str(tmp_path / name)])
+        return capsys.readouterr().err
+
+    assert f"{tmp_path / 'file'} cannot be made (" in refused("file/a.json")
+    assert f"'{tmp_path}' is a folder: name a file." in refused("")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    assert f"{tmp_path / 'new'} is read-only for this user" in refused("new/a.json")

@@ -205,9 +205,6 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     choose_device(arguments.device)
-    for path in (arguments.json, arguments.plot):  # before minutes are spent on what would then be lost
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
     benchmark = Benchmark(arguments)
     environment = benchmark.environment()
     print(

@@ -43,7 +43,7 @@ from cuda_op_cases import DTYPES, Case, draw_cases, small_cases
 from cuda_op_checks import NAMES, CheckFailed, check_case, check_large, check_official, check_small_case
 from cuda_op_times import TABLE_HEAD, TIMED_SIZES, measure_ceilings, render_row, time_sizes
 from official_kernels import OfficialKernels
-from op_arguments import parse_count
+from op_arguments import parse_count, parse_output
 
 Failures = list[dict[str, object]]
 """What failed, "case", and how, "failure"."""
@@ -80,7 +80,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--repeats", type=parse_count, default=50, help="most timed replays, of which the median counts"
     )
-    parser.add_argument("--json", type=Path, help="write everything to this file too")
+    parser.add_argument("--json", type=parse_output, metavar="FILE", help="write everything to this file too")
     arguments = parser.parse_args(argv)
     if arguments.cases < 0:
         parser.error(f"--cases must be 0 or more, got {arguments.cases}.")
@@ -184,8 +184,6 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             print(f"--official: {error}", file=sys.stderr)
             return 2
-    if arguments.json is not None:  # before minutes are spent on what would then be lost
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
     if arguments.small:
         # An allocation for each tensor. Read by torch at the first one.
         os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -45,6 +46,24 @@ def parse_device(text: str) -> str:
     if int(index or 0) >= found:
         raise argparse.ArgumentTypeError(f"{text!r} is not there: torch sees {found} of this kind here.")
     return text
+
+
+def parse_output(text: str) -> Path:
+    """A file that can be written; its folder is made, before minutes are spent on what would then be lost."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} cannot be written: {path.parent} cannot be made ({error.strerror})."
+        ) from error
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder: name a file.")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} cannot be written: {path.parent} is read-only for this user."
+        )
+    return path
 
 
 def parse_arguments(argv: list[str] | None, description: str | None = None) -> argparse.Namespace:
@@ -107,9 +126,12 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--eager", action="store_true", help="on a GPU: time with what Python takes to launch the kernels"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--json", type=parse_output, metavar="FILE", help="write all figures there")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help=f"write a picture there ({', '.join(PLOT_SUFFIXES)})"
+        "--plot",
+        type=parse_output,
+        metavar="FILE",
+        help=f"write a picture there ({', '.join(PLOT_SUFFIXES)})",
     )
     return parser
 
