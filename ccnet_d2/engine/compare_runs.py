@@ -13,6 +13,7 @@ from ccnet_d2.errors import UserError
 
 from .comparison import Variant, VariantRun, train_variants
 from .overrides import load_run
+from .settings import make_output_dir
 
 
 def compare_runs(
@@ -42,7 +43,7 @@ def compare_runs(
         deviation, and the seconds an iteration took.
 
     Raises:
-        UserError: the key, a value or an override is unknown, or no run succeeded.
+        UserError: the key, a value or an override is unknown, the folder cannot be written to, or no run succeeded.
     """
     values, seeds = list(dict.fromkeys(values)), list(dict.fromkeys(seeds))
     variants = {}
@@ -55,7 +56,7 @@ def compare_runs(
     # Fail on a wrong key at once, not in every process.
     for variant in variants.values():
         load_run(config_file, [*overrides, *variant.overrides])
-    output.mkdir(parents=True, exist_ok=True)
+    make_output_dir(str(output), "output")
     runs = train_variants(
         config_file,
         list(variants.values()),

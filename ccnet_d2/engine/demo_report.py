@@ -26,6 +26,7 @@ from ccnet_d2.inference import (
 
 from .comparison import Variant, VariantRun, train_variants
 from .overrides import apply_overrides, load_run
+from .settings import make_output_dir
 
 TWO_LOOPS = Variant("rcca_r2", "RCCA, R=2", ("model.sem_seg_head.context=rcca_r2",))
 ONE_LOOP = Variant("rcca_r1", "RCCA, R=1", ("model.sem_seg_head.context=rcca_r1",))
@@ -67,12 +68,12 @@ def run_demo(dataset: str, output: Path, *, seed: int = 0, overrides: Sequence[s
         overrides: config overrides for all three.
 
     Raises:
-        UserError: a training failed.
+        UserError: a training failed, or the folder cannot be written to.
         DatasetError: the data set is missing.
     """
     start = time.monotonic()
     demo = DEMOS[dataset]
-    output.mkdir(parents=True, exist_ok=True)
+    make_output_dir(str(output), "output")
     (output / "report.json").unlink(missing_ok=True)  # no old report beside a failed run
     environment = {}
     if dataset == "synthetic":

@@ -48,6 +48,12 @@ def test_wrong_values_stop_before_training(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"cannot write to output={tmp_path}/file/runs: Not a directory"):
+        compare_runs("toy/ccnet_synthetic.py", "train.max_iter", ["1"], tmp_path / "file" / "runs")
+
+
 def test_values_that_look_alike_get_folders_of_their_own():
     names = _folder_names(["1e-3", "1e+3", "[64, 32]", "rcca"])
     assert len(set(names.values())) == 4 and names["rcca"] == "rcca" and names["[64, 32]"] == "_64_32_"

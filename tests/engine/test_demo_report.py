@@ -116,6 +116,12 @@ def test_wrong_override_stops_before_training(tmp_path):
     assert not (tmp_path / "fcn").exists()
 
 
+def test_an_output_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"cannot write to output={tmp_path}/file/demo: Not a directory"):
+        run_demo("synthetic", tmp_path / "file" / "demo")
+
+
 def test_failed_training_is_reported_in_its_own_words(tmp_path):
     variant = Variant("bad", "bad", ("model.sem_seg_head.context=rcca_r0",))
     with pytest.raises(UserError, match=r"Training of bad failed: recurrence must be at least 1.*train\.log"):
