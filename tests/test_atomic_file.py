@@ -62,6 +62,20 @@ def test_what_killed_processes_left_of_a_file_goes_with_the_next_write(tmp_path)
         assert {p.name for p in tmp_path.iterdir()} == {path.name} | others | remaining
 
 
+def test_what_another_user_left_of_a_file_stays(tmp_path, monkeypatch):
+    """In a folder such as /tmp nobody may delete it but that user."""
+    left = tmp_path / "file.12345678.tmp"
+    left.touch()
+    os.utime(left, (0, 0))
+
+    def refuse(path, missing_ok=False):
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    atomic_write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new" and left.exists()
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_nothing_is_left_of_a_write_that_fails(tmp_path, error):
     path = tmp_path / "file"

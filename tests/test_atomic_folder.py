@@ -26,6 +26,13 @@ def write_and_die(folder: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_what_killed_processes_left_goes_where_names_hold_brackets(tmp_path):
+    killed(lambda: replace_folder(tmp_path / "set[1]", write_and_die))
+    assert len(list(tmp_path.iterdir())) == 1
+    replace_folder(tmp_path / "set[1]", lambda new: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["set[1]"]
+
+
 def test_what_killed_processes_left_goes_and_nothing_else(tmp_path):
     (tmp_path / ".set-mine").mkdir()
     with scratch_beside(tmp_path / "set") as alive:

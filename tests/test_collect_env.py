@@ -21,6 +21,11 @@ def test_report_names_versions_and_backends():
     else:
         assert 'backend="auto" on cpu: matmul' in done.stdout
         assert f"compiled on cpu: not available: {reason}" in done.stdout
+    # Once for each kind of device.
+    assert re.findall(r"^ +(compiled[^:]*):", done.stdout, re.MULTILINE) == [
+        "compiled on cpu",
+        "compiled on cuda",
+    ]
     cuda = compiled.unavailable_reason("cuda")
     assert cuda is None or f"compiled on cuda: not available: {cuda}" in done.stdout
 

@@ -1,5 +1,6 @@
 """Why a compiled library is missing."""
 
+import os
 import re
 from pathlib import Path
 
@@ -64,6 +65,29 @@ def test_a_library_that_is_cut_short(folder, part):
 def test_why_the_system_does_not_load_a_library(folder):
     (folder / "_C_cpu.so").write_bytes(b"no library")
     assert re.search(r"_C_cpu\.so cannot be loaded \(.*(too short|ELF).*\); build", _library.load("_C_cpu"))
+
+
+def test_the_newest_of_several_builds_is_loaded(folder, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    names = ["_C_cpu.cpython-311.so", "_C_cpu.so", "_C_cpu.pyd"]
+    for age, name in ((9, names[0]), (3, names[1]), (6, names[2])):
+        (folder / name).touch()
+        os.utime(folder / name, (10_000 - age, 10_000 - age))
+    assert _library.load("_C_cpu") is None and loaded == [str(folder / "_C_cpu.so")]
+
+
+def test_a_library_that_is_not_to_be_loaded(folder, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    (folder / "_C_cuda.so").touch()
+    assert _library.load("_C_cuda", required="it needs another.") == "it needs another."
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    assert (
+        _library.load("_C_cuda")
+        == "the compiled operator needs torch 2.10 or newer, this is torch 2.9.1+cu128."
+    )
+    assert loaded == []
 
 
 def test_a_library_of_older_sources(folder, monkeypatch):

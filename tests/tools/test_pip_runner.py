@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -64,18 +65,19 @@ def test_failing_command_keeps_its_output_in_the_log(tmp_path: Path) -> None:
     assert before == "of the command before" and sorted(lines) == ["ERROR: it broke.", "caf\ufffd", "first"]
 
 
-def test_command_is_ended_where_its_reader_is_interrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_is_ended_where_its_reader_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
     def interrupt(line: str) -> None:
+        told.append(int(line))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pip_runner, "_echo", interrupt)
-    written = tmp_path / "written"
-    program = f"import time; print('first', flush=True); time.sleep(1); open({str(written)!r}, 'w')"
+    program = "import os, time; print(os.getpid(), flush=True); time.sleep(20)"
     with pytest.raises(KeyboardInterrupt):
         pip_runner.run_command([sys.executable, "-c", program], what="The work")
-    assert not written.exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(told[0], 0)
 
 
 def test_sentence_of_our_own_script_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
