@@ -227,6 +227,7 @@ def test_wrong_energies_are_refused(text, capsys):
         ("--batch 0", "'0' is no whole number from 1 on"),
         ("--reduction 0", "'0' is no whole number from 1 on"),
         ("--threads -1", "'-1' is no whole number from 1 on"),
+        ("--channels 10 --reduction 4", "--channels 10 is not divisible by --reduction 4"),
         ("--seconds 0", "must be a finite number above 0"),
         ("--device meta", "'meta' is no device to measure"),
         ("--device cpu:1", "'cpu:1' is not there"),
