@@ -259,6 +259,10 @@ class CudaBuild(Build):
         forced = os.environ.get("FORCE_CUDA")
         if forced == "0":
             raise NotBuilt("FORCE_CUDA=0 asks to leave it out.")
+        if forced not in (None, "", "1"):
+            raise NotBuilt(
+                f"FORCE_CUDA={forced} is unknown: set 1 (build it without a GPU), 0 (leave it out), or leave it unset."
+            )
         if self.torch.version.cuda is None:
             raise NotBuilt(f"the installed torch, {self.torch.__version__}, is built without CUDA.")
         if forced != "1" and not self.torch.cuda.is_available():

@@ -457,6 +457,7 @@ def test_nvcc_takes_the_compiler_of_cxx(cuda_build, tmp_path):
     ("forced", "of_torch", "gpu", "words"),
     [
         ("0", "12.4", True, "FORCE_CUDA=0 asks to leave it out"),
+        ("yes", "12.4", True, "FORCE_CUDA=yes is unknown: set 1"),
         ("", None, True, "built without CUDA"),
         ("", "12.4", False, "torch sees no GPU here: set FORCE_CUDA=1"),
         ("1", "11.8", False, r"of CUDA 12\.9 and torch of CUDA 11\.8: .* same major version"),
