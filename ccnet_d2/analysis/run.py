@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from detectron2.config import instantiate
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -13,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ccnet_d2.engine import build_model
 from ccnet_d2.errors import UserError
+from ccnet_d2.instantiation import build_object
 from ccnet_d2.modeling import CCNet3D
 
 from .flops import CONVENTION, count_flops
@@ -137,7 +137,7 @@ def _inference_of(cfg: DictConfig, image_size: tuple[int, int], batch_size: int)
 
     try:
         with FakeTensorMode():
-            return measure(settle(instantiate(cfg.model)).eval(), ran_for_real=False)
+            return measure(settle(build_object(cfg, "model")).eval(), ran_for_real=False)
     except RuntimeError:  # of many kinds; a fault of the model itself comes up again in the real run
         return measure(settle(build_model(cfg)).eval(), ran_for_real=True)
 

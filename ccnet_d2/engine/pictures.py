@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.engine import HookBase
@@ -17,6 +16,7 @@ from ccnet_d2.inference.build import configured_mode
 from ccnet_d2.inference.classes import ClassTable
 from ccnet_d2.inference.mode import InferenceMode, WholeImage
 from ccnet_d2.inference.visualize import save_prediction_grid
+from ccnet_d2.instantiation import build_object
 
 from .instance_pictures import draw_instances
 
@@ -56,7 +56,7 @@ def draw_predictions(cfg: DictConfig, model: nn.Module, path: Path) -> None:
     found = DatasetCatalog.get(name)
     labelled = [record for record in found if record.get("sem_seg_file_name") is not None]
     records = _spread(labelled or found, cfg.train.num_pictures)
-    mapper = instantiate(test.mapper)
+    mapper = build_object(cfg, "dataloader.test.mapper")
     inputs = [mapper(dict(record)) for record in records]
     was_training = model.training
     model.eval()

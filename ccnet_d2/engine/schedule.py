@@ -1,6 +1,38 @@
 """Learning-rate schedules that fvcore does not have."""
 
+import math
+from typing import Any
+
 from fvcore.common.param_scheduler import ParamScheduler
+from omegaconf import DictConfig
+
+from ccnet_d2.errors import UserError
+from ccnet_d2.instantiation import build_object
+
+_TRIED = tuple(step / 100 for step in range(101))
+"""Parts of a training. The end is one: a scheduler steps after the last iteration as well."""
+
+
+def build_lr_multiplier(cfg: DictConfig) -> Any:
+    """`lr_multiplier` of a run, tried out over the whole training: a rate below 0 climbs the loss, and a schedule that
+    fails at the end does so after all the hours before.
+
+    Raises:
+        UserError: it cannot be built, or gives no finite number of 0 or more somewhere.
+    """
+    multiplier = build_object(cfg, "lr_multiplier")
+    if isinstance(multiplier, ParamScheduler):
+        for where in _TRIED:
+            try:
+                value: Any = multiplier(where)
+            except (ArithmeticError, TypeError, ValueError) as error:
+                value = error
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise UserError(
+                    f"lr_multiplier gives {value} at {where:.0%} of the training, but has to give a factor of the "
+                    "learning rate, 0 or more."
+                )
+    return multiplier
 
 
 class PolynomialDecayToMinimum(ParamScheduler):

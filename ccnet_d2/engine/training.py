@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import instantiate
 from detectron2.engine import HookBase, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -23,6 +22,7 @@ from ccnet_d2.data.train_loader import TrainLoader
 from ccnet_d2.devices import available_device
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference.build import configured_mode
+from ccnet_d2.instantiation import build_object
 from ccnet_d2.modeling.compilation import compile_model
 
 from .agreement import (
@@ -47,6 +47,7 @@ from .non_finite import NonFiniteGuard
 from .param_groups import merge_param_groups
 from .pictures import PredictionPictures
 from .saving import ReportBadSamples, SaveCheckpoints
+from .schedule import build_lr_multiplier
 from .settings import check_settings
 from .train_data import build_train_loader
 from .trainer import Trainer
@@ -59,10 +60,10 @@ def build_model(cfg: DictConfig) -> nn.Module:
     """The run's model on its device.
 
     Raises:
-        UserError: the device is not there.
+        UserError: the device is not there, or the model cannot be built.
     """
     device = available_device(cfg.train.device, "train.device={}")
-    model = instantiate(cfg.model).to(device)
+    model = build_object(cfg, "model").to(device)
     return compile_model(model, dynamic=None) if OmegaConf.select(cfg, "train.compile") else model
 
 
@@ -153,10 +154,10 @@ def _try_evaluation(cfg: DictConfig) -> None:
     try:
         if _is_evaluated(cfg) or cfg.train.num_pictures:
             check_data_set_names(cfg, "test")
-            instantiate(cfg.dataloader.test)
+            build_object(cfg, "dataloader.test")
             check_test_classes(cfg)
         if _is_evaluated(cfg):
-            instantiate(cfg.dataloader.evaluator)
+            build_object(cfg, "dataloader.evaluator")
     except USER_ERRORS as error:
         raise UserError(
             f"{sentence_of(error).rstrip('.')}. To train without an evaluation: dataloader.evaluator=null "
@@ -166,8 +167,9 @@ def _try_evaluation(cfg: DictConfig) -> None:
 
 def _build_trainer(cfg: DictConfig, model: nn.Module) -> Trainer:
     """The run's trainer, which shares the model with the other processes."""
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
+    if OmegaConf.select(cfg, "optimizer.params") is not None:
+        cfg.optimizer.params.model = model
+    optimizer = build_object(cfg, "optimizer")
     merge_param_groups(optimizer)
     train_loader = build_train_loader(cfg)
     check_instance_classes(cfg)
@@ -187,7 +189,7 @@ def _hooks(
     """In the order in which they come after a step: what is learnt is saved before anything else may fail."""
     found: list[HookBase] = [
         hooks.IterationTimer(),
-        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        hooks.LRScheduler(scheduler=build_lr_multiplier(cfg)),
         saving,
     ]
     loader = trainer.data_loader
@@ -228,11 +230,11 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> Mapping[str, Any] | None:
         return None
     model = own_model(model)  # the shared one may wait for processes that have fewer images
     copy_buffers_from_main_process(model)
-    loader = fork_workers(instantiate(cfg.dataloader.test))
+    loader = fork_workers(build_object(cfg, "dataloader.test"))
     check_test_classes(cfg)
     with configured_autocast(cfg):
         results = inference_on_dataset(
-            _in_test_mode(cfg, model), loader, instantiate(cfg.dataloader.evaluator)
+            _in_test_mode(cfg, model), loader, build_object(cfg, "dataloader.evaluator")
         )
     if not comm.is_main_process():
         return None

@@ -6,13 +6,13 @@ import json
 import os
 from collections.abc import Sequence
 
-from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import ccnet_d2
 from ccnet_d2.checkpoint import load_checkpoint
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference import ClassTable
+from ccnet_d2.instantiation import build_object
 
 from .check import DEFAULT_SIZES
 from .files import ExportReport, export_model
@@ -40,7 +40,7 @@ def export_run(
     Raises:
         UserError: no weights, or (`ExportError`) as in `export_model`.
     """
-    model = instantiate(cfg.model)
+    model = build_object(cfg, "model")
     check_form(model)  # before weights are asked for that would be of no use
     checkpoint = checkpoint or OmegaConf.select(cfg, "train.init_checkpoint")
     if not checkpoint:

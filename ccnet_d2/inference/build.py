@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
+
+from ccnet_d2.instantiation import build_object
 
 from .mode import SMALLEST_TILE, InferenceMode, WholeImage
 from .multi_scale import DEFAULT_SCALES, MultiScaleFlip
@@ -78,4 +79,6 @@ def configured_mode(cfg: DictConfig) -> InferenceMode | None:
         ValueError: unknown name, or a value the mode refuses.
     """
     configured = OmegaConf.select(cfg, "test.inference")
-    return None if configured is None else as_mode(instantiate(configured))
+    if configured is None:
+        return None
+    return as_mode(configured if isinstance(configured, str) else build_object(cfg, "test.inference"))

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +24,7 @@ from ccnet_d2.checkpoint import load_checkpoint
 from ccnet_d2.data.image_files import read_image
 from ccnet_d2.devices import available_device
 from ccnet_d2.errors import UserError
+from ccnet_d2.instantiation import build_object, build_value
 from ccnet_d2.model_zoo import get_config
 from ccnet_d2.modeling.compilation import compile_model
 
@@ -128,7 +128,7 @@ class Predictor:
             if not checkpoint:
                 raise UserError("no weights to predict with: give a checkpoint (train.init_checkpoint=PATH).")
             device = device or OmegaConf.select(cfg, "train.device") or "cpu"
-            model = instantiate(cfg.model)
+            model = build_object(cfg, "model")
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"model must be a module, a LazyConfig or the name of one, got {type(model).__name__}."
@@ -310,7 +310,7 @@ def _amp_dtype(amp: bool | str | None, cfg: DictConfig | None, device_type: str)
 
 def _test_augmentations(cfg: DictConfig | None) -> list[Any]:
     configured = None if cfg is None else OmegaConf.select(cfg, "dataloader.test.mapper.augmentations")
-    return list(instantiate(configured)) if configured else []
+    return list(build_value(configured, "dataloader.test.mapper.augmentations")) if configured else []
 
 
 def _classes(classes: ClassTable | str | Sequence[str] | None, cfg: DictConfig | None) -> ClassTable | None:

@@ -1,11 +1,11 @@
 """Models by name, with published weights if asked for."""
 
 import torch
-from detectron2.config import instantiate
 from torch import nn
 
 from ccnet_d2.checkpoint import load_checkpoint
 from ccnet_d2.devices import available_device
+from ccnet_d2.instantiation import build_object
 
 from .configs_dir import config_names, get_config
 from .published import PUBLISHED
@@ -30,7 +30,7 @@ def get(name: str, trained: bool = False, device: str | torch.device | None = No
     """
     cfg = get_config(name, trained=trained)
     device = available_device(device or cfg.train.device)
-    model = instantiate(cfg.model)
+    model = build_object(cfg, "model")
     if trained:
         load_checkpoint(model, cfg.train.init_checkpoint)
         model.eval()

@@ -93,6 +93,16 @@ def test_other_loaders_are_taken_as_they_are(caplog):
     assert "a resumed run will see other samples" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("dataloader.train", None), ("dataloader.train", 5), ("dataloader.train.sampler", 5)]
+)
+def test_what_is_no_loader_and_no_sampler(key, value):
+    cfg = config()
+    OmegaConf.update(cfg, key, value)
+    with pytest.raises(UserError, match=f"^{key}={'null' if value is None else value} builds no object"):
+        next(iter(build_train_loader(cfg)))
+
+
 @pytest.mark.parametrize(("period", "keep"), [(0, None), (1, 0)])
 def test_wrong_saving_options(period, keep):
     with pytest.raises(UserError, match="have to be at least 1"):

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 from detectron2.data.datasets import load_coco_json
+from omegaconf import OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
 from ccnet_d2.data.errors import SampleError
@@ -59,6 +60,28 @@ def test_other_missing_files_are_told_as_they_are(capsys, monkeypatch, tmp_path)
     assert (
         capsys.readouterr().err == f"error: [Errno 2] No such file or directory: '{tmp_path}/weights.pth'\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("train.max_iter", "Missing key max_iter (config key train.max_iter)."),
+        ("a.b", "Interpolation key 'nothing' not found (config key a.b)."),
+        (
+            "a.c",
+            "Error trying to access none.d: node `none` is not a container and thus cannot contain `d` (config key "
+            "a.c).",
+        ),
+    ],
+)
+def test_keys_that_a_config_lacks(capsys, key, message):
+    cfg = OmegaConf.create({"train": {}, "a": {"b": "${nothing}", "c": "${none.d}"}, "none": None})
+    group, name = key.split(".")
+    with one_sentence_errors() as status:
+        getattr(cfg[group], name)
+        cfg[group][name]
+    assert status.code == 1
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_program_errors_pass_through():

@@ -10,12 +10,12 @@ import argparse
 from collections.abc import Sequence
 
 import torch
-from detectron2.config import instantiate
 
 from ccnet_d2.checkpoint import CheckpointError
 from ccnet_d2.checkpoint.convert import LAYOUTS, convert_file
 from ccnet_d2.engine import load_run
 from ccnet_d2.engine.user_errors import one_sentence_errors
+from ccnet_d2.instantiation import build_object
 from ccnet_d2.script_exit import exit_with
 
 _EPILOG = """examples:
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     model = None
     if args.config_file:
         with torch.device("meta"):
-            model = instantiate(load_run(args.config_file, args.opts).model)
+            model = build_object(load_run(args.config_file, args.opts), "model")
     try:
         conversion = convert_file(
             args.source,
