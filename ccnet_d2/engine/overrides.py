@@ -1,5 +1,6 @@
 """`key=value` overrides of a LazyConfig that refuse keys nothing would read."""
 
+import copy
 import difflib
 import inspect
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             raise UserError(f"Override {override!r} is not of the form key=value.")
         if not key.startswith("+"):
             _check_key(config, key)
-            before[key] = _value_or_default(config, key)
+            before[key] = copy.copy(_value_or_default(config, key))  # OmegaConf changes lists where they are
         _check_value(override)
     try:
         LazyConfig.apply_overrides(config, list(overrides))
@@ -126,8 +127,8 @@ def _value_or_default(config: DictConfig, key: str) -> object:
 
 
 def _check_kind(config: DictConfig, key: str, before: object) -> None:
-    """Refuse what takes the place of a number, a boolean, a list or a group of values and is none, where it is seen
-    late, or counts as true or false.
+    """Refuse what takes the place of a number, a boolean, a list or a group of values and is none, or nothing in that
+    of an object, where it is seen late, or counts as true or false.
 
     Arguments of objects may well be of several kinds, but for those that are annotated as one alone, and for words that
     are no text to whoever writes them.
@@ -142,6 +143,9 @@ def _check_kind(config: DictConfig, key: str, before: object) -> None:
                 f"{key}={_shown(value)} is no group of values, as {key} is one: change those in it by their own keys, "
                 f"such as {key}.{next(iter(before))}."
             )
+    elif isinstance(before, DictConfig) and object_node is not None and "_target_" in before:
+        if value is None and _is_annotated(object_node, name) and not _may_be_none(object_node, name):
+            raise UserError(f"{key}=null has to be an object: leave it as the config has it.")
     elif isinstance(before, (ListConfig, tuple)) and object_node is not None:
         wanted = _wanted_list(object_node, name, before, value)
         if wanted:
@@ -216,6 +220,11 @@ def _kinds(node: DictConfig, name: str) -> tuple[Any, ...]:
     """What the argument of this name is annotated as."""
     parameter = _parameter(node, name)
     return _alternatives(None if parameter is None else parameter.annotation)
+
+
+def _is_annotated(node: DictConfig, name: str) -> bool:
+    parameter = _parameter(node, name)
+    return parameter is not None and parameter.annotation not in (parameter.empty, Any, object)
 
 
 def _are_numbers(kinds: Sequence[Any]) -> bool:

@@ -79,6 +79,9 @@ def test_text_is_no_boolean_and_no_number(override, message):
         ("adam.betas=0.9", "adam.betas=0.9 has to be a list, such as [0.9, 0.999]."),
         ("adam.betas=null", "adam.betas=null has to be a list, such as [0.9, 0.999]."),
         ("said.betas=0.5", "said.betas=0.5 has to be a list, such as [0.8, 0.9]."),
+        # OmegaConf changes the list that was there, so that it had the length and the text of the new one.
+        ("said.betas=[0.9]", "said.betas=[0.9] has to be a list of 2, such as [0.8, 0.9]."),
+        ("said.betas=[0.9,x]", "said.betas=[0.9, 'x'] has to be a list of numbers, such as [0.8, 0.9]."),
         ("adam.betas=[0.9]", "adam.betas=[0.9] has to be a list of 2, such as [0.9, 0.999]."),
         ("adam.betas=[0.9,x]", "adam.betas=[0.9, 'x'] has to be a list of numbers, such as [0.9, 0.999]."),
         ("optimizer.lr=[0.1]", "optimizer.lr=[0.1] has to be a number, such as 0.01."),
@@ -164,6 +167,19 @@ def test_annotations_of_names_that_are_not_there_say_nothing():
     cfg = config()
     cfg.unknown = L(annotated_for_type_checkers)()
     assert apply_overrides(cfg, ["unknown.size=x"]).unknown.size == "x"
+
+
+def test_nothing_in_place_of_an_object_that_has_to_be_there():
+    cfg = config()
+    cfg.whole = L(made_of)(needed=L(layer)(said=1), spare=L(layer)(said=2), unsaid=L(layer)(said=3))
+    assert apply_overrides(cfg, ["whole.spare=null", "whole.unsaid=null"]).whole.spare is None
+    message = "whole.needed=null has to be an object: leave it as the config has it."
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        apply_overrides(cfg, ["whole.needed=null"])
+
+
+def made_of(unsaid, *, needed: nn.Module, spare: nn.Module | None):
+    """A module of others, as a model is of its backbone and head."""
 
 
 def annotated_by_text(size: "int" = 4, pairs: "Sequence[int]" = (1, 2)):
