@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -13,7 +13,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ccnet_d2.data.datasets.paths import ENV_VAR
 from ccnet_d2.data.errors import DatasetError
 
-__all__ = ["check_registered", "classes_of", "flip_pairs_of", "get_sem_seg_dataset_dicts"]
+__all__ = [
+    "check_registered",
+    "checked_flip_pairs",
+    "classes_of",
+    "flip_pairs_of",
+    "get_sem_seg_dataset_dicts",
+]
 
 _DEFAULT_IGNORE_LABEL = 255
 
@@ -26,10 +32,10 @@ def check_registered(names: str | Sequence[str]) -> list[str]:
     """
     if not names:
         raise DatasetError("No data set is named.")
-    listed = [names] if isinstance(names, str) else list(names)
+    listed = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
     for name in listed:
         if name not in DatasetCatalog:
-            close = difflib.get_close_matches(name, list(DatasetCatalog), n=3)
+            close = difflib.get_close_matches(str(name), list(DatasetCatalog), n=3)
             hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "register it first."
             raise DatasetError(f"There is no data set '{name}'; {hint}")
     return listed
@@ -148,6 +154,29 @@ def classes_of(names: str | Sequence[str]) -> tuple[list[str], int]:
     return described[0]
 
 
+def checked_flip_pairs(pairs: Any, classes: int | None, what: str) -> tuple[tuple[int, int], ...]:
+    """Pairs of classes that change places when a picture is mirrored.
+
+    Args:
+        pairs: such as [(14, 15), (16, 17)].
+        classes: how many there are; None where that is not known.
+        what: what the message calls them.
+
+    Raises:
+        DatasetError: they are no pairs of different classes, each of which is in one pair at most.
+    """
+    try:
+        listed = tuple((int(one), int(other)) for one, other in pairs)
+    except (TypeError, ValueError):
+        listed = None
+    labels = [label for pair in listed or () for label in pair]
+    outside = [label for label in labels if label < 0 or (classes is not None and label >= classes)]
+    if listed is None or outside or len(set(labels)) != len(labels):
+        known = "its classes" if classes is None else f"its classes 0 to {classes - 1}"
+        raise DatasetError(f"{what} is {pairs}, but pairs of {known} are needed, each class once at most.")
+    return listed
+
+
 def flip_pairs_of(names: str | Sequence[str]) -> tuple[tuple[int, int], ...]:
     """Pairs of classes that change places when a picture is mirrored, which registered data sets agree on.
 
@@ -161,15 +190,8 @@ def flip_pairs_of(names: str | Sequence[str]) -> tuple[tuple[int, int], ...]:
     for name in listed:
         metadata = MetadataCatalog.get(name)
         classes = len(metadata.get("stuff_classes") or ())
-        pairs = [tuple(int(label) for label in pair) for pair in metadata.get("flip_pairs") or ()]
-        labels = [label for pair in pairs for label in pair]
-        in_twos = all(len(pair) == 2 for pair in pairs) and len(set(labels)) == len(labels)
-        if not in_twos or not all(0 <= label < classes for label in labels):
-            raise DatasetError(
-                f"Data set '{name}': flip_pairs is {pairs}, but pairs of its classes 0 to {classes - 1} are needed, "
-                "each class once at most."
-            )
-        described.append(tuple((pair[0], pair[1]) for pair in pairs))
+        pairs = metadata.get("flip_pairs") or ()
+        described.append(checked_flip_pairs(pairs, classes, f"Data set '{name}': flip_pairs"))
     for name, pairs in zip(listed[1:], described[1:], strict=True):
         if {frozenset(pair) for pair in pairs} != {frozenset(pair) for pair in described[0]}:
             raise DatasetError(

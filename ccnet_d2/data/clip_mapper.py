@@ -94,7 +94,7 @@ class ClipMapper(SemSegMapper):
             labels, shown = None, self._loss_indices(len(frames))[0]
 
         augmented = T.AugInput(images[shown], sem_seg=None if labels is None else labels[shown])
-        transforms = self.augmentations(augmented)
+        transforms = self._augment(augmented, frames[shown]["file_name"])
         clip = dict(dataset_dict, height=images[0].shape[0], width=images[0].shape[1])
         clip["image"] = (
             _stacked([transforms.apply_image(image) for image in images]).permute(0, 3, 1, 2).contiguous()

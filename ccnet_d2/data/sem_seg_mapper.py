@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from detectron2.data import transforms as T
 
-from ccnet_d2.data.catalog import classes_of, flip_pairs_of
+from ccnet_d2.data.catalog import checked_flip_pairs, classes_of, flip_pairs_of
 from ccnet_d2.data.errors import DatasetError, SampleError
 from ccnet_d2.data.image_files import check_label_size, read_image, read_label
 from ccnet_d2.data.transforms.mirror import is_mirroring, swap_labels
 from ccnet_d2.data.transforms.outside import outside_of
+from ccnet_d2.errors import UserError
 
 __all__ = ["IGNORE_LABEL", "LabelMap", "SemSegMapper"]
 
@@ -23,6 +24,19 @@ IGNORE_LABEL = 255
 """The value that void has in what the mapper returns, whatever it is in the files."""
 
 logger = logging.getLogger(__name__)
+
+_IMAGE_FAULTS = (ValueError, cv2.error)
+"""What augmentations raise for images that they do not suit."""
+
+_AUGMENTATION_FAULTS = (
+    *_IMAGE_FAULTS,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    TypeError,
+)
+"""The same, and what they raise for values of their own that they were not made for."""
 
 
 class LabelMap:
@@ -98,7 +112,8 @@ class SemSegMapper:
             height, width: size of the image in the file.
 
     Raises:
-        DatasetError: unknown data set, or neither data sets nor classes given.
+        DatasetError: unknown data set, or neither data sets nor classes given, or `flip_pairs` are no pairs of classes;
+            on call, if an augmentation fails whatever the image is.
         SampleError: on call, if image or label map are unusable or do not fit together.
     """
 
@@ -128,7 +143,7 @@ class SemSegMapper:
             raise DatasetError("SemSegMapper needs dataset_names or num_classes to check label maps.")
         self.is_train = is_train
         self.image_format = image_format
-        self.flip_pairs = tuple((int(a), int(b)) for a, b in flip_pairs or ())
+        self.flip_pairs = checked_flip_pairs(flip_pairs or (), num_classes, "flip_pairs")
         self.augmentations = T.AugmentationList(list(augmentations))
         self.label_map = (
             LabelMap(num_classes, IGNORE_LABEL if ignore_label is None else ignore_label)
@@ -166,7 +181,7 @@ class SemSegMapper:
         label = self._read_label(dataset_dict, image) if self.is_train else None
 
         augmented = T.AugInput(image, sem_seg=label)
-        transforms = self.augmentations(augmented)
+        transforms = self._augment(augmented, file_name)
         sample = {key: value for key, value in dataset_dict.items() if key != "sem_seg_file_name"}
         sample.update(height=height, width=width)
         sample["image"] = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
@@ -174,6 +189,26 @@ class SemSegMapper:
             (sem_seg,) = self._completed([augmented.sem_seg], transforms, height, width)
             sample["sem_seg"] = torch.from_numpy(sem_seg.astype(np.int64))
         return sample
+
+    def _augment(self, augmented: T.AugInput, path: str) -> T.TransformList:
+        """Apply the augmentations in place, as Detectron2's list of them does, and return what they did."""
+        transforms = []
+        height, width = augmented.image.shape[:2]
+        for augmentation in self.augmentations.augs:
+            try:
+                transforms.append(augmentation(augmented))
+            except UserError:
+                raise
+            except _AUGMENTATION_FAULTS as error:
+                reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+                message = (
+                    f"The image '{path}', {width}x{height}, cannot be augmented by "
+                    f"{str(augmentation).splitlines()[0]}: {reason}."
+                )
+                if isinstance(error, _IMAGE_FAULTS):
+                    raise SampleError(message, path) from error
+                raise DatasetError(message) from error
+        return T.TransformList(transforms)
 
     def _completed(
         self, labels: Sequence[np.ndarray], transforms: T.Transform, height: int, width: int

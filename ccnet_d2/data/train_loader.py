@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from ccnet_d2.data.errors import DatasetError, SampleError
 from ccnet_d2.data.forked_workers import fork_workers
 from ccnet_d2.data.randomness import seed_of, seeded
 from ccnet_d2.data.worker_signals import leave_sigterm_to_parent, sigterm_held_back
+from ccnet_d2.wording import listed
 
 __all__ = ["EpochShuffle", "TrainLoader"]
 
@@ -108,8 +110,8 @@ class TrainLoader:
             loader_options: others of `torch.utils.data.DataLoader`.
 
         Raises:
-            DatasetError: the data set is empty, or the batch cannot be shared out evenly; when a batch is asked for,
-                records to be grouped do not have "width" and "height".
+            DatasetError: the data set is empty, the batch cannot be shared out evenly, or there is no such option; when
+                a batch is asked for, records to be grouped do not have "width" and "height".
         """
         self.size = len(dataset)  # type: ignore[arg-type]
         if self.size == 0:
@@ -119,6 +121,11 @@ class TrainLoader:
             raise DatasetError(
                 f"dataloader.train.total_batch_size={total_batch_size} cannot be shared out evenly to "
                 f"{self.world_size} processes."
+            )
+        unknown = loader_options.keys() - inspect.signature(DataLoader).parameters.keys()
+        if unknown:
+            raise DatasetError(
+                f"dataloader.train takes no {listed(sorted(unknown))}, and torch's DataLoader neither."
             )
         self.seed = seed
         self.batches = 0

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference.build import configured_mode
 
-__all__ = ["check_seed", "check_settings", "make_output_dir"]
+__all__ = ["check_init_checkpoint", "check_seed", "check_settings", "make_output_dir"]
 
 _WHOLE_NUMBERS = {
     "max_iter": 1,
@@ -70,6 +70,7 @@ def check_settings(cfg: DictConfig) -> None:
             raise UserError(
                 f"train.{key}={patterns} has to be a list of patterns of names, such as ['sem_seg_head.*'], or []."
             )
+    check_init_checkpoint(cfg)
     limit = cfg.train.clip_grad_norm
     if limit is not None and not (type(limit) in (int, float) and limit > 0):
         raise UserError(
@@ -93,6 +94,19 @@ def check_seed(cfg: DictConfig) -> None:
         raise UserError(
             f"train.seed={seed} has to be a whole number up to {_LARGEST_SEED}; one below 0 stands for another one in "
             "each run."
+        )
+
+
+def check_init_checkpoint(cfg: DictConfig) -> None:
+    """Look at the name of the weights to start from or to evaluate.
+
+    Raises:
+        UserError: it is no text.
+    """
+    name = cfg.train.init_checkpoint
+    if name is not None and not isinstance(name, str):
+        raise UserError(
+            f"train.init_checkpoint={name} has to be the name of a file, or '' for random weights."
         )
 
 

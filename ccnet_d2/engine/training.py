@@ -48,7 +48,7 @@ from .param_groups import merge_param_groups
 from .pictures import PredictionPictures
 from .saving import ReportBadSamples, SaveCheckpoints
 from .schedule import build_lr_multiplier
-from .settings import check_settings
+from .settings import check_init_checkpoint, check_settings
 from .train_data import build_train_loader
 from .trainer import Trainer
 from .user_errors import USER_ERRORS, sentence_of
@@ -252,6 +252,7 @@ def evaluate_only(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any]
     """
     if not _is_evaluated(cfg):
         raise UserError("--eval-only: the run has no dataloader.evaluator to evaluate with.")
+    check_init_checkpoint(cfg)
     check_data_set_names(cfg, "test")
     check_channel_order(cfg, "test")
     path = cfg.train.init_checkpoint

@@ -237,6 +237,11 @@ def _check_settings(cfg: CfgNode) -> None:
     for key in ("MAX_ITER", "CHECKPOINT_PERIOD", "IMS_PER_BATCH"):
         if cfg.SOLVER[key] < 1:
             raise UserError(f"SOLVER.{key} is {cfg.SOLVER[key]}, but has to be 1 or more.")
+    if cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+        raise UserError(
+            "DATALOADER.SAMPLER_TRAIN is 'RepeatFactorTrainingSampler', which counts the classes of instances, and "
+            "label maps have none: set it to 'TrainingSampler'."
+        )
     check_void(cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE, "MODEL.SEM_SEG_HEAD.IGNORE_VALUE")
 
 

@@ -44,9 +44,15 @@ class CCNet(nn.Module):
             input_format: channel order of the images the model expects, "RGB" or "BGR".
             size_divisibility: pad images up to a multiple of this; 0 pads no further than the batch needs.
             ignore_value: label of padded pixels.
+
+        Raises:
+            ValueError: `pixel_mean` or `pixel_std` is not of three channels, or one for all; `input_format` is unknown.
         """
         super().__init__()
         check_choice("input_format", input_format, ("RGB", "BGR"))
+        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            if len(values) not in (1, 3):
+                raise ValueError(f"{name} has {len(values)} values, but images have 3 channels.")
         self.backbone = backbone
         self.sem_seg_head = sem_seg_head
         self.input_format = input_format

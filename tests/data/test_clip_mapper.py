@@ -28,6 +28,13 @@ def clip(write_pair):
     return {"file_name": frames[0]["file_name"], "frames": frames, "answers": [1]}
 
 
+def test_an_augmentation_that_fails_names_the_frame_it_is_shown(clip):
+    mapper = ClipMapper(True, augmentations=[T.RandomFlip("abc")], loss_frames=[1], num_classes=6)
+    name = clip["frames"][1]["file_name"]
+    with pytest.raises(DatasetError, match=f"^The image '{name}', .* cannot be augmented by RandomFlip"):
+        mapper(clip)
+
+
 def test_every_frame_gets_the_same_geometry(clip):
     mapper = ClipMapper(
         True,

@@ -3,6 +3,7 @@
 Tried on a figure made by hand that has every left/right pair of LIP and is its own mirror image, and on random ones.
 """
 
+import re
 from pathlib import Path
 
 import cv2
@@ -280,6 +281,20 @@ def test_pairs_are_checked(tmp_path):
         flip_pairs_of(["pairs_a", "pairs_c"])
     with pytest.raises(DatasetError, match=r"flip_pairs is \[\(1, 2\)\], but pairs of its classes 0 to 1"):
         flip_pairs_of("pairs_d")
+
+
+@pytest.mark.parametrize(
+    "pairs", [5, [0, 1], [[0, 1, 2]], [[0, 3]], [[-1, 0]], [[0, 1], [1, 2]], [[1, 1]], "ab"]
+)
+def test_pairs_of_a_mapper_are_checked(pairs):
+    message = re.escape(
+        f"flip_pairs is {pairs}, but pairs of its classes 0 to 2 are needed, each class once at most."
+    )
+    with pytest.raises(DatasetError, match=f"^{message}$"):
+        SemSegMapper(True, augmentations=[], num_classes=3, flip_pairs=pairs)
+    if pairs != [[0, 3]]:
+        with pytest.raises(DatasetError, match="but pairs of its classes are needed"):
+            SemSegMapper(False, augmentations=[], flip_pairs=pairs)
 
 
 def test_other_augmentations_work_with_pairs(lip, tmp_path: Path):

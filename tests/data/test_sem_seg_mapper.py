@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -203,6 +204,43 @@ def test_errors_keep_sentence_and_path_through_loader_workers(write_pair: Callab
         next(iter(loader))
     assert str(error.value) == str(_error(_sample(pair)))
     assert error.value.path == pair[1]
+
+
+class ForLargeImages(T.Augmentation):
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        raise self.error
+
+
+def test_images_that_an_augmentation_does_not_suit_are_named_and_may_be_skipped(write_pair: Callable) -> None:
+    sample = _sample(write_pair("a", np.zeros((20, 30), np.uint8)))
+    for error in (ValueError("too small.\nvery"), cv2.error("too small")):
+        message = f"^The image '{sample['file_name']}', 30x20, cannot be augmented by .*ForLargeImages.*: too small\\.$"
+        with pytest.raises(SampleError, match=message) as told:
+            SemSegMapper(True, augmentations=[T.NoOpTransform(), ForLargeImages(error)], num_classes=1)(
+                sample
+            )
+        assert told.value.path == sample["file_name"] and told.value.__cause__ is error
+    own = SampleError("'b.png' is said otherwise.", "b.png")
+    with pytest.raises(SampleError, match=r"^'b\.png' is said otherwise"):
+        SemSegMapper(True, augmentations=[ForLargeImages(own)], num_classes=1)(sample)
+
+
+def test_wrong_values_of_an_augmentation_are_no_fault_of_the_image(write_pair: Callable) -> None:
+    """Detectron2's take anything and fail with the first image; skipping would go through the whole set."""
+    sample = _sample(write_pair("a", np.zeros((20, 30), np.uint8)))
+    for prob, reason in (("abc", "ufunc 'less'.*"), (None, "'<' not supported between .*")):
+        message = rf"^The image '.*', 30x20, cannot be augmented by RandomFlip\(prob={prob!r}\): {reason}\.$"
+        for is_train in (True, False):
+            with pytest.raises(DatasetError, match=message) as told:
+                SemSegMapper(is_train, augmentations=[T.RandomFlip(prob)], num_classes=1)(sample)
+            assert not isinstance(told.value, SampleError)
+    with pytest.raises(DatasetError, match=r"ForLargeImages.*: AssertionError\.$"):
+        SemSegMapper(True, augmentations=[ForLargeImages(AssertionError())], num_classes=1)(sample)
+    with pytest.raises(MemoryError):
+        SemSegMapper(True, augmentations=[ForLargeImages(MemoryError())], num_classes=1)(sample)
 
 
 def _batches(samples: list[dict], workers: int, seed: int, count: int = 4) -> list[dict]:

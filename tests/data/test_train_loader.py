@@ -238,6 +238,8 @@ def test_wrong_options():
         BadSamples("skip", -1)
     with pytest.raises(DatasetError, match="empty"):
         TrainLoader([], mapper=None, total_batch_size=1, seed=0)
+    with pytest.raises(DatasetError, match=r"^dataloader\.train takes no prefetch, shufle, and torch's"):
+        loader(shufle=True, prefetch=2, pin_memory=False)
     assert BadSamples("skip").summary() == "No bad samples."
 
 

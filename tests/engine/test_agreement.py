@@ -111,6 +111,8 @@ def test_classes_of_other_names_in_the_test_set(other_classes, caplog):
     [
         ("coco_2017_vall", "There is no data set 'coco_2017_vall'; did you mean 'coco_2017_val'"),
         (["coco_2017_val", "?"], r"There is no data set '\?'; register it first"),
+        (5, "There is no data set '5'; register it first"),
+        (["coco_2017_val", 5], "There is no data set '5'; register it first"),
         (None, "No data set is named"),
         ([], "No data set is named"),
     ],

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ccnet_d2.engine.overrides import load_run
-from ccnet_d2.engine.settings import check_seed, check_settings
+from ccnet_d2.engine.settings import check_init_checkpoint, check_seed, check_settings
 from ccnet_d2.errors import UserError
 
 
@@ -80,6 +80,16 @@ def test_classes_of_detectron2_s_models(key, value):
     node.num_classes = float(value) if value != "x" else value
     with pytest.raises(UserError, match=f"^{re.escape(key)}={value} has to be a whole number, 1 or more"):
         check_settings(cfg)
+
+
+@pytest.mark.parametrize("check", [check_init_checkpoint, check_settings])
+def test_names_of_weights(check):
+    for value in ("null", "''", "a/b.pth"):
+        check(run_with(f"train.init_checkpoint={value}"))
+    for value in ("5", "True", "['a.pth']"):
+        message = f"train.init_checkpoint={value} has to be the name of a file, or '' for random weights."
+        with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+            check(run_with(f"train.init_checkpoint={value}"))
 
 
 def test_runs_of_detectron2_need_no_seed():

@@ -122,6 +122,11 @@ def test_wrong_input_is_one_sentence(train_net, tmp_path):
         ("SOLVER.MAX_ITER", 0, ["SOLVER.MAX_ITER is 0, but has to be 1 or more"]),
         ("SOLVER.CHECKPOINT_PERIOD", 0, ["SOLVER.CHECKPOINT_PERIOD is 0, but has to be 1 or more"]),
         ("SOLVER.IMS_PER_BATCH", 0, ["SOLVER.IMS_PER_BATCH is 0, but has to be 1 or more"]),
+        (
+            "DATALOADER.SAMPLER_TRAIN",
+            "RepeatFactorTrainingSampler",
+            ["counts the classes of instances, and label maps have none: set it to 'TrainingSampler'"],
+        ),
         ("MODEL.SEM_SEG_HEAD.IGNORE_VALUE", 0, ["MODEL.SEM_SEG_HEAD.IGNORE_VALUE is 0, but void is 255"]),
         (
             "DATASETS.TEST",

@@ -27,6 +27,15 @@ def small_model(**head_options):
     )
 
 
+@pytest.mark.parametrize("name", ["pixel_mean", "pixel_std"])
+def test_statistics_of_the_wrong_number_of_channels(name):
+    options = dict(backbone=None, sem_seg_head=None, pixel_mean=[127.5] * 3, pixel_std=[64.0])
+    CCNet(**options)
+    for count in (0, 2, 4):
+        with pytest.raises(ValueError, match=f"^{name} has {count} values, but images have 3 channels"):
+            CCNet(**{**options, name: [1.0] * count})
+
+
 def sample(height=24, width=32, classes=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return {
