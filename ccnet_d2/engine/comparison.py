@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import re
 import shlex
@@ -189,14 +190,28 @@ class _Process:
             return
         evaluation = self.run.output_dir / _EVALUATION
         self.run.metrics = json.loads(evaluation.read_text()) if evaluation.is_file() else {}
-        if "mIoU" not in self.run.metrics.get("sem_seg", {}):
+        if not _has_miou(self.run.metrics):
             self.run.error = (
                 f"Training of {self.run.variant.name} ended without a mIoU, which is what is compared: {evaluation} "
-                f"{'holds ' + ', '.join(self.run.metrics) if self.run.metrics else 'is not there'}."
+                f"{_contents(self.run.metrics)}."
             )
             return
         finished = {"arguments": self.run.arguments, "seconds": self.run.seconds}
         (self.run.output_dir / _FINISHED).write_text(json.dumps(finished))
+
+
+def _has_miou(metrics: Mapping[str, Any]) -> bool:
+    miou = metrics.get("sem_seg", {}).get("mIoU")
+    return miou is not None and math.isfinite(
+        miou
+    )  # null, or NaN in older files, of a test set that is void throughout
+
+
+def _contents(metrics: Mapping[str, Any]) -> str:
+    """What an evaluation without a mIoU holds."""
+    if "mIoU" in metrics.get("sem_seg", {}):
+        return "has none, as no pixel of the test set is labelled"
+    return f"holds {', '.join(metrics)}" if metrics else "is not there"
 
 
 def _gpus() -> list[str]:
@@ -217,7 +232,7 @@ def _was_finished(run: VariantRun) -> bool:
         metrics = json.loads((run.output_dir / _EVALUATION).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return False
-    if finished["arguments"] != run.arguments:
+    if finished["arguments"] != run.arguments or not _has_miou(metrics):
         return False
     run.seconds, run.metrics = finished["seconds"], metrics
     return True

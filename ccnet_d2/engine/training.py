@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -221,10 +222,11 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> Mapping[str, Any] | None:
     """Evaluate on `dataloader.test` with `dataloader.evaluator`, in the test mode `test.inference` and under the run's
     autocast setting.
 
-    Results are printed and written to `train.output_dir`/evaluation.json.
+    Results are printed and written to `train.output_dir`/evaluation.json, where NaN is null.
 
     Returns:
-        {task: {metric: value}}, percent; None on other processes than the main one.
+        {task: {metric: value}}, percent, NaN for a class that does not occur; None on other processes than the main
+        one.
     """
     if not _is_evaluated(cfg):
         return None
@@ -239,7 +241,7 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> Mapping[str, Any] | None:
     if not comm.is_main_process():
         return None
     print_csv_format(results)
-    _write_json(Path(cfg.train.output_dir) / "evaluation.json", results)
+    write_results(Path(cfg.train.output_dir) / "evaluation.json", results)
     return results
 
 
@@ -272,6 +274,19 @@ def _in_test_mode(cfg: DictConfig, model: nn.Module) -> nn.Module:
     return model if mode is None else mode.bind(model, OmegaConf.select(cfg, "dataloader.test.dataset.names"))
 
 
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write an evaluation's results as JSON.
+
+    Args:
+        path: the file.
+        results: {task: {metric: value}}. Values that are not finite become null: Python would write NaN, which is no
+            JSON and refused by what reads it strictly.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(path, json.dumps(data, indent=2) + "\n")
+    atomic_write_text(path, json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -90,7 +90,12 @@ def test_each_training_has_as_many_threads_as_the_others(stand_in, tmp_path, mon
 
 @pytest.mark.parametrize(
     ("evaluation", "words"),
-    [('{"bbox": {"AP": 1}, "segm": {"AP": 2}}', "holds bbox, segm"), (None, "is not there")],
+    [
+        ('{"bbox": {"AP": 1}, "segm": {"AP": 2}}', "holds bbox, segm"),
+        (None, "is not there"),
+        ('{"sem_seg": {"mIoU": null}}', "has none, as no pixel of the test set is labelled"),
+        ('{"sem_seg": {"mIoU": NaN}}', "has none, as no pixel of the test set is labelled"),
+    ],
 )
 def test_a_run_without_miou_is_a_failure(stand_in, tmp_path, evaluation, words):
     stand_in(f"echo '{evaluation}' > $PLACE/out/a/evaluation.json" if evaluation else "exit 0")
@@ -110,6 +115,16 @@ def test_what_finished_with_the_same_arguments_is_kept_if_asked_for(stand_in, tm
         (run,) = train_variants("run.py", variants, tmp_path / "out", overrides=overrides, keep_finished=keep)
         assert (run.error, run.miou) == (None, 50.0) and run.seconds > 0
         assert len(trained.read_text().split()) == trainings
+
+
+def test_what_finished_without_a_miou_is_trained_again(stand_in, tmp_path):
+    """An evaluation that came later may have replaced the file."""
+    stand_in("""echo x >> $PLACE/trained; echo '{"sem_seg": {"mIoU": 50}}' > $PLACE/out/a/evaluation.json""")
+    for _ in range(2):
+        (run,) = train_variants("run.py", [Variant("a", "a")], tmp_path / "out", keep_finished=True)
+        assert run.miou == 50
+        (tmp_path / "out/a/evaluation.json").write_text('{"sem_seg": {"mIoU": null}}')
+    assert len((tmp_path / "trained").read_text().split()) == 2
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,31 @@ def test_train_evaluate_resume(train_net, tmp_path):
     assert status == 1 and "Nothing to train" in error
 
 
+def remove_class_3(dataset):
+    for path in (dataset / "labels/val").iterdir():
+        label = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        cv2.imwrite(str(path), np.where(label == 3, 255, label).astype(np.uint8))
+
+
+def test_results_are_json_also_where_a_class_does_not_occur(train_net, dataset, tmp_path):
+    """NaN, as Python writes it, is refused by JavaScript, jq and others."""
+    remove_class_3(dataset)
+    assert train_net()[0] == 0
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (tmp_path / "output/evaluation.json").read_text()
+    scores = json.loads(text, parse_constant=refuse)["sem_seg"]
+    assert [name for name, value in scores.items() if value is None] == ["IoU-object B", "ACC-object B"]
+    assert scores["mIoU"] == pytest.approx(
+        np.mean([v for k, v in scores.items() if k[:4] == "IoU-" and v is not None])
+    )
+    # It counts as evaluated.
+    status, error = train_net("--resume")
+    assert status == 1 and "Nothing to train" in error
+
+
 def test_same_seed_same_weights(train_net, tmp_path):
     for output in ("a", "b"):
         assert train_net(output=output)[0] == 0
