@@ -22,6 +22,7 @@ from ccnet_d2.errors import UserError
 
 from .non_finite import NonFiniteGuard
 from .non_finite_search import gradients_are_finite, gradients_look_finite
+from .void_labels import VoidLabels
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Trainer(SimpleTrainer):
         self.clip_grad_norm = clip_grad_norm
         self.grad_scaler = torch.amp.GradScaler(self.device_type, enabled=amp_dtype == torch.float16)
         self.guard = guard or NonFiniteGuard()
+        self._void_labels = VoidLabels()
         self._random: GeneratorStates | None = None
         self._process_states: list[dict[str, Any]] | None = None
 
@@ -117,6 +119,7 @@ class Trainer(SimpleTrainer):
                 "end, as Detectron2's TrainingSampler and RepeatFactorTrainingSampler do."
             ) from end
         data_time = time.perf_counter() - start
+        self._void_labels.look(data)
         random = self._capture_random()
         self.guard.remember_buffers(self.model)
 

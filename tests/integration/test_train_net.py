@@ -96,6 +96,13 @@ def test_results_are_json_also_where_a_class_does_not_occur(train_net, dataset, 
     assert status == 1 and "Nothing to train" in error
 
 
+def test_label_maps_that_are_void_throughout_are_told(train_net, dataset, tmp_path):
+    for path in (dataset / "labels/train").iterdir():
+        cv2.imwrite(str(path), np.full((48, 48), 255, np.uint8))
+    assert train_net("train.max_iter=11", "dataloader.evaluator=null", "train.num_pictures=0")[0] == 0
+    assert (tmp_path / "output/log.txt").read_text().count("The first 10 batches have no labelled pixel") == 1
+
+
 def test_same_seed_same_weights(train_net, tmp_path):
     for output in ("a", "b"):
         assert train_net(output=output)[0] == 0
