@@ -67,6 +67,13 @@ def test_training_clips_start_at_every_frame_of_one_sequence(frames):
     assert wide_first == [("A", [8, 10, 12]), ("A", [8, 9, 10]), ("B", [30, 60, 90])]
 
 
+def test_a_short_sequence_is_taken_at_its_step_too(frames):
+    frames(*[f"A_{t}" for t in range(4)])
+    (clip,) = get_clip_dataset_dicts("clips_test", length=3, steps=2)
+    assert numbers([clip]) == [("A", [0, 2, 2])]
+    assert [frame.get("repeated", False) for frame in clip["frames"]] == [False, False, True]
+
+
 def test_a_sequence_shorter_than_a_clip_repeats_its_last_frame(frames):
     frames("A_1", "A_2", "A_3", "B_1")
     clips = get_clip_dataset_dicts("clips_test", length=4, steps=[1, 2])

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import OmegaConf
 
 from ccnet_d2.engine import apply_overrides
@@ -103,6 +103,55 @@ def test_classes_of_other_names_in_the_test_set(other_classes, caplog):
         "Class 1 is 'bicycle' in the training set 'coco_2017_train', but 'car' in the test set 'other_classes': the "
         "evaluation takes the one for the other."
     ]
+
+
+@pytest.fixture
+def sets_of_classes():
+    """Registers data sets by their classes."""
+    made = []
+
+    def make(name, **classes):
+        DatasetCatalog.register(name, list)
+        MetadataCatalog.get(name).set(**classes)
+        made.append(name)
+        return name
+
+    yield make
+    for name in made:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name)
+
+
+def test_classes_of_other_names_in_label_maps(sets_of_classes, caplog):
+    cfg = get_config("camvid/ccnet_R_18_D8_half.py")
+    classes = MetadataCatalog.get("camvid_sem_seg_train").stuff_classes
+    cfg.dataloader.test.dataset.names = sets_of_classes(
+        "swapped", stuff_classes=[*classes[:9], *classes[:8:-1]]
+    )
+    check_test_classes(cfg)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(
+        f"Class 9 is '{classes[9]}' in the training set 'camvid_sem_seg_train', but '{classes[10]}'"
+    )
+
+
+def test_test_sets_that_are_compared_with_nothing(sets_of_classes, caplog):
+    """Such as one that says no names, and a model that says no number of classes."""
+    cfg = get_config("coco/mask_rcnn_R_50_FPN_1x.py")
+    cfg.dataloader.test.dataset.names = sets_of_classes("nameless")
+    check_test_classes(cfg)
+    cfg.dataloader.test.dataset.names = sets_of_classes("others", thing_classes=["boat"])
+    del cfg.model.roi_heads["num_classes"]
+    check_test_classes(cfg)
+    assert not caplog.records
+
+
+def test_of_several_data_sets_the_first_one_says_the_classes(sets_of_classes):
+    cfg = get_config("coco/mask_rcnn_R_50_FPN_1x.py")
+    names = [sets_of_classes("two", thing_classes=["a", "b"]), sets_of_classes("one", thing_classes=["a"])]
+    cfg.dataloader.train.dataset.names = names
+    with pytest.raises(UserError, match=r"num_classes is 80, but the training set .* has 2 classes"):
+        check_instance_classes(cfg)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

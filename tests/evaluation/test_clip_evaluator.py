@@ -54,6 +54,13 @@ def test_the_same_metrics_as_frame_by_frame(frames):
     assert results == pytest.approx({key: theirs[key] for key in results})
 
 
+def test_clips_that_do_not_say_what_they_answer_answer_every_frame(frames):
+    evaluator = ClipSemSegEvaluator(NAME, distributed=False)
+    evaluator.process([{"frames": frames[2:5]}], [{"sem_seg": torch.randn(3, 3, 8, 9)}])
+    labels = [np.asarray(Image.open(frame["sem_seg_file_name"])) for frame in frames[2:5]]
+    assert evaluator.confusion.sum() == np.count_nonzero(np.stack(labels) != 255)
+
+
 def test_single_images_pass_through(frames):
     evaluator = ClipSemSegEvaluator(NAME, distributed=False)
     evaluator.reset()
