@@ -131,6 +131,11 @@ def test_every_value_that_is_not_a_class_can_be_void(num_classes: int, ignore_la
             LabelMap(num_classes, class_index)
 
 
+def test_values_below_0_are_no_classes() -> None:
+    label = np.array([[-2, 0], [2, 3]], np.int16)
+    assert LabelMap(3).bad_values(label) == [-2, 3] and LabelMap(3, ignore_label=-2).bad_values(label) == [3]
+
+
 def _error(sample: dict, **kwargs) -> SampleError:
     with pytest.raises(SampleError) as error:
         SemSegMapper(True, augmentations=[], **{"num_classes": 3, **kwargs})(sample)

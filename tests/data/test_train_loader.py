@@ -277,3 +277,21 @@ def test_bad_samples_are_counted_by_file(caplog):
         DatasetError, match=r"3 bad samples are more than .*=2 allows; the last one: c is bad"
     ):
         found.add([BadSample("c.png", "c is bad.")])
+
+
+def test_errors_that_are_not_of_one_sample_are_not_skipped():
+    def mapper(record):
+        raise DatasetError("The augmentation is wrong.")
+
+    with pytest.raises(DatasetError, match=r"^The augmentation is wrong\.$") as told:
+        next(iter(loader(mapper=mapper, bad_samples=BadSamples("skip"))))
+    assert not isinstance(told.value, SampleError)
+
+
+def test_a_sampler_goes_on_with_another_batch_size_too():
+    options = dict(count=40, make_sampler=lambda: iter(range(40)))
+    before = loader(batch=3, **options)
+    take(iter(before), 4)
+    after = loader(batch=2, **options)
+    after.load_state_dict(before.state_dict())
+    assert names(take(iter(after), 1)) == [["12.png", "13.png"]]
