@@ -124,7 +124,8 @@ def test_an_output_that_cannot_be_made_is_told(tmp_path):
 
 def test_failed_training_is_reported_in_its_own_words(tmp_path):
     variant = Variant("bad", "bad", ("model.sem_seg_head.context=rcca_r0",))
-    with pytest.raises(UserError, match=r"Training of bad failed: recurrence must be at least 1.*train\.log"):
+    message = r"Training of bad failed: model\.sem_seg_head cannot be built: recurrence must be at least 1.*train\.log"
+    with pytest.raises(UserError, match=message):
         train_variants("toy/ccnet_synthetic.py", [variant], tmp_path)
 
 
