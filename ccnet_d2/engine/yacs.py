@@ -3,6 +3,7 @@
 import argparse
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -179,6 +180,11 @@ def load_config(name: str, options: Sequence[str] = ()) -> CfgNode:
     try:
         cfg.merge_from_file(str(path), allow_unsafe=False)
     except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
+        if isinstance(error, (KeyError, yaml.constructor.ConstructorError)) and _is_record_of_a_run(path):
+            raise UserError(
+                f"Config {path} is the record of a LazyConfig run, which is not run from it: give the .py file that "
+                "the run was made from, and its overrides."
+            ) from error
         raise UserError(f"Config {path} cannot be used: {_first_line(error)}") from error
     if len(options) % 2:
         raise UserError(
@@ -274,6 +280,15 @@ def _evaluate(cfg: CfgNode, *, resume: bool) -> Mapping[str, Any]:
     model = YacsTrainer.build_model(cfg)
     load_checkpoint(model, path)
     return YacsTrainer.test(cfg, model)
+
+
+def _is_record_of_a_run(path: Path) -> bool:
+    """Whether the file is the config.yaml that a LazyConfig run leaves in its output directory."""
+    # Some records name Python objects, which are data that nothing here constructs.
+    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    return isinstance(root, yaml.MappingNode) and {"model", "dataloader", "train"} <= {
+        key.value for key, _ in root.value if isinstance(key, yaml.ScalarNode)
+    }
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from detectron2.config import instantiate
+from detectron2.config import LazyConfig, instantiate
 from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.solver import build_optimizer
@@ -114,6 +114,19 @@ def test_wrong_input_is_one_sentence(train_net, tmp_path):
         yacs.load_config(CONFIG, ["SOLVER.MAX_ITER=3"])
     status, error = train_net(config="yacs/toy/ccnet_sinthetic.yaml")
     assert status == 1 and "no config" in error
+
+
+@pytest.mark.parametrize("name", ["toy/ccnet_synthetic.py", "coco/mask_rcnn_R_50_FPN_1x.py"])
+def test_the_record_of_a_lazy_config_run_is_no_yacs_config(tmp_path, name):
+    record = tmp_path / "config.yaml"
+    LazyConfig.save(get_config(name), str(record))
+    with pytest.raises(
+        UserError, match=r"config\.yaml is the record of a LazyConfig run.*give the \.py file"
+    ):
+        yacs.load_config(str(record))
+    record.write_text("dataloader: {}\n")
+    with pytest.raises(UserError, match="cannot be used: Non-existent config key: dataloader"):
+        yacs.load_config(str(record))
 
 
 @pytest.mark.parametrize(
