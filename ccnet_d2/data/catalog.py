@@ -141,6 +141,11 @@ def classes_of(names: str | Sequence[str]) -> tuple[list[str], int]:
     for name in listed:
         metadata = MetadataCatalog.get(name)
         classes = metadata.get("stuff_classes")
+        if not classes and metadata.get("thing_classes"):
+            raise DatasetError(
+                f"Data set '{name}' has instances (thing_classes) and no stuff_classes: name a data set for semantic "
+                "segmentation."
+            )
         if not classes:
             raise DatasetError(
                 f"Data set '{name}' is registered without stuff_classes, so its classes are unknown."

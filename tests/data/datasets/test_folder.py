@@ -242,9 +242,13 @@ def test_unknown_names_and_disagreeing_sets(tmp_path: Path) -> None:
     _register(tmp_path)
     with pytest.raises(DatasetError, match="'mine' and 'camvid_sem_seg_train' differ"):
         classes_of(["mine", "camvid_sem_seg_train"])
-    with pytest.raises(DatasetError, match="without stuff_classes"):
+    with pytest.raises(
+        DatasetError, match=r"'voc_2007_train' has instances \(thing_classes\) and no stuff_classes"
+    ):
         classes_of("voc_2007_train")
     DatasetCatalog.register("nothing", list)
+    with pytest.raises(DatasetError, match="'nothing' is registered without stuff_classes"):
+        classes_of("nothing")
     with pytest.raises(DatasetError, match=r"^Data set 'nothing' is empty\.$"):
         get_sem_seg_dataset_dicts(["nothing"])
 
