@@ -31,6 +31,16 @@ def test_nothing_to_measure_is_refused_before_measuring(
     assert f"argument {option}: '{value}' is no " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("source", ["--dataset", "--config-file"])
+def test_a_size_goes_with_made_up_images_alone(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], source: str
+) -> None:
+    with pytest.raises(SystemExit):
+        script.main([source, "camvid_sem_seg_train", "--size", "64", "64"])
+    assert "--size is of made-up images" in capsys.readouterr().err
+    assert tuple(script.parse([]).size) == (1024, 2048)
+
+
 def test_prints_stages_and_rates(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "--size",

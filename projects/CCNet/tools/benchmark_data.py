@@ -194,13 +194,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--size",
         type=at_least(COARSEST),
         nargs=2,
-        default=(1024, 2048),
         metavar=("H", "W"),
-        help=f"of made-up images, {COARSEST} at least",
+        help=f"of made-up images, {COARSEST} at least (default: 1024 2048)",
     )
     parser.add_argument("--crop", type=at_least(1), default=769, help="side of the crop (default: 769)")
     parser.add_argument(
-        "--workers", type=at_least(0), nargs="+", default=[0, 1, 2], help="worker counts to measure"
+        "--workers",
+        type=at_least(0),
+        nargs="+",
+        default=[0, 1, 2],
+        help="worker counts to measure (default: 0 1 2)",
     )
     parser.add_argument("--batch", type=at_least(1), default=4, help="images per batch (default: 4)")
     parser.add_argument(
@@ -209,7 +212,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--images", type=at_least(1), default=24, help="images timed stage by stage (default: 24)"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.size is not None and (args.dataset or args.config_file):
+        parser.error("--size is of made-up images, not of those of --dataset and --config-file")
+    args.size = args.size or (1024, 2048)
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
