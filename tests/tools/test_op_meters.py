@@ -47,8 +47,14 @@ def test_candidates_take_turns(clock: CallClock) -> None:
 
 
 def test_a_call_that_takes_all_the_time_is_made_twice(clock: CallClock) -> None:
-    calls = {"slow": clock.call("slow", [100, 50]), "fast": clock.call("fast", [1, *3 * (1, 0.5, 0.5)])}
-    assert Timer(CPU).compare(calls, 4) == {"slow": 50, "fast": 0.5}
+    """One after the other, so that nobody's memory is taken in between; a slow first call alone says nothing."""
+    calls = {
+        "fast": clock.call("f", [1, *3 * (1, 0.5, 0.5)]),
+        "slow": clock.call("s", [100, 50]),
+        "late": clock.call("l", [9, 1, *3 * (1, 0.25, 0.25)]),
+    }
+    assert Timer(CPU).compare(calls, 4) == {"slow": 50, "fast": 0.5, "late": 0.25}
+    assert "".join(clock.calls) == "fssll" + 3 * "ffflll"
 
 
 def test_rates_are_the_best_that_were_seen(clock: CallClock, monkeypatch: pytest.MonkeyPatch) -> None:
