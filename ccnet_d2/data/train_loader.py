@@ -23,6 +23,8 @@ from ccnet_d2.wording import listed
 
 __all__ = ["EpochShuffle", "TrainLoader"]
 
+_LOADER_OPTIONS = inspect.signature(DataLoader).parameters.keys()
+
 logger = logging.getLogger(__name__)
 
 _MOST_REPLACEMENTS = 50
@@ -122,7 +124,7 @@ class TrainLoader:
                 f"dataloader.train.total_batch_size={total_batch_size} cannot be shared out evenly to "
                 f"{self.world_size} processes."
             )
-        unknown = loader_options.keys() - inspect.signature(DataLoader).parameters.keys()
+        unknown = loader_options.keys() - _LOADER_OPTIONS
         if unknown:
             raise DatasetError(
                 f"dataloader.train takes no {listed(sorted(unknown))}, and torch's DataLoader neither."

@@ -21,15 +21,17 @@ class VoidLabels:
     def __init__(self) -> None:
         self._batches_left = _BATCHES
 
-    def look(self, batch: Sequence[Any]) -> None:
+    def look(self, batch: Any) -> None:
         """Warn once, of the tenth batch without a labelled pixel where all before had none either.
 
         Args:
-            batch: Detectron2 dicts; those without "sem_seg", (..., H, W) integer labels, say nothing.
+            batch: a list of Detectron2 dicts; those without "sem_seg", (..., H, W) integer labels, say nothing, and
+                neither do other batches.
         """
         if not self._batches_left:
             return
-        labels = [one["sem_seg"] for one in batch if isinstance(one, Mapping) and "sem_seg" in one]
+        samples = batch if isinstance(batch, Sequence) else ()
+        labels = [one["sem_seg"] for one in samples if isinstance(one, Mapping) and "sem_seg" in one]
         if not labels or any(bool((label != IGNORE_LABEL).any()) for label in labels):
             self._batches_left = 0
             return

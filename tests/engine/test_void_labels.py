@@ -33,6 +33,11 @@ def test_one_labelled_pixel_is_enough(caplog, at):
     assert not warnings(caplog, batches)
 
 
+@pytest.mark.parametrize("other", [2.0, [torch.zeros(2)], [{"image": 1}], {"sem_seg": 255}], ids=repr)
+def test_other_batches_say_nothing(caplog, other):
+    assert not warnings(caplog, [other] * 12)
+
+
 def test_fewer_batches_say_nothing(caplog):
     assert not warnings(caplog, [batch(255)] * 9)
 

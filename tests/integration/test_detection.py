@@ -4,7 +4,6 @@ The whole model zoo is walked with CCNET_TEST_WHOLE_ZOO=1 (some ten minutes); a 
 """
 
 import json
-import math
 import os
 import re
 import subprocess
@@ -133,10 +132,7 @@ def test_train_net_trains_evaluates_and_resumes(fixture_set, tmp_path, capsys):
         "--eval-only", f"train.init_checkpoint={output / 'model_final.pth'}", directory=again
     )
     assert status == 0
-    reread = json.loads((again / "evaluation.json").read_text())
-    assert {t: {k: v for k, v in r.items() if not math.isnan(v)} for t, r in reread.items()} == {
-        t: {k: v for k, v in r.items() if not math.isnan(v)} for t, r in results.items()
-    }
+    assert json.loads((again / "evaluation.json").read_text()) == results  # null for what does not occur
 
     assert train_net("--resume", "train.max_iter=12")[0] == 0
     resumed = torch.load(output / "model_final.pth", weights_only=True)

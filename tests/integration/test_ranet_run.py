@@ -125,7 +125,7 @@ def test_eval_only_scores_the_output_asked_for(tmp_path, monkeypatch):
             assert main(arguments) == 0
             scores = json.loads((tmp_path / output / "evaluation.json").read_text())["sem_seg"]
             found = {name: scores[f"ACC-{name}"] for name in names}
-            present = [name for name in names if not math.isnan(found[name])]
+            present = [name for name in names if found[name] is not None]
             assert len(present) > 2
             assert {name: found[name] for name in present} == {
                 name: 100.0 * (name == names[said]) for name in present
