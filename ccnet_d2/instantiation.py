@@ -10,11 +10,12 @@ from detectron2.config import instantiate
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ccnet_d2.errors import UserError
+from ccnet_d2.errors import ARGUMENT_FAULTS, UserError
+from ccnet_d2.wording import first_line
 
 __all__ = ["build_object", "build_value"]
 
-_FAULTS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError)
+_FAULTS = (*ARGUMENT_FAULTS, ImportError)
 """What wrong arguments lead to. Others, such as torch's for memory that ran out, are not of the config."""
 
 _VALUES = (bool, int, float, str, type(None), list, dict, ListConfig, DictConfig)
@@ -81,7 +82,7 @@ def _reason(error: BaseException, target: Any, arguments: Mapping[str, Any]) -> 
     misfit = _misfit(target, arguments) if isinstance(error, TypeError) else None
     if misfit is not None:
         return f"{_name(target)} {misfit}."
-    text = (str(error).splitlines() or [""])[0].rstrip(".")
+    text = first_line(error)
     if isinstance(error, ValueError) and text:
         return f"{text}."
     frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -2,7 +2,12 @@
 
 from collections.abc import Iterable
 
-__all__ = ["listed"]
+__all__ = ["first_line", "listed"]
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's message, without the full stop at its end; "" where there is none."""
+    return (str(error).splitlines() or [""])[0].rstrip(".")
 
 
 def listed(names: Iterable[object], most: int = 12) -> str:

@@ -15,6 +15,7 @@ from PIL import Image
 from ccnet_d2.choices import check_choice
 from ccnet_d2.data.errors import DatasetError, SampleError
 from ccnet_d2.errors import UserError
+from ccnet_d2.wording import first_line
 
 __all__ = ["ON_BAD_SAMPLE", "BadSample", "BadSamples", "load_sample"]
 
@@ -59,7 +60,7 @@ def load_sample(mapper: Callable[[Any], Any], record: Any) -> Any:
     except UserError:
         raise
     except _FILE_ERRORS as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error) or type(error).__name__
         raise SampleError(f"The sample '{name}' cannot be loaded: {reason}.", name) from error
     if sample is None:
         raise SampleError(f"The mapper returned None for the sample '{name}'.", name)

@@ -16,7 +16,8 @@ from ccnet_d2.data.errors import DatasetError, SampleError
 from ccnet_d2.data.image_files import check_label_size, read_image, read_label
 from ccnet_d2.data.transforms.mirror import is_mirroring, swap_labels
 from ccnet_d2.data.transforms.outside import outside_of
-from ccnet_d2.errors import UserError
+from ccnet_d2.errors import ARGUMENT_FAULTS, UserError
+from ccnet_d2.wording import first_line
 
 __all__ = ["IGNORE_LABEL", "LabelMap", "SemSegMapper"]
 
@@ -28,14 +29,7 @@ logger = logging.getLogger(__name__)
 _IMAGE_FAULTS = (ValueError, cv2.error)
 """What augmentations raise for images that they do not suit."""
 
-_AUGMENTATION_FAULTS = (
-    *_IMAGE_FAULTS,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    TypeError,
-)
+_AUGMENTATION_FAULTS = (*_IMAGE_FAULTS, *ARGUMENT_FAULTS)
 """The same, and what they raise for values of their own that they were not made for."""
 
 
@@ -200,7 +194,7 @@ class SemSegMapper:
             except UserError:
                 raise
             except _AUGMENTATION_FAULTS as error:
-                reason = (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+                reason = first_line(error) or type(error).__name__
                 message = (
                     f"The image '{path}', {width}x{height}, cannot be augmented by "
                     f"{str(augmentation).splitlines()[0]}: {reason}."

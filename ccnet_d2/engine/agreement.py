@@ -13,6 +13,7 @@ from ccnet_d2.errors import UserError
 __all__ = [
     "check_agreement",
     "check_channel_order",
+    "check_class_count",
     "check_data_set_names",
     "check_instance_classes",
     "check_test_classes",
@@ -47,14 +48,30 @@ def check_agreement(cfg: DictConfig) -> None:
         return
     count = OmegaConf.select(cfg, "model.sem_seg_head.num_classes")
     classes, _ = classes_of(names)
-    if count is not None and count != len(classes):
-        raise UserError(
-            f"model.sem_seg_head.num_classes is {count}, but the training set {names!r} has {len(classes)} classes."
-        )
+    check_class_count("model.sem_seg_head.num_classes", count, "training", names, classes)
     for key in _VOID:
         check_void(OmegaConf.select(cfg, key), key)
     for split in ("train", "test"):
         check_channel_order(cfg, split)
+
+
+def check_class_count(
+    key: str, count: int | None, kind: str, names: str | Sequence[str], classes: Sequence[str]
+) -> None:
+    """Compare a model's number of classes with those of data sets.
+
+    Args:
+        key: of the number in the config.
+        count: its value; None where it does not say.
+        kind: of the data sets, "training" or "test".
+        names: of them.
+        classes: that they have.
+
+    Raises:
+        UserError: they differ.
+    """
+    if count is not None and count != len(classes):
+        raise UserError(f"{key} is {count}, but the {kind} set {names!r} has {len(classes)} classes.")
 
 
 def check_void(label: int | None, key: str) -> None:
@@ -117,10 +134,7 @@ def check_test_classes(cfg: DictConfig) -> None:
     if not names or OmegaConf.select(cfg, "dataloader.train.mapper.dataset_names") is None:
         return
     classes, _ = classes_of(names)
-    if count is not None and count != len(classes):
-        raise UserError(
-            f"model.sem_seg_head.num_classes is {count}, but the test set {names!r} has {len(classes)} classes."
-        )
+    check_class_count("model.sem_seg_head.num_classes", count, "test", names, classes)
     _warn_of_other_names(cfg, "stuff_classes")
 
 
@@ -131,9 +145,7 @@ def _compare_instance_classes(cfg: DictConfig, split: str) -> None:
         return
     counts = {key: OmegaConf.select(cfg, key) for key in _INSTANCE_CLASSES}
     for key, count in counts.items():
-        if count is not None and count != len(classes):
-            kind = "training" if split == "train" else split
-            raise UserError(f"{key} is {count}, but the {kind} set {names!r} has {len(classes)} classes.")
+        check_class_count(key, count, "training" if split == "train" else split, names, classes)
     if split == "test" and any(count is not None for count in counts.values()):
         _warn_of_other_names(cfg, "thing_classes")
 

@@ -201,10 +201,9 @@ class _Process:
 
 
 def _has_miou(metrics: Mapping[str, Any]) -> bool:
+    # null, or NaN in older files, of a test set that is void throughout
     miou = metrics.get("sem_seg", {}).get("mIoU")
-    return miou is not None and math.isfinite(
-        miou
-    )  # null, or NaN in older files, of a test set that is void throughout
+    return miou is not None and math.isfinite(miou)
 
 
 def _contents(metrics: Mapping[str, Any]) -> str:

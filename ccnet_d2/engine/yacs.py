@@ -28,7 +28,7 @@ from ccnet_d2.model_zoo import config_path
 from ccnet_d2.modeling import add_ccnet_config
 from ccnet_d2.modeling.config import refuse_without_effect
 
-from .agreement import check_void
+from .agreement import check_class_count, check_void
 from .distributed import (
     check_batch_size,
     check_same_start,
@@ -265,10 +265,7 @@ def _try_evaluation(cfg: CfgNode) -> None:
         except UserError as error:
             advice = 'To train without an evaluation: DATASETS.TEST "()".'
             raise UserError(f"{str(error).rstrip('.')}. {advice}") from error
-        if count != len(classes):
-            raise UserError(
-                f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {count}, but the test set '{name}' has {len(classes)} classes."
-            )
+        check_class_count("MODEL.SEM_SEG_HEAD.NUM_CLASSES", count, "test", name, classes)
 
 
 def _evaluate(cfg: CfgNode, *, resume: bool) -> Mapping[str, Any]:

@@ -93,6 +93,15 @@ def draw_tensor(rng, generator, batch, channels, sizes, dtype):
     return normal(batch, channels, *sizes)
 
 
+def normal_case(batch, channels, sizes, dtype, seed=0):
+    """Normal query, key and value of so many channels each, and a gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+    *inputs, grad_out = (
+        torch.randn(batch, c, *sizes, generator=generator).to(dtype) for c in (*channels, channels[-1])
+    )
+    return inputs, grad_out
+
+
 def outputs_and_gradients(function, inputs, grad_out):
     inputs = [x.detach().requires_grad_() for x in inputs]
     out = function(*inputs)
@@ -195,9 +204,7 @@ def test_bf16_is_right_for_drawn_shapes_and_strides(instruction_set):
 @pytest.mark.parametrize("sizes", [(33, 20), (17, 65), (1, 40), (40, 1), (128, 3), (97, 5), (2, 146)])
 def test_half_precision_errors_are_those_of_plain_pytorch(dtype, sizes, instruction_set):
     skip_if_for_bf16_alone(instruction_set, dtype)
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(2, c, *sizes, generator=generator).to(dtype) for c in (16, 16, 70)]
-    grad_out = torch.randn(2, 70, *sizes, generator=generator).to(dtype)
+    inputs, grad_out = normal_case(2, (16, 16, 70), sizes, dtype)
     exact = outputs_and_gradients(dense_attention, [x.double() for x in inputs], grad_out.double())
     plain = outputs_and_gradients(textbook_attention, inputs, grad_out)
     got = run_compiled(inputs, grad_out)
@@ -220,10 +227,8 @@ def test_peaked_attention_in_half_precision_is_as_exact_as_flash_attention(
 ):
     """Both take the mean of the weights' gradients from the rounded output, which weighs where few keys count."""
     skip_if_for_bf16_alone(instruction_set, dtype)
-    generator = torch.Generator().manual_seed(0)
-    query, key, value, grad_out = (torch.randn(2, channels, length, generator=generator) for _ in range(4))
-    inputs = [x.to(dtype) for x in (scale * query, scale * key, value)]
-    grad_out = grad_out.to(dtype)
+    (query, key, value), grad_out = normal_case(2, (channels,) * 3, (length,), dtype)
+    inputs = [scale * query, scale * key, value]
     exact = outputs_and_gradients(dense_attention, [x.double() for x in inputs], grad_out.double())
     flash = outputs_and_gradients(flash_attention, inputs, grad_out)
     for g, f, e in zip(run_compiled(inputs, grad_out), flash, exact, strict=True):
@@ -234,9 +239,7 @@ def test_peaked_attention_in_half_precision_is_as_exact_as_flash_attention(
 @pytest.mark.parametrize("channels", [40, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_long_lines_are_handled_in_blocks(dtype, channels, length, instruction_set):
-    generator = torch.Generator().manual_seed(length)
-    inputs = [torch.randn(1, c, length, generator=generator).to(dtype) for c in (8, 8, channels)]
-    grad_out = torch.randn(1, channels, length, generator=generator).to(dtype)
+    inputs, grad_out = normal_case(1, (8, 8, channels), (length,), dtype, seed=length)
     exact = outputs_and_gradients(dense_attention, [x.double() for x in inputs], grad_out.double())
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     for g, e in zip(run_compiled(inputs, grad_out), exact, strict=True):
@@ -275,9 +278,7 @@ def test_large_results_are_written_past_the_caches(dtype, sizes, channels, packe
 def test_half_precision_errors_do_not_grow_with_the_line(dtype, sizes, instruction_set):
     """Sums over its blocks of queries are rounded once, not with every block."""
     skip_if_for_bf16_alone(instruction_set, dtype)
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(1, c, *sizes, generator=generator).to(dtype) for c in (8, 8, 40)]
-    grad_out = torch.randn(1, 40, *sizes, generator=generator).to(dtype)
+    inputs, grad_out = normal_case(1, (8, 8, 40), sizes, dtype)
     exact = outputs_and_gradients(textbook_attention, [x.double() for x in inputs], grad_out.double())
     for factor, g, e in zip((1.4, 4, 3, 1.8), run_compiled(inputs, grad_out), exact, strict=True):
         rounded_once = (e.to(dtype).double() - e).norm()
