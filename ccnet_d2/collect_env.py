@@ -1,9 +1,11 @@
-"""What a bug report should say: `python -m ccnet_d2.collect_env` prints versions, the machine and the op's backends."""
+"""What a bug report should say: versions, the machine, and the backends of criss-cross attention."""
 
+import argparse
 import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -88,5 +90,12 @@ def _instruction_sets() -> str:
     return f"available; instruction sets: {', '.join(sets)}"
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report; returns the exit status."""
+    argparse.ArgumentParser(prog="python -m ccnet_d2.collect_env", description=__doc__).parse_args(argv)
+    print(collect_env_info())
+    return 0
+
+
 if __name__ == "__main__":
-    exit_with(lambda: print(collect_env_info()))
+    exit_with(main)

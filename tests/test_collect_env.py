@@ -30,6 +30,17 @@ def test_report_names_versions_and_backends():
     assert cuda is None or f"compiled on cuda: not available: {cuda}" in done.stdout
 
 
+def test_the_command_line_takes_no_arguments(capsys):
+    with pytest.raises(SystemExit) as help_asked:
+        collect_env.main(["--help"])
+    assert help_asked.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: python -m ccnet_d2.collect_env") and "torch" not in printed
+    with pytest.raises(SystemExit) as refused:
+        collect_env.main(["--jsn"])
+    assert refused.value.code == 2 and "--jsn" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not compiled.is_available(), reason=str(compiled.unavailable_reason()))
 def test_report_names_an_instruction_set_that_does_not_exist(monkeypatch):
     monkeypatch.setenv("CCNET_CPU_ISA", "AVX2")

@@ -70,7 +70,10 @@ class CrissCrossAttention(ContextModule):
         The convolution is 1x1, hence one matrix product; written as such it reads NCHW and channels-last inputs in
         place and writes what the attention reads, whereas a convolution would answer in the layout it is given.
         """
-        plain = self._plain_projection()
+        return self._project(x, self._plain_projection())
+
+    def _project(self, x: Tensor, plain: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`project`, by what `_plain_projection` answered: parametrisations may count how often they are asked."""
         if plain is not None:
             projected = project(x, *plain)
         elif x.dim() == self.spatial_dims + 2:
@@ -120,7 +123,7 @@ class CrissCrossAttention(ContextModule):
             tensors = x, *plain, self.gamma
             if supports_loop(*tensors, self.backend):
                 return criss_cross_loop(*tensors, self.key_channels, channels_last=channels_last)
-        out = criss_cross_attention(*self.project(x), backend=self.backend)
+        out = criss_cross_attention(*self._project(x, plain), backend=self.backend)
         if self.backend in ("auto", "compiled"):
             return gated_residual(out, self.gamma, x)
         # Differentiable twice, as these backends are.

@@ -170,6 +170,27 @@ class Adapter(nn.Module):
         return self.convolution(x) + self.up(self.down(x))
 
 
+@pytest.mark.parametrize("backend", ["auto", "matmul"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_parametrised_weight_is_made_once_for_each_loop(recompute, backend):
+    """Spectral norm, for instance, takes a step of its power iteration with each in training."""
+
+    class Counted(nn.Module):
+        count = 0
+
+        def forward(self, weight):
+            self.count += 1
+            return weight
+
+    layer = RCCA(16, 2, backend=backend, recompute=recompute)
+    counted = Counted()
+    nn.utils.parametrize.register_parametrization(layer.qkv, "weight", counted)
+    counted.count = 0  # without those of the registration
+    for loops, x in enumerate([torch.randn(1, 16, 5, 4), torch.randn(1, 16, 5, 4, requires_grad=True)]):
+        layer(x)
+        assert counted.count == (1 if recompute else 2) * (loops + 1)
+
+
 def test_a_module_in_place_of_the_projection():
     x, layer = torch.randn(2, 16, 5, 6), with_gamma(RCCA(16))
     same = RCCA(16)

@@ -69,6 +69,20 @@ def test_rates_are_the_best_that_were_seen(clock: CallClock, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
+    ("native", "single", "measured"),
+    [(50.0, 1.0, torch.float32), (2.0, 1.0, torch.float16), (0.5, 1.0, torch.float16)],
+)
+def test_processors_without_half_precision_multiply_in_fp32(
+    native: float, single: float, measured: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(Timer(CPU), seconds=1)
+    seconds = {torch.float16: native, torch.float32: single}
+    monkeypatch.setattr(machine, "_small_product", seconds.__getitem__)
+    assert machine._multiplied(torch.float16) == measured
+    assert machine._multiplied(torch.float32) == torch.float32
+
+
+@pytest.mark.parametrize(
     ("dtype", "flops", "bandwidth", "forward", "both"),
     [
         # By hand: 16 pairs of 2 + 3 multiply-adds, and 4 positions of 10 numbers; backward 16 of 12, and 4 of 20.

@@ -133,7 +133,8 @@ class Machine:
         """Measure again; the best figures of the run count, another program may have been busy at one moment."""
         device = self.timer.device
         n = 8192 if device.type == "cuda" else 2048
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        multiplied = self._multiplied(dtype)
+        a, b = (torch.randn(n, n, device=device).to(multiplied) for _ in range(2))
         products = [lambda: torch.matmul(a, b)]
         if device.type == "cpu":
             # The same by another library, which is the faster one on processors that are not Intel's.
@@ -167,6 +168,21 @@ class Machine:
                 max(flops / self.flops_per_second(dtype), elements * dtype.itemsize / self.bytes_per_second)
             )
         return result[0], result[0] + result[1]
+
+    def _multiplied(self, dtype: torch.dtype) -> torch.dtype:
+        """What a large product of this dtype is measured in: fp32 on CPUs without units for half precision.
+
+        PyTorch multiplies there one number at a time, tens of times slower than fp32; a product large enough for a rate
+        would take half a minute.
+        """
+        if self.timer.device.type != "cpu" or dtype not in (torch.float16, torch.bfloat16):
+            return dtype
+        native, single = (self._small_product(candidate) for candidate in (dtype, torch.float32))
+        return torch.float32 if native > 8 * single else dtype
+
+    def _small_product(self, dtype: torch.dtype) -> float:
+        a = torch.ones(512, 512, dtype=dtype)
+        return min(self.timer.once(lambda: a @ a) for _ in range(3))
 
     def _best(self, call: Callable[[], object]) -> float:
         self.timer.once(call)
