@@ -4,9 +4,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include "lines.h"
+#include "require.h"
 
 namespace ccnet {
 
@@ -38,39 +38,39 @@ inline FlatMap flat_map(const Tensor& t, const char* name) {
   for (int64_t d = t.dim() - 1; d >= 2; --d) {
     if (t.size(d) == 1) continue;
     if (count == 1) step = t.stride(d);
-    STD_TORCH_CHECK(t.stride(d) == step * count, name, " must have evenly spaced positions.");
+    require(t.stride(d) == step * count, name, " must have evenly spaced positions.");
     count *= t.size(d);
   }
   const int64_t channel = t.size(1) == 1 ? 1 : t.stride(1), position = count == 1 ? 1 : step;
-  STD_TORCH_CHECK(channel == 1 || position == 1, name, " must be dense over channels or positions.");
+  require(channel == 1 || position == 1, name, " must be dense over channels or positions.");
   return {t.data_ptr(), t.stride(0), channel, position};
 }
 
 inline void check_alike(const Tensor& t, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), name,
-                  " must be on the device of query.");
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of query.");
-  STD_TORCH_CHECK(t.dim() == like.dim() && t.size(0) == like.size(0), name, " must have the batch size of query.");
+  require(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), name,
+          " must be on the device of query.");
+  require(t.scalar_type() == like.scalar_type(), name, " must have the dtype of query.");
+  require(t.dim() == like.dim() && t.size(0) == like.size(0), name, " must have the batch size of query.");
   for (int64_t d = 2; d < like.dim(); ++d) {
-    STD_TORCH_CHECK(t.size(d) == like.size(d), name, " must have the spatial sizes of query.");
+    require(t.size(d) == like.size(d), name, " must have the spatial sizes of query.");
   }
 }
 
 inline Grid checked_grid(const Tensor& query, const Tensor& key, const Tensor& value) {
-  STD_TORCH_CHECK(query.dim() >= 3 && query.dim() <= 2 + kMaxAxes,
-                  "query must be (B, C', *S) with one to three spatial axes.");
+  require(query.dim() >= 3 && query.dim() <= 2 + kMaxAxes,
+          "query must be (B, C', *S) with one to three spatial axes.");
   check_alike(key, query, "key");
   check_alike(value, query, "value");
-  STD_TORCH_CHECK(key.size(1) == query.size(1), "key must have the channels of query.");
+  require(key.size(1) == query.size(1), "key must have the channels of query.");
   return grid_of(query);
 }
 
 // Of (B, 2C' + C, *S): query, key and value side by side.
 inline Grid checked_packed_grid(const Tensor& packed, int64_t qk_channels) {
   const Grid grid = checked_grid(packed, packed, packed);
-  STD_TORCH_CHECK(qk_channels >= 1 && packed.size(1) > 2 * qk_channels,
-                  "packed must have 2 key_channels + C channels, got ", packed.size(1), " channels and key_channels=",
-                  qk_channels, ".");
+  require(qk_channels >= 1 && packed.size(1) > 2 * qk_channels,
+          "packed must have 2 key_channels + C channels, got ", packed.size(1), " channels and key_channels=",
+          qk_channels, ".");
   return grid;
 }
 
@@ -79,13 +79,13 @@ inline void check_backward(const Tensor& like, int64_t channels, const Tensor& g
                            const Tensor& lse, const Grid& grid) {
   check_alike(grad_out, like, "grad_out");
   check_alike(out, like, "out");
-  STD_TORCH_CHECK(grad_out.size(1) == channels && out.size(1) == channels,
-                  "grad_out and out must have the channels of value.");
+  require(grad_out.size(1) == channels && out.size(1) == channels,
+          "grad_out and out must have the channels of value.");
   const ScalarType statistic = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(lse.is_cuda() == like.is_cuda() && lse.get_device_index() == like.get_device_index() &&
-                      lse.scalar_type() == statistic && lse.is_contiguous() &&
-                      lse.numel() == grid.batch * grid.positions(),
-                  "lse must be the one that the forward pass returned.");
+  require(lse.is_cuda() == like.is_cuda() && lse.get_device_index() == like.get_device_index() &&
+              lse.scalar_type() == statistic && lse.is_contiguous() &&
+              lse.numel() == grid.batch * grid.positions(),
+          "lse must be the one that the forward pass returned.");
 }
 
 // An uninitialised (B, *S, channels) tensor, and the same as (B, channels, *S): channels-last in memory.

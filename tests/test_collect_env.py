@@ -45,7 +45,7 @@ def test_the_command_line_takes_no_arguments(capsys):
 def test_report_names_an_instruction_set_that_does_not_exist(monkeypatch):
     monkeypatch.setenv("CCNET_CPU_ISA", "AVX2")
     report = collect_env_info()
-    assert "compiled on cpu: fails: " in report and "CCNET_CPU_ISA=AVX2 is unknown: choose portable" in report
+    assert "compiled on cpu: fails: CCNET_CPU_ISA=AVX2 is unknown: choose portable" in report
 
 
 def test_report_names_the_gpus_and_what_the_environment_sets(monkeypatch):

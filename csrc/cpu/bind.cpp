@@ -62,8 +62,8 @@ Operands separate(const Tensor& query, const Tensor& key, const Tensor& value, c
 // A tensor that a result is written to: all or some channels of a channels-last one.
 void check_result(const Tensor& result, const Tensor& query, int64_t channels, const char* name) {
   check_alike(result, query, name);
-  STD_TORCH_CHECK(result.size(1) == channels, name, " must have ", channels, " channels, got ", result.size(1), ".");
-  STD_TORCH_CHECK(result.stride(1) == 1 || channels == 1, name, " must be channels-last in memory.");
+  require(result.size(1) == channels, name, " must have ", channels, " channels, got ", result.size(1), ".");
+  require(result.stride(1) == 1 || channels == 1, name, " must be channels-last in memory.");
 }
 
 Tensor forward_into(Tensor query, Tensor key, Tensor value, Tensor out) {
@@ -143,8 +143,8 @@ Tensor packed_backward(Tensor grad_out, Tensor packed, int64_t key_channels, Ten
 
 // A channels-last copy.
 Tensor to_channels_last(Tensor x) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 3 && x.dim() <= 2 + kMaxAxes,
-                  "x must be a CPU tensor (B, C, *S) with one to three spatial axes.");
+  require(x.is_cpu() && x.dim() >= 3 && x.dim() <= 2 + kMaxAxes,
+          "x must be a CPU tensor (B, C, *S) with one to three spatial axes.");
   return copy_channels_last(x, grid_of(x));
 }
 

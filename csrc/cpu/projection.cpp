@@ -12,25 +12,23 @@ namespace {
 using Product = void (*)(const MatmulArgs&);
 
 Product usable(Product product) {
-  STD_TORCH_CHECK(product != nullptr,
-                  "the kernels for this processor have no products of fp32.");
+  require(product != nullptr, "the kernels for this processor have no products of fp32.");
   return product;
 }
 
 // A map (B, c, *S) and the projection's weight (O, C), or its gradient.
 void check(const Tensor& map, const char* name, int64_t channels, const Tensor& weight) {
-  STD_TORCH_CHECK(map.is_cpu() && map.dim() >= 3 && map.dim() <= 2 + kMaxAxes &&
-                      map.scalar_type() == ScalarType::Float,
-                  name, " must be a CPU tensor (B, C, *S) of float32 with one to three spatial axes.");
-  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && weight.scalar_type() == ScalarType::Float,
-                  "weight must be a CPU tensor (O, C) of float32.");
-  STD_TORCH_CHECK(map.size(1) == channels, name, " must have ", channels, " channels, got ", map.size(1), ".");
+  require(map.is_cpu() && map.dim() >= 3 && map.dim() <= 2 + kMaxAxes && map.scalar_type() == ScalarType::Float, name,
+          " must be a CPU tensor (B, C, *S) of float32 with one to three spatial axes.");
+  require(weight.is_cpu() && weight.dim() == 2 && weight.scalar_type() == ScalarType::Float,
+          "weight must be a CPU tensor (O, C) of float32.");
+  require(map.size(1) == channels, name, " must have ", channels, " channels, got ", map.size(1), ".");
 }
 
 void check_same_positions(const Tensor& a, const Tensor& b) {
   bool alike = a.dim() == b.dim() && a.size(0) == b.size(0);
   for (int64_t d = 2; alike && d < a.dim(); ++d) alike = a.size(d) == b.size(d);
-  STD_TORCH_CHECK(alike, "both maps must have one batch and the same spatial sizes.");
+  require(alike, "both maps must have one batch and the same spatial sizes.");
 }
 
 // Positions as rows, channels as columns.
@@ -44,7 +42,7 @@ MatrixRef transposed(const MatrixRef& m) { return {m.data, m.batch, m.column, m.
 MatrixRef matrix(const Tensor& weight) {
   const int64_t row = weight.size(0) == 1 ? weight.size(1) : weight.stride(0);
   const int64_t column = weight.size(1) == 1 ? 1 : weight.stride(1);
-  STD_TORCH_CHECK(column == 1, "weight must have its columns side by side.");
+  require(column == 1, "weight must have its columns side by side.");
   return {weight.data_ptr(), 0, row, column};
 }
 
@@ -61,12 +59,12 @@ MatmulArgs arguments(int64_t batch, int64_t rows, int64_t depth, int64_t columns
 // To all or some channels of a channels-last map.
 void forward_into(Tensor x, Tensor weight, Tensor bias, Tensor out) {
   check(x, "x", weight.size(1), weight);
-  STD_TORCH_CHECK(bias.is_cpu() && bias.scalar_type() == ScalarType::Float && bias.dim() == 1 &&
-                      bias.size(0) == weight.size(0) && (bias.stride(0) == 1 || bias.size(0) == 1),
-                  "bias must be a dense CPU tensor (O,) of float32.");
-  STD_TORCH_CHECK(out.is_cpu() && out.dim() == x.dim() && out.scalar_type() == ScalarType::Float &&
-                      out.size(1) == weight.size(0),
-                  "out must be a CPU tensor (B, O, *S) of float32 with the channels of weight.");
+  require(bias.is_cpu() && bias.scalar_type() == ScalarType::Float && bias.dim() == 1 &&
+              bias.size(0) == weight.size(0) && (bias.stride(0) == 1 || bias.size(0) == 1),
+          "bias must be a dense CPU tensor (O,) of float32.");
+  require(out.is_cpu() && out.dim() == x.dim() && out.scalar_type() == ScalarType::Float &&
+              out.size(1) == weight.size(0),
+          "out must be a CPU tensor (B, O, *S) of float32 with the channels of weight.");
   check_same_positions(x, out);
   if (out.numel() == 0) return;
   MatmulArgs args = arguments(x.size(0), grid_of(x).positions(), weight.size(1), weight.size(0));

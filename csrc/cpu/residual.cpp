@@ -12,14 +12,14 @@ namespace cpu {
 namespace {
 
 void check(const Tensor& a, const Tensor& b, const Tensor& gamma, ScalarType computed) {
-  STD_TORCH_CHECK(a.is_cpu() && b.is_cpu() && gamma.is_cpu(), "the residual takes CPU tensors.");
-  STD_TORCH_CHECK(a.dim() == b.dim() && a.dim() >= 3 && a.dim() <= 2 + kMaxAxes,
-                  "the residual takes tensors (B, C, *S) with one to three spatial axes.");
+  require(a.is_cpu() && b.is_cpu() && gamma.is_cpu(), "the residual takes CPU tensors.");
+  require(a.dim() == b.dim() && a.dim() >= 3 && a.dim() <= 2 + kMaxAxes,
+          "the residual takes tensors (B, C, *S) with one to three spatial axes.");
   for (int64_t d = 0; d < a.dim(); ++d) {
-    STD_TORCH_CHECK(a.size(d) == b.size(d), "attended and x must have one shape.");
+    require(a.size(d) == b.size(d), "attended and x must have one shape.");
   }
-  STD_TORCH_CHECK(gamma.numel() == 1 && gamma.scalar_type() == computed,
-                  "gamma must be one number, float64 if x is, else float32.");
+  require(gamma.numel() == 1 && gamma.scalar_type() == computed,
+          "gamma must be one number, float64 if x is, else float32.");
 }
 
 ScalarType computed_dtype(ScalarType x) { return x == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
@@ -33,8 +33,8 @@ ResidualArgs arguments(const Tensor& attended, const Tensor& gamma, const Tensor
   args.attended_dtype = kernel_dtype(attended);
   args.dtype = kernel_dtype(x);
   const bool wider = args.dtype == DType::kFloat && args.attended_dtype != DType::kDouble;
-  STD_TORCH_CHECK(args.dtype == args.attended_dtype || wider,
-                  "the residual takes attended and x of one floating dtype, or x of float32.");
+  require(args.dtype == args.attended_dtype || wider,
+          "the residual takes attended and x of one floating dtype, or x of float32.");
   args.gamma = args.dtype == DType::kDouble ? static_cast<const double*>(gamma.data_ptr())[0]
                                             : static_cast<const float*>(gamma.data_ptr())[0];
   args.attended = flat_map(attended, "attended");
@@ -65,7 +65,7 @@ Tensor residual_forward(Tensor attended, Tensor gamma, Tensor x, bool out_channe
 void residual_forward_into(Tensor attended, Tensor gamma, Tensor x, Tensor out) {
   check(attended, x, gamma, computed_dtype(x.scalar_type()));
   check(out, x, gamma, computed_dtype(x.scalar_type()));
-  STD_TORCH_CHECK(out.scalar_type() == x.scalar_type(), "the result must have the dtype of x.");
+  require(out.scalar_type() == x.scalar_type(), "the result must have the dtype of x.");
   if (x.numel() > 0) run_forward(attended, gamma, x, out);
 }
 

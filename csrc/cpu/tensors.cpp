@@ -24,8 +24,8 @@ int isa_cap() {
   const char* wanted = getenv("CCNET_CPU_ISA");
   if (wanted == nullptr || *wanted == '\0') return 4;
   const int rank = isa_rank(wanted);
-  STD_TORCH_CHECK(rank >= 0, "CCNET_CPU_ISA=", wanted,
-                  " is unknown: choose portable, avx2, avx512, avx512_bf16 or amx.");
+  require(rank >= 0, "CCNET_CPU_ISA=", wanted,
+          " is unknown: choose portable, avx2, avx512, avx512_bf16 or amx.");
   return rank;
 }
 
@@ -94,7 +94,7 @@ DType kernel_dtype(const Tensor& t) {
     case ScalarType::Half: return DType::kHalf;
     case ScalarType::BFloat16: return DType::kBFloat16;
     case ScalarType::Double: return DType::kDouble;
-    default: STD_TORCH_CHECK(false, "criss-cross attention takes float16, bfloat16, float32 or float64.");
+    default: refuse("criss-cross attention takes float16, bfloat16, float32 or float64.");
   }
 }
 

@@ -28,13 +28,13 @@ KernelChoice kernels_for(const Tensor& t) {
     case ScalarType::Float: return {nullptr, float_kernels()};
     case ScalarType::Half: return {half, half_kernels()};
     case ScalarType::BFloat16: return {bfloat16, bfloat16_kernels()};
-    default: STD_TORCH_CHECK(false, "criss-cross attention on CUDA takes float16, bfloat16 or float32.");
+    default: refuse("criss-cross attention on CUDA takes float16, bfloat16 or float32.");
   }
 }
 
 void check_takes(bool takes, const DeviceInfo& device) {
-  STD_TORCH_CHECK(takes, "criss-cross attention needs more shared memory than the ", device.shared_bytes,
-                  " bytes that this GPU offers to one block.");
+  require(takes, "criss-cross attention needs more shared memory than the ", device.shared_bytes,
+          " bytes that this GPU offers to one block.");
 }
 const Kernels& kernels_for(const Tensor& t, const ForwardRequest& request) {
   const KernelChoice choice = kernels_for(t);
@@ -58,11 +58,11 @@ int attribute(cudaDeviceAttr which, int device) {
 DeviceInfo device_info(const Tensor& t) {
   const int device = t.get_device_index();
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
-  STD_TORCH_CHECK(major >= 8, "criss-cross attention needs a GPU of compute capability 8.0 or later, this one has ",
-                  major, ".", attribute(cudaDevAttrComputeCapabilityMinor, device), ".");
+  const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
+  require(major >= 8, "criss-cross attention needs a GPU of compute capability 8.0 or later, this one has ", major, ".",
+          minor, ".");
   return {attribute(cudaDevAttrMultiProcessorCount, device), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          attribute(cudaDevAttrMaxGridDimX, device),
-          10 * major + attribute(cudaDevAttrComputeCapabilityMinor, device), attribute(cudaDevAttrL2CacheSize, device)};
+          attribute(cudaDevAttrMaxGridDimX, device), 10 * major + minor, attribute(cudaDevAttrL2CacheSize, device)};
 }
 
 // Query, key and value, or their gradients.

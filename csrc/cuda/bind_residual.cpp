@@ -16,13 +16,13 @@ const ResidualKernels& kernels_for(const Tensor& t) {
     case ScalarType::Float: return float_residual_kernels();
     case ScalarType::Half: return half_residual_kernels();
     case ScalarType::BFloat16: return bfloat16_residual_kernels();
-    default: STD_TORCH_CHECK(false, "the residual on CUDA takes float16, bfloat16 or float32.");
+    default: refuse("the residual on CUDA takes float16, bfloat16 or float32.");
   }
 }
 
 ResidualRequest request_of(const Tensor& x, const Tensor& out) {
-  STD_TORCH_CHECK(x.dim() >= 3 && x.dim() <= 2 + kMaxAxes,
-                  "the residual takes tensors (B, C, *S) with one to three spatial axes.");
+  require(x.dim() >= 3 && x.dim() <= 2 + kMaxAxes,
+          "the residual takes tensors (B, C, *S) with one to three spatial axes.");
   check_counts(grid_of(x), x, x);
   ResidualRequest request{};
   request.batch = x.size(0);
@@ -35,20 +35,20 @@ ResidualRequest request_of(const Tensor& x, const Tensor& out) {
 }
 
 void check_gamma(const Tensor& gamma, const Tensor& x) {
-  STD_TORCH_CHECK(gamma.numel() == 1 && gamma.scalar_type() == ScalarType::Float && gamma.is_cuda() &&
-                      gamma.get_device_index() == x.get_device_index(),
-                  "gamma must be one number of float32, on the device of x.");
+  require(gamma.numel() == 1 && gamma.scalar_type() == ScalarType::Float && gamma.is_cuda() &&
+              gamma.get_device_index() == x.get_device_index(),
+          "gamma must be one number of float32, on the device of x.");
 }
 
 void add_attended(const Tensor& attended, const Tensor& gamma, ResidualRequest* request) {
   request->attended = flat_map(attended, "attended");
-  STD_TORCH_CHECK(request->attended.channel == 1, "attended must be channels-last in memory.");
+  require(request->attended.channel == 1, "attended must be channels-last in memory.");
   request->gamma = static_cast<const float*>(gamma.data_ptr());
 }
 
 void check_attended(const Tensor& attended, const Tensor& x) {
   check_alike(attended, x, "attended");
-  STD_TORCH_CHECK(attended.size(1) == x.size(1), "attended and x must have one shape.");
+  require(attended.size(1) == x.size(1), "attended and x must have one shape.");
 }
 
 void run_forward(const Tensor& attended, const Tensor& gamma, const Tensor& x, const Tensor& out) {

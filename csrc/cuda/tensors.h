@@ -23,10 +23,10 @@ inline void* current_stream(const Tensor& t) {
 inline void check_counts(const Grid& grid, const Tensor& query, const Tensor& value) {
   constexpr int64_t kMost = std::numeric_limits<int>::max() - 1024;
   for (int a = 0; a < grid.axes; ++a) {
-    STD_TORCH_CHECK(grid.size[a] <= kMost, "criss-cross attention takes at most ", kMost, " positions on an axis.");
+    require(grid.size[a] <= kMost, "criss-cross attention takes at most ", kMost, " positions on an axis.");
   }
   for (const int64_t channels : {query.size(1), value.size(1)}) {
-    STD_TORCH_CHECK(channels >= 1 && channels <= kMost, "criss-cross attention takes 1 to ", kMost, " channels.");
+    require(channels >= 1 && channels <= kMost, "criss-cross attention takes 1 to ", kMost, " channels.");
   }
 }
 
