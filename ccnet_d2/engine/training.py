@@ -108,7 +108,9 @@ def train(cfg: DictConfig, *, resume: bool = False) -> Mapping[str, Any] | None:
     def evaluate_now() -> dict[str, Any]:
         results.clear()
         with saving.interruptible():
-            results.update(evaluate(cfg, shared_model) or {})
+            if _is_evaluated(cfg):
+                # The classes have been compared before the training; what was told of their names is told once.
+                results.update(_evaluate_on(_build_test_loader(cfg), cfg, shared_model) or {})
         return dict(results)
 
     trainer.register_hooks(_hooks(cfg, trainer, saving, evaluate_now))
@@ -230,10 +232,18 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> Mapping[str, Any] | None:
     """
     if not _is_evaluated(cfg):
         return None
+    loader = _build_test_loader(cfg)
+    check_test_classes(cfg)
+    return _evaluate_on(loader, cfg, model)
+
+
+def _build_test_loader(cfg: DictConfig) -> Any:
+    return fork_workers(build_object(cfg, "dataloader.test"))
+
+
+def _evaluate_on(loader: Any, cfg: DictConfig, model: nn.Module) -> Mapping[str, Any] | None:
     model = own_model(model)  # the shared one may wait for processes that have fewer images
     copy_buffers_from_main_process(model)
-    loader = fork_workers(build_object(cfg, "dataloader.test"))
-    check_test_classes(cfg)
     with configured_autocast(cfg):
         results = inference_on_dataset(
             _in_test_mode(cfg, model), loader, build_object(cfg, "dataloader.evaluator")

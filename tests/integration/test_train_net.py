@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
+from ccnet_d2.data import (
+    SyntheticConfig,
+    generate_synthetic_dataset,
+    register_all,
+    register_sem_seg_folder,
+)
 from ccnet_d2.engine.command_line import main
 
 CONFIG = "toy/ccnet_synthetic.py"
@@ -101,6 +106,18 @@ def test_label_maps_that_are_void_throughout_are_told(train_net, dataset, tmp_pa
         cv2.imwrite(str(path), np.full((48, 48), 255, np.uint8))
     assert train_net("train.max_iter=11", "dataloader.evaluator=null", "train.num_pictures=0")[0] == 0
     assert (tmp_path / "output/log.txt").read_text().count("The first 10 batches have no labelled pixel") == 1
+
+
+def test_test_classes_of_other_names_are_told_once_in_a_run(train_net, dataset, tmp_path, catalogs_as_before):
+    folders = (dataset / kind / "val" for kind in ("images", "labels"))
+    register_sem_seg_folder("other_names", *folders, classes=["background", "ring", "B", "A"])
+    other = "dataloader.test.dataset.names=other_names"
+    log, told = "log.txt", "in the test set 'other_names': the evaluation takes"
+    assert train_net(other, "train.eval_period=1")[0] == 0
+    assert (tmp_path / "output" / log).read_text().count(told) == 1
+    weights = f"train.init_checkpoint={tmp_path / 'output/model_final.pth'}"
+    assert train_net("--eval-only", weights, other, output="again")[0] == 0
+    assert (tmp_path / "again" / log).read_text().count(told) == 1
 
 
 def test_same_seed_same_weights(train_net, tmp_path):

@@ -105,16 +105,16 @@ def test_evaluations_and_other_optimizers(run, tmp_path, monkeypatch):
         "+optimizer.momentum=0.9",
         "train.max_iter=10",
     ]
-    evaluate = training.evaluate
+    evaluate = training._evaluate_on
 
     def drawing(*arguments):
         torch.rand(3)  # as evaluators may
         return evaluate(*arguments)
 
-    monkeypatch.setattr(training, "evaluate", drawing)
+    monkeypatch.setattr(training, "_evaluate_on", drawing)
     assert run(*options, output="whole")[0] == 0
     with monkeypatch.context() as context, pytest.raises(Crash):
-        context.setattr(training, "evaluate", lambda *arguments: crash())
+        context.setattr(training, "_evaluate_on", lambda *arguments: crash())
         run(*options, output="parts")
     assert (tmp_path / "parts/last_checkpoint").read_text() == "model_0000003.pth"
     assert run("--resume", *options, output="parts")[0] == 0
@@ -161,7 +161,7 @@ def test_sigterm_during_an_evaluation(run, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the evaluation went on")
 
-    monkeypatch.setattr(training, "evaluate", interrupted)
+    monkeypatch.setattr(training, "_evaluate_on", interrupted)
     with pytest.raises(SystemExit) as stopped:
         run("train.eval_period=6")
     assert stopped.value.code == STOPPED_STATUS
@@ -171,7 +171,7 @@ def test_sigterm_during_an_evaluation(run, tmp_path, monkeypatch):
 def test_sigterm_during_the_last_evaluation(run, tmp_path, monkeypatch):
     """The weights are there; --resume then evaluates them, once."""
     with monkeypatch.context() as context, pytest.raises(SystemExit):
-        context.setattr(training, "evaluate", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+        context.setattr(training, "_evaluate_on", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
         run("train.max_iter=4")
     assert (tmp_path / "output/last_checkpoint").read_text() == "model_final.pth"
     assert not (tmp_path / "output/evaluation.json").exists()
