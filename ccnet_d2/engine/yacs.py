@@ -13,6 +13,8 @@ from detectron2.data import build_detection_test_loader, build_detection_train_l
 from detectron2.data import transforms as T
 from detectron2.engine import DefaultTrainer, default_setup
 from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.optim import Optimizer
 
@@ -211,6 +213,7 @@ def run(cfg: CfgNode, args: argparse.Namespace, *, resume: bool) -> Mapping[str,
     cfg.freeze()
     args.config_file = str(config_path(args.config_file))
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ccnet_d2")
     _test_mode(cfg)  # a wrong one would be met after the training
     if args.eval_only:
         return _evaluate(cfg, resume=resume)

@@ -67,6 +67,7 @@ def test_train_resume_evaluate(train_net, tmp_path):
     assert (status, error) == (0, "")
     for name in ("model_final.pth", "last_checkpoint", "config.yaml", "log.txt"):
         assert (output / name).is_file(), name
+    assert f"Saving checkpoint to {output}/model_final.pth" in (output / "log.txt").read_text()
     record = metrics(output)
     assert record["loss_category_consistent"] > 0 and record["loss_sem_seg_aux"] > 0
     slide = record["sem_seg/mIoU"]
