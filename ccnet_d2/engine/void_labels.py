@@ -1,7 +1,7 @@
 """A warning where a run trains on label maps that are void throughout."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ccnet_d2.data.sem_seg_mapper import IGNORE_LABEL
@@ -43,3 +43,16 @@ class VoidLabels:
                 _BATCHES,
                 batch[0].get("file_name", "an image without a name"),
             )
+
+
+class WatchedLoader:
+    """The batches of a loader, which `VoidLabels` looks at, for a training loop that is not this package's."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        void_labels = VoidLabels()
+        for batch in self._loader:
+            void_labels.look(batch)
+            yield batch

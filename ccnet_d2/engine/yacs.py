@@ -39,6 +39,7 @@ from .distributed import (
     own_model,
 )
 from .schedule import PolynomialDecayToMinimum
+from .void_labels import WatchedLoader
 
 POLY_LR = "PolyLR"
 """The value of SOLVER.LR_SCHEDULER_NAME for the papers' schedule; all others are Detectron2's."""
@@ -69,7 +70,8 @@ class YacsTrainer(DefaultTrainer):
             num_classes=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
             image_format=cfg.INPUT.FORMAT,
         )
-        return build_detection_train_loader(cfg, mapper=mapper, dataset=get_sem_seg_dataset_dicts(names))
+        loader = build_detection_train_loader(cfg, mapper=mapper, dataset=get_sem_seg_dataset_dicts(names))
+        return WatchedLoader(loader)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ccnet_d2.engine.void_labels import VoidLabels
+from ccnet_d2.engine.void_labels import VoidLabels, WatchedLoader
 
 
 def batch(*values, name="a.png"):
@@ -55,3 +55,10 @@ def test_batches_without_label_maps_say_nothing(caplog, other):
 def test_clips_and_images_without_names(caplog):
     (message,) = warnings(caplog, [[{"sem_seg": torch.full((2, 2, 3), 255)}]] * 10)
     assert "'an image without a name'" in message
+
+
+def test_a_watched_loader_gives_the_same_batches(caplog):
+    batches = [batch(255)] * 12
+    watched = WatchedLoader(batches)
+    assert all(one is other for one, other in zip(watched, batches, strict=True))
+    assert len(caplog.records) == 1

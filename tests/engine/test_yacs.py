@@ -3,6 +3,8 @@
 import json
 import pickle
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
@@ -233,6 +235,13 @@ def test_each_key_of_the_images_is_for_its_argument(monkeypatch):
         (24, 32), short_side_choices=(30, 40), category_max_ratio=0.7, pad_value=(1.0, 2.0, 3.0)
     )
     assert {k: str(v) for k, v in vars(ours).items()} == {k: str(v) for k, v in vars(theirs).items()}
+
+
+def test_label_maps_that_are_void_throughout_are_told(train_net, tmp_path):
+    for path in (tmp_path / "ccnet_synthetic/labels/train").iterdir():
+        cv2.imwrite(str(path), np.full((48, 48), 255, np.uint8))
+    assert train_net(SOLVER__MAX_ITER=11, DATASETS__TEST="()")[0] == 0
+    assert (tmp_path / "output/log.txt").read_text().count("The first 10 batches have no labelled pixel") == 1
 
 
 class Payload:
