@@ -5,8 +5,8 @@ from collections.abc import Iterable
 __all__ = ["first_line", "listed"]
 
 
-def first_line(error: BaseException) -> str:
-    """Of an error's message, without the full stop at its end; "" where there is none."""
+def first_line(error: BaseException | str) -> str:
+    """Of an error's message, or of a text, without the full stop at its end; "" where there is none."""
     return (str(error).splitlines() or [""])[0].rstrip(".")
 
 

@@ -29,6 +29,7 @@ from ccnet_d2.inference import InferenceMode, build_mode
 from ccnet_d2.model_zoo import config_path
 from ccnet_d2.modeling import add_ccnet_config
 from ccnet_d2.modeling.config import refuse_without_effect
+from ccnet_d2.wording import first_line
 
 from .agreement import check_class_count, check_void
 from .distributed import (
@@ -189,7 +190,7 @@ def load_config(name: str, options: Sequence[str] = ()) -> CfgNode:
                 f"Config {path} is the record of a LazyConfig run, which is not run from it: give the .py file that "
                 "the run was made from, and its overrides."
             ) from error
-        raise UserError(f"Config {path} cannot be used: {_first_line(error)}") from error
+        raise UserError(f"Config {path} cannot be used: {_reason(error)}") from error
     if len(options) % 2:
         raise UserError(
             f"Options of a .yaml config are KEY VALUE pairs, but there are {len(options)}: {list(options)}."
@@ -197,7 +198,7 @@ def load_config(name: str, options: Sequence[str] = ()) -> CfgNode:
     try:
         cfg.merge_from_list(list(options))
     except (KeyError, ValueError, AssertionError) as error:
-        raise UserError(f"Options {list(options)} cannot be applied: {_first_line(error)}") from error
+        raise UserError(f"Options {list(options)} cannot be applied: {_reason(error)}") from error
     return cfg
 
 
@@ -293,7 +294,7 @@ def _is_record_of_a_run(path: Path) -> bool:
     }
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     # str() of a KeyError is its argument in quotes.
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return (text or type(error).__name__).splitlines()[0].rstrip(".") + "."
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return (first_line(message) or type(error).__name__) + "."
