@@ -40,11 +40,13 @@ def compare_runs(
 
     Returns:
         What table.json holds: per value the mIoU in percent of each seed (None: failed), their mean and standard
-        deviation, and the seconds an iteration took.
+        deviation (that of a sample, over n - 1; None of one run), and the seconds an iteration took.
 
     Raises:
-        UserError: the key, a value or an override is unknown, the folder cannot be written to, or no run succeeded.
+        UserError: the key, a value or an override is unknown or would be overridden, the folder cannot be written to,
+            or no run succeeded.
     """
+    _refuse_what_is_overridden(key, overrides)
     values, seeds = list(dict.fromkeys(values)), list(dict.fromkeys(seeds))
     variants = {}
     names = _folder_names(values)
@@ -81,6 +83,19 @@ def compare_runs(
     return result
 
 
+def _refuse_what_is_overridden(key: str, overrides: Sequence[str]) -> None:
+    setters = {"train.seed": "--seeds", "train.output_dir": "--output"}
+    if key in setters:
+        raise UserError(f"{key} cannot be what differs, as {setters[key]} sets it for each run.")
+    setters[key] = "--values"
+    for override in overrides:
+        name = override.partition("=")[0].lstrip("+")
+        if name in setters:
+            raise UserError(
+                f"Override {override!r} has no effect, as {setters[name]} sets {name} for each run; leave it out."
+            )
+
+
 def _folder_names(values: Sequence[str]) -> dict[str, str]:
     """A name for the folder of each value; of several that would have one name, each gets its checksum."""
     plain = {value: re.sub(r"[^A-Za-z0-9.]+", "_", value) for value in values}
@@ -103,7 +118,7 @@ def format_table(result: dict[str, Any]) -> str:
         figures = (
             [
                 f"{row['mean']:.1f}",
-                f"{row['deviation']:.1f}",
+                "–" if row["deviation"] is None else f"{row['deviation']:.1f}",
                 f"{min(succeeded):.1f}",
                 f"{max(succeeded):.1f}",
             ]
@@ -124,7 +139,7 @@ def _row(value: str, runs: Sequence[VariantRun]) -> dict[str, Any]:
         "value": value,
         "miou": [None if run.error else run.miou for run in runs],
         "mean": statistics.fmean(mious) if mious else None,
-        "deviation": statistics.pstdev(mious) if mious else None,
+        "deviation": statistics.stdev(mious) if len(mious) > 1 else None,
         "seconds_per_iteration": statistics.median(seconds) if seconds else None,
         "errors": [run.error for run in runs if run.error],
     }

@@ -48,6 +48,31 @@ def test_wrong_values_stop_before_training(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "override", "message"),
+    [
+        (
+            CONTEXT,
+            "train.seed=5",
+            "Override 'train.seed=5' has no effect, as --seeds sets train.seed for each run",
+        ),
+        (CONTEXT, "+train.seed=5", r"Override '\+train.seed=5' has no effect"),
+        (CONTEXT, "train.output_dir=x", "Override .* as --output sets train.output_dir for each run"),
+        (CONTEXT, f"{CONTEXT}=psp", f"Override .* as --values sets {CONTEXT} for each run; leave it out"),
+        (
+            "train.seed",
+            "train.max_iter=2",
+            "train.seed cannot be what differs, as --seeds sets it for each run",
+        ),
+        ("train.output_dir", "train.max_iter=2", "train.output_dir cannot be .*, as --output sets it"),
+    ],
+)
+def test_what_would_be_overridden_is_refused(tmp_path, key, override, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        compare_runs(TOY, key, ["1", "2"], tmp_path / "out", overrides=["train.log_period=1", override])
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_output_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"cannot write to output={tmp_path}/file/runs: Not a directory"):
@@ -82,7 +107,8 @@ def test_a_row_is_of_the_runs_that_succeeded(tmp_path):
         ],
     )
     assert row["miou"] == [50.0, None, 60.0, 70.0] and row["errors"] == ["It broke."]
-    assert row["mean"] == 60.0 and row["deviation"] == pytest.approx(math.sqrt((100 + 0 + 100) / 3))
+    # Of the three as a sample of all seeds.
+    assert row["mean"] == 60.0 and row["deviation"] == pytest.approx(math.sqrt((100 + 0 + 100) / 2))
     assert row["seconds_per_iteration"] == pytest.approx((0.2 + 0.4) / 2)  # medians of two runs
     assert _row("b", [VariantRun(variant, tmp_path / "1", [], error="It broke.")]) == {
         **{"value": "b", "miou": [None], "mean": None, "deviation": None},
@@ -141,7 +167,7 @@ def test_format_of_a_table():
 
 
 def test_lowest_and_highest_of_one_training_are_its_mean(tmp_path):
-    """10.5498 is 10.5, and not 10.6 by way of 10.550."""
+    """10.5498 is 10.5, and not 10.6 by way of 10.550. One alone says nothing of the spread."""
     run = VariantRun(Variant("a", "a", ()), tmp_path, [], metrics={"sem_seg": {"mIoU": 10.549793716339142}})
     line = format_table({"key": CONTEXT, "rows": [_row("a", [run])]}).splitlines()[2]
-    assert line == "| a | 10.5 | 0.0 | 10.5 | 10.5 | 1/1 | – |"
+    assert line == "| a | 10.5 | – | 10.5 | 10.5 | 1/1 | – |"
