@@ -90,6 +90,8 @@ def test_results_are_json_also_where_a_class_does_not_occur(train_net, dataset, 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
 
+    for line in (tmp_path / "output/metrics.json").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
     text = (tmp_path / "output/evaluation.json").read_text()
     scores = json.loads(text, parse_constant=refuse)["sem_seg"]
     assert [name for name, value in scores.items() if value is None] == ["IoU-object B", "ACC-object B"]
