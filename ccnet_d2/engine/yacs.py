@@ -11,7 +11,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.data import transforms as T
-from detectron2.engine import DefaultTrainer, default_setup
+from detectron2.engine import DefaultTrainer, default_setup, hooks
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -39,6 +39,7 @@ from .distributed import (
     detectron2_shares_models,
     own_model,
 )
+from .evaluate_periodically import EvaluatePeriodically
 from .schedule import PolynomialDecayToMinimum
 from .void_labels import WatchedLoader
 
@@ -59,7 +60,16 @@ class YacsTrainer(DefaultTrainer):
             may_differ=self.cfg.MODEL.CCNET.WEIGHTS_MAY_DIFFER,
             trainer=weakref.proxy(self),
         )
-        return super().build_hooks()
+        return [
+            EvaluatePeriodically(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
+            if isinstance(hook, hooks.EvalHook)
+            else hook
+            for hook in super().build_hooks()
+        ]
+
+    def _evaluate(self) -> Mapping[str, Any]:
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):

@@ -244,6 +244,27 @@ def test_label_maps_that_are_void_throughout_are_told(train_net, tmp_path):
     assert (tmp_path / "output/log.txt").read_text().count("The first 10 batches have no labelled pixel") == 1
 
 
+def test_evaluations_of_classes_that_do_not_occur_leave_json(train_net, tmp_path):
+    for path in (tmp_path / "ccnet_synthetic/labels/val").iterdir():
+        label = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        cv2.imwrite(str(path), np.where(label == 3, 255, label).astype(np.uint8))
+    assert train_net(TEST__EVAL_PERIOD=1)[0] == 0
+    evaluated = []
+    for line in (tmp_path / "output/metrics.json").read_text().splitlines():
+        record = json.loads(line, parse_constant=pytest.fail)
+        if "sem_seg/mIoU" in record:
+            evaluated.append((record["iteration"], "sem_seg/IoU-object B" in record))
+    assert evaluated == [(0, False), (2, False)]
+
+
+def test_no_evaluation_after_a_failure_in_the_last_iteration(train_net, monkeypatch):
+    """Of several processes the others are still in the step, and do not take part."""
+    monkeypatch.setattr(yacs.YacsTrainer, "run_step", lambda self: 1 / 0)
+    monkeypatch.setattr(yacs.YacsTrainer, "test", lambda *_: pytest.fail("it evaluated"))
+    with pytest.raises(ZeroDivisionError):
+        train_net(SOLVER__MAX_ITER=1)
+
+
 class Payload:
     def __init__(self, path):
         self.path = path
