@@ -1,6 +1,7 @@
 """The hook that evaluates."""
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,5 +37,5 @@ def _without_non_finite(results: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: _without_non_finite(value) if isinstance(value, Mapping) else value
         for key, value in results.items()
-        if not (isinstance(value, float) and not math.isfinite(value))
+        if not (isinstance(value, numbers.Real) and not math.isfinite(value))
     }

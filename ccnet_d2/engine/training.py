@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.engine import HookBase, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -289,8 +290,8 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
     Args:
         path: the file.
-        results: {task: {metric: value}}. Values that are not finite become null: Python would write NaN, which is no
-            JSON and refused by what reads it strictly.
+        results: {task: {metric: value}}, values of NumPy and torch among them. Those that are not finite become null:
+            Python would write NaN, which is no JSON and refused by what reads it strictly.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
@@ -299,4 +300,6 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (np.generic, torch.Tensor)):
+        value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,5 +1,6 @@
 """When the hook evaluates."""
 
+import numpy as np
 import pytest
 from detectron2.engine import TrainerBase
 
@@ -42,7 +43,7 @@ def test_not_after_a_failure(fails_at, evaluated):
 
 def test_values_that_are_not_finite_are_not_logged():
     """Of a class that does not occur; metrics.json would have NaN, which is no JSON."""
-    scores = {"mIoU": 50.0, "IoU-a": float("nan"), "IoU-b": float("inf"), "count": 3}
+    scores = {"mIoU": 50.0, "IoU-a": float("nan"), "IoU-b": np.float32("inf"), "count": 3}
     results = {"sem_seg": scores, "nested": {"set": {"AP": 0.0}}}
     trainer = Steps(results=results)
     trainer.train(0, 3)
