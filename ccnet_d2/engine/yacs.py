@@ -1,6 +1,7 @@
 """Training and evaluating yacs (.yaml) configs with Detectron2's `DefaultTrainer`."""
 
 import argparse
+import re
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,8 @@ from .void_labels import WatchedLoader
 
 POLY_LR = "PolyLR"
 """The value of SOLVER.LR_SCHEDULER_NAME for the papers' schedule; all others are Detectron2's."""
+
+_GROUP_AS_VALUE = re.compile(r" with values \(.*\n.*\)(?= for config key: )", re.DOTALL)
 
 _FLIPS = ("horizontal", "vertical", "none")
 
@@ -201,6 +204,15 @@ def load_config(name: str, options: Sequence[str] = ()) -> CfgNode:
                 "the run was made from, and its overrides."
             ) from error
         raise UserError(f"Config {path} cannot be used: {_reason(error)}") from error
+    except FileNotFoundError as error:
+        raise UserError(
+            f"Config {path} cannot be used: its _BASE_ {error.filename} does not exist."
+        ) from error
+    except (AttributeError, TypeError) as error:
+        raise UserError(
+            f"Config {path} cannot be used: it, or its _BASE_, does not hold groups of keys with values, such as "
+            "'SOLVER: {MAX_ITER: 100}'."
+        ) from error
     if len(options) % 2:
         raise UserError(
             f"Options of a .yaml config are KEY VALUE pairs, but there are {len(options)}: {list(options)}."
@@ -305,6 +317,10 @@ def _is_record_of_a_run(path: Path) -> bool:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1} of {error.problem_mark.name}: {error.problem}."
     # str() of a KeyError is its argument in quotes.
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    # A group of keys, which yacs writes out on lines of its own, leaves the key that is wrong for the last line.
+    message = _GROUP_AS_VALUE.sub("", message)
     return (first_line(message) or type(error).__name__) + "."

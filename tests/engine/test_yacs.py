@@ -133,6 +133,32 @@ def test_the_record_of_a_lazy_config_run_is_no_yacs_config(tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "does not hold groups of keys with values, such as 'SOLVER"),
+        ("- SOLVER", "does not hold groups of keys with values"),
+        ("text", "does not hold groups of keys with values"),
+        ("5: 6", "does not hold groups of keys with values"),
+        ("SOLVER: 5", "<class 'int'>) for config key: SOLVER."),
+        ("SOLVER:", "<class 'NoneType'>) for config key: SOLVER."),
+        ("SOLVER: {MAX_ITER: '3 x'}", "with values (40000 vs. 3 x) for config key: SOLVER.MAX_ITER."),
+        ("SOLVER:\n\tMAX_ITER: 5", "run.yaml: found character '\\t' that cannot start any token."),
+        ("_BASE_: nowhere.yaml", "nowhere.yaml does not exist."),
+    ],
+)
+def test_files_that_hold_no_config(tmp_path, text, words):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        yacs.load_config(str(path))
+    message = str(error.value)
+    assert message.startswith(f"Config {path} cannot be used: ") and words in message
+    assert message.endswith(".") and "\n" not in message
+    if "\t" in text:
+        assert f"line 2 of {path}: " in message
+
+
+@pytest.mark.parametrize(
     ("key", "value", "words"),
     [
         ("SOLVER.MAX_ITER", 0, ["SOLVER.MAX_ITER is 0, but has to be 1 or more"]),
