@@ -13,6 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.engine import DefaultTrainer, default_setup, hooks
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -73,6 +74,17 @@ class YacsTrainer(DefaultTrainer):
     def _evaluate(self) -> Mapping[str, Any]:
         self._last_eval_results = self.test(self.cfg, self.model)
         return self._last_eval_results
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = cfg.MODEL
+        for key, name, registry in (
+            ("META_ARCHITECTURE", model.META_ARCHITECTURE, META_ARCH_REGISTRY),
+            ("BACKBONE.NAME", model.BACKBONE.NAME, BACKBONE_REGISTRY),
+            ("SEM_SEG_HEAD.NAME", model.SEM_SEG_HEAD.NAME, SEM_SEG_HEADS_REGISTRY),
+        ):
+            check_choice(f"MODEL.{key}", name, [known for known, _ in registry])
+        return super().build_model(cfg)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
@@ -269,8 +281,13 @@ def _check_settings(cfg: CfgNode) -> None:
         UserError: a value cannot be used; Detectron2 would divide by it, or leave out a class.
     """
     for key in ("MAX_ITER", "CHECKPOINT_PERIOD", "IMS_PER_BATCH"):
-        if cfg.SOLVER[key] < 1:
+        if (cfg.SOLVER[key] or 0) < 1:  # yacs takes None for any value
             raise UserError(f"SOLVER.{key} is {cfg.SOLVER[key]}, but has to be 1 or more.")
+    batch, processes = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if processes and batch % processes:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {batch}, but has to be a multiple of SOLVER.REFERENCE_WORLD_SIZE, {processes}."
+        )
     if cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
         raise UserError(
             "DATALOADER.SAMPLER_TRAIN is 'RepeatFactorTrainingSampler', which counts the classes of instances, and "
@@ -297,6 +314,8 @@ def _try_evaluation(cfg: CfgNode) -> None:
 
 
 def _evaluate(cfg: CfgNode, *, resume: bool) -> Mapping[str, Any]:
+    if not cfg.DATASETS.TEST:
+        raise UserError("--eval-only: DATASETS.TEST names no data set to evaluate on.")
     path = cfg.MODEL.WEIGHTS
     if resume:
         path = SafeCheckpointer(nn.Module(), cfg.OUTPUT_DIR).get_checkpoint_file()

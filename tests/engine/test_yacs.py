@@ -113,6 +113,8 @@ def test_wrong_input_is_one_sentence(train_net, tmp_path):
         1,
         "error: --eval-only needs a checkpoint: name one with MODEL.WEIGHTS PATH.",
     )
+    status, error = train_net("--eval-only", DATASETS__TEST="()")
+    assert status == 1 and "--eval-only: DATASETS.TEST names no data set" in error
     with pytest.raises(UserError, match="KEY VALUE pairs, but there are 1"):
         yacs.load_config(CONFIG, ["SOLVER.MAX_ITER=3"])
     status, error = train_net(config="yacs/toy/ccnet_sinthetic.yaml")
@@ -162,6 +164,19 @@ def test_files_that_hold_no_config(tmp_path, text, words):
     ("key", "value", "words"),
     [
         ("SOLVER.MAX_ITER", 0, ["SOLVER.MAX_ITER is 0, but has to be 1 or more"]),
+        ("SOLVER.MAX_ITER", None, ["SOLVER.MAX_ITER is None, but has to be 1 or more"]),
+        (
+            "SOLVER.REFERENCE_WORLD_SIZE",
+            4,
+            ["SOLVER.IMS_PER_BATCH is 2, but has to be a multiple of SOLVER.REFERENCE_WORLD_SIZE, 4."],
+        ),
+        ("MODEL.META_ARCHITECTURE", "CCnet", ["MODEL.META_ARCHITECTURE='CCnet' is not one of", "'CCNet'"]),
+        ("MODEL.BACKBONE.NAME", "resnet", ["MODEL.BACKBONE.NAME='resnet' is not one of"]),
+        (
+            "MODEL.SEM_SEG_HEAD.NAME",
+            "CCHead",
+            ["MODEL.SEM_SEG_HEAD.NAME='CCHead' is not one of", "'CCNetHead'"],
+        ),
         ("SOLVER.CHECKPOINT_PERIOD", 0, ["SOLVER.CHECKPOINT_PERIOD is 0, but has to be 1 or more"]),
         ("SOLVER.IMS_PER_BATCH", 0, ["SOLVER.IMS_PER_BATCH is 0, but has to be 1 or more"]),
         (
