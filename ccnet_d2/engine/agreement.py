@@ -18,6 +18,7 @@ __all__ = [
     "check_instance_classes",
     "check_test_classes",
     "check_void",
+    "warn_of_other_names",
 ]
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def check_test_classes(cfg: DictConfig) -> None:
         return
     classes, _ = classes_of(names)
     check_class_count("model.sem_seg_head.num_classes", count, "test", names, classes)
-    _warn_of_other_names(cfg, "stuff_classes")
+    warn_of_other_names(OmegaConf.select(cfg, "dataloader.train.dataset.names"), names, "stuff_classes")
 
 
 def _compare_instance_classes(cfg: DictConfig, split: str) -> None:
@@ -147,11 +148,19 @@ def _compare_instance_classes(cfg: DictConfig, split: str) -> None:
     for key, count in counts.items():
         check_class_count(key, count, "training" if split == "train" else split, names, classes)
     if split == "test" and any(count is not None for count in counts.values()):
-        _warn_of_other_names(cfg, "thing_classes")
+        warn_of_other_names(OmegaConf.select(cfg, "dataloader.train.dataset.names"), names, "thing_classes")
 
 
-def _warn_of_other_names(cfg: DictConfig, kind: str) -> None:
-    train, test = (OmegaConf.select(cfg, f"dataloader.{split}.dataset.names") for split in ("train", "test"))
+def warn_of_other_names(
+    train: str | Sequence[str] | None, test: str | Sequence[str] | None, kind: str
+) -> None:
+    """Log the first class that has another name in the test set than in the training set.
+
+    Args:
+        train: names of the data sets to train on.
+        test: of those to evaluate on.
+        kind: "stuff_classes" or "thing_classes".
+    """
     trained, tested = _metadata(train, kind), _metadata(test, kind)
     if not trained or not tested:
         return

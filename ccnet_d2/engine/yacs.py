@@ -33,7 +33,7 @@ from ccnet_d2.modeling import add_ccnet_config
 from ccnet_d2.modeling.config import refuse_without_effect
 from ccnet_d2.wording import first_line
 
-from .agreement import check_class_count, check_void
+from .agreement import check_class_count, check_void, warn_of_other_names
 from .distributed import (
     check_batch_size,
     check_same_start,
@@ -311,6 +311,7 @@ def _try_evaluation(cfg: CfgNode) -> None:
             advice = 'To train without an evaluation: DATASETS.TEST "()".'
             raise UserError(f"{str(error).rstrip('.')}. {advice}") from error
         check_class_count("MODEL.SEM_SEG_HEAD.NUM_CLASSES", count, "test", name, classes)
+        warn_of_other_names(cfg.DATASETS.TRAIN, name, "stuff_classes")
 
 
 def _evaluate(cfg: CfgNode, *, resume: bool) -> Mapping[str, Any]:
@@ -323,6 +324,8 @@ def _evaluate(cfg: CfgNode, *, resume: bool) -> Mapping[str, Any]:
         raise UserError("--eval-only needs a checkpoint: name one with MODEL.WEIGHTS PATH.")
     model = YacsTrainer.build_model(cfg)
     load_checkpoint(model, path)
+    for name in cfg.DATASETS.TEST:
+        warn_of_other_names(cfg.DATASETS.TRAIN, name, "stuff_classes")
     return YacsTrainer.test(cfg, model)
 
 

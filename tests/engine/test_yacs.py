@@ -278,6 +278,20 @@ def test_each_key_of_the_images_is_for_its_argument(monkeypatch):
     assert {k: str(v) for k, v in vars(ours).items()} == {k: str(v) for k, v in vars(theirs).items()}
 
 
+def test_test_classes_of_other_names_are_told(train_net, tmp_path, catalogs_as_before):
+    folders = (tmp_path / "ccnet_synthetic" / kind / "val" for kind in ("images", "labels"))
+    register_sem_seg_folder("other_names", *folders, classes=["background", "ring", "B", "A"])
+    other, told = (
+        {"DATASETS__TEST": "('other_names',)"},
+        "in the test set 'other_names': the evaluation takes",
+    )
+    assert train_net(**other)[0] == 0
+    assert (tmp_path / "output/log.txt").read_text().count(told) == 1
+    weights = tmp_path / "output/model_final.pth"
+    assert train_net("--eval-only", MODEL__WEIGHTS=weights, output="again", **other)[0] == 0
+    assert (tmp_path / "again/log.txt").read_text().count(told) == 1
+
+
 def test_label_maps_that_are_void_throughout_are_told(train_net, tmp_path):
     for path in (tmp_path / "ccnet_synthetic/labels/train").iterdir():
         cv2.imwrite(str(path), np.full((48, 48), 255, np.uint8))
