@@ -35,6 +35,13 @@ def test_impossible_decays_are_named(base, minimum):
         PolynomialDecayToMinimum(base_lr=base, min_lr=minimum)
 
 
+def test_decays_at_the_limits():
+    papers = PolynomialDecayToMinimum(base_lr=0.01, min_lr=0.0)
+    assert papers(0.25) == pytest.approx(0.75**0.9)
+    assert PolynomialDecayToMinimum(base_lr=0.01, min_lr=0.01)(0.5) == 1
+    assert PolynomialDecayToMinimum(base_lr=0.01, min_lr=0.0, power=0)(0.5) == 1
+
+
 def test_a_decay_that_would_rise_is_named():
     with pytest.raises(ValueError, match=r"power=-0\.9: at least 0"):
         PolynomialDecayToMinimum(base_lr=0.01, min_lr=0.0, power=-0.9)
