@@ -104,12 +104,15 @@ def test_a_row_is_of_the_runs_that_succeeded(tmp_path):
             VariantRun(variant, tmp_path / "1", [], error="It broke."),
             finished(variant, tmp_path / "2", 60.0, 0.4),
             finished(variant, tmp_path / "3", 70.0),
+            finished(variant, tmp_path / "4", 60.0, 9.0),
         ],
     )
-    assert row["miou"] == [50.0, None, 60.0, 70.0] and row["errors"] == ["It broke."]
-    # Of the three as a sample of all seeds.
-    assert row["mean"] == 60.0 and row["deviation"] == pytest.approx(math.sqrt((100 + 0 + 100) / 2))
-    assert row["seconds_per_iteration"] == pytest.approx((0.2 + 0.4) / 2)  # medians of two runs
+    assert row["miou"] == [50.0, None, 60.0, 70.0, 60.0] and row["errors"] == ["It broke."]
+    # Of the four as a sample of all seeds.
+    assert row["mean"] == 60.0 and row["deviation"] == pytest.approx(math.sqrt((100 + 0 + 100 + 0) / 3))
+    assert row["seconds_per_iteration"] == pytest.approx(0.4)  # of the medians of three runs: 0.2, 0.4, 9
+    two = [finished(variant, tmp_path / name, miou) for name, miou in (("5", 1.0), ("6", 3.0))]
+    assert _row("a", two)["deviation"] == pytest.approx(math.sqrt(2))
     assert _row("b", [VariantRun(variant, tmp_path / "1", [], error="It broke.")]) == {
         **{"value": "b", "miou": [None], "mean": None, "deviation": None},
         **{"seconds_per_iteration": None, "errors": ["It broke."]},

@@ -127,6 +127,40 @@ def test_what_finished_without_a_miou_is_trained_again(stand_in, tmp_path):
     assert len((tmp_path / "trained").read_text().split()) == 2
 
 
+def test_results_of_an_earlier_run_do_not_pass_for_this_one_s(stand_in, tmp_path):
+    (tmp_path / "out/a").mkdir(parents=True)
+    (tmp_path / "out/a/evaluation.json").write_text('{"sem_seg": {"mIoU": 50}}')
+    stand_in("exit 0")
+    (run,) = train_variants("run.py", [Variant("a", "a")], tmp_path / "out", stop_at_failure=False)
+    assert "is not there" in run.error
+
+
+@pytest.mark.parametrize("text", ["", '{"arguments": ['])
+def test_what_was_written_in_part_is_trained_again(stand_in, tmp_path, text):
+    stand_in("""echo '{"sem_seg": {"mIoU": 50}}' > $PLACE/out/a/evaluation.json""")
+    (tmp_path / "out/a").mkdir(parents=True)
+    for name in ("finished.json", "evaluation.json"):
+        (tmp_path / "out/a" / name).write_text(text)
+    (run,) = train_variants("run.py", [Variant("a", "a")], tmp_path / "out", keep_finished=True)
+    assert run.miou == 50.0
+
+
+def test_each_training_has_a_gpu_and_the_environment(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "_gpus", lambda: ["GPU-8d"])
+    stand_in("echo $CUDA_VISIBLE_DEVICES $SETS >> $PLACE/seen; exit 1")
+    variants = [Variant(name, name) for name in NAMES]
+    train_variants("run.py", variants, tmp_path / "out", environment={"SETS": "here"}, stop_at_failure=False)
+    assert (tmp_path / "seen").read_text() == "GPU-8d here\n" * 2
+
+
+def test_progress_of_a_training(tmp_path):
+    run = comparison.VariantRun(Variant("a", "A"), tmp_path, [])
+    assert run.progress() == "a: starting"
+    lines = ['{"iteration": 9}', '{"iteration": 19, "total_loss": 1.5, "eta_seconds": 90.0}', '{"iter']
+    (tmp_path / "metrics.json").write_text("\n".join(lines))
+    assert run.progress() == "a: iteration 20, loss 1.500, 1.5 min left"
+
+
 @pytest.mark.parametrize(
     ("variable", "gpus"),
     [(None, ["0", "1"]), ("", ["0", "1"]), ("3,5", ["3", "5"]), ("GPU-8d, GPU-3c, -1", ["GPU-8d", "GPU-3c"])],
