@@ -22,6 +22,7 @@ from ccnet_d2.data.transforms import RandomPhotometricDistortion, RandomScaleCro
 from ccnet_d2.engine import yacs
 from ccnet_d2.engine.command_line import main
 from ccnet_d2.errors import UserError
+from ccnet_d2.inference import build_mode
 from ccnet_d2.model_zoo import get_config
 
 CONFIG = "yacs/toy/ccnet_synthetic.yaml"
@@ -80,6 +81,7 @@ def test_train_resume_evaluate(train_net, tmp_path):
     # The same weights in the same mode; the log holds the percentages with four decimals.
     assert f"{slide:.4f}" in (tmp_path / "again/log.txt").read_text()
 
+    assert train_net("--eval-only", "--resume") == (0, "")  # the last checkpoint, without its name
     assert train_net("--resume", SOLVER__MAX_ITER=3, MODEL__CCNET__CATEGORY_CONSISTENT="piecewise")[0] == 0
     assert torch.load(checkpoint, weights_only=True)["iteration"] == 2
     status, error = train_net("--resume", SOLVER__MAX_ITER=3, MODEL__CCNET__CATEGORY_CONSISTENT="piecewise")
@@ -230,6 +232,18 @@ def test_the_papers_schedule_starts_at_the_whole_rate_and_takes_no_other_word_fo
         cfg = yacs.load_config(CONFIG, [f"SOLVER.{key}", value])
         with pytest.raises(UserError, match=rf"^SOLVER.{key} is .*PolyLR has no warm-up"):
             yacs.YacsTrainer.build_lr_scheduler(cfg, optimizer)
+
+
+def test_keys_of_this_package_s_own_count():
+    cfg = yacs.load_config(CONFIG, ["SOLVER.POLY_LR_MINIMUM", "0.01", "SOLVER.POLY_LR_POWER", "2.0"])
+    cfg.SOLVER.BASE_LR = 0.05
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.05)
+    multiplier = yacs.YacsTrainer.build_lr_scheduler(cfg, optimizer)._multiplier
+    assert multiplier(0.5) == pytest.approx(0.8 * 0.25 + 0.2)
+    cfg.TEST.CCNET.MODE, cfg.TEST.CCNET.TILE, cfg.TEST.CCNET.STRIDE = "slide", (24, 32), (12, 8)
+    assert vars(yacs._test_mode(cfg)) == vars(build_mode("slide", tile=(24, 32), stride=(12, 8)))
+    cfg.INPUT.CCNET.PHOTOMETRIC, cfg.INPUT.RANDOM_FLIP = True, "none"  # without a crop
+    assert [type(one) for one in yacs.train_augmentations(cfg)] == [RandomPhotometricDistortion]
 
 
 def test_each_key_of_the_images_is_for_its_argument(monkeypatch):
