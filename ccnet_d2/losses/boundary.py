@@ -125,7 +125,8 @@ class BoundaryLoss(nn.Module):
                 )
             else:
                 scores = upsample(scores, (target.shape[-2], target.shape[-1]), self.align_corners)
-            scores = scores[:, 0]
+            # A weight of 0 would not be enough where the score is not finite.
+            scores = scores[:, 0].masked_fill(~labelled, 0)
             per_pixel = F.binary_cross_entropy_with_logits(
                 scores, boundary.to(scores.dtype), reduction="none"
             )

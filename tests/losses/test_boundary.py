@@ -138,6 +138,24 @@ def test_no_labels_give_zero_with_a_graph_and_half_precision_counts_as_full():
     torch.testing.assert_close(half, BoundaryLoss()(logits.bfloat16().float(), target))
 
 
+@pytest.mark.parametrize("logit", [1e4, torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("resolution", ["labels", "map"])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_whatever_a_network_says_of_void_does_not_count(balanced, resolution, logit):
+    """Infinity times a weight of 0 was NaN."""
+    target = labels()
+    void = target == 255
+    assert void.any()
+    logits = torch.randn(2, 1, 20, 26, generator=torch.Generator().manual_seed(0))
+    loss, found = BoundaryLoss(balanced=balanced, resolution=resolution), []
+    for values in (logits, logits.masked_fill(void[:, None], logit)):
+        values.requires_grad_()
+        value = loss(values, target)
+        found.append((value, torch.autograd.grad(value, values)[0]))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert found[0][0] > 0 and not found[0][1][:, 0][void].any()
+
+
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="radius must be at least 1"):
         BoundaryLoss(radius=0.5)
