@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from ccnet_d2.wording import first_line
+
 from .network import ExportError
 from .program import INPUT, OUTPUT
 
@@ -33,7 +35,8 @@ def onnx_bytes(program: ExportedProgram, metadata: Mapping[str, str]) -> bytes:
         metadata: entries for the file's `metadata_props`.
 
     Raises:
-        ExportError: an operator has no ONNX form, or the weights exceed the 2 GB of one file.
+        ExportError: an operator has no ONNX form, the weights exceed the 2 GB of one file, or the file is not valid by
+            the onnx package.
     """
     silence = io.StringIO()  # the exporter prints its progress
     try:
@@ -55,7 +58,12 @@ def onnx_bytes(program: ExportedProgram, metadata: Mapping[str, str]) -> bytes:
     _forget_the_tracing(model)
     for key, value in metadata.items():
         model.metadata_props.add(key=key, value=value)
-    onnx.checker.check_model(model, full_check=True)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            f"the file that torch made is no valid ONNX (onnx {onnx.__version__}): {first_line(error)}"
+        ) from error
     return model.SerializeToString()
 
 

@@ -60,6 +60,34 @@ def test_a_program_of_one_size():
         onnx_format.onnx_bytes(program_of(sizes={0: SIZES[0], 2: SIZES[2]}), {})
 
 
+def of_a_later_onnx(graph):
+    """As torch's exporter makes where it is newer than the package that checks."""
+    graph.node[0].op_type = "ConvOfTheFuture"
+
+
+def of_another_shape(graph):
+    """Known once the shapes of all operators are worked out."""
+    graph.output[0].type.tensor_type.shape.dim[1].dim_value = 5
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (of_a_later_onnx, "No Op registered for ConvOfTheFuture"),
+        (of_another_shape, r"differ in .*\(4\) vs \(5\)"),
+    ],
+)
+def test_a_file_against_the_rules_of_onnx_is_not_written(monkeypatch, fault, message):
+    """It was a traceback."""
+    name_sizes = onnx_format._name_sizes
+    monkeypatch.setattr(onnx_format, "_name_sizes", lambda graph: (name_sizes(graph), fault(graph)))
+    with pytest.raises(
+        ExportError, match=rf"^the file that torch made is no valid ONNX \(onnx \S+\): .*{message}"
+    ) as error:
+        onnx_format.onnx_bytes(program_of(), {})
+    assert "\n" not in str(error.value)
+
+
 def test_what_onnx_runtime_does_not_load():
     with pytest.raises(ExportError, match=r"^ONNX Runtime cannot load the file: .+"):
         onnx_format.onnx_runner(b"no ONNX file")
