@@ -20,6 +20,7 @@ from .drawing import readable, stack, text_line
 from .images import find_images, writable_format, write_image
 from .predictor import Predictor
 from .regions import draw_regions, find_regions
+from .video_files import VIDEO_CODECS
 from .visualize import confidence_map, save_labels, side_by_side
 
 __all__ = ["PICTURES", "BatchResult", "PictureJob", "plan_pictures", "write_pictures"]
@@ -148,6 +149,8 @@ def plan_pictures(
         raise UserError("an attention picture and the pixel that looks go together: give both or neither.")
     if ground_truth is not None and picture != "side-by-side":
         raise UserError(f"a ground truth is drawn in side-by-side pictures only, not in '{picture}'.")
+    if not os.fspath(output):
+        raise UserError("the output has no name: give a folder, or a .png.")
     paths = find_images(inputs)
     targets = _targets(paths, Path(os.path.expanduser(output)))
     if picture == "labels" and any(target.suffix.lower() != ".png" for target in targets):
@@ -168,6 +171,11 @@ def _confidence_picture(confidence: np.ndarray) -> np.ndarray:
 
 
 def _targets(paths: Sequence[Path], output: Path) -> list[Path]:
+    if output.suffix.lower() in VIDEO_CODECS and not os.path.isdir(output):
+        raise UserError(
+            f"pictures of images cannot be written to '{output}', a video: give a folder, or a .png; a folder of "
+            "frames becomes a video by --video-input (`write_video`)."
+        )
     if output.suffix.lower() in Image.registered_extensions() and not os.path.isdir(output):
         if len(paths) > 1:
             raise UserError(f"{len(paths)} images cannot all be written to '{output}': give a folder.")

@@ -256,11 +256,14 @@ def test_where_pictures_are_written(photograph, tmp_path, monkeypatch):
     path, _ = photograph
     monkeypatch.setenv("HOME", str(tmp_path))
     folder, truth = tmp_path / "pictures.png", tmp_path / "truth" / "street.png"
-    folder.mkdir()
+    frames = tmp_path / "drive.mp4"
+    for existing in (folder, frames):
+        existing.mkdir()
     save_labels(truth, np.zeros((2, 2), np.uint8))
     for output, target in (
         (tmp_path / "o.PNG", tmp_path / "o.PNG"),
         (folder, folder / "street.png"),
+        (frames, frames / "street.png"),
         (tmp_path / "v1.2", tmp_path / "v1.2" / "street.png"),
         ("~/o.png", tmp_path / "o.png"),
         ("~nobody's.png", Path("~nobody's.png")),  # of no user's home
@@ -296,6 +299,13 @@ def test_outputs_that_do_not_fit_are_refused_before_predicting(make_segmenter, p
             r"would overwrite '.*truth/street\.png'",
         ),
         ((path, tmp_path / "taken"), {}, "is a file without an image suffix"),
+        (
+            (path, tmp_path / "one.MP4"),
+            {},
+            r"^pictures of images .* to '.*one\.MP4', a video: give a folder, or a \.png",
+        ),
+        (([path, jpg], tmp_path / "two.avi"), {}, r"to '.*two\.avi', a video"),
+        ((path, ""), {}, r"^the output has no name: give a folder, or a \.png\.$"),
         ((path, tmp_path / "one.psd"), {}, r"one\.psd': unknown image type '\.psd', take \.png or \.jpg"),
         ((path, tmp_path / "o.jpg"), {"picture": "labels"}, r"label maps are written as \.png"),
         ((path, tmp_path), {"picture": "drawing"}, "unknown picture 'drawing'"),
