@@ -182,8 +182,7 @@ def _decode_with_pillow(data: bytes, path: str, kind: str, mode: str | None = No
                     f"The {kind} '{path}' holds {image.mode} values of Pillow, not 8 bits a channel; convert it.",
                     path,
                 )
-            if mode:
-                image = upright(image)
+            image = upright(image)
             return np.asarray(image.convert(mode) if mode else image)
     except SampleError:
         raise
@@ -249,6 +248,8 @@ def read_image(path: str, image_format: str = "RGB") -> np.ndarray:
 def read_label(path: str) -> np.ndarray:
     """Read a label map: one channel of class indices, as gray values (of 1 to 16 bits) or as indices into a palette.
 
+    An orientation given in EXIF is applied, as to images.
+
     Args:
         path: any path that Detectron2's `PathManager` opens.
 
@@ -266,7 +267,8 @@ def read_label(path: str) -> np.ndarray:
         )
     # Bytes 24 and 25 of a PNG file, in its header chunk, are bit depth and colour type.
     if data.startswith(_PNG_SIGNATURE) and data[25] == _PNG_GRAY and data[24] >= 8:
-        label = _decode_with_opencv(data, path, "label map", cv2.IMREAD_UNCHANGED)
+        # Not IMREAD_UNCHANGED, which leaves out EXIF, and so would not lie on an image that is turned.
+        label = _decode_with_opencv(data, path, "label map", cv2.IMREAD_ANYDEPTH)
     else:
         label = _decode_with_pillow(data, path, "label map")
         if label.dtype == bool:

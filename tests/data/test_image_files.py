@@ -174,6 +174,23 @@ def test_gray_palette_and_deep_labels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_label(path), LABEL)
 
 
+@pytest.mark.parametrize("orientation", [3, 6])
+@pytest.mark.parametrize("kind", ["8 bits", "16 bits", "palette", "1 bit", "tiff"])
+def test_labels_are_turned_as_their_images_are(tmp_path: Path, kind: str, orientation: int) -> None:
+    """Where a program copies the photograph's EXIF into the label map; Detectron2 turns both, too."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    label = LABEL % 2 if kind == "1 bit" else LABEL
+    image = Image.fromarray(label.astype({"16 bits": np.uint16, "1 bit": bool}.get(kind, np.uint8)))
+    if kind == "palette":
+        image.putpalette([(i * 91) % 256 for i in range(768)])
+    path = str(tmp_path / ("label.tif" if kind == "tiff" else "label.png"))
+    image.save(path, exif=exif)
+    np.testing.assert_array_equal(read_label(path), np.rot90(label, {3: 2, 6: -1}[orientation]))
+    Image.fromarray(PIXELS[:10, :14]).save(photograph := str(tmp_path / "photograph.png"), exif=exif)
+    assert read_image(photograph).shape[:2] == read_label(path).shape
+
+
 def test_one_bit_masks_are_zero_and_one(tmp_path: Path) -> None:
     path = str(tmp_path / "label.png")
     Image.fromarray(LABEL > 9).save(path)
