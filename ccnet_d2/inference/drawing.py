@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,6 +30,7 @@ __all__ = [
 PAPER = (255, 255, 255)
 INK = (32, 32, 36)
 _MARGIN = 8
+_TEXT_MARGIN = 4  # of a line of text, at both ends together
 # Smaller pictures are enlarged until their longer side reaches this, larger ones in grids reduced to the
 # second.
 _MIN_SIDE = 240
@@ -77,7 +79,7 @@ def text_line(text: str, width: int, size: int = 14, *, color: Sequence[int] = I
     """One line of text on paper, centred; shortened with dots when it is too long."""
     font = _font(size)
     shown = text
-    while shown and font.getlength(shown) > width - 4:
+    while shown and font.getlength(shown) > width - _TEXT_MARGIN:
         shown = shown[:-4] + "..." if len(shown) > 4 else ""
     canvas = Image.new("RGB", (width, size + 8), PAPER)
     draw = ImageDraw.Draw(canvas)
@@ -145,15 +147,18 @@ def scale_bar(
         colors: (n, 3) uint8, from the lowest to the highest; a column of the bar each.
         low, high: what the ends stand for.
         caption: what is shown.
-        width: of the picture in pixels.
+        width: of the picture in pixels; for a narrow one the scale is wider, so that its words can be read.
         size: of the text in pixels.
     """
+    font = _font(size)
+    ends = max(font.getlength(low), font.getlength(high)) + 2 * _MARGIN
+    width = max(width, math.ceil(max(len(colors) + 2 * ends, font.getlength(caption) + _TEXT_MARGIN)))
     left, middle = (width - len(colors)) // 2, (size + 8) / 2
     canvas = Image.new("RGB", (width, size + 8), PAPER)
     canvas.paste(Image.fromarray(np.repeat(colors[None], size, axis=0)), (left, 4))
     draw = ImageDraw.Draw(canvas)
-    draw.text((left - _MARGIN, middle), low, font=_font(size), fill=INK, anchor="rm")
-    draw.text((left + len(colors) + _MARGIN, middle), high, font=_font(size), fill=INK, anchor="lm")
+    draw.text((left - _MARGIN, middle), low, font=font, fill=INK, anchor="rm")
+    draw.text((left + len(colors) + _MARGIN, middle), high, font=font, fill=INK, anchor="lm")
     return stack([np.asarray(canvas), text_line(caption, width, size)])
 
 
@@ -173,7 +178,7 @@ def panel_grid(
 
     Args:
         rows: panels; None leaves a cell empty. Those of a row should have one aspect ratio.
-        titles: one for each column.
+        titles: one for each column; columns of narrow panels are wider, so that they can be read.
         row_titles: a line above each row.
     """
     panels = [panel for row in rows for panel in row if panel is not None]
@@ -184,13 +189,15 @@ def panel_grid(
     height, width = max(round(height * reduce), 1), max(round(width * reduce), 1)
 
     size = text_size(width)
+    longest = math.ceil(max(_font(size).getlength(title) for title in titles)) + _TEXT_MARGIN
+    column = max(width, min(longest, _MIN_SIDE))
     gap = np.full((1, _MARGIN, 3), PAPER, np.uint8)
-    lines = [_beside([text_line(title, width, size) for title in titles], gap)]
+    lines = [_beside([text_line(title, column, size) for title in titles], gap)]
     for position, row in enumerate(rows):
         if row_titles:
             lines.append(text_line(row_titles[position], lines[0].shape[1], max(size - 2, 11)))
-        cells = [_cell(panel, height, width) for panel in row]
-        cells += [_cell(None, height, width)] * (len(titles) - len(cells))
+        cells = [_centred(_cell(panel, height, width), height, column) for panel in row]
+        cells += [_cell(None, height, column)] * (len(titles) - len(cells))
         lines.append(_beside(cells, gap))
         lines.append(np.full((_MARGIN, lines[0].shape[1], 3), PAPER, np.uint8))
     return _framed(np.concatenate(lines, axis=0))

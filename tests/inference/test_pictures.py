@@ -22,7 +22,15 @@ from ccnet_d2.inference import (
     write_image,
 )
 from ccnet_d2.inference.classes import distinct_colors
-from ccnet_d2.inference.drawing import legend, panel_grid, readable, resize_labels, resize_rgb, text_line
+from ccnet_d2.inference.drawing import (
+    legend,
+    panel_grid,
+    readable,
+    resize_labels,
+    resize_rgb,
+    scale_bar,
+    text_line,
+)
 from ccnet_d2.inference.images import as_rgb
 from ccnet_d2.inference.predictor import Prediction
 from ccnet_d2.inference.video import VideoPainter
@@ -91,6 +99,40 @@ def test_the_legend_of_a_narrow_picture_can_be_read(classes):
     ]
     assert {paint(frame).shape for frame in frames} == {paint(frames[0]).shape}
     np.testing.assert_array_equal(paint(frames[1])[300:321], legend(many, [9], 240, size=13)[:21])
+
+
+def test_the_titles_of_narrow_panels_can_be_read():
+    """As wide as a person of LIP, they were cut off before the number that they are there for."""
+    panel, titles = np.zeros((300, 60, 3), np.uint8), ["pixel (5, 30)", "R = 1 (max 0.54 %)"]
+    grid = panel_grid([[panel, panel]], titles)
+    wide = text_line(titles[1], 400, 13)
+
+    def extent(picture):
+        return np.ptp(np.flatnonzero((picture < 128).any(axis=(0, 2))))
+
+    column = (grid.shape[1] - 3 * 8) // 2
+    assert extent(wide) + 4 <= column <= extent(wide) + 12
+    for start in (8, 16 + column):
+        black = np.flatnonzero((grid[21:321, start : start + column] == 0).all(axis=(0, 2)))
+        assert (
+            len(black) == 60 and abs(black.min() + black.max() + 1 - column) <= 1
+        )  # as it was, in the middle
+    assert extent(grid[:21, 16 + column :]) == pytest.approx(extent(wide), abs=1)
+    # Those that are longer than a picture is wide are shortened.
+    assert panel_grid([[panel, panel]], ["image", "a run of a long name " * 4]).shape[1] == 2 * 240 + 3 * 8
+
+
+def test_the_ends_of_a_narrow_scale_can_be_read():
+    colors = np.full((20, 3), 200, np.uint8)
+    wide, narrow = (scale_bar(colors, "none", "most in the map", "share", width) for width in (400, 62))
+    bar, other = (picture[:21][(picture[:21] < 128).any(axis=2)] for picture in (wide, narrow))
+    assert len(bar) == len(other) > 200  # as much ink
+    caption = scale_bar(colors, "0", "1", "share of attention, its square root as colour", 62)
+    np.testing.assert_array_equal(
+        caption,
+        scale_bar(colors, "0", "1", "share of attention, its square root as colour", caption.shape[1]),
+    )
+    assert caption.shape[1] > 240
 
 
 def test_difference_tells_right_wrong_and_not_labelled_apart(classes):
