@@ -1,6 +1,7 @@
 """The attention viewer: what its server answers, and what it refuses."""
 
 import base64
+import http.client
 import io
 import json
 import shutil
@@ -269,6 +270,20 @@ def test_pages_of_other_sites_are_kept_out(ask, server):
     assert (
         status == 403 and f"127.0.0.1:{port} and localhost:{port} only; a tunnel" in json.loads(body)["error"]
     )
+
+
+def test_browsers_do_not_name_the_port_of_http(server, monkeypatch):
+    """At --port 80 every page was refused."""
+
+    def status(host):
+        client = http.client.HTTPConnection(*server.server_address, timeout=30)
+        client.request("GET", "/api/gallery", headers={"Host": host, "Origin": f"http://{host}"})
+        with client.getresponse() as answer:
+            return answer.status
+
+    assert status("127.0.0.1") == 403
+    monkeypatch.setattr(server, "server_port", 80)
+    assert [status(host) for host in ("127.0.0.1", "localhost:80", "attacker.example")] == [200, 200, 403]
 
 
 @pytest.mark.parametrize(

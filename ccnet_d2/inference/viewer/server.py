@@ -12,6 +12,7 @@ import sys
 import urllib.parse
 from collections.abc import Callable
 from http import HTTPStatus
+from http.client import HTTP_PORT
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -124,9 +125,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _check_origin(self) -> None:
-        hosts = {f"{name}:{self.server.server_port}" for name in (_ADDRESS, "localhost")}
+        port = self.server.server_port
+        names = (_ADDRESS, "localhost")
+        hosts = {f"{name}:{port}" for name in names}
+        if port == HTTP_PORT:  # which browsers leave out
+            hosts.update(names)
         if self.headers.get("Host") not in hosts:
-            port = self.server.server_port
             raise _Refused(
                 HTTPStatus.FORBIDDEN,
                 f"the viewer answers to 127.0.0.1:{port} and localhost:{port} only; a tunnel needs port {port} at both "
