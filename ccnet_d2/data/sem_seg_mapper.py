@@ -178,7 +178,8 @@ class SemSegMapper:
         transforms = self._augment(augmented, file_name)
         sample = {key: value for key, value in dataset_dict.items() if key != "sem_seg_file_name"}
         sample.update(height=height, width=width)
-        sample["image"] = torch.from_numpy(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+        # Not ascontiguousarray, which leaves a mirrored image of one pixel its negative strides.
+        sample["image"] = torch.from_numpy(augmented.image.transpose(2, 0, 1).copy())
         if augmented.sem_seg is not None:
             (sem_seg,) = self._completed([augmented.sem_seg], transforms, height, width)
             sample["sem_seg"] = torch.from_numpy(sem_seg.astype(np.int64))

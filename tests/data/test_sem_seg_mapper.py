@@ -55,6 +55,25 @@ def test_augmentations_in_order_with_detectron2s_own(write_pair: Callable) -> No
     assert mapped["image"].shape == (3, 3, 2)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1)])
+def test_images_of_one_pixel_a_side(write_pair: Callable, size: tuple[int, int]) -> None:
+    """That of a single pixel, mirrored, was a ValueError of torch's."""
+    label = np.arange(size[0] * size[1], dtype=np.uint8).reshape(size)
+    pair = write_pair("a", label, np.repeat(30 * label[..., None], 3, axis=2))
+    for augmentation, expected in (
+        (T.RandomFlip(1.0), label[:, ::-1]),
+        (ResizeByScale(2.0), label.repeat(2, axis=0).repeat(2, axis=1)),
+        (RandomScaleCrop((7, 7)), np.pad(label, ((0, 7 - size[0]), (0, 7 - size[1])), constant_values=255)),
+    ):
+        mapper = SemSegMapper(True, augmentations=[augmentation], num_classes=7, flip_pairs=[])
+        mapped = mapper(_sample(pair))
+        assert mapped["sem_seg"].tolist() == expected.tolist()
+        assert mapped["image"].shape == (3, *expected.shape)
+        if not isinstance(augmentation, ResizeByScale):  # which mixes neighbours
+            shown = mapped["sem_seg"] != 255
+            assert (mapped["image"][:, shown] == 30 * mapped["sem_seg"][shown]).all()
+
+
 @pytest.mark.parametrize(
     "augmentation",
     [

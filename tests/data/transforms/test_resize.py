@@ -64,3 +64,6 @@ def test_bad_arguments() -> None:
         ResizeToFit(512, 600)
     with pytest.raises(ValueError, match="short_side=0 has to be"):
         ResizeToFit(512, 0)
+    for size in ((0, 3), (3, 0)):
+        with pytest.raises(ValueError, match=f"ResizeTo: {size[0]}x{size[1]} has to be at least 1x1"):
+            ResizeTo(*size)
