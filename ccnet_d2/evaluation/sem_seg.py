@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from ccnet_d2.data.catalog import classes_of, get_sem_seg_dataset_dicts
+from ccnet_d2.data.catalog import check_registered, classes_of, get_sem_seg_dataset_dicts
 from ccnet_d2.data.errors import DatasetError, SampleError
 from ccnet_d2.data.image_files import read_label
 from ccnet_d2.data.sem_seg_mapper import IGNORE_LABEL, LabelMap
@@ -40,8 +40,7 @@ class CheckedSemSegEvaluator(DatasetEvaluator):
             distributed: add up what all processes counted. The results are then the main process's.
 
         Raises:
-            DatasetError: the data set is unknown or cannot be listed, or two of them have one image with different
-                label maps.
+            DatasetError: the data set is unknown or cannot be listed, or there is an image with different label maps.
         """
         self._dataset_name = dataset_name
         self.classes, ignore_label = classes_of(dataset_name)
@@ -51,10 +50,12 @@ class CheckedSemSegEvaluator(DatasetEvaluator):
         for record in records:
             image, label = record["file_name"], record.get("sem_seg_file_name")
             if self._label_files.setdefault(image, label) != label:
-                raise DatasetError(
-                    f"Data sets {', '.join(map(repr, dataset_name))} have '{image}' with different label maps: "
-                    "evaluate on one after the other."
-                )
+                names = [repr(name) for name in check_registered(dataset_name)]
+                which, advice = "Data set {} has", "keep one of them"
+                if len(names) > 1:
+                    which, advice = "Data sets {} have", "evaluate on one after the other"
+                which = which.format(", ".join(names))
+                raise DatasetError(f"{which} '{image}' with different label maps: {advice}.")
         self._distributed = distributed
         self.reset()
 

@@ -1,11 +1,12 @@
 """The evaluator of all runs: against Detectron2's and counts by hand, and what it refuses."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 from PIL import Image
 
@@ -103,6 +104,21 @@ def test_one_image_with_the_label_maps_of_two_sets_is_refused(register, tmp_path
     )
     with pytest.raises(DatasetError, match=rf"^Data sets 'first', '{both}' have '\S+0.png' with different"):
         CheckedSemSegEvaluator(["first", both])
+
+
+def test_one_image_twice_in_a_set_with_different_label_maps_is_refused(register):
+    """The set's name was taken apart into letters."""
+    first, second = register(drawn(0), drawn(1))
+    second["file_name"] = first["file_name"]
+    DatasetCatalog.register("twice", lambda: [first, second])
+    MetadataCatalog.get("twice").set(stuff_classes=CLASSES, ignore_label=VOID)
+    path = re.escape(first["file_name"])
+    with pytest.raises(
+        DatasetError, match=rf"^Data set 'twice' has '{path}' with .* maps: keep one of them\.$"
+    ):
+        CheckedSemSegEvaluator("twice")
+    second["sem_seg_file_name"] = first["sem_seg_file_name"]
+    assert CheckedSemSegEvaluator("twice").classes == CLASSES
 
 
 # 4 + 1 classes: Detectron2's evaluator takes 5 for class 0 of the answer's next class.
