@@ -41,3 +41,12 @@ def test_a_transform_that_says_what_it_pads_with_is_left_to_it(label_pad_value):
 def test_labels_that_become_the_first_class_are_not_outside(before):
     padded = outside_of(T.TransformList([Relabel(before, 0), T.PadTransform(0, 0, 2, 0)]), 3, 4)
     assert not padded[:, :4].any() and padded[:, 4:].all()
+
+
+def test_void_that_becomes_the_first_class_in_a_part_is_not_outside():
+    class Half(Relabel):
+        def apply_segmentation(self, segmentation):
+            return np.concatenate([super().apply_segmentation(segmentation[:1]), segmentation[1:]])
+
+    padded = outside_of(T.TransformList([Half(255, 0), T.PadTransform(0, 0, 2, 0)]), 3, 4)
+    assert not padded[:, :4].any() and padded[:, 4:].all()

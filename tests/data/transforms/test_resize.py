@@ -6,7 +6,7 @@ import pytest
 from detectron2.data import transforms as T
 
 from ccnet_d2.data.transforms import ResizeByScale, ResizeLinearTransform, ResizeTo, ResizeToFit
-from ccnet_d2.data.transforms.resize import nearest_index
+from ccnet_d2.data.transforms.resize import height_and_width, nearest_index
 
 RNG = np.random.default_rng(0)
 
@@ -55,6 +55,14 @@ def test_sizes(augmentation: T.Augmentation, size: tuple[int, int], expected: tu
     augmented = T.AugInput(np.zeros((*size, 3), np.uint8), sem_seg=np.zeros(size, np.uint8))
     augmentation(augmented)
     assert augmented.image.shape[:2] == augmented.sem_seg.shape == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "sides"), [(1, (1, 1)), (9.0, (9, 9)), ([1, 2], (1, 2)), ((3, 1.0), (3, 1))]
+)
+def test_a_size_is_a_side_or_two(size, sides: tuple[int, int]) -> None:
+    found = height_and_width(size, "crop_size")
+    assert found == sides and all(type(side) is int for side in found)
 
 
 def test_bad_arguments() -> None:
