@@ -11,7 +11,8 @@ from ccnet_d2.errors import UserError
 from ccnet_d2.inference import AttentionMaps, Predictor, draw_attention, draw_clip_attention, pixel_attention
 from ccnet_d2.inference.attention import attention_weights, find_rcca, record_input
 from ccnet_d2.inference.attention_pictures import heat_over_image
-from ccnet_d2.layers import RCCA
+from ccnet_d2.inference.attention_view import AttentionView, find_image_rcca
+from ccnet_d2.layers import RCCA, ClipRCCA
 from ccnet_d2.ops import criss_cross_attention
 
 
@@ -272,6 +273,31 @@ def test_the_figure_shows_a_panel_for_each_loop_and_marks_the_pixel():
     assert titled.shape == one.shape
     with pytest.raises(ValueError, match="1 titles for 2 panels"):
         draw_attention(AttentionMaps(image, pixel, (3, 4), [cross], (12.0, 12.0)), titles=["a"])
+
+
+@pytest.mark.parametrize(("height", "width"), [(7, 11), (1, 4), (20, 3)])
+def test_a_pixel_s_cell_is_the_one_that_its_middle_lies_in(height, width):
+    """A feature map of 3x5 cells, of which the image covers 2.6 rows and all columns."""
+    view = AttentionView(
+        np.zeros((height, width, 3), np.uint8),
+        torch.zeros(2, height, width),
+        RCCA(8).eval(),
+        torch.randn(1, 8, 3, 5),
+        (2.6, 5.0),
+    )
+    for y in range(height):
+        for x in range(width):
+            # In halves of a pixel and fifths of a cell, to stay exact.
+            row = next(r for r in range(3) if (2 * y + 1) * 13 < 10 * height * (r + 1))
+            column = next(c for c in range(5) if (2 * x + 1) * 5 < 2 * width * (c + 1))
+            assert view.at(x, y, recurrence=1).cell == (row, column)
+
+
+def test_attention_over_more_than_an_image_is_refused():
+    for layer in (RCCA(8, spatial_dims=3), ClipRCCA(8)):
+        with pytest.raises(UserError, match="attention is over clips, not single images"):
+            find_image_rcca(nn.Sequential(layer))
+    assert isinstance(find_image_rcca(nn.Sequential(RCCA(8))), RCCA)
 
 
 def test_marks_sit_on_the_pixel_and_titles_tell_the_largest_share(monkeypatch):
