@@ -230,6 +230,31 @@ def test_another_image_chosen_while_maps_are_computed(chosen, tmp_path):
     assert json.loads(run.stdout) == [text, False, False]
 
 
+@pytest.mark.skipif(shutil.which("node") is None, reason="runs the page's script in node")
+def test_a_file_too_large_to_upload_is_not_sent(ask, tmp_path):
+    """The server answers before all of it has arrived, and browsers then know of a broken connection only."""
+    limit = json.loads(ask("api/gallery")[2])["most_bytes"]
+    assert ask("api/image", b"x", **{"Content-Length": str(limit + 1)})[0] == 413
+    source = Path(viewer.__file__).with_name("viewer.js").read_text().replace("\nstart();", "")
+    program = f"""{source}
+    state.gallery = {{ models: [], images: [], most_bytes: {limit} }};
+    let sent = 0;
+    globalThis.fetch = async () => {{ sent += 1; return {{ ok: false, json: async () => ({{ error: "it came" }}) }}; }};
+    const said = [];
+    const told = async (size) => {{
+      await upload({{ name: "large.tif", size }});
+      const status = element("status");
+      said.push([sent, status.textContent, status.classList.names.has("error")]);
+    }};
+    told({limit + 1}).then(() => told({limit})).then(() => console.log(JSON.stringify(said)));
+    """
+    script = tmp_path / "page.js"
+    script.write_text(PAGE + program.replace('"use strict";', ""))
+    run = subprocess.run(["node", script], capture_output=True, text=True, timeout=30)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == [[0, "large.tif is larger than 64 MiB.", True], [1, "it came", True]]
+
+
 def png_of_size(width, height):
     """A PNG of a few bytes that says it is large."""
 

@@ -146,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
             name, kind = _STATIC[path]
             return (Path(__file__).parent / name).read_bytes(), kind
         if path == "/api/gallery":
-            return _json(gallery.describe())
+            return _json({**gallery.describe(), "most_bytes": _LARGEST_UPLOAD})
         if path == "/api/image":
             return gallery.picture(_number(query, "image")), "image/png"
         if path == "/api/prediction":

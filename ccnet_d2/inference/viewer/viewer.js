@@ -182,6 +182,11 @@ function restart() {
 }
 
 async function upload(file) {
+  const most = state.gallery?.most_bytes;
+  if (file.size > most) { // not sent: it would be refused before it has arrived, which breaks the connection
+    say(`${file.name} is larger than ${most / 2 ** 20} MiB.`, true);
+    return;
+  }
   say(`Opening ${file.name} …`);
   try {
     const image = await ask("image", { name: file.name }, { method: "POST", body: file });
