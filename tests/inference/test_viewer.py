@@ -108,7 +108,7 @@ def test_the_gallery_lists_models_and_images(ask):
 
 def test_maps_are_those_of_the_predictor(ask, gallery, photo):
     predictor = gallery.models[0][1]
-    for loops in (1, 3, 2):
+    for loops in (1, 3, 2, 8):
         status, _, body = ask(f"api/attention?image=0&model=0&x=20&y=11&recurrence={loops}")
         found = json.loads(body)
         assert status == 200
@@ -168,6 +168,22 @@ def test_old_uploads_are_forgotten_and_given_images_are_not(photo):
     assert [image["id"] for image in gallery.describe()["images"]] == [0, *numbers[-16:]]
     with pytest.raises(UserError, match="there is no image 1"):
         gallery.picture(1)
+
+
+def test_the_images_looked_at_last_are_not_computed_again(monkeypatch):
+    predictor = make_predictor()
+    gallery = Gallery([("a", predictor)])
+    computed = []
+    look_into = predictor.look_into
+    monkeypatch.setattr(
+        predictor, "look_into", lambda image: computed.append(image[0, 0, 0]) or look_into(image)
+    )
+    numbers = [gallery.upload(str(k), encoded(Image.new("RGB", (16, 16), (k, 0, 0))))["id"] for k in range(9)]
+    for number in (*numbers[:8], numbers[0], numbers[8], numbers[0]):
+        gallery.attention(number, 0, 3, 3)
+    assert computed == list(range(9))
+    gallery.attention(numbers[1], 0, 3, 3)  # of which eight others have been looked at since
+    assert computed == [*range(9), 1]
 
 
 def test_given_images_are_kept_as_files_and_not_in_memory(photo, tmp_path):
@@ -317,7 +333,7 @@ def test_browsers_do_not_name_the_port_of_http(server, monkeypatch):
         ("api/attention?image=0&model=0&x=36&y=0", 400, "pixel (36, 0) lies outside the image of 36x24"),
         ("api/attention?image=0&model=0&x=-1&y=0", 400, "x must be a number from 0, got '-1'"),
         ("api/attention?image=0&model=0&x=1", 400, "y must be a number from 0, got ''"),
-        ("api/attention?image=0&model=0&x=1&y=1&recurrence=99", 400, "R must lie between 1 and 8, got 99"),
+        ("api/attention?image=0&model=0&x=1&y=1&recurrence=9", 400, "R must lie between 1 and 8, got 9"),
         ("api/attention?image=0&model=0&x=1&y=1&recurrence=0", 400, "R must lie between 1 and 8, got 0"),
         ("api/attention?image=0&model=1&x=1&y=1", 400, "none has no criss-cross attention"),
         ("api/attention?image=0&model=2&x=1&y=1", 400, "there is no model 2: there are 2"),
