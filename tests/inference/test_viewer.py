@@ -164,10 +164,13 @@ def test_uploads_are_turned_upright_and_reduced(ask):
 def test_old_uploads_are_forgotten_and_given_images_are_not(photo):
     gallery = Gallery([("a", make_predictor())], [photo])
     content = encoded(Image.new("RGB", (20, 20)))
-    numbers = [gallery.upload("x", content)["id"] for _ in range(20)]
+    numbers = [gallery.upload("x", content)["id"]]
+    gallery.attention(numbers[0], 0, 1, 1)
+    numbers += [gallery.upload("x", content)["id"] for _ in range(16)]
     assert [image["id"] for image in gallery.describe()["images"]] == [0, *numbers[-16:]]
-    with pytest.raises(UserError, match="there is no image 1"):
-        gallery.picture(1)
+    for look in (lambda: gallery.picture(1), lambda: gallery.attention(1, 0, 1, 1)):  # nor what was computed
+        with pytest.raises(UserError, match="there is no image 1"):
+            look()
 
 
 def test_the_images_looked_at_last_are_not_computed_again(monkeypatch):
