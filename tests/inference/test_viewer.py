@@ -360,6 +360,14 @@ def test_a_length_of_thousands_of_digits_is_refused(ask):
     assert status == 400 and "a number of 5000 digits" in json.loads(body)["error"]
 
 
+def test_uploads_to_elsewhere_and_of_no_length_are_refused(ask):
+    status, _, body = ask("api/picture", encoded(Image.new("RGB", (8, 8))))
+    assert status == 404 and json.loads(body)["error"] == "there is no /api/picture here."
+    for length in ("", "-1", "two"):
+        status, _, body = ask("api/image", b"x", **{"Content-Length": length})
+        assert status == 411 and json.loads(body)["error"] == "an upload must say how long it is."
+
+
 def test_an_address_that_is_none_is_refused(server):
     with socket.create_connection(server.server_address, timeout=30) as client:
         client.sendall(f"GET http://[::1 HTTP/1.0\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n".encode())
