@@ -14,9 +14,12 @@ from typing import IO
 from ccnet_d2.errors import UserError
 
 _TEMPORARY = "{name}.{token}.tmp"
-"""A file's name until it is whole; a process that is killed leaves such a file behind."""
+"""A file's name until it is whole, see `_end_of`; a process that is killed leaves such a file behind."""
 
 _TOKEN_BYTES = 4
+
+_ROOMY = 128
+"""Bytes that a name may have to be followed by more; file systems allow 143 or 255."""
 
 _ABANDONED = 3600
 """Seconds without a write after which a file that has not become whole counts as left behind."""
@@ -43,9 +46,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         A binary file to write to.
     """
     path = Path(path)
-    remove_temporary_files(path.parent, glob.escape(path.name), unchanged=_ABANDONED)
+    with contextlib.suppress(FileNotFoundError):
+        path.lstat()  # a name that is too long is so from the start, not only once everything is written
+    end = _end_of(path.name)
+    remove_temporary_files(path.parent, glob.escape(end), unchanged=_ABANDONED)
     # A name of its own: another process that writes the same file must not write into this one.
-    temporary = path.with_name(_TEMPORARY.format(name=path.name, token=secrets.token_hex(_TOKEN_BYTES)))
+    temporary = path.with_name(_TEMPORARY.format(name=end, token=secrets.token_hex(_TOKEN_BYTES)))
     try:
         with temporary.open("xb") as file:
             yield file
@@ -56,6 +62,15 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def _end_of(name: str) -> str:
+    """A name, or as much of the end of a long one as makes its temporary name no longer than itself."""
+    size = len(os.fsencode(name))
+    room = size - len(_TEMPORARY.format(name="", token="")) - 2 * _TOKEN_BYTES
+    while size > _ROOMY and len(os.fsencode(name)) > room:
+        name = name[1:]
+    return name
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -69,7 +84,7 @@ def remove_temporary_files(folder: str | os.PathLike[str], pattern: str, unchang
 
     Args:
         folder: where `atomic_write` wrote.
-        pattern: of the names of the files to be written, such as "*.pth".
+        pattern: of the ends of the names of the files to be written, such as "*.pth".
         unchanged: seconds for which a file must not have been written to, if processes may be writing such files now.
     """
     names = _TEMPORARY.format(name=pattern, token="[0-9a-f]" * 2 * _TOKEN_BYTES)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ccnet_d2.atomic_file import atomic_write, atomic_write_text
+from ccnet_d2.atomic_file import atomic_write, atomic_write_text, remove_temporary_files
 
 
 def test_files_appear_whole_and_synced(tmp_path, monkeypatch):
@@ -60,6 +60,34 @@ def test_what_killed_processes_left_of_a_file_goes_with_the_next_write(tmp_path)
         os.utime(left, (time.time() - age,) * 2)
         atomic_write_text(path, "")
         assert {p.name for p in tmp_path.iterdir()} == {path.name} | others | remaining
+
+
+@pytest.mark.parametrize("name", ["x" * 251 + ".pth", "x" * 243, "ü" * 120 + "[1].pth"])
+def test_names_as_long_as_names_can_be(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"old")
+    with atomic_write(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+        (temporary,) = {p.name for p in tmp_path.iterdir()} - {name}
+        assert temporary.removesuffix(".tmp").rpartition(".")[0] == name[-len(temporary) + 13 :]
+    assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == [name]
+    # What was left of such files is found as well, by their names and by the ends of them.
+    left = tmp_path / temporary
+    for remove in (
+        lambda: atomic_write_text(path, ""),
+        lambda: remove_temporary_files(tmp_path, f"*{name[-4:]}"),
+    ):
+        left.touch()
+        os.utime(left, (0, 0))
+        remove()
+        assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_names_that_are_too_long_are_refused_before_anything_is_written(tmp_path):
+    for name in ("x" * 256, "ü" * 128, "x" * 300):
+        with pytest.raises(OSError, match=f"File name too long: '.*/{name}'"), atomic_write(tmp_path / name):
+            pytest.fail("there is nothing to write to")
 
 
 def test_what_another_user_left_of_a_file_stays(tmp_path, monkeypatch):
