@@ -11,6 +11,7 @@ from urllib.error import URLError
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ccnet_d2.atomic_file import atomic_write, atomic_write_text, disk_full_reported, remove_temporary_files
 from ccnet_d2.errors import UserError
@@ -31,7 +32,8 @@ class SafeCheckpointer(DetectionCheckpointer):
     """`DetectionCheckpointer` that never runs code from a file, and leaves nothing half-done.
 
     Files and the tag `last_checkpoint` are written beside their place, synced and renamed. A weight of another shape
-    is an error: Detectron2 skips it with a warning, which leaves it at its random start.
+    is an error: Detectron2 skips it with a warning, which leaves it at its random start. So are integers for a
+    floating-point parameter, as of a quantized network, which Detectron2 takes for its weights.
     """
 
     def __init__(
@@ -223,6 +225,19 @@ class SafeCheckpointer(DetectionCheckpointer):
             raise CheckpointError(
                 f"The checkpoint does not fit the model: {str(error).splitlines()[0]}"
             ) from error
+
+    def _convert_ndarray_to_tensor(self, state_dict: dict[str, Any]) -> None:
+        super()._convert_ndarray_to_tensor(state_dict)
+        # The names are those of the model now, but for what DataParallel put before them.
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            found = state_dict.get(name, state_dict.get(f"module.{name}"))
+            if found is None or found.is_floating_point() or not parameter.is_floating_point():
+                continue
+            if not is_lazy(parameter) and found.shape == parameter.shape:  # another shape is told of later
+                raise CheckpointError(
+                    f"The checkpoint does not fit the model: {name} is of {found.dtype} there and of {parameter.dtype} "
+                    "in the model; take the weights as they were before quantization."
+                )
 
     def _log_incompatible_keys(self, incompatible) -> None:
         wrong = [entry for entry in incompatible.incorrect_shapes if not _matches(entry[0], self.may_differ)]

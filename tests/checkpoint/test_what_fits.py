@@ -70,6 +70,37 @@ def test_other_shapes_are_errors_unless_allowed(tmp_path):
     assert torch.equal(net.backbone[0].weight, Net(7).backbone[0].weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_integers_are_no_weights(tmp_path, prefix, dtype):
+    """Detectron2 copies them into the parameters."""
+    weights = {prefix + name: value for name, value in Net(7).state().items()}
+    weights[f"{prefix}backbone.1.weight"] = torch.ones(4, dtype=dtype)
+    net = Net(7)
+    with pytest.raises(
+        CheckpointError, match=rf"backbone\.1\.weight is of {dtype} there and of torch\.float32"
+    ):
+        load(tmp_path, weights, net)
+    assert torch.equal(net.head.weight, Net(7).head.weight)
+    # Where the shape may differ it is left out; in buffers integers count.
+    weights[f"{prefix}backbone.1.weight"] = torch.ones(3, dtype=dtype)
+    assert load(tmp_path, weights, Net(7), may_differ=["backbone.1.*"]).backbone[1].weight.eq(1).all()
+    weights[f"{prefix}backbone.1.weight"] = torch.full((4,), 2.0, dtype=torch.float16)
+    weights[f"{prefix}backbone.1.num_batches_tracked"] = torch.tensor(3)
+    norm = load(tmp_path, weights, Net(7)).backbone[1]
+    assert norm.weight.eq(2).all() and norm.num_batches_tracked == 3
+
+
+def test_integers_are_no_weights_where_names_are_matched(tmp_path):
+    weights = {
+        f"conv1_{kind}": np.ones(shape, np.uint8) for kind, shape in (("w", (4, 3, 1, 1)), ("b", (4,)))
+    }
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(weights))
+    net = nn.ModuleDict({"backbone": nn.ModuleDict({"stem": nn.ModuleDict({"conv1": nn.Conv2d(3, 4, 1)})})})
+    with pytest.raises(CheckpointError, match=r"stem\.conv1\.weight is of torch\.uint8"):
+        load_checkpoint(net, tmp_path / "x.pkl", strict=False)
+
+
 def test_buffers_count(tmp_path):
     weights = Net().state("backbone.1.running_mean")
     with pytest.raises(CheckpointError, match=r"lacks backbone\.1\.running_mean\.$"):
