@@ -18,6 +18,13 @@ logger = logging.getLogger(__name__)
 
 _ZIP_MAGIC = b"PK\x03\x04"
 
+# Records that programs have beside their weights; those of torch.export in its present and in its earlier format.
+_PROGRAMS = {
+    "constants.pkl": "TorchScript",
+    "archive_format": "torch.export",
+    "serialized_exported_program.json": "torch.export",
+}
+
 _ADVICE = ("Weights only load failed", "Please file an issue", "Check the documentation", "(1)", "(2)")
 _ASKED_FOR = re.compile(r"(?:nsupported GLOBAL|GLOBAL) ([\w.]+)")
 
@@ -130,15 +137,22 @@ def check_archive(path: str | Path) -> None:
     """Compare the checksum of every record of a zip archive as `torch.save` writes it.
 
     Raises:
-        CheckpointError: the archive is cut short, a record is damaged, or it holds what torch never writes.
+        CheckpointError: the archive is cut short, a record is damaged, it holds a program, or what `torch.save` never
+            writes.
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            names = {name.partition("/")[2] or name for name in archive.namelist()}
+            for kind in (kind for record, kind in _PROGRAMS.items() if record in names):
+                raise CheckpointError(
+                    f"Checkpoint {path} is a program of {kind}, not a state dict; name the checkpoint that it was made "
+                    "from."
+                )
             for record in archive.infolist():
                 # A few bytes can unpack to terabytes; torch stores its records as they are.
                 if record.compress_type != zipfile.ZIP_STORED:
                     raise CheckpointError(
-                        f"Checkpoint {path} holds a compressed record, {record.filename}; torch writes none."
+                        f"Checkpoint {path} holds a compressed record, {record.filename}; torch.save writes none."
                     )
             if (name := archive.testzip()) is not None:
                 raise CheckpointError(f"Checkpoint {path} is damaged: the checksum of {name} is wrong.")
@@ -202,8 +216,6 @@ def _reason(error: Exception) -> str:
     message = str(error)
     if asked := _ASKED_FOR.search(message):
         return f"it asks for {asked[1]}"
-    if "TorchScript" in message:
-        return "it is a TorchScript archive"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     telling = [line for line in lines if not line.startswith(_ADVICE)]
     return (telling[0] if telling else type(error).__name__).rstrip(".:")[:200]

@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -71,6 +72,27 @@ def test_damaged_files_are_named(tmp_path, content, suffix):
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="broken"):
         load_file(path)
+
+
+def test_programs_are_told_as_what_they_are(tmp_path):
+    """They are whole; and those of torch.export are what this project itself makes of a run."""
+    path = tmp_path / "program.pth"
+    torch.jit.save(torch.jit.trace(model().eval(), torch.zeros(1, 3, 2, 2)), path)
+    with pytest.raises(
+        CheckpointError, match=r"program\.pth is a program of TorchScript, not a state dict; name"
+    ):
+        load_file(path)
+    torch.export.save(
+        torch.export.export(model().eval(), (torch.zeros(1, 3, 2, 2),)), tmp_path / "program.pt2"
+    )
+    with pytest.raises(
+        CheckpointError, match=r"program\.pt2 is a program of torch\.export, not a state dict; name"
+    ):
+        load_file(tmp_path / "program.pt2")
+    with zipfile.ZipFile(tmp_path / "old.pt2", "w") as archive:
+        archive.writestr("serialized_exported_program.json", "{}")
+    with pytest.raises(CheckpointError, match=r"old\.pt2 is a program of torch\.export"):
+        load_file(tmp_path / "old.pt2")
 
 
 def test_truncated_checkpoint(tmp_path):
