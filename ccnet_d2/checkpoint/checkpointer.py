@@ -251,7 +251,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             )
         if {name for name, _ in self.model.named_parameters()} <= set(incompatible.missing_keys):
             raise CheckpointError(
-                "The checkpoint does not fit the model: no parameter has the name of one in it."
+                "The checkpoint does not fit the model: no parameter has the name of one in it; weights of another "
+                "code base have to be converted first, with projects/CCNet/tools/convert_checkpoint.py."
             )
         # What was left out for its shape, Detectron2 counts as missing as well.
         other_shape = {entry[0] for entry in incompatible.incorrect_shapes}

@@ -174,6 +174,13 @@ def check_weights(weights: Any, path: str | Path) -> None:
         raise CheckpointError(
             f"Checkpoint {path} holds a {type(weights).__name__} where a state dict is expected."
         )
+    if not weights:
+        raise CheckpointError(f"Checkpoint {path} holds no weights.")
+    for name in (name for name, value in weights.items() if isinstance(value, Mapping)):
+        raise CheckpointError(
+            f"Checkpoint {path} holds not weights but a {type(weights[name]).__name__} at {name!r}: one of another "
+            "code base has to be converted first, with projects/CCNet/tools/convert_checkpoint.py."
+        )
     for name, value in weights.items():
         if not isinstance(name, str):
             raise CheckpointError(

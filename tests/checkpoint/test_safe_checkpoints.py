@@ -154,6 +154,30 @@ def test_missing_parameters_are_an_error_when_strict(tmp_path):
     load_checkpoint(model(), path, strict=False)
 
 
+@pytest.mark.parametrize("name", ["x.pth", "x.pkl", "x.pyth", "x.pth?matching_heuristics=True"])
+def test_a_file_without_weights_is_named(tmp_path, name):
+    path = tmp_path / name.partition("?")[0]
+    content = {"model_state": {}} if path.suffix == ".pyth" else {"model": {}, "__author__": "x"}
+    if path.suffix == ".pkl":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+    with pytest.raises(CheckpointError, match=rf"^Checkpoint {path} holds no weights\.$"):
+        load_checkpoint(model(), tmp_path / name, strict=False)
+
+
+def test_a_file_of_another_code_base_is_to_be_converted(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"epoch": 3, "state_dict": dict(model().state_dict())}, path)
+    with pytest.raises(
+        CheckpointError, match=r"holds not weights but a dict at 'state_dict': .*convert_checkpoint\.py\.$"
+    ):
+        load_checkpoint(model(), path)
+    torch.save({"conv1.weight": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match=r"no parameter has .*; .*convert_checkpoint\.py\.$"):
+        load_checkpoint(model(), path)
+
+
 def test_nothing_in_common_is_an_error_always(tmp_path):
     path = tmp_path / "x.pth"
     torch.save({"model": {"other.weight": torch.zeros(1)}}, path)
