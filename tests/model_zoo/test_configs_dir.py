@@ -63,6 +63,15 @@ def test_a_name_s_beginning_names_those_that_begin_so():
         get_config("lip/ce2p")
 
 
+@pytest.mark.parametrize("name", ["", "configs/", "nothing like any of them"])
+def test_names_that_are_near_none_are_told_where_all_are_listed(name):
+    """The first that there are would be no answer."""
+    with pytest.raises(
+        UserError, match=rf"no config '{name}': ccnet_d2\.model_zoo\.config_names\(\) lists all\.$"
+    ):
+        get_config(name)
+
+
 def test_a_yacs_config_is_told_where_it_works():
     with pytest.raises(UserError, match=r"not a LazyConfig.*train_net\.py.*DefaultPredictor"):
         get_config("yacs/toy/ccnet_synthetic.yaml")
