@@ -161,7 +161,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         Raises:
             CheckpointError: the file cannot be had or read, or does not fit the model.
         """
-        path = os.fspath(path or "")
+        path = os.path.expanduser(os.fspath(path or ""))
         self._by_heuristics = path.endswith(_BY_HEURISTICS)
         try:
             rest = super().load(path.removesuffix(_BY_HEURISTICS), checkpointables=[])

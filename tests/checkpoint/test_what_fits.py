@@ -223,6 +223,15 @@ def test_names_are_matched_by_their_ends_where_the_path_says_so(tmp_path):
         checkpointer.load(str(path))
 
 
+def test_a_file_in_the_home_directory(tmp_path, monkeypatch):
+    """Shells leave the ~ in train.init_checkpoint=~/x.pth as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save(Net(7).backbone.state_dict(), tmp_path / "x.pth")
+    net = Net()
+    SafeCheckpointer(net).load("~/x.pth?matching_heuristics=True")
+    assert torch.equal(net.backbone[0].weight, Net(7).backbone[0].weight)
+
+
 @pytest.mark.parametrize("url", ["https://127.0.0.1:9/x.pth", "catalog://nothing"])
 def test_what_cannot_be_fetched(url):
     with pytest.raises(CheckpointError, match="cannot be had"):
