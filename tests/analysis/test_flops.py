@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fvcore.nn import FlopCountAnalysis
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ccnet_d2 import add_rcca
 from ccnet_d2.analysis import count_flops
 from ccnet_d2.layers import HV, RCCA, GlobalConvolution, NonLocal
 from ccnet_d2.ops import available_backends
@@ -75,6 +77,40 @@ def test_other_shapes_of_attention_and_large_kernels():
     assert count_flops(HV(channels), x)["Global"] == 2 * projections + lines
     thin = 2 * height * width * channels * channels * 7
     assert count_flops(GlobalConvolution(channels, kernel_size=7), x)["Global"] == 4 * thin
+
+
+@pytest.mark.parametrize("module", ["rcca", "nl"])
+def test_fvcore_counts_all_of_matmul_and_nothing_of_what_is_fused(module):
+    """As docs/add-rcca.md says, in multiply-adds."""
+    height, width, channels = 5, 9, 16
+    positions = height * width
+    # The block of the latter has query, key and value of half the channels, a projection back, and a norm.
+    projections, attention, backend, operator = {
+        "rcca": (
+            2 * positions * channels * (channels + 2 * 2),
+            2 * positions * (height + width) * (channels + 2),
+            "compiled",
+            "ccnet_d2::criss_cross_forward",
+        ),
+        "nl": (
+            positions * 4 * channels * 8,
+            positions * positions * 2 * 8,
+            "sdpa",
+            "aten::scaled_dot_product_attention",
+        ),
+    }[module]
+
+    def count(backend):
+        net = nn.ModuleDict({"block": nn.Sequential(nn.Identity())})
+        add_rcca(net, "block.0", before=None, channels=channels, module=module, backend=backend)
+        analysis = FlopCountAnalysis(net["block"], torch.randn(1, channels, height, width))
+        analysis.unsupported_ops_warnings(False)
+        return analysis.total() - analysis.by_operator()["batch_norm"], set(analysis.unsupported_ops())
+
+    assert count("matmul")[0] == projections + attention
+    if module == "nl" or backend in BACKENDS:
+        total, unsupported = count(backend)
+        assert total == projections and operator in unsupported
 
 
 def test_fused_attention_of_the_cpu_is_counted():
