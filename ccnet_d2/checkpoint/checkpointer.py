@@ -11,7 +11,6 @@ from urllib.error import URLError
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from ccnet_d2.atomic_file import atomic_write, atomic_write_text, disk_full_reported, remove_temporary_files
 from ccnet_d2.errors import UserError
@@ -229,11 +228,11 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _convert_ndarray_to_tensor(self, state_dict: dict[str, Any]) -> None:
         super()._convert_ndarray_to_tensor(state_dict)
         # The names are those of the model now, but for what DataParallel put before them.
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+        for name, parameter in self.model.named_parameters():
             found = state_dict.get(name, state_dict.get(f"module.{name}"))
             if found is None or found.is_floating_point() or not parameter.is_floating_point():
                 continue
-            if not is_lazy(parameter) and found.shape == parameter.shape:  # another shape is told of later
+            if found.shape == parameter.shape:  # another shape is told of later
                 raise CheckpointError(
                     f"The checkpoint does not fit the model: {name} is of {found.dtype} there and of {parameter.dtype} "
                     "in the model; take the weights as they were before quantization."
@@ -323,7 +322,7 @@ def _with_model(data: dict[str, Any], filename: str) -> dict[str, Any]:
 
 
 def _model_zoo_format(data: dict[str, Any]) -> dict[str, Any]:
-    if "model" in data and "__author__" in data:
+    if "model" in data:
         return data
     blobs = data.get("blobs", data)  # detection models of Caffe2 have "blobs", ImageNet models do not
     if not isinstance(blobs, dict):

@@ -1,13 +1,16 @@
 """Which checkpoints fit a model, and what may be different when it is named."""
 
+import os
 import pickle
 
 import numpy as np
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from ccnet_d2.checkpoint import CheckpointError, SafeCheckpointer, load_checkpoint
+from tests.checkpoint.test_safe_checkpoints import Payload
 
 
 class Net(nn.Module):
@@ -52,7 +55,11 @@ def test_missing_names_are_errors_unless_allowed(tmp_path):
 
 
 def test_norms_frozen_in_training_have_no_counter(tmp_path):
-    weights = Net(7).state("backbone.1.num_batches_tracked")
+    weights = Net(
+        7
+    ).state()  # with the versions of its modules; batch norms that have none do without the counter
+    del weights["backbone.1.num_batches_tracked"]
+    assert "num_batches_tracked" in str(Net(7).load_state_dict(weights, strict=False))
     net = load(tmp_path, weights, Net(), strict=True, may_differ=["head.*"])
     assert torch.equal(net.backbone[0].weight, Net(7).backbone[0].weight)
 
@@ -91,6 +98,13 @@ def test_integers_are_no_weights(tmp_path, prefix, dtype):
     assert norm.weight.eq(2).all() and norm.num_batches_tracked == 3
 
 
+def test_integers_are_those_of_integer_parameters(tmp_path):
+    def net(value):
+        return nn.ParameterDict({"steps": nn.Parameter(torch.full((2,), value), requires_grad=False)})
+
+    assert load(tmp_path, net(3).state_dict(), net(0))["steps"].tolist() == [3, 3]
+
+
 def test_integers_are_no_weights_where_names_are_matched(tmp_path):
     weights = {
         f"conv1_{kind}": np.ones(shape, np.uint8) for kind, shape in (("w", (4, 3, 1, 1)), ("b", (4,)))
@@ -127,7 +141,78 @@ def test_a_run_is_resumed_whole_or_not_at_all(tmp_path):
     lenient = SafeCheckpointer(Net(), str(tmp_path), may_differ=["*"], may_lack=["*"])
     with pytest.raises(CheckpointError, match="has shape"):
         lenient.resume_or_load("", resume=True)
+    torch.save({"model": Net().state("head")}, tmp_path / "model_0000001.pth")
+    with pytest.raises(CheckpointError, match=r"lacks head\.bias, head\.weight\.$"):
+        lenient.resume_or_load("", resume=True)
     assert lenient.may_differ == ("*",) and not lenient.strict
+
+
+def test_no_code_runs_when_a_run_is_resumed(tmp_path):
+    """Its own checkpoints need none, whatever the one that it started from did."""
+    victim = tmp_path / "victim"
+    save_run(tmp_path)
+    torch.save({"model": Payload(victim)}, tmp_path / "model_0000001.pth")
+    checkpointer = SafeCheckpointer(Net(), str(tmp_path), allow_pickle=True)
+    with pytest.raises(CheckpointError, match="would run code"):
+        checkpointer.resume_or_load("", resume=True)
+    assert not victim.exists() and checkpointer.allow_pickle
+
+
+def test_an_older_checkpoint_is_named_where_the_last_is_damaged_and_only_there(tmp_path):
+    checkpointer = save_run(tmp_path)
+    for number, written in ((3, 100), (2, 200), (4, 300)):  # the numbers do not say which is newer
+        checkpointer.save(f"model_000000{number}")
+        os.utime(tmp_path / f"model_000000{number}.pth", (written, written))
+    os.utime(tmp_path / "model_0000001.pth", (0, 0))
+    last = tmp_path / "model_0000004.pth"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-1000])
+    os.utime(last, (300, 300))
+    with pytest.raises(
+        CheckpointError, match=r"an older one, such as \S+/model_0000002\.pth, write its name into"
+    ):
+        checkpointer.resume_or_load("", resume=True)
+    last.write_bytes(whole)
+    other = SafeCheckpointer(Net(7), str(tmp_path))
+    with pytest.raises(CheckpointError, match="has shape") as told:
+        other.resume_or_load("", resume=True)
+    assert "an older one" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.pth", "/etc/passwd", "a\0.pth", "", "\n", "two\nlines"])
+def test_a_tag_names_a_file_beside_it(tmp_path, name):
+    (tmp_path / "last_checkpoint").write_text(name)
+    with pytest.raises(
+        CheckpointError, match=r"last_checkpoint holds .*, which is not the name of a checkpoint"
+    ):
+        SafeCheckpointer(Net(), str(tmp_path)).resume_or_load("", resume=True)
+
+
+def test_a_tag_written_by_hand_may_end_its_line(tmp_path):
+    checkpointer = save_run(tmp_path)
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth\n")
+    assert checkpointer.resume_or_load("", resume=True) == {"iteration": 1}
+
+
+def test_without_a_checkpoint_nothing_is_loaded_or_said(tmp_path, caplog):
+    net = Net()
+    nn.init.constant_(net.head.bias, float("nan"))
+    assert SafeCheckpointer(net, optimizer=torch.optim.SGD(net.parameters(), 0.1)).load("") == {}
+    assert "NaN" not in caplog.text
+
+
+def test_errors_of_the_machine_are_none_of_the_file(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(DetectionCheckpointer, "load", full)
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory$"):
+        load(tmp_path, Net().state())
+
+
+def test_names_that_the_model_does_not_have_are_told(tmp_path, caplog):
+    load(tmp_path, {**Net().state(), "decoder.weight": torch.zeros(1)})
+    assert "not used by the model" in caplog.text and "decoder" in caplog.text
 
 
 def test_state_that_does_not_fit(tmp_path):
@@ -175,6 +260,12 @@ def test_caffe2_and_pycls_files(tmp_path):
     path.write_bytes(pickle.dumps({"blobs": {**arrays, "head.weight_momentum": np.zeros(1)}}))
     data = SafeCheckpointer(Net())._load_file(str(path))
     assert data["__author__"] == "Caffe2" and set(data["model"]) == set(arrays)
+    # With the weights under "model" they are Detectron2's, whether or not it says who wrote them.
+    path.write_bytes(pickle.dumps({"model": arrays}))
+    other = Net(5)
+    nn.init.zeros_(other.head.weight)
+    load_checkpoint(other, path)
+    assert torch.equal(other.head.weight, net.head.weight)
     path = tmp_path / "pycls.pyth"
     torch.save({"model_state": net.state_dict()}, path)
     other = Net(5)
