@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from ccnet_d2.checkpoint import CheckpointError, SafeCheckpointer, load_checkpoint, load_file
+from ccnet_d2.checkpoint.convert.write import write_checkpoint
+from ccnet_d2.checkpoint.safe_load import check_weights
 
 
 class Payload:
@@ -112,6 +114,40 @@ def test_a_failure_does_not_stand_in_the_way_of_the_next_file(tmp_path):
     checkpointer.load(str(tmp_path / "whole.pth"))
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.empty(2, device="meta"),
+        torch.eye(2).to_sparse(),
+        np.array(["a"]),
+        np.array([None]),
+        "a",
+    ],
+    ids=["meta", "sparse", "text", "objects", "a text"],
+)
+def test_what_is_no_array_of_numbers_is_named(value):
+    weights = {"fine": torch.ones(2), "also": np.ones(2, np.float16), "layer.weight": value}
+    with pytest.raises(
+        CheckpointError, match=r"^Checkpoint x\.pth holds \w+ at 'layer\.weight', where an array of"
+    ):
+        check_weights(weights, "x.pth")
+
+
+def test_a_file_of_torch_may_be_named_as_a_pickle(tmp_path):
+    source, net = model(), nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    torch.save({"model": source.state_dict()}, tmp_path / "x.pkl")
+    load_checkpoint(net, tmp_path / "x.pkl")
+    assert torch.equal(net[0].weight, source[0].weight)
+
+
+def test_checkpoints_are_written_into_new_folders(tmp_path):
+    weights = {"weight": torch.arange(3.0)}
+    for name in ("a/b/x.pth", "c/d/x.pkl"):
+        write_checkpoint(weights, tmp_path / name, "somebody")
+        data = load_file(tmp_path / name)
+        assert data["__author__"] == "somebody" and data["model"]["weight"].tolist() == [0, 1, 2]
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere\.pth"):
         load_checkpoint(model(), tmp_path / "nowhere.pth")
@@ -132,6 +168,13 @@ def test_a_file_that_may_not_be_read_is_named_with_the_reason(tmp_path, monkeypa
         ):
             load(path)
     load(path)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(CheckpointError, match=rf"^Checkpoint {tmp_path} does not exist as a file\.$"):
+        load_file(tmp_path)
+    with pytest.raises(CheckpointError, match=r"/x\.pth does not exist\.$"):
+        load_file(tmp_path / "x.pth")
 
 
 def test_a_name_that_is_too_long_for_the_disk():
