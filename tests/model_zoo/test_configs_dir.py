@@ -56,11 +56,15 @@ def test_unknown_name():
         get_config("toy/ccnet_sintetic")
 
 
-def test_a_name_s_beginning_names_those_that_begin_so():
+@pytest.mark.parametrize("name", ["lip/ce2p", "configs/lip/ce2p"])
+def test_a_name_s_beginning_names_those_that_begin_so(name):
     with pytest.raises(
-        UserError, match=r"did you mean lip/ce2p_R_101_\S+ or lip/ce2p_ccl_R_101_\S+ or lip/ce2p_ccl_"
+        UserError,
+        match=r"did you mean lip/ce2p_R_101_\S+ or lip/ce2p_ccl_R_101_\S+ or lip/ce2p_ccl_[^ ?]+\?$",
     ):
-        get_config("lip/ce2p")
+        get_config(name)
+    with pytest.raises(UserError, match=r"did you mean [^ ]+ or [^ ]+ or [^ ]+\?$"):
+        get_config("cityscapes/")  # of many, three
 
 
 @pytest.mark.parametrize("name", ["", "configs/", "nothing like any of them"])
