@@ -55,9 +55,8 @@ def test_missing_names_are_errors_unless_allowed(tmp_path):
 
 
 def test_norms_frozen_in_training_have_no_counter(tmp_path):
-    weights = Net(
-        7
-    ).state()  # with the versions of its modules; batch norms that have none do without the counter
+    # With the versions of its modules: batch norms that have none do without the counter.
+    weights = Net(7).state()
     del weights["backbone.1.num_batches_tracked"]
     assert "num_batches_tracked" in str(Net(7).load_state_dict(weights, strict=False))
     net = load(tmp_path, weights, Net(), strict=True, may_differ=["head.*"])
