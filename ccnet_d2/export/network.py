@@ -72,8 +72,8 @@ class ExportedNetwork(nn.Module):
         return F.pad(logits, (0, -right, 0, -below))
 
 
-def _project(attention: CrissCrossAttention, x: Tensor) -> tuple[Tensor, ...]:
-    """`CrissCrossAttention.project` as a convolution."""
+def _project(attention: CrissCrossAttention, x: Tensor, *_: object) -> tuple[Tensor, ...]:
+    """`CrissCrossAttention.project` as a convolution, with the weight that it has."""
     sizes = [attention.key_channels, attention.key_channels, attention.channels]
     return attention.qkv(x).split(sizes, dim=1)
 

@@ -64,16 +64,16 @@ class CrissCrossAttention(ContextModule):
         self.qkv = CONVOLUTIONS[spatial_dims](channels, 2 * self.key_channels + channels, kernel_size=1)
         self.gamma = nn.Parameter(torch.zeros(1))
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, plain: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, C, *S) -> query (B, C', *S), key (B, C', *S), value (B, C, *S), channels-last in memory.
 
         The convolution is 1x1, hence one matrix product; written as such it reads NCHW and channels-last inputs in
         place and writes what the attention reads, whereas a convolution would answer in the layout it is given.
-        """
-        return self._project(x, self._plain_projection())
 
-    def _project(self, x: Tensor, plain: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """`project`, by what `_plain_projection` answered: parametrisations may count how often they are asked."""
+        `plain` is the convolution's weight, flat, and its bias, where they have been asked for already: a
+        parametrisation such as spectral norm takes a step each time.
+        """
+        plain = plain or self._plain_projection()
         if plain is not None:
             projected = project(x, *plain)
         elif x.dim() == self.spatial_dims + 2:
@@ -123,7 +123,7 @@ class CrissCrossAttention(ContextModule):
             tensors = x, *plain, self.gamma
             if supports_loop(*tensors, self.backend):
                 return criss_cross_loop(*tensors, self.key_channels, channels_last=channels_last)
-        out = criss_cross_attention(*self._project(x, plain), backend=self.backend)
+        out = criss_cross_attention(*self.project(x, plain), backend=self.backend)
         if self.backend in ("auto", "compiled"):
             return gated_residual(out, self.gamma, x)
         # Differentiable twice, as these backends are.
