@@ -424,5 +424,5 @@ def test_inputs_that_do_not_fit_are_refused():
 
 def test_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("CCNET_CPU_ISA", "avx1024")
-    with pytest.raises(RuntimeError, match="^CCNET_CPU_ISA=avx1024 is unknown: choose portable"):
+    with pytest.raises(RuntimeError, match=r"^CCNET_CPU_ISA=avx1024 is unknown: choose portable"):
         criss_cross_attention(*(torch.randn(1, 2, 3, 4) for _ in range(3)), backend="compiled")
