@@ -12,7 +12,7 @@ from ccnet_d2.atomic_file import atomic_write_text
 from ccnet_d2.errors import UserError
 
 from .comparison import Variant, VariantRun, train_variants
-from .overrides import load_run
+from .overrides import load_run, refuse_overridden
 from .settings import make_output_dir
 
 
@@ -87,13 +87,7 @@ def _refuse_what_is_overridden(key: str, overrides: Sequence[str]) -> None:
     setters = {"train.seed": "--seeds", "train.output_dir": "--output"}
     if key in setters:
         raise UserError(f"{key} cannot be what differs, as {setters[key]} sets it for each run.")
-    setters[key] = "--values"
-    for override in overrides:
-        name = override.partition("=")[0].lstrip("+")
-        if name in setters:
-            raise UserError(
-                f"Override {override!r} has no effect, as {setters[name]} sets {name} for each run; leave it out."
-            )
+    refuse_overridden(overrides, {**setters, key: "--values"})
 
 
 def _folder_names(values: Sequence[str]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from ccnet_d2.inference import (
 )
 
 from .comparison import Variant, VariantRun, train_variants
-from .overrides import apply_overrides, load_run
+from .overrides import apply_overrides, load_run, refuse_overridden
 from .settings import make_output_dir
 
 TWO_LOOPS = Variant("rcca_r2", "RCCA, R=2", ("model.sem_seg_head.context=rcca_r2",))
@@ -33,6 +33,9 @@ ONE_LOOP = Variant("rcca_r1", "RCCA, R=1", ("model.sem_seg_head.context=rcca_r1"
 NO_ATTENTION = Variant("fcn", "no attention (FCN)", ("model.sem_seg_head.context=none",))
 VARIANTS = (TWO_LOOPS, ONE_LOOP, NO_ATTENTION)
 """The longest training comes first, so that the last one to start is the shortest."""
+
+_SETTERS = {"train.seed": "--seed", "train.output_dir": "--output", "model.sem_seg_head.context": "the demo"}
+"""What sets a key of each training, whatever its overrides say."""
 
 _PICTURES = 4
 
@@ -68,11 +71,12 @@ def run_demo(dataset: str, output: Path, *, seed: int = 0, overrides: Sequence[s
         overrides: config overrides for all three.
 
     Raises:
-        UserError: a training failed, or the folder cannot be written to.
+        UserError: a training failed, an override is wrong or has no effect, or the folder cannot be written to.
         DatasetError: the data set is missing.
     """
     start = time.monotonic()
     demo = DEMOS[dataset]
+    refuse_overridden(overrides, _SETTERS)
     make_output_dir(str(output), "output")
     (output / "report.json").unlink(missing_ok=True)  # no old report beside a failed run
     environment = {}

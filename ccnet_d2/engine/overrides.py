@@ -3,7 +3,7 @@
 import copy
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -73,6 +73,24 @@ def apply_overrides(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     for key, value in before.items():
         _check_kind(config, key, value)
     return config
+
+
+def refuse_overridden(overrides: Sequence[str], setters: Mapping[str, str]) -> None:
+    """Refuse overrides of keys that each of several runs gets from somewhere else.
+
+    Args:
+        overrides: such as "train.max_iter=20".
+        setters: what sets a key for each run, such as {"train.seed": "--seed"}.
+
+    Raises:
+        UserError: one of the keys is overridden.
+    """
+    for override in overrides:
+        name = override.partition("=")[0].lstrip("+")
+        if name in setters:
+            raise UserError(
+                f"Override {override!r} has no effect, as {setters[name]} sets {name} for each run; leave it out."
+            )
 
 
 def _check_value(override: str) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import cv2
 import numpy as np
@@ -114,6 +115,24 @@ def test_wrong_override_stops_before_training(tmp_path):
     with pytest.raises(UserError, match=r"train\.max_itr"):
         run_demo("synthetic", tmp_path, overrides=["train.max_itr=3"])
     assert not (tmp_path / "fcn").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "setter"),
+    [
+        ("train.seed=7", "--seed sets train.seed"),
+        ("+train.seed=7", "--seed sets train.seed"),
+        ("train.output_dir=x", "--output sets train.output_dir"),
+        ("model.sem_seg_head.context=psp", "the demo sets model.sem_seg_head.context"),
+    ],
+)
+def test_what_would_be_overridden_is_refused(tmp_path, trainings, override, setter):
+    """A seed was trained with, and the report said another one; the others had no effect."""
+    with pytest.raises(
+        UserError, match=f"^Override {re.escape(repr(override))} has no effect, as {setter} for each"
+    ):
+        run_demo("synthetic", tmp_path / "out", overrides=["train.max_iter=7", override])
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_that_cannot_be_made_is_told(tmp_path):
