@@ -8,12 +8,18 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from omegaconf import DictConfig
 
 from ccnet_d2.atomic_file import atomic_write_text
 from ccnet_d2.compat import has_fast_bf16
-from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
+from ccnet_d2.data import (
+    SyntheticConfig,
+    generate_synthetic_dataset,
+    get_sem_seg_dataset_dicts,
+    register_all,
+)
+from ccnet_d2.data.catalog import check_registered
 from ccnet_d2.data.image_files import read_image, read_label
 from ccnet_d2.inference import (
     AttentionMaps,
@@ -86,12 +92,12 @@ def run_demo(dataset: str, output: Path, *, seed: int = 0, overrides: Sequence[s
         # The trainings read it there, whatever the user's own data sets are.
         environment["DETECTRON2_DATASETS"] = str(root)
         register_all(root)
-    overrides = [f"train.seed={seed}", *overrides]
-    if dataset != "synthetic" and has_fast_bf16():
-        overrides.append("train.amp.enabled=True")
+    in_bf16 = ["train.amp.enabled=True"] if dataset != "synthetic" and has_fast_bf16() else []
+    overrides = [f"train.seed={seed}", *in_bf16, *overrides]
     # Fail on a wrong override or a missing data set at once, not three times in other processes.
     cfg = load_run(demo.config, overrides)
-    len(DatasetCatalog.get(cfg.dataloader.train.dataset.names))
+    for split in (cfg.dataloader.train, cfg.dataloader.test):
+        get_sem_seg_dataset_dicts(split.dataset.names)
     print(
         f"Training {', '.join(v.name for v in VARIANTS)} for {cfg.train.max_iter} iterations each.",
         flush=True,
@@ -153,7 +159,8 @@ def _draw(cfg: DictConfig, runs: Sequence[VariantRun], output: Path) -> None:
     records = records[:: max(1, len(records) // _PICTURES)][:_PICTURES]
     images = [record["file_name"] for record in records]
     truths = [read_label(record["sem_seg_file_name"]) for record in records]
-    classes = ClassTable.from_metadata(MetadataCatalog.get(cfg.dataloader.test.dataset.names))
+    name, *_ = check_registered(cfg.dataloader.test.dataset.names)
+    classes = ClassTable.from_metadata(MetadataCatalog.get(name))
     predictors = {
         run.variant.name: Predictor(apply_overrides(cfg.copy(), run.variant.overrides), run.checkpoint)
         for run in runs
@@ -170,7 +177,7 @@ def _draw(cfg: DictConfig, runs: Sequence[VariantRun], output: Path) -> None:
 
 
 def _test_records(cfg: DictConfig) -> list[dict]:
-    return DatasetCatalog.get(cfg.dataloader.test.dataset.names)
+    return get_sem_seg_dataset_dicts(cfg.dataloader.test.dataset.names)
 
 
 def _pixels_to_explain(

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("catalogs_as_before")
 
 def test_demo_writes_report_and_pictures(tmp_path, capsys):
     tiny = ["train.max_iter=3", "dataloader.train.total_batch_size=2", "train.num_pictures=0"]
+    tiny.append("dataloader.test.dataset.names=[ccnet_synthetic_val]")  # as a list, of which runs take one
     report = run_demo("synthetic", tmp_path, seed=5, overrides=tiny)
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert set(report["miou"]) == {"fcn", "rcca_r1", "rcca_r2"}
@@ -79,6 +80,9 @@ def test_real_images_are_trained_in_half_precision_where_it_is_fast(tmp_path, tr
     assert trainings["overrides"] == ["train.seed=0", *["train.amp.enabled=True"] * fast]
     assert trainings["environment"] == {}
     assert not (tmp_path / "out/datasets").exists()
+    # The user's come last, and count.
+    run_demo("camvid", tmp_path / "out", overrides=["train.amp.enabled=False"])
+    assert trainings["overrides"][-1] == "train.amp.enabled=False"
 
 
 def test_numbers_of_the_report_are_those_of_the_trainings(tmp_path, trainings):
@@ -115,6 +119,15 @@ def test_wrong_override_stops_before_training(tmp_path):
     with pytest.raises(UserError, match=r"train\.max_itr"):
         run_demo("synthetic", tmp_path, overrides=["train.max_itr=3"])
     assert not (tmp_path / "fcn").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_unknown_data_set_stops_before_training(tmp_path, trainings, split):
+    with pytest.raises(UserError, match=r"^There is no data set 'ccnet_synthetic_vall'; did you mean"):
+        run_demo(
+            "synthetic", tmp_path, overrides=[f"dataloader.{split}.dataset.names=[ccnet_synthetic_vall]"]
+        )
+    assert not trainings
 
 
 @pytest.mark.parametrize(
