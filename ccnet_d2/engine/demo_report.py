@@ -44,6 +44,7 @@ _SETTERS = {"train.seed": "--seed", "train.output_dir": "--output", "model.sem_s
 """What sets a key of each training, whatever its overrides say."""
 
 _PICTURES = 4
+_REPORT_FILES = ("report.json", "report.md", "predictions.png", "attention.png")
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,13 @@ def run_demo(dataset: str, output: Path, *, seed: int = 0, overrides: Sequence[s
     start = time.monotonic()
     demo = DEMOS[dataset]
     refuse_overridden(overrides, _SETTERS)
+    in_bf16 = ["train.amp.enabled=True"] if dataset != "synthetic" and has_fast_bf16() else []
+    overrides = [f"train.seed={seed}", *in_bf16, *overrides]
+    # Fail on a wrong override or a missing data set at once, not three times in other processes.
+    cfg = load_run(demo.config, overrides)
     make_output_dir(str(output), "output")
-    (output / "report.json").unlink(missing_ok=True)  # no old report beside a failed run
+    for stale in _REPORT_FILES:  # no old report beside a failed run
+        (output / stale).unlink(missing_ok=True)
     environment = {}
     if dataset == "synthetic":
         root = (output / "datasets").resolve()
@@ -92,10 +98,6 @@ def run_demo(dataset: str, output: Path, *, seed: int = 0, overrides: Sequence[s
         # The trainings read it there, whatever the user's own data sets are.
         environment["DETECTRON2_DATASETS"] = str(root)
         register_all(root)
-    in_bf16 = ["train.amp.enabled=True"] if dataset != "synthetic" and has_fast_bf16() else []
-    overrides = [f"train.seed={seed}", *in_bf16, *overrides]
-    # Fail on a wrong override or a missing data set at once, not three times in other processes.
-    cfg = load_run(demo.config, overrides)
     for split in (cfg.dataloader.train, cfg.dataloader.test):
         get_sem_seg_dataset_dicts(split.dataset.names)
     print(

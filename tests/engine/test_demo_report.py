@@ -104,7 +104,10 @@ def test_numbers_of_the_report_are_those_of_the_trainings(tmp_path, trainings):
 
 def test_a_demo_that_fails_leaves_no_report_of_an_earlier_one(tmp_path, trainings, monkeypatch):
     run_demo("synthetic", tmp_path)
-    assert (tmp_path / "report.json").exists()
+    report = [tmp_path / name for name in ("report.json", "report.md", "predictions.png", "attention.png")]
+    assert report[0].exists() and report[1].exists()
+    for picture in report[2:]:
+        picture.touch()
 
     def fail(*_, **__):
         raise UserError("a training failed")
@@ -112,13 +115,15 @@ def test_a_demo_that_fails_leaves_no_report_of_an_earlier_one(tmp_path, training
     monkeypatch.setattr(demo_report, "train_variants", fail)
     with pytest.raises(UserError, match="a training failed"):
         run_demo("synthetic", tmp_path)
-    assert not (tmp_path / "report.json").exists()
+    assert not any(file.exists() for file in report)
 
 
 def test_wrong_override_stops_before_training(tmp_path):
+    (tmp_path / "report.json").touch()
     with pytest.raises(UserError, match=r"train\.max_itr"):
         run_demo("synthetic", tmp_path, overrides=["train.max_itr=3"])
     assert not (tmp_path / "fcn").exists()
+    assert (tmp_path / "report.json").exists(), "for a slip of the pen"
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
