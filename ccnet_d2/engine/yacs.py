@@ -220,6 +220,15 @@ def load_config(name: str, options: Sequence[str] = ()) -> CfgNode:
         raise UserError(
             f"Config {path} cannot be used: its _BASE_ {error.filename} does not exist."
         ) from error
+    except OSError as error:  # of a web address, too
+        raise UserError(
+            f"Config {path} cannot be used: it, or its _BASE_, cannot be read: {error}."
+        ) from error
+    except RecursionError as error:
+        raise UserError(
+            f"Config {path} cannot be used: its _BASE_ leads back to the file that names it; name the config that it "
+            "changes."
+        ) from error
     except (AttributeError, TypeError) as error:
         raise UserError(
             f"Config {path} cannot be used: it, or its _BASE_, does not hold groups of keys with values, such as "

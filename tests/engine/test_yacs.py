@@ -148,11 +148,15 @@ def test_the_record_of_a_lazy_config_run_is_no_yacs_config(tmp_path, name):
         ("SOLVER: {MAX_ITER: '3 x'}", "with values (40000 vs. 3 x) for config key: SOLVER.MAX_ITER."),
         ("SOLVER:\n\tMAX_ITER: 5", "run.yaml: found character '\\t' that cannot start any token."),
         ("_BASE_: nowhere.yaml", "nowhere.yaml does not exist."),
+        ("_BASE_: .", "it, or its _BASE_, cannot be read: [Errno 21] Is a directory: '"),
+        ("_BASE_: run.yaml", "its _BASE_ leads back to the file that names it"),
+        ("_BASE_: other.yaml", "its _BASE_ leads back to the file that names it"),
     ],
 )
 def test_files_that_hold_no_config(tmp_path, text, words):
     path = tmp_path / "run.yaml"
     path.write_text(text)
+    (tmp_path / "other.yaml").write_text("_BASE_: [run.yaml]")
     with pytest.raises(UserError) as error:
         yacs.load_config(str(path))
     message = str(error.value)
