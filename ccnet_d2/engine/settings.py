@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference.build import configured_mode
 
-__all__ = ["check_init_checkpoint", "check_seed", "check_settings", "make_output_dir"]
+__all__ = ["check_init_checkpoint", "check_is_seed", "check_seed", "check_settings", "make_output_dir"]
 
 _WHOLE_NUMBERS = {
     "max_iter": 1,
@@ -90,10 +90,22 @@ def check_seed(cfg: DictConfig) -> None:
         UserError: it is no seed.
     """
     seed = OmegaConf.select(cfg, "train.seed", default=-1)  # Detectron2's own runs need not have one
+    check_is_seed(seed, "train.seed")
+
+
+def check_is_seed(seed: Any, key: str) -> None:
+    """
+    Args:
+        seed: a value of the config.
+        key: its name there.
+
+    Raises:
+        UserError: it is no seed.
+    """
     if not _is_whole_number(seed) or seed > _LARGEST_SEED:
         raise UserError(
-            f"train.seed={seed} has to be a whole number up to {_LARGEST_SEED}; one below 0 stands for another one in "
-            "each run."
+            f"{key}={seed} has to be a whole number up to {_LARGEST_SEED}; one below 0 stands for another one in each "
+            "run."
         )
 
 

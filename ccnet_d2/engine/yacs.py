@@ -43,6 +43,7 @@ from .distributed import (
 )
 from .evaluate_periodically import EvaluatePeriodically
 from .schedule import PolynomialDecayToMinimum
+from .settings import check_is_seed
 from .void_labels import WatchedLoader
 
 POLY_LR = "PolyLR"
@@ -256,6 +257,7 @@ def run(cfg: CfgNode, args: argparse.Namespace, *, resume: bool) -> Mapping[str,
     Returns:
         The last evaluation's results; None where there is none.
     """
+    check_is_seed(cfg.SEED, "SEED")
     cfg.freeze()
     args.config_file = str(config_path(args.config_file))
     default_setup(cfg, args)

@@ -64,6 +64,11 @@ class CCNet(nn.Module):
     @classmethod
     def from_config(cls, cfg):
         ccnet = own_keys(cfg, "CCNET", "MODEL.META_ARCHITECTURE CCNet")
+        mean = cfg.MODEL.PIXEL_MEAN
+        if len(mean) != 3:  # Detectron2's backbones take as many channels
+            raise UserError(
+                f"MODEL.PIXEL_MEAN is {list(mean)}, but needs a value for each of the 3 channels."
+            )
         backbone = build_backbone(cfg)
         head = build_sem_seg_head(cfg, backbone.output_shape())
         if len(inspect.signature(head.forward).parameters) < 3:
@@ -74,7 +79,7 @@ class CCNet(nn.Module):
         return {
             "backbone": backbone,
             "sem_seg_head": head,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_mean": mean,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
             "size_divisibility": ccnet.SIZE_DIVISIBILITY,

@@ -183,6 +183,13 @@ def test_files_that_hold_no_config(tmp_path, text, words):
             "CCHead",
             ["MODEL.SEM_SEG_HEAD.NAME='CCHead' is not one of", "'CCNetHead'"],
         ),
+        ("SEED", 2**40, ["SEED=1099511627776 has to be a whole number up to 2147483647; one below 0"]),
+        ("SEED", None, ["SEED=None has to be a whole number"]),
+        (
+            "MODEL.PIXEL_MEAN",
+            "[1.0]",
+            ["MODEL.PIXEL_MEAN is [1.0], but needs a value for each of the 3 channels"],
+        ),
         ("SOLVER.CHECKPOINT_PERIOD", 0, ["SOLVER.CHECKPOINT_PERIOD is 0, but has to be 1 or more"]),
         ("SOLVER.IMS_PER_BATCH", 0, ["SOLVER.IMS_PER_BATCH is 0, but has to be 1 or more"]),
         (
