@@ -146,10 +146,18 @@ def train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
 
     Raises:
         UserError: INPUT.CROP is not of the type "absolute", or it is off though INPUT.CCNET says how to scale and crop;
-            or INPUT.RANDOM_FLIP is unknown.
+            INPUT.RANDOM_FLIP is unknown; or Detectron2's resize to INPUT.{MIN,MAX}_SIZE_TRAIN is asked for.
     """
     augmentations: list[T.Augmentation] = []
     crop, extra = cfg.INPUT.CROP, cfg.INPUT.CCNET
+    if list(cfg.INPUT.MIN_SIZE_TRAIN or ()) != [0]:  # with which Detectron2 resizes nothing either
+        refuse_without_effect(
+            cfg.INPUT,
+            "INPUT",
+            {"MIN_SIZE_TRAIN": (0,), "MIN_SIZE_TRAIN_SAMPLING": "choice", "MAX_SIZE_TRAIN": 1333},
+            "images are scaled and cropped together here: leave it out and set INPUT.CCNET.SHORT_SIDES or SCALE_RANGE, "
+            "INPUT.CROP.ENABLED to True, INPUT.CROP.TYPE to 'absolute' and INPUT.CROP.SIZE.",
+        )
     set_here = [key for key, value in extra.items() if key != "PHOTOMETRIC" and value]
     if set_here and not crop.ENABLED:
         raise UserError(
@@ -190,6 +198,13 @@ def test_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
 
 def _test_mode(cfg: CfgNode) -> InferenceMode:
     """That of TEST.CCNET, without a model yet."""
+    refuse_without_effect(
+        cfg.TEST.AUG,
+        "TEST.AUG",
+        {"ENABLED": False},
+        "that is Detectron2's for instances: leave it out and set TEST.CCNET.MODE to 'ms' or 'ms-slide', which average "
+        "over scales and mirrored images.",
+    )
     test = cfg.TEST.CCNET
     return build_mode(test.MODE, tile=tuple(test.TILE or ()), stride=tuple(test.STRIDE or ()) or None)
 

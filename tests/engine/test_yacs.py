@@ -303,6 +303,26 @@ def test_each_key_of_the_images_is_for_its_argument(monkeypatch):
     assert {k: str(v) for k, v in vars(ours).items()} == {k: str(v) for k, v in vars(theirs).items()}
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("MIN_SIZE_TRAIN", "(512,)"), ("MIN_SIZE_TRAIN_SAMPLING", "range"), ("MAX_SIZE_TRAIN", 2048)],
+)
+def test_detectron2_s_resize_of_training_images_is_refused(key, value):
+    """It would not be done; images keep their size, or have that of INPUT.CROP."""
+    cfg = yacs.load_config(CONFIG, [f"INPUT.{key}", str(value)])
+    with pytest.raises(UserError, match=rf"^INPUT\.{key} is .* set INPUT\.CCNET\.SHORT_SIDES"):
+        yacs.train_augmentations(cfg)
+    cfg = yacs.load_config(CONFIG, ["INPUT.MAX_SIZE_TRAIN", "2048", "INPUT.MIN_SIZE_TRAIN", "(0,)"])
+    assert [type(one) for one in yacs.train_augmentations(cfg)] == [T.RandomFlip]
+
+
+def test_detectron2_s_test_time_augmentation_is_refused_before_the_training(train_net, tmp_path):
+    for flags in ([], ["--eval-only"]):
+        status, error = train_net(*flags, TEST__AUG__ENABLED=True)
+        assert status == 1 and "TEST.AUG.ENABLED is True, but" in error and "TEST.CCNET.MODE to 'ms'" in error
+    assert not list((tmp_path / "output").glob("*.pth"))
+
+
 def test_test_classes_of_other_names_are_told(train_net, tmp_path, catalogs_as_before):
     folders = (tmp_path / "ccnet_synthetic" / kind / "val" for kind in ("images", "labels"))
     register_sem_seg_folder("other_names", *folders, classes=["background", "ring", "B", "A"])
