@@ -13,6 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.engine import DefaultTrainer, default_setup, hooks
+from detectron2.evaluation import verify_results
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -352,7 +353,10 @@ def _evaluate(cfg: CfgNode, *, resume: bool) -> Mapping[str, Any]:
     load_checkpoint(model, path)
     for name in cfg.DATASETS.TEST:
         warn_of_other_names(cfg.DATASETS.TRAIN, name, "stuff_classes")
-    return YacsTrainer.test(cfg, model)
+    results = YacsTrainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)  # as the trainer does at its end
+    return results
 
 
 def _is_record_of_a_run(path: Path) -> bool:

@@ -82,6 +82,11 @@ def test_train_resume_evaluate(train_net, tmp_path):
     assert f"{slide:.4f}" in (tmp_path / "again/log.txt").read_text()
 
     assert train_net("--eval-only", "--resume") == (0, "")  # the last checkpoint, without its name
+    expected = {"TEST__EXPECTED_RESULTS": [["sem_seg", "mIoU", round(slide, 4), 0.01]]}
+    assert train_net("--eval-only", output="again", **expected, **options) == (0, "")
+    expected["TEST__EXPECTED_RESULTS"][0][2] += 1
+    with pytest.raises(SystemExit, match="1"):  # as it ends a training
+        train_net("--eval-only", output="again", **expected, **options)
     assert train_net("--resume", SOLVER__MAX_ITER=3, MODEL__CCNET__CATEGORY_CONSISTENT="piecewise")[0] == 0
     assert torch.load(checkpoint, weights_only=True)["iteration"] == 2
     status, error = train_net("--resume", SOLVER__MAX_ITER=3, MODEL__CCNET__CATEGORY_CONSISTENT="piecewise")
