@@ -196,7 +196,11 @@ class _Process:
                 f"{_contents(self.run.metrics)}."
             )
             return
-        finished = {"arguments": self.run.arguments, "seconds": self.run.seconds}
+        finished = {
+            "arguments": self.run.arguments,
+            "seconds": self.run.seconds,
+            "metrics": self.run.metrics,
+        }
         (self.run.output_dir / _FINISHED).write_text(json.dumps(finished))
 
 
@@ -228,7 +232,9 @@ def _was_finished(run: VariantRun) -> bool:
     """Whether an earlier call finished this run with the same arguments; if so, take its results."""
     try:
         finished = json.loads((run.output_dir / _FINISHED).read_text())
-        metrics = json.loads((run.output_dir / _EVALUATION).read_text())
+        # An evaluation that came later, in another test mode for instance, may have replaced evaluation.json, where
+        # older versions looked.
+        metrics = finished.get("metrics") or json.loads((run.output_dir / _EVALUATION).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return False
     if finished["arguments"] != run.arguments or not _has_miou(metrics):

@@ -1,5 +1,6 @@
 """The processes of a comparison, with a program in the place of a training."""
 
+import json
 import multiprocessing
 import os
 import sys
@@ -117,14 +118,50 @@ def test_what_finished_with_the_same_arguments_is_kept_if_asked_for(stand_in, tm
         assert len(trained.read_text().split()) == trainings
 
 
-def test_what_finished_without_a_miou_is_trained_again(stand_in, tmp_path):
-    """An evaluation that came later may have replaced the file."""
+def test_seconds_are_those_of_the_training_also_when_it_is_kept(stand_in, tmp_path):
+    stand_in("""sleep 1.5; echo '{"sem_seg": {"mIoU": 50}}' > $PLACE/out/a/evaluation.json""")
+    runs = [
+        *train_variants("run.py", [Variant("a", "a")], tmp_path / "out"),
+        *train_variants("run.py", [Variant("a", "a")], tmp_path / "out", keep_finished=True),
+    ]
+    assert 1.5 <= runs[0].seconds < 30 and runs[1].seconds == runs[0].seconds
+
+
+def test_an_evaluation_that_came_later_changes_nothing(stand_in, tmp_path):
+    """As one in another test mode, in the run's folder."""
     stand_in("""echo x >> $PLACE/trained; echo '{"sem_seg": {"mIoU": 50}}' > $PLACE/out/a/evaluation.json""")
-    for _ in range(2):
+    for miou in ("60", "null"):
         (run,) = train_variants("run.py", [Variant("a", "a")], tmp_path / "out", keep_finished=True)
         assert run.miou == 50
-        (tmp_path / "out/a/evaluation.json").write_text('{"sem_seg": {"mIoU": null}}')
-    assert len((tmp_path / "trained").read_text().split()) == 2
+        (tmp_path / "out/a/evaluation.json").write_text(f'{{"sem_seg": {{"mIoU": {miou}}}}}')
+    assert len((tmp_path / "trained").read_text().split()) == 1
+
+
+@pytest.mark.parametrize(("miou", "kept"), [("60", True), ("null", False)])
+def test_what_older_versions_finished_is_kept_where_it_has_a_miou(stand_in, tmp_path, miou, kept):
+    """They left the results in evaluation.json alone."""
+    stand_in("""echo '{"sem_seg": {"mIoU": 50}}' > $PLACE/out/a/evaluation.json""")
+    train_variants("run.py", [Variant("a", "a")], tmp_path / "out")
+    finished = tmp_path / "out/a/finished.json"
+    record = json.loads(finished.read_text())
+    del record["metrics"]
+    finished.write_text(json.dumps({**record, "seconds": 7.0}))
+    (tmp_path / "out/a/evaluation.json").write_text(f'{{"sem_seg": {{"mIoU": {miou}}}}}')
+    (run,) = train_variants("run.py", [Variant("a", "a")], tmp_path / "out", keep_finished=True)
+    assert (run.miou, run.seconds == 7.0) == (60 if kept else 50, kept)
+
+
+def test_a_variant_s_overrides_come_after_those_of_all(stand_in, tmp_path):
+    stand_in("exit 1")
+    variants = [Variant("a", "a", ("key=2",))]
+    (run,) = train_variants("run.py", variants, tmp_path, overrides=["key=1"], stop_at_failure=False)
+    assert run.arguments == [
+        "--config-file",
+        "run.py",
+        "key=1",
+        "key=2",
+        f"train.output_dir={tmp_path / 'a'}",
+    ]
 
 
 def test_results_of_an_earlier_run_do_not_pass_for_this_one_s(stand_in, tmp_path):
