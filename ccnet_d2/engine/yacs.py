@@ -299,7 +299,7 @@ def run(cfg: CfgNode, args: argparse.Namespace, *, resume: bool) -> Mapping[str,
             f"SOLVER.MAX_ITER is {trainer.max_iter}; raise it, or use --eval-only."
         )
     trainer.train()
-    return getattr(trainer, "_last_eval_results", None)
+    return getattr(trainer, "_last_eval_results", None) or None
 
 
 def _check_settings(cfg: CfgNode) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import transforms as T
+from detectron2.engine import default_argument_parser
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.solver import build_optimizer
 
@@ -260,6 +261,34 @@ def test_keys_of_this_package_s_own_count():
     assert vars(yacs._test_mode(cfg)) == vars(build_mode("slide", tile=(24, 32), stride=(12, 8)))
     cfg.INPUT.CCNET.PHOTOMETRIC, cfg.INPUT.RANDOM_FLIP = True, "none"  # without a crop
     assert [type(one) for one in yacs.train_augmentations(cfg)] == [RandomPhotometricDistortion]
+
+
+def test_results_are_returned(train_net, tmp_path):
+    options = [
+        "SOLVER.MAX_ITER",
+        "1",
+        "SOLVER.IMS_PER_BATCH",
+        "2",
+        "MODEL.DEVICE",
+        "cpu",
+        "OUTPUT_DIR",
+        str(tmp_path),
+    ]
+    args = default_argument_parser().parse_args(["--config-file", CONFIG])
+    results = yacs.run(yacs.load_config(CONFIG, options), args, resume=False)
+    assert results["sem_seg"]["mIoU"] == metrics(tmp_path)["sem_seg/mIoU"]
+    # Trained further, without an evaluation
+    args = default_argument_parser().parse_args(["--config-file", CONFIG])
+    options += ["SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()"]
+    assert yacs.run(yacs.load_config(CONFIG, options), args, resume=True) is None
+
+
+def test_test_images_are_read_by_the_config_s_number_of_workers(train_net, monkeypatch):
+    cfg = yacs.load_config(CONFIG, ["DATALOADER.NUM_WORKERS", "1"])
+    forked = []
+    monkeypatch.setattr(yacs, "fork_workers", lambda loader: forked.append(loader) or loader)
+    loader = yacs.YacsTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])
+    assert loader.num_workers == 1 and forked == [loader]
 
 
 def test_each_key_of_the_images_is_for_its_argument(monkeypatch):
