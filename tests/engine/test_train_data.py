@@ -56,6 +56,20 @@ def test_detectron2s_loader_becomes_one_that_can_be_resumed():
     assert names(build_train_loader(cfg)) == names(build_train_loader(cfg))
 
 
+def test_the_loader_by_its_name_is_one_too():
+    """As an override of the command line gives it."""
+    cfg = config(_target_="detectron2.data.build_detection_train_loader")
+    assert isinstance(build_train_loader(cfg), TrainLoader)
+
+
+@pytest.mark.parametrize(("what", "skip"), [("skip", True), ("stop", False)])
+def test_the_run_says_what_becomes_of_bad_samples(what, skip):
+    cfg = config(seed=0)
+    cfg.train.update(on_bad_sample=what, bad_sample_budget=3)
+    loader = build_train_loader(cfg)
+    assert (loader.bad_samples.skip, loader.bad_samples.budget, loader.seed) == (skip, 3, 0)
+
+
 @pytest.mark.parametrize(
     ("device", "options", "pinned"),
     [("cpu", {}, False), ("cuda", {}, True), ("cuda:1", {}, True), ("cuda", {"pin_memory": False}, False)],
