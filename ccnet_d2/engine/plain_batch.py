@@ -5,16 +5,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks, RotatedBoxes
 
 _KIND = "__kind__"
+_OF_ONE_TENSOR = {kind.__name__: kind for kind in (Boxes, RotatedBoxes, BitMasks, Keypoints)}
 
 
 def to_plain(value: Any) -> Any:
     """A batch as dicts, lists, numbers, strings and CPU tensors.
 
-    Detectron2's `Instances`, `Boxes`, `BitMasks` and `PolygonMasks` are described; of any other object the name of
-    its type stays, and `from_plain` gives that string in its place.
+    Detectron2's `Instances`, `Boxes`, `RotatedBoxes`, `BitMasks`, `PolygonMasks` and `Keypoints` are described; of any
+    other object the name of its type stays, and `from_plain` gives that string in its place.
     """
     if isinstance(value, np.generic):  # before float, of which numpy's is one
         return value.item()
@@ -31,7 +32,7 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, Instances):
         fields = {name: to_plain(item) for name, item in value.get_fields().items()}
         return {_KIND: "Instances", "size": list(value.image_size), "fields": fields}
-    if isinstance(value, (Boxes, BitMasks)):
+    if type(value) in _OF_ONE_TENSOR.values():
         return {_KIND: type(value).__name__, "value": value.tensor.detach().cpu().clone()}
     if isinstance(value, PolygonMasks):
         return {_KIND: "PolygonMasks", "value": to_plain(value.polygons)}
@@ -53,4 +54,4 @@ def from_plain(value: Any) -> Any:
         return value["value"].numpy()
     if kind == "PolygonMasks":
         return PolygonMasks(from_plain(value["value"]))
-    return {"Boxes": Boxes, "BitMasks": BitMasks}[kind](value["value"])
+    return _OF_ONE_TENSOR[kind](value["value"])

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks, RotatedBoxes
 from torch import nn
 
 from ccnet_d2.checkpoint import CheckpointError
@@ -268,6 +268,8 @@ def test_buffers_of_several_dtypes_are_put_back():
 def test_batches_of_detectors_as_plain_data(tmp_path):
     instances = Instances((4, 6), gt_classes=torch.tensor([1, 2]), gt_boxes=Boxes(torch.rand(2, 4)))
     instances.gt_masks = BitMasks(torch.rand(2, 4, 6) > 0.5)
+    instances.gt_keypoints = Keypoints(torch.rand(2, 17, 3))
+    instances.turned = RotatedBoxes(torch.rand(2, 5))
     polygons = Instances((4, 6), gt_masks=PolygonMasks([[np.array([0.0, 0, 4, 0, 4, 4])]]))
     data = [
         {"image": torch.rand(3, 4, 6), "instances": instances, "size": (4, 6), "area": np.float64(0.5)},
@@ -278,6 +280,10 @@ def test_batches_of_detectors_as_plain_data(tmp_path):
     assert torch.equal(back[0]["image"], data[0]["image"]) and back[0]["size"] == [4, 6]
     assert torch.equal(back[0]["instances"].gt_boxes.tensor, instances.gt_boxes.tensor)
     assert torch.equal(back[0]["instances"].gt_masks.tensor, instances.gt_masks.tensor)
+    assert torch.equal(back[0]["instances"].gt_keypoints.tensor, instances.gt_keypoints.tensor)
+    assert torch.equal(back[0]["instances"].turned.tensor, instances.turned.tensor)
+    kinds = [type(value) for value in back[0]["instances"].get_fields().values()]
+    assert kinds == [torch.Tensor, Boxes, BitMasks, Keypoints, RotatedBoxes]
     assert back[0]["area"] == 0.5 and back[0]["instances"].image_size == (4, 6)
     np.testing.assert_array_equal(back[1]["instances"].gt_masks.polygons[0][0], [0, 0, 4, 0, 4, 4])
     np.testing.assert_array_equal(back[1]["array"], [0, 1, 2])
