@@ -37,6 +37,14 @@ def test_norms_that_pass_everything_on_are_named(caplog):
     assert not told(model, caplog)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_a_norm_that_changes_anything_is_not_named(caplog, name):
+    norm = FrozenBatchNorm2d(4)
+    assert told(norm, caplog)
+    getattr(norm, name)[2] += 0.001
+    assert not told(norm, caplog)
+
+
 @pytest.mark.parametrize(("norm", "idle"), [("FrozenBN", 5), ("BN", 2)])
 def test_a_training_tells_of_a_head_that_follows_a_frozen_backbone(
     tmp_path, monkeypatch, catalogs_as_before, caplog, norm, idle
