@@ -273,7 +273,7 @@ def test_batches_of_detectors_as_plain_data(tmp_path):
     polygons = Instances((4, 6), gt_masks=PolygonMasks([[np.array([0.0, 0, 4, 0, 4, 4])]]))
     data = [
         {"image": torch.rand(3, 4, 6), "instances": instances, "size": (4, 6), "area": np.float64(0.5)},
-        {"instances": polygons, "array": np.arange(3), "none": None, "other": object()},
+        {"instances": polygons, "array": np.arange(3)[::-1], "none": None, "other": object()},
     ]
     torch.save(to_plain(data), tmp_path / "x")
     back = from_plain(torch.load(tmp_path / "x", weights_only=True))
@@ -286,11 +286,19 @@ def test_batches_of_detectors_as_plain_data(tmp_path):
     assert kinds == [torch.Tensor, Boxes, BitMasks, Keypoints, RotatedBoxes]
     assert back[0]["area"] == 0.5 and back[0]["instances"].image_size == (4, 6)
     np.testing.assert_array_equal(back[1]["instances"].gt_masks.polygons[0][0], [0, 0, 4, 0, 4, 4])
-    np.testing.assert_array_equal(back[1]["array"], [0, 1, 2])
+    np.testing.assert_array_equal(back[1]["array"], [2, 1, 0])
     assert back[1]["none"] is None and back[1]["other"] == "<builtins.object>"
     assert all_finite(data)
     instances.gt_boxes.tensor[0, 0] = math.nan
     assert not all_finite(data)
+
+
+def test_a_part_of_a_larger_tensor_is_stored_alone():
+    """torch.save would write the whole of what it is a view of."""
+    whole = torch.zeros(1000, 4, requires_grad=True)
+    described = to_plain({"part": whole[:2], "boxes": Boxes(whole[:2])})
+    for tensor in (described["part"], described["boxes"]["value"]):
+        assert tensor.untyped_storage().nbytes() == 2 * 4 * 4 and not tensor.requires_grad
 
 
 def test_other_files_are_no_steps(tmp_path):
