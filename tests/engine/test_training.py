@@ -1,12 +1,102 @@
-"""The results of an evaluation as a file."""
+"""What a run does with its config, and the results of an evaluation as a file."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from ccnet_d2.engine.training import write_results
+from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
+from ccnet_d2.engine import training
+from ccnet_d2.engine.overrides import load_run
+from ccnet_d2.engine.training import build_model, train, write_results
+from ccnet_d2.errors import UserError
+
+
+@pytest.fixture
+def small_run(tmp_path, monkeypatch, catalogs_as_before):
+    """Function that gives a run of seconds, with overrides."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    generate_synthetic_dataset(tmp_path / "ccnet_synthetic", SyntheticConfig(train_images=4, val_images=2))
+    register_all(tmp_path)
+    small = [
+        "train.max_iter=1",
+        "train.device=cpu",
+        "train.seed=0",
+        "train.num_pictures=0",
+        f"train.output_dir={tmp_path}/output",
+        "dataloader.train.total_batch_size=2",
+        "model.sem_seg_head.channels=16",
+    ]
+    return lambda *overrides: load_run("toy/ccnet_synthetic.py", [*small, *overrides])
+
+
+def test_results_are_returned_and_written(small_run, tmp_path):
+    results = train(small_run("train.max_iter=5", "train.log_period=2"))
+    written = json.loads((tmp_path / "output/evaluation.json").read_text())
+    assert results["sem_seg"]["mIoU"] == written["sem_seg"]["mIoU"]
+    lines = (tmp_path / "output/metrics.json").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [1, 3, 4, 5]
+    assert json.loads(lines[-1])["sem_seg/mIoU"] == results["sem_seg"]["mIoU"]
+    # With more iterations, which leave the evaluation at the end before
+    train(small_run("train.max_iter=7", "train.log_period=2"), resume=True)
+    more = (tmp_path / "output/metrics.json").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in more] == [1, 3, 4, 5, 5, 6, 7] and more[:4] == lines
+    # Begun anew in the same folder, with lines of its own alone
+    assert train(small_run("dataloader.evaluator=null")) is None
+    (line,) = (tmp_path / "output/metrics.json").read_text().splitlines()
+    assert json.loads(line)["iteration"] == 0
+
+
+def test_weights_that_may_be_missing_or_of_another_shape(small_run, tmp_path):
+    train(small_run("dataloader.evaluator=null"))
+    weights = tmp_path / "output/model_final.pth"
+    other = [
+        f"train.init_checkpoint={weights}",
+        "model.sem_seg_head.channels=32",
+        "dataloader.evaluator=null",
+    ]
+    with pytest.raises(UserError, match=r"name what may differ in train\.init_may_differ"):
+        train(small_run(*other))
+    train(small_run(*other, "train.init_may_differ=['sem_seg_head.*']"))
+    data = torch.load(weights, weights_only=True)
+    model = data["model"]
+    part = {"model": {key: value for key, value in model.items() if not key.startswith("backbone.conv2")}}
+    torch.save(part, tmp_path / "part.pth")
+    other[0] = f"train.init_checkpoint={tmp_path}/part.pth"
+    with pytest.raises(UserError, match=r"backbone\.conv2"):
+        train(small_run(*other))
+    train(small_run(*other, "train.init_may_lack=['backbone.conv2.*']"))
+
+
+def test_deterministic_operations_alone_where_a_run_asks_for_them(small_run, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    try:
+        train(small_run("dataloader.evaluator=null"))
+        assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark
+        train(small_run("dataloader.evaluator=null", "train.deterministic=True"))
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # as cuBLAS's documentation asks for
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+def test_the_model_is_compiled_where_a_run_asks_for_it(small_run, monkeypatch):
+    compiled = nn.Identity()
+    monkeypatch.setattr(training, "compile_model", lambda model, *, dynamic: compiled)
+    assert build_model(small_run("train.compile=True")) is compiled
+    assert build_model(small_run("train.compile=False")) is not compiled
+
+
+def test_test_images_are_read_by_forked_workers(small_run, monkeypatch):
+    forked = []
+    monkeypatch.setattr(training, "fork_workers", lambda loader: forked.append(loader) or loader)
+    train(small_run("dataloader.test.num_workers=1"))
+    assert [loader.num_workers for loader in forked] == [1]
 
 
 @pytest.mark.parametrize("make", [float, np.float64, np.float32, torch.tensor])
