@@ -1,5 +1,6 @@
 """What a run does with its config, and the results of an evaluation as a file."""
 
+import argparse
 import json
 import os
 
@@ -69,6 +70,21 @@ def test_weights_that_may_be_missing_or_of_another_shape(small_run, tmp_path):
     with pytest.raises(UserError, match=r"backbone\.conv2"):
         train(small_run(*other))
     train(small_run(*other, "train.init_may_lack=['backbone.conv2.*']"))
+
+
+def test_resuming_where_there_is_nothing_starts_with_the_first_iteration(small_run, tmp_path):
+    train(small_run("train.max_iter=2", "train.log_period=1", "dataloader.evaluator=null"), resume=True)
+    lines = (tmp_path / "output/metrics.json").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [0, 1]
+
+
+def test_weights_with_code_are_taken_where_a_run_says_so(small_run, tmp_path):
+    model = build_model(small_run()).state_dict()
+    torch.save({"model": model, "args": argparse.Namespace(lr=0.1)}, tmp_path / "old.pth")
+    run = [f"train.init_checkpoint={tmp_path}/old.pth", "dataloader.evaluator=null"]
+    with pytest.raises(UserError, match=r"old\.pth"):
+        train(small_run(*run))
+    train(small_run(*run, "train.allow_pickle=True"))
 
 
 def test_deterministic_operations_alone_where_a_run_asks_for_them(small_run, monkeypatch):
