@@ -94,3 +94,11 @@ def test_a_loader_that_ends_says_so(workers):
     finite = Trainer(Sum(), loader, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
     with pytest.raises(UserError, match=r"^dataloader.train has no batch for iteration 2: .* without end"):
         finite.train(0, 5)
+
+
+@pytest.mark.parametrize(("limit", "step"), [(None, 3.0), (0.5, 0.5), (4.0, 3.0)])
+def test_gradients_are_clipped_to_a_norm(limit, step):
+    model = Sum()
+    batches = [[{"x": torch.full((1,), 3.0)}]]
+    Trainer(model, batches, torch.optim.SGD(model.parameters(), lr=1.0), clip_grad_norm=limit).train(0, 1)
+    assert model.weight.item() == pytest.approx(-step)

@@ -87,6 +87,23 @@ def test_weights_with_code_are_taken_where_a_run_says_so(small_run, tmp_path):
     train(small_run(*run, "train.allow_pickle=True"))
 
 
+def test_the_steps_are_as_the_run_says(small_run, monkeypatch, tmp_path):
+    trainers = []
+    monkeypatch.setattr(training.Trainer, "train", lambda self, *_: trainers.append(self))
+    other = ["train.amp.enabled=True", "train.clip_grad_norm=0.5", "train.non_finite_retries=7"]
+    for overrides in ([], other):
+        train(small_run("train.non_finite_retries=0", *overrides, "dataloader.evaluator=null"))
+    found = [(one.amp_dtype, one.clip_grad_norm, one.guard.retries) for one in trainers]
+    assert found == [(None, None, 0), (torch.bfloat16, 0.5, 7)]
+
+
+def test_pictures_of_a_set_that_is_not_there_are_told_before_the_training(small_run, tmp_path):
+    overrides = ["dataloader.evaluator=null", "train.num_pictures=1", "dataloader.test.dataset.names=nothing"]
+    with pytest.raises(UserError, match=r"no data set 'nothing'.*train\.num_pictures=0"):
+        train(small_run(*overrides))
+    assert not list((tmp_path / "output").glob("*.pth"))
+
+
 def test_deterministic_operations_alone_where_a_run_asks_for_them(small_run, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
