@@ -96,9 +96,19 @@ def test_a_loader_that_ends_says_so(workers):
         finite.train(0, 5)
 
 
+def test_batches_that_were_dropped_still_count_after_resuming():
+    before, resumed = trainer(), trainer()
+    before.guard.dropped = 3
+    resumed.load_state_dict(before.state_dict())
+    assert resumed.guard.dropped == 3
+
+
+@pytest.mark.parametrize("amp_dtype", [None, torch.float16])
 @pytest.mark.parametrize(("limit", "step"), [(None, 3.0), (0.5, 0.5), (4.0, 3.0)])
-def test_gradients_are_clipped_to_a_norm(limit, step):
+def test_gradients_are_clipped_to_a_norm(limit, step, amp_dtype):
+    """In fp16 that of the gradients, not of what the loss was multiplied with."""
     model = Sum()
     batches = [[{"x": torch.full((1,), 3.0)}]]
-    Trainer(model, batches, torch.optim.SGD(model.parameters(), lr=1.0), clip_grad_norm=limit).train(0, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    Trainer(model, batches, optimizer, amp_dtype=amp_dtype, clip_grad_norm=limit).train(0, 1)
     assert model.weight.item() == pytest.approx(-step)

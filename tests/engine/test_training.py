@@ -12,8 +12,9 @@ from torch import nn
 from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
 from ccnet_d2.engine import training
 from ccnet_d2.engine.overrides import load_run
-from ccnet_d2.engine.training import build_model, train, write_results
+from ccnet_d2.engine.training import build_model, evaluate, train, write_results
 from ccnet_d2.errors import UserError
+from ccnet_d2.inference import MultiScaleFlip, WholeImage
 
 
 @pytest.fixture
@@ -95,6 +96,25 @@ def test_the_steps_are_as_the_run_says(small_run, monkeypatch, tmp_path):
         train(small_run("train.non_finite_retries=0", *overrides, "dataloader.evaluator=null"))
     found = [(one.amp_dtype, one.clip_grad_norm, one.guard.retries) for one in trainers]
     assert found == [(None, None, 0), (torch.bfloat16, 0.5, 7)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "amp", "kind", "dtype"),
+    [("ms", True, MultiScaleFlip, torch.bfloat16), ("whole", False, WholeImage, torch.float32)],
+)
+def test_evaluations_are_in_the_test_mode_and_precision_of_the_run(
+    small_run, monkeypatch, mode, amp, kind, dtype
+):
+    seen = []
+
+    def inference(model, loader, evaluator):
+        seen.append((type(model), (torch.ones(1, 1) @ torch.ones(1, 1)).dtype))
+        return {}
+
+    monkeypatch.setattr(training, "inference_on_dataset", inference)
+    cfg = small_run(f"test.inference={mode}", f"train.amp.enabled={amp}")
+    evaluate(cfg, build_model(cfg))
+    assert seen == [(kind, dtype)]
 
 
 def test_pictures_of_a_set_that_is_not_there_are_told_before_the_training(small_run, tmp_path):

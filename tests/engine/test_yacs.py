@@ -263,6 +263,21 @@ def test_keys_of_this_package_s_own_count():
     assert [type(one) for one in yacs.train_augmentations(cfg)] == [RandomPhotometricDistortion]
 
 
+def test_test_modes_know_the_test_set(monkeypatch):
+    """It says which classes change places in mirrored images."""
+    given = []
+
+    class Mode:
+        def bind(self, model, names):
+            given.append(names)
+            return model
+
+    monkeypatch.setattr(yacs, "_test_mode", lambda cfg: Mode())
+    monkeypatch.setattr(yacs.DefaultTrainer, "test", classmethod(lambda cls, *_: {}))
+    yacs.YacsTrainer.test(yacs.load_config(CONFIG), torch.nn.Identity())
+    assert given == [["ccnet_synthetic_val"]]
+
+
 def test_results_are_returned(train_net, tmp_path):
     options = [
         "SOLVER.MAX_ITER",
