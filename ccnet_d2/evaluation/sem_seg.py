@@ -29,6 +29,8 @@ class CheckedSemSegEvaluator(DatasetEvaluator):
     - The means are over the classes that occur in the label maps. Detectron2 0.5 counts a class that only the answers
       have as an IoU of 0, and later ones leave it out.
     - Answers are counted and not kept, where Detectron2's encodes each as JSON.
+
+    Answers that are not finite are counted as there, as some class, and the log tells of them.
     """
 
     _all_labelled = True
@@ -64,6 +66,8 @@ class CheckedSemSegEvaluator(DatasetEvaluator):
         classes = len(self.classes)
         # Row: label, column: prediction.
         self.confusion = np.zeros((classes, classes), np.int64)
+        self._answers = 0
+        self._not_finite: list[str] = []  # images
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
         """
@@ -84,7 +88,12 @@ class CheckedSemSegEvaluator(DatasetEvaluator):
                     f"The model answers with {len(output['sem_seg'])} classes, but the data set has {classes}: "
                     f"model.sem_seg_head.num_classes (MODEL.SEM_SEG_HEAD.NUM_CLASSES) has to be {classes}."
                 )
-            answer = output["sem_seg"].argmax(dim=0).cpu().numpy().astype(np.int64)
+            best, answer = output["sem_seg"].max(dim=0)
+            finite = best.isfinite().all()  # NaN is the largest
+            answer = answer.cpu().numpy()
+            self._answers += 1
+            if not finite:
+                self._not_finite.append(given["file_name"])
             path = self._label_file(given["file_name"])
             label = self._label_map(read_label(path), path)
             if label.shape != answer.shape:
@@ -109,12 +118,24 @@ class CheckedSemSegEvaluator(DatasetEvaluator):
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """`{"sem_seg": {"mIoU", "fwIoU", "mACC", "pACC", "IoU-<class>", "ACC-<class>"}}` in percent, NaN for a class
         that does not occur; None on other processes than the main one."""
-        confusion = self.confusion
+        confusion, answers, not_finite = self.confusion, self._answers, self._not_finite
         if self._distributed and comm.get_world_size() > 1:
             comm.synchronize()
-            confusion = sum(comm.all_gather(confusion))
+            counted = comm.all_gather((confusion, answers, not_finite))
             if not comm.is_main_process():
                 return None
+            confusion, answers = (sum(one[index] for one in counted) for index in (0, 1))
+            not_finite = [image for one in counted for image in one[2]]
+        if not_finite:
+            logger.warning(
+                "%s: answers for %d of %d images are not finite (NaN or infinite), the first that for '%s'; such "
+                "pixels count as some class, so the numbers say little. The weights may be those of a training that "
+                "diverged, or beyond the range of train.amp.",
+                type(self).__name__,
+                len(not_finite),
+                answers,
+                not_finite[0],
+            )
         right = np.diag(confusion).astype(float)
         labelled, answered = confusion.sum(axis=1), confusion.sum(axis=0)
         occurs = labelled > 0

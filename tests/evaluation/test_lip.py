@@ -106,22 +106,29 @@ def test_classes_that_do_not_occur_are_left_out_of_the_means(labels, tmp_path, c
     assert np.isnan(results["IoU-Sunglasses"]) and "no pixel of ['Sunglasses']" in caplog.text
 
 
-def test_counts_of_several_processes_are_added(labels, monkeypatch):
+def test_counts_of_several_processes_are_added(labels, monkeypatch, caplog):
     predictions = drawn_predictions(labels)
     both = [LIPEvaluator(NAME) for _ in range(2)]
     alone = LIPEvaluator(NAME, distributed=False)
-    for index, (record, prediction) in enumerate(zip(DatasetCatalog.get(NAME), predictions, strict=True)):
-        logits = torch.nn.functional.one_hot(torch.from_numpy(prediction).long(), 20).permute(2, 0, 1)
+    records = DatasetCatalog.get(NAME)
+    for index, (record, prediction) in enumerate(zip(records, predictions, strict=True)):
+        logits = torch.nn.functional.one_hot(torch.from_numpy(prediction).long(), 20).permute(2, 0, 1).float()
+        if index == 1:  # of the other process
+            logits[0][prediction == 0] = np.inf
         for evaluator in (both[index % 2], alone):
             evaluator.process([record], [{"sem_seg": logits}])
     module = "ccnet_d2.evaluation.sem_seg.comm"
     monkeypatch.setattr(f"{module}.get_world_size", lambda: 2)
     monkeypatch.setattr(f"{module}.synchronize", lambda: None)
-    monkeypatch.setattr(f"{module}.all_gather", lambda own: [one.confusion for one in both])
+    sent = []
+    monkeypatch.setattr(f"{module}.all_gather", lambda own: sent.append(own) or sent)
     expected = pytest.approx(ce2p_formulas(labels, predictions)[0])
-    assert both[0].evaluate()["sem_seg"]["mIoU"] == expected
     monkeypatch.setattr(f"{module}.is_main_process", lambda: False)
-    assert both[1].evaluate() is None
+    assert both[1].evaluate() is None and not caplog.records
+    monkeypatch.setattr(f"{module}.is_main_process", lambda: True)
+    assert both[0].evaluate()["sem_seg"]["mIoU"] == expected
+    assert f"for 1 of {len(records)} images are not finite" in caplog.text
+    assert f"the first that for '{records[1]['file_name']}'" in caplog.text
     # Without adding up, every process answers, and for what it counted itself.
     monkeypatch.setattr(f"{module}.all_gather", lambda own: pytest.fail("processes waited for each other"))
     assert alone.evaluate()["sem_seg"]["mIoU"] == expected

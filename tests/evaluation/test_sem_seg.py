@@ -170,3 +170,47 @@ def test_an_image_of_another_data_set_is_named(register, evaluator):
         match=r"^'\S+checked_other/images/0.png' is no image of the data set 'checked_evaluator_test' that .*\.$",
     ):
         evaluate(evaluator("checked_evaluator_test"), [other], [drawn(1, range(4))])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_answers_that_are_not_finite_are_told_with_the_first_image(register, caplog, value):
+    """Of a model whose training diverged, every pixel counted as the first class, and nothing was said."""
+    label = np.zeros(SHAPE, np.uint8)
+    records = register(label, label, label)
+    evaluator = CheckedSemSegEvaluator("checked_evaluator_test")
+    finite = logits_of(label)
+    masked = finite.clone()
+    masked[3] = -math.inf  # a class that a model rules out is no fault
+    broken = finite.clone()
+    broken[2, 4, 4] = value
+    for answers, told in (
+        ([finite, masked, finite], None),
+        ([finite, broken, broken], (1, 2)),
+        ([broken, finite, finite], (0, 1)),
+    ):
+        caplog.clear()
+        evaluator.reset()
+        for record, answer in zip(records, answers, strict=True):
+            evaluator.process([record], [{"sem_seg": answer}])
+        evaluator.evaluate()
+        found = [record.getMessage() for record in caplog.records if "not finite" in record.getMessage()]
+        assert len(found) == (told is not None)
+        if told:
+            first, count = told
+            assert found[0] == (
+                f"CheckedSemSegEvaluator: answers for {count} of 3 images are not finite (NaN or infinite), the first "
+                f"that for '{records[first]['file_name']}'; such pixels count as some class, so the numbers say "
+                "little. The weights may be those of a training that diverged, or beyond the range of train.amp."
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_of_classes_that_are_equally_likely_the_first_counts(register, dtype):
+    label = np.zeros(SHAPE, np.uint8)
+    label[:, 4:] = 1
+    records = register(label)
+    evaluator = CheckedSemSegEvaluator("checked_evaluator_test")
+    logits = torch.zeros(4, *SHAPE, dtype=dtype)
+    logits[1:, :, 4:] = 0.5
+    evaluator.process(records, [{"sem_seg": logits}])
+    assert evaluator.evaluate()["sem_seg"]["pACC"] == 100
