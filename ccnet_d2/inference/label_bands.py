@@ -5,11 +5,16 @@ Shapes: K classes, h w size of the logits, H W size of the label map.
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LabelBands", "label_dtype", "labels_of"]
+__all__ = ["LabelBands", "label_dtype", "labels_of", "winners"]
+
+logger = logging.getLogger(__name__)
 
 # Float logits resized at a time; bounds the working memory at some 64 MiB.
 _CHUNK_ELEMENTS = 1 << 24
@@ -20,13 +25,29 @@ def label_dtype(num_classes: int) -> torch.dtype:
     return torch.uint8 if num_classes <= 255 else torch.int16
 
 
+def winners(logits: Tensor) -> Tensor:
+    """(K, H, W) logits -> (H, W) int64, the class of the largest; the log tells once of logits that are not finite."""
+    largest, winner = logits.max(dim=0)
+    if not largest.isfinite().all():  # NaN is the largest
+        _tell_not_finite()
+    return winner
+
+
+@functools.cache
+def _tell_not_finite() -> None:
+    logger.warning(
+        "The model's answer is not finite (NaN or infinite): such pixels get some class, which says nothing. The "
+        "weights may be those of a training that diverged, or beyond the range of amp (train.amp)."
+    )
+
+
 def labels_of(logits: Tensor) -> Tensor:
-    """(K, H, W) logits -> (H, W) labels on the CPU, a few rows at a time (argmax makes 8-byte integers)."""
+    """(K, H, W) logits -> (H, W) labels on the CPU, a few rows at a time (`winners` makes 8-byte integers)."""
     classes, height, width = logits.shape
     labels = torch.empty((height, width), dtype=label_dtype(classes))
     rows = max(_CHUNK_ELEMENTS // max(classes * width, 1), 1)
     for top in range(0, height, rows):
-        labels[top : top + rows] = logits[:, top : top + rows].argmax(dim=0)
+        labels[top : top + rows] = winners(logits[:, top : top + rows])
     return labels
 
 
@@ -71,7 +92,7 @@ class LabelBands:
         chunk = max(_CHUNK_ELEMENTS // (rows.shape[0] * max(self.out_size[1], self.size[1])), 1)
         for top in range(self._done, ready, chunk):
             part = slice(top, min(top + chunk, ready))
-            self._labels[part] = self._resized(held, part).argmax(dim=0)
+            self._labels[part] = winners(self._resized(held, part))
         self._done = ready
         if ready < self.out_size[0]:
             keep_from = min(int(self._upper[ready]), self._received)

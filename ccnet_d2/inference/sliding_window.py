@@ -14,7 +14,7 @@ from torch import Tensor
 from ccnet_d2.data.transforms.resize import height_and_width
 from ccnet_d2.windows import window_starts
 
-from .label_bands import LabelBands, label_dtype
+from .label_bands import LabelBands, label_dtype, winners
 from .mode import SMALLEST_TILE, CuttingMode, Segmenter, innermost
 
 __all__ = ["SlidingWindow"]
@@ -105,7 +105,7 @@ class SlidingWindow(CuttingMode):
         for rows, columns, block in self._finished_blocks(image):
             if labels is None:
                 labels = torch.empty(size, dtype=label_dtype(block.shape[0]))
-            labels[rows, columns] = block.argmax(dim=0)
+            labels[rows, columns] = winners(block)
         assert labels is not None
         return labels
 

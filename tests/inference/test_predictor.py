@@ -7,8 +7,9 @@ from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from PIL import Image
 
+from ccnet_d2.data.transforms import ResizeTo
 from ccnet_d2.errors import UserError
-from ccnet_d2.inference import ClassTable, Predictor, SlidingWindow, WholeImage, batch
+from ccnet_d2.inference import ClassTable, Predictor, SlidingWindow, WholeImage, batch, label_bands
 from ccnet_d2.inference.batch import plan_pictures, write_pictures
 from ccnet_d2.inference.drawing import text_line
 from ccnet_d2.inference.visualize import save_labels
@@ -58,6 +59,29 @@ def test_labels_only_keeps_no_logits(make_segmenter, photograph):
     with pytest.raises(ValueError, match="the confidence needs logits"):
         without.confidence()
     np.testing.assert_allclose(full.confidence(), full.logits.softmax(0).amax(0).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("mode", [WholeImage(), SlidingWindow(tile=16)])
+@pytest.mark.parametrize("labels_only", [False, True])
+@pytest.mark.parametrize("resized", [False, True])
+def test_answers_that_are_not_finite_are_told_once(
+    make_segmenter, photograph, caplog, value, mode, labels_only, resized
+):
+    """Of a model whose training diverged, all was the first class, and nothing was said."""
+    label_bands._tell_not_finite.cache_clear()
+    path, _ = photograph
+    model = make_segmenter()
+    predictor = Predictor(model, mode=mode, augmentations=[ResizeTo(20, 28)] if resized else ())
+    predictor(path, labels_only=labels_only)
+    assert not caplog.records
+    with torch.no_grad():
+        model.convs[-1].bias[3] = value
+    for _ in range(2):
+        predictor(path, labels_only=labels_only)
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "The model's answer is not finite (NaN or infinite)"
+    ]
 
 
 def test_models_in_bgr_get_bgr(make_segmenter, photograph):
