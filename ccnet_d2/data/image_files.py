@@ -7,11 +7,13 @@ colours. Both are handled here. What writes files says that it did even where th
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
 import stat
 import struct
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -47,7 +49,9 @@ _JPEG_SOS, _JPEG_EOI = 0xDA, 0xD9
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # Of Pillow; converting the others to RGB cuts their values off at 255.
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
-# By the orientation in EXIF.
+# What Pillow, and so Detectron2, takes an orientation from where EXIF has none; OpenCV does not.
+_XMP_ORIENTATION = b"tiff:Orientation"
+# By the orientation.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -148,19 +152,35 @@ def _png_size(data: bytes) -> tuple[int, int]:
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     """Width and height that a whole JPEG file declares; zeros if it does not."""
+    frame = _jpeg_frame(data)
+    if frame is None:
+        return 0, 0
+    height, width = struct.unpack_from(">HH", data, frame + 5)
+    return width, height
+
+
+def _jpeg_frame(data: bytes) -> int | None:
+    """Where a whole JPEG file's start of frame is, after the metadata."""
     position = 2
     while position + 9 <= len(data) and data[position + 1] != _JPEG_SOS:
         marker = data[position + 1]
         if marker in _JPEG_FRAMES:
-            height, width = struct.unpack_from(">HH", data, position + 5)
-            return width, height
+            return position
         if marker == 0xFF:
             position += 1
         elif marker == 0x01 or 0xD0 <= marker <= 0xD7:
             position += 2
         else:
             position += 2 + struct.unpack_from(">H", data, position + 2)[0]
-    return 0, 0
+    return None
+
+
+def _orientation_is_in_xmp(data: bytes) -> bool:
+    """Whether the XMP of a PNG or JPEG file names an orientation. Pixels are not searched: that would take time."""
+    if data.startswith(_JPEG_START):
+        return data.find(_XMP_ORIENTATION, 0, _jpeg_frame(data)) >= 0
+    before, after = data.find(b"IDAT"), data.rfind(b"IDAT")
+    return data.find(_XMP_ORIENTATION, 0, before) >= 0 or data.find(_XMP_ORIENTATION, after) >= 0
 
 
 def _check_size(size: tuple[int, int], path: str, kind: str) -> None:
@@ -174,16 +194,28 @@ def _check_size(size: tuple[int, int], path: str, kind: str) -> None:
 
 
 def _decode_with_pillow(data: bytes, path: str, kind: str, mode: str | None = None) -> np.ndarray:
+    with _opened_by_pillow(data, path, kind) as image:
+        _check_size(image.size, path, kind)
+        if mode and image.mode in _DEEP_MODES:
+            raise SampleError(
+                f"The {kind} '{path}' holds {image.mode} values of Pillow, not 8 bits a channel; convert it.",
+                path,
+            )
+        image = upright(image)
+        return np.asarray(image.convert(mode) if mode else image)
+
+
+def _turn_of_file(data: bytes, path: str, kind: str) -> Image.Transpose | None:
+    with _opened_by_pillow(data, path, kind) as image:
+        return _turn(image)
+
+
+@contextlib.contextmanager
+def _opened_by_pillow(data: bytes, path: str, kind: str) -> Iterator[Image.Image]:
+    """What Pillow finds wrong with the file, within the block too, is told as of this file."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            _check_size(image.size, path, kind)
-            if mode and image.mode in _DEEP_MODES:
-                raise SampleError(
-                    f"The {kind} '{path}' holds {image.mode} values of Pillow, not 8 bits a channel; convert it.",
-                    path,
-                )
-            image = upright(image)
-            return np.asarray(image.convert(mode) if mode else image)
+            yield image
     except SampleError:
         raise
     except UnidentifiedImageError as error:
@@ -196,34 +228,42 @@ def _decode_with_pillow(data: bytes, path: str, kind: str, mode: str | None = No
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF says that it is to be seen; as it is where EXIF is damaged.
+    """The image as its EXIF, or else its XMP, says that it is to be seen; as it is where EXIF is damaged.
 
     Not `ImageOps.exif_transpose`, which writes EXIF anew and so fails on some that can be read.
     """
-    if image.format == "TIFF":  # Pillow turns it as it loads
-        return image
-    try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except SyntaxError:  # "not a TIFF file", which EXIF is inside
-        return image
+    turn = _turn(image)
     return image if turn is None else image.transpose(turn)
 
 
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    if image.format == "TIFF":  # Pillow turns it as it loads
+        return None
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except SyntaxError:  # "not a TIFF file", which EXIF is inside
+        return None
+
+
 def _decode_with_opencv(data: bytes, path: str, kind: str, flags: int) -> np.ndarray:
+    turn = None
+    if _orientation_is_in_xmp(data):
+        flags |= cv2.IMREAD_IGNORE_ORIENTATION
+        turn = _turn_of_file(data, path, kind)
     try:
         decoded = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:  # such as an image beyond OpenCV's limit of 2^30 pixels
         raise SampleError(f"The {kind} '{path}' cannot be decoded: {error.err}.", path) from error
     if decoded is None:
         raise SampleError(f"The {kind} '{path}' cannot be decoded; it is damaged or no image.", path)
-    return decoded
+    return decoded if turn is None else np.array(Image.fromarray(decoded).transpose(turn))
 
 
 def read_image(path: str, image_format: str = "RGB") -> np.ndarray:
     """Read a colour image.
 
-    Gray images get three equal channels, alpha is dropped, 16 bits become 8, and an orientation given in EXIF
-    is applied, as Detectron2 does.
+    Gray images get three equal channels, alpha is dropped, 16 bits become 8, and an orientation given in EXIF, or
+    else in XMP, is applied, as Detectron2 does.
 
     Args:
         path: any path that Detectron2's `PathManager` opens.
@@ -248,7 +288,7 @@ def read_image(path: str, image_format: str = "RGB") -> np.ndarray:
 def read_label(path: str) -> np.ndarray:
     """Read a label map: one channel of class indices, as gray values (of 1 to 16 bits) or as indices into a palette.
 
-    An orientation given in EXIF is applied, as to images.
+    An orientation given in EXIF or XMP is applied, as to images.
 
     Args:
         path: any path that Detectron2's `PathManager` opens.

@@ -8,7 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from detectron2.data import detection_utils
+from PIL import Image, PngImagePlugin
 
 from ccnet_d2.data import SampleError
 from ccnet_d2.data.image_files import read_image, read_label
@@ -189,6 +190,80 @@ def test_labels_are_turned_as_their_images_are(tmp_path: Path, kind: str, orient
     np.testing.assert_array_equal(read_label(path), np.rot90(label, {3: 2, 6: -1}[orientation]))
     Image.fromarray(PIXELS[:10, :14]).save(photograph := str(tmp_path / "photograph.png"), exif=exif)
     assert read_image(photograph).shape[:2] == read_label(path).shape
+
+
+XMP = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" {}</rdf:RDF></x:xmpmeta>'
+)
+ATTRIBUTE = XMP.format('tiff:Orientation="{}"/>')
+ELEMENT = XMP.format("><tiff:Orientation>{}</tiff:Orientation></rdf:Description>")
+
+
+def _with_orientations(path: Path, image: Image.Image, xmp: str, exif: int | None = None) -> str:
+    """Writes an image with an XMP packet, and with EXIF where an orientation is given for it."""
+    options: dict = {"xmp": xmp.encode(), "quality": 95}
+    if path.suffix != ".webp":
+        options = {"pnginfo": PngImagePlugin.PngInfo(), "quality": 95}
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp)
+    if exif is not None:
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = exif
+    image.save(path, **options)
+    if path.suffix == ".jpg":
+        data, segment = path.read_bytes(), b"http://ns.adobe.com/xap/1.0/\0" + xmp.encode()
+        path.write_bytes(data[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + data[2:])
+    return str(path)
+
+
+def test_xmp_may_come_after_the_pixels_of_png(tmp_path: Path) -> None:
+    """As exiftool puts it there."""
+    path = tmp_path / "image.png"
+    _with_orientations(path, Image.fromarray(PIXELS), ATTRIBUTE.format(6))
+    data = path.read_bytes()
+    start = data.index(b"iTXt") - 4
+    end = start + 12 + struct.unpack_from(">I", data, start)[0]
+    path.write_bytes(data[:start] + data[end:-12] + data[start:end] + data[-12:])  # IEND is the last
+    np.testing.assert_array_equal(read_image(str(path)), np.rot90(PIXELS, -1))
+    np.testing.assert_array_equal(detection_utils.read_image(str(path), "RGB"), np.rot90(PIXELS, -1))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("packet", [ATTRIBUTE, ELEMENT])
+def test_images_whose_orientation_is_in_xmp_are_turned(tmp_path: Path, suffix: str, packet: str) -> None:
+    """By Pillow and Detectron2, and not by OpenCV."""
+    for orientation in range(10):  # 0 and 9 are none
+        path = _with_orientations(
+            tmp_path / f"image.{suffix}", Image.fromarray(PIXELS), packet.format(orientation)
+        )
+        expected = detection_utils.read_image(path, "RGB")
+        assert (
+            expected.shape == (PIXELS if orientation in (0, 1, 2, 3, 4, 9) else PIXELS.swapaxes(0, 1)).shape
+        )
+        for image_format, channels in (("RGB", slice(None)), ("BGR", slice(None, None, -1))):
+            found = read_image(path, image_format)[..., channels]
+            # Other decoders round JPEG colours differently.
+            np.testing.assert_allclose(found, expected.astype(int), atol=0 if suffix == "png" else 4)
+            assert read_image(path).flags.writeable or suffix == "webp"
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_exif_comes_before_xmp(tmp_path: Path, suffix: str) -> None:
+    """Where a program turned the image and told so in one of them alone."""
+    for exif, upright in ((1, PIXELS), (3, PIXELS[::-1, ::-1])):
+        path = _with_orientations(
+            tmp_path / f"image.{suffix}", Image.fromarray(PIXELS), ATTRIBUTE.format(6), exif
+        )
+        np.testing.assert_array_equal(read_image(path).shape, detection_utils.read_image(path, "RGB").shape)
+        np.testing.assert_allclose(read_image(path), upright.astype(int), atol=0 if suffix == "png" else 40)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_labels_whose_orientation_is_in_xmp_are_turned(tmp_path: Path, dtype: type) -> None:
+    label = Image.fromarray(LABEL.astype(dtype))
+    path = _with_orientations(tmp_path / "label.png", label, ATTRIBUTE.format(6))
+    np.testing.assert_array_equal(read_label(path), np.rot90(LABEL, -1))
+    assert read_label(path).dtype == dtype
 
 
 def test_one_bit_masks_are_zero_and_one(tmp_path: Path) -> None:
