@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mimetypes
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -110,7 +111,8 @@ def write_pictures(
         predictor: the model.
         inputs: see `find_images`.
         output: a file (`.png`, `.jpg`) for one image, or a folder, made if need be, where each image's
-            picture gets the image's name with `.png`.
+            picture gets the image's name with `.png`. For one image a new folder's name with an ending of letters
+            has to end in a slash, as it may be a mistyped file.
         picture: "overlay" (with a legend), "side-by-side" (image, prediction and, where given, ground truth
             and difference), "labels" (one channel of class indices), "confidence" (of the winning class),
             "attention" (where `pixel` looks) or "regions" (of RANet, with their representative pixels).
@@ -152,7 +154,7 @@ def plan_pictures(
     if not os.fspath(output):
         raise UserError("the output has no name: give a folder, or a .png.")
     paths = find_images(inputs)
-    targets = _targets(paths, Path(os.path.expanduser(output)))
+    targets = _targets(paths, os.path.expanduser(output))
     if picture == "labels" and any(target.suffix.lower() != ".png" for target in targets):
         raise UserError(f"label maps are written as .png, which keeps their values; got '{output}'.")
     truths = _truth_files(paths, ground_truth) if ground_truth is not None else [None] * len(paths)
@@ -170,20 +172,29 @@ def _confidence_picture(confidence: np.ndarray) -> np.ndarray:
     return stack([picture, text_line(text, max(picture.shape[1], 240), 13)])
 
 
-def _targets(paths: Sequence[Path], output: Path) -> list[Path]:
-    if output.suffix.lower() in VIDEO_CODECS and not os.path.isdir(output):
+def _targets(paths: Sequence[Path], name: str) -> list[Path]:
+    output = Path(name)
+    suffix = output.suffix.lower()
+    if os.path.isdir(output) or (name.endswith(os.sep) and not os.path.exists(output)):
+        suffix = ""
+    elif os.path.exists(output) and suffix not in Image.registered_extensions():
+        raise UserError(f"output '{output}' is a file without an image suffix: give a folder, or a .png.")
+    if suffix in VIDEO_CODECS or (mimetypes.guess_type(f"output{suffix}")[0] or "").startswith("video/"):
         raise UserError(
             f"pictures of images cannot be written to '{output}', a video: give a folder, or a .png; a folder of "
             "frames becomes a video by --video-input (`write_video`)."
         )
-    if output.suffix.lower() in Image.registered_extensions() and not os.path.isdir(output):
+    if suffix in Image.registered_extensions():
         if len(paths) > 1:
             raise UserError(f"{len(paths)} images cannot all be written to '{output}': give a folder.")
         writable_format(output)
         targets = [output]
     else:
-        if os.path.exists(output) and not os.path.isdir(output):
-            raise UserError(f"output '{output}' is a file without an image suffix: give a folder, or a .png.")
+        if len(paths) == 1 and suffix[1:].isalpha():
+            raise UserError(
+                f"cannot write '{output}': unknown image type '{output.suffix}', take .png or .jpg; for a folder of "
+                f"this name give '{output}{os.sep}'."
+            )
         targets = [output / f"{path.stem}.png" for path in paths]
     taken: dict[Path, Path] = {}
     for path, target in zip(paths, targets, strict=True):

@@ -57,7 +57,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     inputs.add_argument("--input", nargs="+", metavar="PATH", help="images, folders or patterns")
     inputs.add_argument("--video-input", metavar="PATH", help="a video, or a folder of its frames")
     inputs.add_argument("--webcam", type=int, nargs="?", const=0, metavar="N", help="a camera (default: 0)")
-    parser.add_argument("--output", metavar="PATH", help="folder, or a file for one image or video")
+    parser.add_argument(
+        "--output", metavar="PATH", help="folder, or a file for one image (.png, .jpg) or video (.mp4)"
+    )
 
     _add_picture_options(parser)
     _add_mode_options(parser)

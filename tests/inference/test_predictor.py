@@ -283,12 +283,15 @@ def test_where_pictures_are_written(photograph, tmp_path, monkeypatch):
     frames = tmp_path / "drive.mp4"
     for existing in (folder, frames):
         existing.mkdir()
-    save_labels(truth, np.zeros((2, 2), np.uint8))
+    for labels in (truth, path.with_name("truth.png")):
+        save_labels(labels, np.zeros((2, 2), np.uint8))
     for output, target in (
         (tmp_path / "o.PNG", tmp_path / "o.PNG"),
         (folder, folder / "street.png"),
         (frames, frames / "street.png"),
         (tmp_path / "v1.2", tmp_path / "v1.2" / "street.png"),
+        (f"{tmp_path}/val.pictures/", tmp_path / "val.pictures" / "street.png"),
+        (f"{tmp_path}/new.png/", tmp_path / "new.png" / "street.png"),
         ("~/o.png", tmp_path / "o.png"),
         ("~nobody's.png", Path("~nobody's.png")),  # of no user's home
         ("a" * 300 + ".png", Path("a" * 300 + ".png")),  # which the one who writes to it will tell
@@ -297,6 +300,8 @@ def test_where_pictures_are_written(photograph, tmp_path, monkeypatch):
         assert (job.target, job.truth) == (target, truth)
     with pytest.raises(UserError, match=r"ground truth '~none/street\.png' does not exist"):
         plan_pictures(path, folder, picture="side-by-side", ground_truth="~none")
+    many = plan_pictures([path, path.with_name("truth.png")], tmp_path / "val.pictures")
+    assert {job.target.parent for job in many} == {tmp_path / "val.pictures"}
 
 
 def test_outputs_that_do_not_fit_are_refused_before_predicting(make_segmenter, photograph, tmp_path):
@@ -329,6 +334,12 @@ def test_outputs_that_do_not_fit_are_refused_before_predicting(make_segmenter, p
             r"^pictures of images .* to '.*one\.MP4', a video: give a folder, or a \.png",
         ),
         (([path, jpg], tmp_path / "two.avi"), {}, r"to '.*two\.avi', a video"),
+        (([path, jpg], tmp_path / "two.webm"), {}, r"to '.*two\.webm', a video"),
+        (
+            (path, tmp_path / "one.Jpgg"),
+            {},
+            r"'\S*one\.Jpgg': unknown image type '\.Jpgg', take \.png or \.jpg; .* give '\S*one\.Jpgg/'\.$",
+        ),
         ((path, ""), {}, r"^the output has no name: give a folder, or a \.png\.$"),
         ((path, tmp_path / "one.psd"), {}, r"one\.psd': unknown image type '\.psd', take \.png or \.jpg"),
         ((path, tmp_path / "o.jpg"), {"picture": "labels"}, r"label maps are written as \.png"),
