@@ -104,6 +104,27 @@ def test_each_change_comes_half_of_the_time_within_its_range() -> None:
     assert 0.45 < np.mean([transform.contrast_last for transform in drawn]) < 0.55
 
 
+def test_ranges_are_those_given() -> None:
+    np.random.seed(0)
+    augmentation = RandomPhotometricDistortion(5, (2.0, 3.0), (0.1, 0.2), 2)
+    drawn = [augmentation.get_transform(IMAGE) for _ in range(500)]
+    for name, neutral, low, high in (
+        ("brightness", 0, -5, 5),
+        ("contrast", 1, 2, 3),
+        ("saturation", 1, 0.1, 0.2),
+        ("hue", 0, -2, 2),
+    ):
+        changed = [getattr(one, name) for one in drawn if getattr(one, name) != neutral]
+        margin = 0.05 * (high - low)
+        assert low <= min(changed) < low + margin and high - margin < max(changed) <= high, name
+
+
+@pytest.mark.parametrize("hue", [7, 90])
+def test_the_hue_is_a_circle(hue: int) -> None:
+    found = [PhotometricTransform(hue=steps).apply_image(IMAGE) for steps in (hue, hue - 180)]
+    np.testing.assert_array_equal(*found)
+
+
 def test_every_hue_is_drawn_and_the_order_of_the_channels_does_not_matter() -> None:
     rgb, bgr = (RandomPhotometricDistortion(image_format=order) for order in ("RGB", "BGR"))
     hues = set()
@@ -119,7 +140,7 @@ def test_every_hue_is_drawn_and_the_order_of_the_channels_does_not_matter() -> N
 
 
 def test_other_arrays_are_refused() -> None:
-    for image in (IMAGE.astype(np.float32), IMAGE[..., 0], IMAGE[..., :2]):
+    for image in (IMAGE.astype(np.float32), IMAGE[..., 0], IMAGE[..., :2], np.dstack([IMAGE, IMAGE])):
         with pytest.raises(ValueError, match="needs \\(H, W, 3\\) uint8"):
             PhotometricTransform(1.0).apply_image(image)
     with pytest.raises(ValueError, match="image_format is 'L'"):

@@ -99,6 +99,16 @@ def test_draws_are_those_of_the_recipe():
     assert (white[0] == (124, 116, 104)).all()  # the mean of ImageNet
 
 
+def test_beyond_the_image_are_the_values_given():
+    transform = RandomRotateFit(24, angle_std=0, pad_value=(1, 2, 3), label_pad_value=7).get_transform(
+        smooth_image(40, 20)
+    )
+    assert (transform.apply_image(smooth_image(40, 20))[:, 0] == (1, 2, 3)).all()
+    assert (transform.apply_segmentation(np.zeros((40, 20), np.uint8))[:, 0] == 7).all()
+    plain = RotateFitTransform(8, 4, 8, 8, 1.0)
+    assert not plain.apply_image(np.full((8, 4, 3), 9, np.uint8))[:, 0].any()
+
+
 def test_as_an_augmentation_of_image_and_labels():
     given = T.AugInput(smooth_image(40, 30), sem_seg=np.full((40, 30), 3, np.uint8))
     T.AugmentationList([RandomRotateFit(24)])(given)

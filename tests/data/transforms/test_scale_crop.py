@@ -26,6 +26,8 @@ CASES = [
     (97, 131, 201, 270, 0, 0, 101, 120),
     (97, 131, 49, 66, 0, 0, 64, 80),
     (100, 150, 100, 150, 3, 7, 50, 60),
+    (100, 150, 100, 195, 3, 7, 50, 60),  # one side keeps its length, as rounding may leave it
+    (100, 150, 130, 150, 3, 7, 50, 60),
 ]
 
 
@@ -146,6 +148,10 @@ def test_scale_policies() -> None:
     assert set(map(tuple, sizes)) == {(512, 769)}
     sizes = _scales(RandomScaleCrop(10, base_size=(2048, 512)), 100, 1000)
     assert set(map(tuple, sizes)) == {(205, 2048)}
+    assert set(map(tuple, _scales(RandomScaleCrop(10, base_size=(512, 2048)), 100, 1000))) == {(205, 2048)}
+    for factor in ({"scale_range": (0.5, 0.5)}, {"scale_choices": (0.5,)}):
+        sizes = _scales(RandomScaleCrop(10, base_size=(2048, 512), **factor), 128, 128)
+        assert set(map(tuple, sizes)) == {(256, 256)}
     assert set(map(tuple, _scales(RandomScaleCrop(10), 33, 44))) == {(33, 44)}
 
 
@@ -208,6 +214,34 @@ def test_category_limit_gives_up_after_its_tries() -> None:
     label[:] = 255  # nothing but void must not divide by zero
     RandomScaleCrop(20, category_max_ratio=0.75).get_transform(image, label)
     RandomScaleCrop(20, category_max_ratio=0.75).get_transform(image, None)  # as in a test, without labels
+
+
+@pytest.mark.parametrize("tries", [1, 3, None])
+def test_the_last_try_is_taken_whatever_it_shows(tries: int | None) -> None:
+    """Ten, as in mmseg, unless another number is given."""
+    image, label = np.zeros((400, 400, 3), np.uint8), np.zeros((400, 400), np.uint8)
+    np.random.seed(0)
+    free = RandomScaleCrop(20)
+    drawn = [free.get_transform(image, label) for _ in range(tries or 10)]
+    np.random.seed(0)
+    options = {} if tries is None else {"tries": tries}
+    last = RandomScaleCrop(20, category_max_ratio=0.75, **options).get_transform(image, label)
+    assert (last.top, last.left) == (drawn[-1].top, drawn[-1].left)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+def test_another_label_than_255_may_be_void(dtype: type) -> None:
+    """It pads, and does not count as labelled: here half of each crop is void and the rest one class."""
+    image, label = np.zeros((40, 40, 3), np.uint8), np.full((40, 40), 3, dtype)
+    label[:, ::2] = 7
+    np.random.seed(0)
+    limited = RandomScaleCrop(20, category_max_ratio=0.75, tries=3, label_pad_value=7)
+    last = limited.get_transform(image, label)
+    np.random.seed(0)
+    drawn = [RandomScaleCrop(20).get_transform(image, label) for _ in range(3)]
+    assert (last.top, last.left) == (drawn[-1].top, drawn[-1].left)
+    padded = RandomScaleCrop(48, label_pad_value=7).get_transform(image, label).apply_segmentation(label)
+    assert (padded[40:] == 7).all() and (padded[:, 40:] == 7).all()
 
 
 def test_wide_labels_are_limited_too() -> None:
