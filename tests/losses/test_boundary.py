@@ -43,11 +43,12 @@ def test_no_boundary_where_there_is_one_class_and_on_maps_smaller_than_the_radiu
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-def test_loss_by_its_definition(balanced):
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_loss_by_its_definition(balanced, align_corners):
     torch.manual_seed(0)
     target = labels()
     logits = torch.randn(2, 1, 5, 7, dtype=torch.float64, requires_grad=True)
-    full = F.interpolate(logits, (20, 26), mode="bilinear", align_corners=True)[:, 0]
+    full = F.interpolate(logits, (20, 26), mode="bilinear", align_corners=align_corners)[:, 0]
     mask, valid = label_boundaries(target, 2), target != 255
     p = full.sigmoid()
     if balanced:
@@ -56,7 +57,7 @@ def test_loss_by_its_definition(balanced):
         expected = (log_edge + log_rest) / (2 * edge * rest)
     else:
         expected = (-p[mask].log().sum() - (1 - p[valid & ~mask]).log().sum()) / valid.sum()
-    found = BoundaryLoss(balanced=balanced, align_corners=True)(logits, target)
+    found = BoundaryLoss(balanced=balanced, align_corners=align_corners)(logits, target)
     torch.testing.assert_close(found, expected)
     grads = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (found, expected)]
     torch.testing.assert_close(*grads)
@@ -103,6 +104,35 @@ def test_with_aligned_corners_a_boundary_belongs_to_the_cell_that_stands_next_to
         # Half a cell, and half a pixel to between the two of the boundary; cells of fractional size share a pixel.
         reach = step / 2 + (0.5 if step.is_integer() else 2)
         assert ((found * step - (first - 0.5)).abs() <= reach).all(), (first, found)
+
+
+def cells_of(pixel: int, pixels: int, cells: int) -> list[int]:
+    """Where the loss of a row of pixels, one of which has a label, has a gradient."""
+    target = torch.full((1, 1, pixels), 255)
+    target[..., pixel] = 0
+    logits = torch.zeros(1, 1, 1, cells, requires_grad=True)
+    loss = BoundaryLoss(resolution="map", align_corners=True)(logits, target)
+    return torch.autograd.grad(loss, logits)[0][0, 0, 0].nonzero()[:, 0].tolist()
+
+
+def test_with_aligned_corners_every_pixel_is_in_the_cell_next_to_it():
+    """And in that one alone, where the cells are of whole pixels; none is lost where they are smaller than two."""
+    assert all(cells_of(pixel, 769, 97) == [(pixel + 4) // 8] for pixel in range(769))
+    for cells in (4, 5, 6, 8, 9):
+        for pixel in range(9):
+            found = cells_of(pixel, 9, cells)
+            assert found and all(abs(cell * 8 / (cells - 1) - pixel) <= 2 for cell in found)
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 7])
+@pytest.mark.parametrize("resolution", ["labels", "map"])
+def test_another_label_than_255_may_be_void(ignore_index, resolution):
+    target = labels()
+    other = target.masked_fill(target == 255, ignore_index)
+    assert label_boundaries(other, ignore_index=ignore_index).equal(label_boundaries(target, 2.0))
+    logits = torch.randn(2, 1, 5, 7, generator=torch.Generator().manual_seed(0))
+    loss = BoundaryLoss(ignore_index=ignore_index, resolution=resolution)
+    assert loss(logits, other) == BoundaryLoss(resolution=resolution)(logits, target)
 
 
 def test_a_thin_boundary_is_certain_at_the_map_s_size_alone():

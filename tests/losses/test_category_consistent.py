@@ -66,6 +66,24 @@ def test_terms_and_gradient_against_loops(form, scale, classes):
     torch.testing.assert_close(gradient, torch.autograd.grad(total, features)[0])
 
 
+def test_each_term_has_its_weight_and_the_margins_are_those_given():
+    features, labels = sample(2.0)
+    expected = by_loops(features, labels, "piecewise", 0.3, 1.1)
+    loss = CategoryConsistentLoss(delta_var=0.3, delta_dis=1.1, alpha=2.0, beta=3.0, gamma=5.0)
+    assert all(term > 0 for term in expected)
+    torch.testing.assert_close(
+        loss(features, labels), sum(w * x for w, x in zip((2, 3, 5), expected, strict=True))
+    )
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 7])
+def test_another_label_than_255_may_be_void(ignore_index):
+    features, labels = sample()
+    other = labels.masked_fill(labels == 255, ignore_index)
+    loss = CategoryConsistentLoss(ignore_index=ignore_index)
+    assert loss(features, other) == CategoryConsistentLoss()(features, labels)
+
+
 @pytest.mark.parametrize("scale", [0.6, 3.0])
 def test_gradcheck(scale):
     features, labels = sample(scale, channels=2, size=(3, 3), classes=3)
@@ -231,5 +249,7 @@ def test_errors():
         CategoryConsistentLoss(form="linear")
     with pytest.raises(ValueError, match=r"0 <= delta_var <= delta_dis, got 2\.0 and 1\.5"):
         CategoryConsistentLoss(delta_var=2.0)
+    with pytest.raises(ValueError, match=r"0 <= delta_var <= delta_dis, got -0\.1 and 1\.5"):
+        CategoryConsistentLoss(delta_var=-0.1)
     with pytest.raises(ValueError, match=r"expected features \(B, K, h, w\)"):
         CategoryConsistentLoss()(torch.randn(2, 16, 4), torch.zeros(2, 4, 4, dtype=torch.long))
