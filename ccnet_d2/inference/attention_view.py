@@ -107,7 +107,7 @@ class AttentionView:
             recurrence: R; default: the layer's own.
 
         Raises:
-            UserError: the pixel lies outside the image.
+            UserError: the pixel lies outside the image, or where it looks is not finite.
         """
         height, width = self.image.shape[:2]
         if not (0 <= x < width and 0 <= y < height):
@@ -121,4 +121,9 @@ class AttentionView:
             min(int((x + 0.5) / width * self.extent[1]), columns - 1),
         )
         maps = [one[0].float().cpu().numpy() for one in rows_of(self._weights[:loops], cell)]
+        if not all(np.isfinite(one).all() for one in maps):
+            raise UserError(
+                f"where pixel ({x}, {y}) looks is not finite (NaN or infinite): the weights may be those of a training "
+                "that diverged."
+            )
         return AttentionMaps(self.image, (x, y), cell, maps, self.extent)

@@ -137,8 +137,8 @@ def confidence_map(confidence: np.ndarray) -> np.ndarray:
 
 
 def heat_colors(values: np.ndarray) -> np.ndarray:
-    """Values in 0..1 of any shape -> colours (…, 3) uint8 on a scale of even brightness."""
-    place = np.clip(values, 0, 1).astype(np.float32) * (len(_HEAT) - 1)
+    """Values in 0..1 of any shape -> colours (…, 3) uint8 on a scale of even brightness; NaN has that of 0."""
+    place = np.clip(np.nan_to_num(values), 0, 1).astype(np.float32) * (len(_HEAT) - 1)
     low = np.minimum(place.astype(np.int64), len(_HEAT) - 2)
     share = (place - low)[..., None]
     return (_HEAT[low] * (1 - share) + _HEAT[low + 1] * share).round().astype(np.uint8)

@@ -12,6 +12,8 @@ from ccnet_d2.inference import AttentionMaps, Predictor, draw_attention, draw_cl
 from ccnet_d2.inference.attention import attention_weights, find_rcca, record_input
 from ccnet_d2.inference.attention_pictures import heat_over_image
 from ccnet_d2.inference.attention_view import AttentionView, find_image_rcca
+from ccnet_d2.inference.drawing import panel_grid
+from ccnet_d2.inference.visualize import heat_colors
 from ccnet_d2.layers import RCCA, ClipRCCA
 from ccnet_d2.ops import criss_cross_attention
 
@@ -293,6 +295,19 @@ def test_a_pixel_s_cell_is_the_one_that_its_middle_lies_in(height, width):
             assert view.at(x, y, recurrence=1).cell == (row, column)
 
 
+def test_where_a_pixel_looks_that_is_not_finite_is_told():
+    """Of a model whose training diverged; drawing it was an IndexError."""
+    features = torch.randn(1, 8, 3, 5)
+    features[0, 2, 1, 1] = torch.nan
+    view = AttentionView(
+        np.zeros((3, 5, 3), np.uint8), torch.zeros(2, 3, 5), RCCA(8).eval(), features, (3.0, 5.0)
+    )
+    with pytest.raises(
+        UserError, match=r"^where pixel \(4, 1\) looks is not finite \(NaN or infinite\): .*\.$"
+    ):
+        view.at(4, 1)
+
+
 def test_attention_over_more_than_an_image_is_refused():
     for layer in (RCCA(8, spatial_dims=3), ClipRCCA(8)):
         with pytest.raises(UserError, match="attention is over clips, not single images"):
@@ -300,7 +315,9 @@ def test_attention_over_more_than_an_image_is_refused():
     assert isinstance(find_image_rcca(nn.Sequential(RCCA(8))), RCCA)
 
 
-def test_marks_sit_on_the_pixel_and_titles_tell_the_largest_share(monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """Rows of panels, and the titles above them, of each figure that is drawn."""
     drawn = []
     module = importlib.import_module("ccnet_d2.inference.attention_pictures")
     grid = module.panel_grid
@@ -310,6 +327,67 @@ def test_marks_sit_on_the_pixel_and_titles_tell_the_largest_share(monkeypatch):
         return grid(rows, heads, **options)
 
     monkeypatch.setattr(module, "panel_grid", noting)
+    return drawn
+
+
+def test_each_panel_shows_its_own_map_over_its_own_image(drawn):
+    """Where the image covers five of six rows of the feature map; clips as bright as all their frames side by side."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (3, 192, 240, 3), np.uint8)  # as large as they are shown
+    maps = [(share * rng.random((3, 6, 8)) ** 4).astype(np.float32) for share in (0.6, 0.3)]
+    extent = (5.0, 8.0)
+    draw_attention(
+        AttentionMaps(frames[0], (3, 4), (0, 0), [m[0] for m in maps], extent), titles=["a", "b", "c"]
+    )
+    figure = draw_clip_attention(frames, maps, (1, 3, 4), extent=extent)
+    grid = panel_grid(drawn[1][0], drawn[1][1], row_titles=["t = 0", "t = 1", "t = 2"])
+    assert np.array_equal(figure[: len(grid)], grid) and len(figure) > len(grid)  # and the scale
+    draw_clip_attention(frames, maps, (1, 3, 4))
+    ((row,), heads), (rows, clip_heads), (whole_rows, _) = drawn
+    assert heads == ["a", "b", "c"]
+    assert clip_heads[1:] == [
+        f"R = {loop} (max {100 * m.max():.0f} %)" for loop, m in enumerate(maps, start=1)
+    ]
+    expected = [frames[0], *(heat_over_image(frames[0], m[0], extent) for m in maps)]
+    found = list(row)
+    for panels, rows_covered in ((rows, 5.0), (whole_rows, 6.0)):
+        for time in range(3):
+            expected.append(frames[time])
+            for shares in maps:
+                side_by_side = heat_over_image(
+                    np.concatenate(frames, axis=1), np.concatenate(shares, axis=1), (rows_covered, 24.0)
+                )
+                expected.append(side_by_side[:, 240 * time :][:, :240])
+            found += panels[time]
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert (one != other).any(axis=2).mean() < 0.02  # but for the marks
+
+
+def test_heat_shows_the_cell_below_each_pixel_s_middle():
+    """Two pixels of different heat differ in colour, those of one cell do not; the square root tells small shares."""
+    image = np.full((7, 11, 3), 90, np.uint8)
+    shares = np.arange(1, 7, dtype=np.float32).reshape(2, 3)
+    heat = heat_over_image(image, shares, (1.6, 3.0))
+    colors = heat_over_image(np.full((2, 3, 3), 90, np.uint8), shares, (2.0, 3.0))
+    assert len(np.unique(colors.reshape(-1, 3), axis=0)) == 6
+    for y in range(7):
+        for x in range(11):
+            row, column = int((y + 0.5) * 1.6 / 7), int((x + 0.5) * 3 / 11)
+            assert (heat[y, x] == colors[row, column]).all(), (y, x)
+    image[:] = 200, 30, 90
+    quarter = heat_over_image(image[:1, :2], np.array([[0.25, 1.0]], np.float32), (1.0, 2.0))[0, 0]
+    gray, color = (
+        0.299 * 200 + 0.587 * 30 + 0.114 * 90,
+        heat_colors(np.array([0.5]))[0].astype(float),
+    )  # the root of a quarter
+    weight = 0.15 + 1.2 * 0.5
+    np.testing.assert_allclose(quarter, (1 - weight) * 0.6 * gray + weight * color, atol=1)
+    nothing = heat_over_image(image, np.zeros((2, 3), np.float32), (2.0, 3.0))
+    assert (nothing == nothing[0, 0]).all() and nothing.max() < 90
+
+
+def test_marks_sit_on_the_pixel_and_titles_tell_the_largest_share(drawn):
     image, (x, y), factor = np.full((48, 60, 3), 90, np.uint8), (41, 17), 4  # shown at 192 x 240
     maps = [np.full((6, 8), share, np.float32) for share in (0.125, 0.0125, 0.00125)]
     draw_attention(AttentionMaps(image, (x, y), (2, 5), maps, (6.0, 8.0)))

@@ -12,7 +12,7 @@ from ccnet_d2.errors import UserError
 from ccnet_d2.inference import ClassTable, Predictor, SlidingWindow, WholeImage, batch, label_bands
 from ccnet_d2.inference.batch import plan_pictures, write_pictures
 from ccnet_d2.inference.drawing import text_line
-from ccnet_d2.inference.visualize import save_labels
+from ccnet_d2.inference.visualize import heat_colors, save_labels
 from ccnet_d2.model_zoo import get_config
 
 
@@ -274,6 +274,17 @@ def test_a_picture_of_the_confidence_says_its_mean(make_segmenter, photograph, t
     assert written == [f"confidence: dark 0, bright 1; mean {share.mean():.2f}"] and share.mean() < 0.99
     width, height = Image.open(target).size
     assert width >= 240 and height > 30 * (width // 42)  # enlarged, above the text
+
+
+def test_a_confidence_that_is_not_a_number_is_drawn_as_none(make_segmenter, photograph, tmp_path):
+    """It was an IndexError."""
+    model = make_segmenter()
+    with torch.no_grad():
+        model.convs[-1].bias.fill_(np.nan)
+    (target,) = write_pictures(
+        Predictor(model), photograph[0], tmp_path / "c.png", picture="confidence", progress=False
+    ).written
+    assert (np.asarray(Image.open(target))[:20, :20] == heat_colors(np.zeros(1))).all()
 
 
 def test_where_pictures_are_written(photograph, tmp_path, monkeypatch):
