@@ -8,6 +8,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -25,7 +26,7 @@ from ccnet_d2.data.errors import SampleError
 from ccnet_d2.engine import apply_overrides
 from ccnet_d2.errors import UserError
 from ccnet_d2.inference import Predictor, viewer
-from ccnet_d2.inference.viewer import Gallery, UploadError, make_server
+from ccnet_d2.inference.viewer import Gallery, UploadError, ViewerServer, make_server
 from ccnet_d2.model_zoo import get_config
 
 
@@ -355,6 +356,14 @@ def test_a_long_upload_is_refused_before_it_is_read(ask):
     assert ask("api/image", b"x", **{"Content-Length": str(10**9)})[0] == 413
 
 
+def test_a_file_of_the_largest_size_is_taken(ask, monkeypatch):
+    content = encoded(Image.new("RGB", (8, 8)))
+    module = sys.modules[ViewerServer.__module__]
+    for limit, status in ((len(content), 200), (len(content) - 1, 413)):
+        monkeypatch.setattr(module, "_LARGEST_UPLOAD", limit)
+        assert ask("api/image", content)[0] == status
+
+
 def test_a_length_of_thousands_of_digits_is_refused(ask):
     status, _, body = ask("api/image", b"x", **{"Content-Length": "1" * 5000})
     assert status == 400 and "a number of 5000 digits" in json.loads(body)["error"]
@@ -399,12 +408,62 @@ def test_a_browser_that_goes_away_leaves_no_traceback(gallery, capfd, request_te
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    "request_text",
+    [
+        "",
+        "GET /api/gall",
+        "POST /api/image HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 1000\r\n\r\ncut short",
+    ],
+)
+def test_a_browser_that_says_no_more_is_let_go_after_a_minute(gallery, capfd, monkeypatch, request_text):
+    """Here after a three-hundredth of it, and without a traceback."""
+    handler = sys.modules[ViewerServer.__module__]._Handler
+    assert handler.timeout == 60
+    monkeypatch.setattr(handler, "timeout", handler.timeout / 300)
+    with make_server(gallery) as server:
+        server.daemon_threads = False  # so that closing the server waits for them
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        with socket.create_connection(server.server_address, timeout=30) as client:
+            client.sendall(request_text.format(port=server.server_port).encode())
+            assert client.recv(100) == b""
+        server.shutdown()
+        thread.join()
+    assert capfd.readouterr().err == ""
+
+
 def test_faults_of_the_server_are_printed(server, capfd):
     try:
         raise KeyError("fault")
     except KeyError:
         server.handle_error(None, ("127.0.0.1", 1))
     assert "KeyError" in capfd.readouterr().err
+
+
+def test_a_fault_of_one_request_is_logged_and_the_next_is_answered(ask, gallery, monkeypatch, caplog):
+    with monkeypatch.context() as broken:
+        broken.setattr(gallery, "picture", lambda number: {}["fault"])
+        status, _, body = ask("api/image?image=0")
+    assert status == 500
+    assert json.loads(body)["error"] == "the server met an error, which it printed."
+    assert "GET /api/image?image=0 failed" in caplog.text and "KeyError: 'fault'" in caplog.text
+    assert ask("api/image?image=0")[0] == 200
+
+
+def test_an_image_deleted_since_the_start_is_told(photo, tmp_path):
+    path = tmp_path / "photo.png"
+    path.write_bytes(photo.read_bytes())
+    with make_server(Gallery([("a", make_predictor())], [path])) as server:
+        path.unlink()
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(server.url + "api/image?image=0", timeout=30)
+        with refused.value as answer:
+            assert answer.code == 400 and "photo.png' cannot be read" in json.loads(answer.read())["error"]
+        server.shutdown()
+        thread.join()
 
 
 def test_errors_before_serving(photo, server):
