@@ -93,10 +93,21 @@ def test_the_mean_of_one_pixel_is_its_own_whatever_its_weight():
     torch.testing.assert_close(CrossEntropy(class_weight=[0.1] * 4)(logits, lone), expected)
 
 
-def test_other_ignore_index():
-    logits, target = sample()
-    expected = CrossEntropy()(logits, target)
-    assert CrossEntropy(ignore_index=-1)(logits, target.masked_fill(target == 255, -1)) == expected
+@pytest.mark.parametrize("ignore_index", [-1, 7])
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        (CrossEntropy, {}),
+        (CrossEntropy, {"class_weight": [0.5, 2.0]}),
+        (OHEMCrossEntropy, {"min_kept": 40, "factor": 1}),
+        (OHEMCrossEntropy, {"min_kept": 40, "factor": 2}),
+        (EdgeCrossEntropy, {}),
+    ],
+)
+def test_another_label_than_255_may_be_void(loss, options, ignore_index):
+    logits, target = sample(classes=2)
+    other = target.masked_fill(target == 255, ignore_index)
+    assert loss(ignore_index=ignore_index, **options)(logits, other) == loss(**options)(logits, target)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -143,6 +154,7 @@ def test_errors():
         (target[:, None], r"expected logits \(B, K, h, w\) and labels \(B, H, W\)"),
         (target[:1], "with one B"),
         (target.masked_fill(target == 255, 19), r"label 19 is neither a class \(0 to 3\) nor the ignored"),
+        (target.masked_fill(target == 255, 4), r"label 4 is neither a class \(0 to 3\)"),
         (target.masked_fill(target == 255, -1), "label -1 is neither"),
     ):
         for loss in (CrossEntropy(), OHEMCrossEntropy()):

@@ -187,6 +187,11 @@ def test_reduction_is_that_of_scipy_zoom(size):
         torch.testing.assert_close(read, maps[:, label])
 
 
+def test_defaults_are_those_of_the_official_code():
+    loss = OHEMCrossEntropy()
+    assert (loss.thresh, loss.min_kept, loss.factor, loss.ignore_index) == (0.7, 100_000, 8, 255)
+
+
 def test_errors():
     for arguments, message in (
         ({"thresh": 1.5}, "thresh is a probability between 0 and 1, got 1.5"),
