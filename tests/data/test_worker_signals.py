@@ -4,15 +4,18 @@ import functools
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
-from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from ccnet_d2.data.worker_signals import leave_sigterm_to_parent, sigterm_held_back
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def note(folder, worker):
@@ -27,35 +30,50 @@ def start_thread():
     threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
 
 
-@pytest.mark.parametrize(
-    ("library", "held_back"),
-    [(None, nullcontext), (None, sigterm_held_back), (start_thread, sigterm_held_back)],
-)
-def test_workers_end_only_when_their_parent_says_so(tmp_path, monkeypatch, library, held_back):
-    """Whether or not a library starts a thread of its own in every new process."""
-    if library is not None:
-        monkeypatch.setattr(f"{__name__}.at_fork", [library])
+def values_despite_sigterm(folder, held_back):
+    """What a loader gives whose workers get a SIGTERM of another process after its first value; they note in `folder`
+    that they have begun."""
     loader = DataLoader(
         torch.arange(100),
         num_workers=2,
         multiprocessing_context="fork",
-        worker_init_fn=functools.partial(leave_sigterm_to_parent, then=functools.partial(note, tmp_path)),
+        worker_init_fn=functools.partial(leave_sigterm_to_parent, then=functools.partial(note, folder)),
     )
     with held_back():
         batches = iter(loader)
     values = [int(next(batches))]
     workers = batches._workers
     end = time.monotonic() + 60
-    while len(os.listdir(tmp_path)) < len(workers):  # the other one may not have begun
+    while len(os.listdir(folder)) < len(workers):  # the other one may not have begun
         assert time.monotonic() < end
         time.sleep(0.01)
     pids = " ".join(str(worker.pid) for worker in workers)
     subprocess.run(["sh", "-c", f"kill -TERM {pids}"], check=True)
     time.sleep(0.3)
-    values += [int(value) for value in batches]
-    assert values == list(range(100))
+    return values + [int(value) for value in batches]
+
+
+@pytest.mark.parametrize("library", [None, start_thread])
+def test_workers_end_only_when_their_parent_says_so(tmp_path, monkeypatch, library):
+    """Whether or not a library starts a thread of its own in every new process."""
+    if library is not None:
+        monkeypatch.setattr(f"{__name__}.at_fork", [library])
+    assert values_despite_sigterm(tmp_path, sigterm_held_back) == list(range(100))
     assert sorted(os.listdir(tmp_path)) == ["0", "1"]  # the user's own function ran
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_workers_hold_it_back_by_themselves(tmp_path):
+    """In a process of its own, where no library that another test has used starts threads in new processes."""
+    program = (
+        "import contextlib, pathlib, sys\n"
+        f"from {__name__} import values_despite_sigterm\n"
+        "print(*values_despite_sigterm(pathlib.Path(sys.argv[1]), contextlib.nullcontext))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.split() == [str(value) for value in range(100)], done.stderr
 
 
 class Hanging:
