@@ -22,6 +22,7 @@ from .settings import check_seed, make_output_dir
 from .torchrun import ElasticRun, TorchrunProcess, joined_torchrun
 from .training import evaluate_only, train
 from .user_errors import one_sentence_errors
+from .yacs_config import load_config
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def _program(args: argparse.Namespace) -> tuple[Callable[[bool], Any], str, str]
     on_cpu = args.num_processes is not None
     if args.config_file.endswith((".yaml", ".yml")):
         options = [*args.opts, *(["MODEL.DEVICE", "cpu"] if on_cpu else [])]
-        cfg = yacs.load_config(args.config_file, options)
+        cfg = load_config(args.config_file, options)
         available_device(cfg.MODEL.DEVICE, "MODEL.DEVICE is {}")
         make_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
         return lambda resume: yacs.run(cfg, args, resume=resume), cfg.MODEL.DEVICE, cfg.OUTPUT_DIR

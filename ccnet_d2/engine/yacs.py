@@ -1,17 +1,13 @@
 """Training and evaluating yacs (.yaml) configs with Detectron2's `DefaultTrainer`."""
 
 import argparse
-import re
 import weakref
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.data import transforms as T
 from detectron2.engine import DefaultTrainer, default_setup, hooks
 from detectron2.evaluation import verify_results
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
@@ -25,14 +21,11 @@ from ccnet_d2.checkpoint import SafeCheckpointer, load_checkpoint
 from ccnet_d2.choices import check_choice
 from ccnet_d2.data import SemSegMapper, get_sem_seg_dataset_dicts
 from ccnet_d2.data.forked_workers import fork_workers
-from ccnet_d2.data.transforms import RandomPhotometricDistortion, RandomScaleCrop, ResizeToFit
 from ccnet_d2.errors import UserError
 from ccnet_d2.evaluation import CheckedSemSegEvaluator
 from ccnet_d2.inference import InferenceMode, build_mode
 from ccnet_d2.model_zoo import config_path
-from ccnet_d2.modeling import add_ccnet_config
 from ccnet_d2.modeling.config import refuse_without_effect
-from ccnet_d2.wording import first_line
 
 from .agreement import check_class_count, check_void, warn_of_other_names
 from .distributed import (
@@ -46,13 +39,10 @@ from .evaluate_periodically import EvaluatePeriodically
 from .schedule import PolynomialDecayToMinimum
 from .settings import check_is_seed
 from .void_labels import WatchedLoader
+from .yacs_augmentations import test_augmentations, train_augmentations
 
 POLY_LR = "PolyLR"
 """The value of SOLVER.LR_SCHEDULER_NAME for the papers' schedule; all others are Detectron2's."""
-
-_GROUP_AS_VALUE = re.compile(r" with values \(.*\n.*\)(?= for config key: )", re.DOTALL)
-
-_FLIPS = ("horizontal", "vertical", "none")
 
 
 class YacsTrainer(DefaultTrainer):
@@ -142,61 +132,6 @@ class YacsTrainer(DefaultTrainer):
         return super().test(cfg, _test_mode(cfg).bind(model, list(cfg.DATASETS.TEST)), evaluators)
 
 
-def train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
-    """Those of INPUT.CROP, INPUT.CCNET and INPUT.RANDOM_FLIP.
-
-    Raises:
-        UserError: INPUT.CROP is not of the type "absolute", or it is off though INPUT.CCNET says how to scale and crop;
-            INPUT.RANDOM_FLIP is unknown; or Detectron2's resize to INPUT.{MIN,MAX}_SIZE_TRAIN is asked for.
-    """
-    augmentations: list[T.Augmentation] = []
-    crop, extra = cfg.INPUT.CROP, cfg.INPUT.CCNET
-    if list(cfg.INPUT.MIN_SIZE_TRAIN or ()) != [0]:  # with which Detectron2 resizes nothing either
-        refuse_without_effect(
-            cfg.INPUT,
-            "INPUT",
-            {"MIN_SIZE_TRAIN": (0,), "MIN_SIZE_TRAIN_SAMPLING": "choice", "MAX_SIZE_TRAIN": 1333},
-            "images are scaled and cropped together here: leave it out and set INPUT.CCNET.SHORT_SIDES or SCALE_RANGE, "
-            "INPUT.CROP.ENABLED to True, INPUT.CROP.TYPE to 'absolute' and INPUT.CROP.SIZE.",
-        )
-    set_here = [key for key, value in extra.items() if key != "PHOTOMETRIC" and value]
-    if set_here and not crop.ENABLED:
-        raise UserError(
-            f"INPUT.CCNET.{set_here[0]} is set, but INPUT.CROP.ENABLED is False: images are scaled and cropped "
-            "together, so set that to True and INPUT.CROP.SIZE to [height, width] in pixels."
-        )
-    if crop.ENABLED:
-        if crop.TYPE != "absolute":
-            raise UserError(
-                f"INPUT.CROP.TYPE is {crop.TYPE!r}: all crops need one size, so set INPUT.CROP.TYPE to 'absolute' and "
-                "INPUT.CROP.SIZE to [height, width] in pixels."
-            )
-        augmentations.append(
-            RandomScaleCrop(
-                crop.SIZE,
-                scale_range=extra.SCALE_RANGE or None,
-                short_side_choices=extra.SHORT_SIDES or None,
-                base_size=extra.BASE_SIZE or None,
-                category_max_ratio=extra.CATEGORY_MAX_RATIO or None,
-                pad_value=cfg.MODEL.PIXEL_MEAN,
-            )
-        )
-    check_choice("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, _FLIPS)
-    if cfg.INPUT.RANDOM_FLIP != "none":
-        vertical = cfg.INPUT.RANDOM_FLIP == "vertical"
-        augmentations.append(T.RandomFlip(horizontal=not vertical, vertical=vertical))
-    if extra.PHOTOMETRIC:
-        augmentations.append(RandomPhotometricDistortion(image_format=cfg.INPUT.FORMAT))
-    return augmentations
-
-
-def test_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
-    """Detectron2's resize to INPUT.{MIN,MAX}_SIZE_TEST; none where MIN_SIZE_TEST is 0."""
-    if cfg.INPUT.MIN_SIZE_TEST == 0:
-        return []
-    return [ResizeToFit(long_side=cfg.INPUT.MAX_SIZE_TEST, short_side=cfg.INPUT.MIN_SIZE_TEST)]
-
-
 def _test_mode(cfg: CfgNode) -> InferenceMode:
     """That of TEST.CCNET, without a model yet."""
     refuse_without_effect(
@@ -208,58 +143,6 @@ def _test_mode(cfg: CfgNode) -> InferenceMode:
     )
     test = cfg.TEST.CCNET
     return build_mode(test.MODE, tile=tuple(test.TILE or ()), stride=tuple(test.STRIDE or ()) or None)
-
-
-def load_config(name: str, options: Sequence[str] = ()) -> CfgNode:
-    """A yacs config with CCNet's keys.
-
-    Args:
-        name: a path, or a name relative to the project's configs, such as "yacs/toy/ccnet_synthetic.yaml".
-        options: KEY VALUE pairs that change it, as one flat list.
-
-    Raises:
-        UserError: there is no such file, it cannot be read as data, or a key or value is wrong.
-    """
-    path = config_path(name)
-    cfg = get_cfg()
-    add_ccnet_config(cfg)
-    # yacs tells wrong keys and values by exceptions of several kinds.
-    try:
-        cfg.merge_from_file(str(path), allow_unsafe=False)
-    except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
-        if isinstance(error, (KeyError, yaml.constructor.ConstructorError)) and _is_record_of_a_run(path):
-            raise UserError(
-                f"Config {path} is the record of a LazyConfig run, which is not run from it: give the .py file that "
-                "the run was made from, and its overrides."
-            ) from error
-        raise UserError(f"Config {path} cannot be used: {_reason(error)}") from error
-    except FileNotFoundError as error:
-        raise UserError(
-            f"Config {path} cannot be used: its _BASE_ {error.filename} does not exist."
-        ) from error
-    except OSError as error:  # of a web address, too
-        raise UserError(
-            f"Config {path} cannot be used: it, or its _BASE_, cannot be read: {error}."
-        ) from error
-    except RecursionError as error:
-        raise UserError(
-            f"Config {path} cannot be used: its _BASE_ leads back to the file that names it; name the config that it "
-            "changes."
-        ) from error
-    except (AttributeError, TypeError) as error:
-        raise UserError(
-            f"Config {path} cannot be used: it, or its _BASE_, does not hold groups of keys with values, such as "
-            "'SOLVER: {MAX_ITER: 100}'."
-        ) from error
-    if len(options) % 2:
-        raise UserError(
-            f"Options of a .yaml config are KEY VALUE pairs, but there are {len(options)}: {list(options)}."
-        )
-    try:
-        cfg.merge_from_list(list(options))
-    except (KeyError, ValueError, AssertionError) as error:
-        raise UserError(f"Options {list(options)} cannot be applied: {_reason(error)}") from error
-    return cfg
 
 
 def run(cfg: CfgNode, args: argparse.Namespace, *, resume: bool) -> Mapping[str, Any] | None:
@@ -357,22 +240,3 @@ def _evaluate(cfg: CfgNode, *, resume: bool) -> Mapping[str, Any]:
     if comm.is_main_process():
         verify_results(cfg, results)  # as the trainer does at its end
     return results
-
-
-def _is_record_of_a_run(path: Path) -> bool:
-    """Whether the file is the config.yaml that a LazyConfig run leaves in its output directory."""
-    # Some records name Python objects, which are data that nothing here constructs.
-    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    return isinstance(root, yaml.MappingNode) and {"model", "dataloader", "train"} <= {
-        key.value for key, _ in root.value if isinstance(key, yaml.ScalarNode)
-    }
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"line {error.problem_mark.line + 1} of {error.problem_mark.name}: {error.problem}."
-    # str() of a KeyError is its argument in quotes.
-    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    # A group of keys, which yacs writes out on lines of its own, leaves the key that is wrong for the last line.
-    message = _GROUP_AS_VALUE.sub("", message)
-    return (first_line(message) or type(error).__name__) + "."

@@ -16,7 +16,8 @@ def add_ccnet_config(cfg: CfgNode) -> None:
     SEM_SEG_HEAD.NAME "CCNetHead"; head width, norm, classes, ignored label and loss weight are Detectron2's own
     MODEL.SEM_SEG_HEAD keys. `MODEL.RCCA` is for use with BACKBONE.NAME "build_resnet_rcca_backbone",
     "build_resnet_rcca_fpn_backbone" and "build_retinanet_resnet_rcca_fpn_backbone" in Detectron2's detection
-    models. `INPUT.CCNET`, `TEST.CCNET` and `SOLVER.POLY_LR_*` are read by `ccnet_d2.engine.yacs`.
+    models. `TEST.CCNET` and `SOLVER.POLY_LR_*` are read by `ccnet_d2.engine.yacs`, `INPUT.CCNET` by
+    `ccnet_d2.engine.yacs_augmentations`.
     """
     cfg.MODEL.CCNET = _ccnet_keys()
     cfg.MODEL.RANET = _ranet_keys()

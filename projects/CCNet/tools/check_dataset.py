@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from ccnet_d2.data import DatasetError
 from ccnet_d2.data.check import DatasetReport, check_coverage, check_dataset, format_report
-from ccnet_d2.engine.yacs import load_config
+from ccnet_d2.engine.yacs_config import load_config
 from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import config_path
 from ccnet_d2.script_exit import exit_with
