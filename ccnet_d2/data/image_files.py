@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import stat
 import struct
 from collections.abc import Iterator
@@ -21,6 +20,8 @@ from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ccnet_d2.data.errors import SampleError
+
+from .png_and_jpeg import bits_of_gray_png, declared_size, is_jpeg, is_png, is_whole, orientation_is_in_xmp
 
 __all__ = [
     "MAX_BYTES",
@@ -38,19 +39,8 @@ MAX_PIXELS = 178_956_970
 MAX_BYTES = 2**30
 """The largest file that is read."""
 
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_GRAY = 0
-_JPEG_START = b"\xff\xd8\xff"
-# A marker inside entropy-coded data: FF followed by something that is not a stuffed 00, a restart or a fill
-# byte.
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-_JPEG_SOS, _JPEG_EOI = 0xDA, 0xD9
-# Markers of the segments that hold the size: start of frame, of which C4, C8 and CC are none.
-_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # Of Pillow; converting the others to RGB cuts their values off at 255.
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
-# What Pillow, and so Detectron2, takes an orientation from where EXIF has none; OpenCV does not.
-_XMP_ORIENTATION = b"tiff:Orientation"
 # By the orientation.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -89,98 +79,14 @@ def _check_regular(path: str, kind: str) -> None:
         )
 
 
-def _png_is_whole(data: bytes) -> bool:
-    """Whether the chunks of a PNG file go on up to its IEND."""
-    position = len(_PNG_SIGNATURE)
-    if data[position + 4 : position + 8] != b"IHDR":
-        return False
-    while position + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, position)
-        kind = data[position + 4 : position + 8]
-        position += 12 + length
-        if kind == b"IEND":
-            return position <= len(data)
-    return False
-
-
-def _jpeg_is_whole(data: bytes) -> bool:
-    """Whether the segments of a JPEG file go on up to its own end marker, not that of a thumbnail."""
-    position = 2
-    while position + 2 <= len(data):
-        if data[position] != 0xFF:
-            return False
-        marker = data[position + 1]
-        if marker == _JPEG_EOI:
-            return True
-        if marker == 0xFF:  # fill byte
-            position += 1
-            continue
-        if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # markers without a segment
-            position += 2
-            continue
-        if position + 4 > len(data):
-            return False
-        (length,) = struct.unpack_from(">H", data, position + 2)
-        position += 2 + length
-        if marker == _JPEG_SOS:
-            found = _JPEG_MARKER.search(data, position)
-            if found is None:
-                return False
-            position = found.start()
-    return False
-
-
 def _check_whole(data: bytes, path: str, kind: str) -> None:
-    if data.startswith(_PNG_SIGNATURE):
-        whole = _png_is_whole(data)
-    elif data.startswith(_JPEG_START):
-        whole = _jpeg_is_whole(data)
-    else:
+    if not (is_png(data) or is_jpeg(data)):
         return
-    if not whole:
+    if not is_whole(data):
         raise SampleError(
             f"The {kind} '{path}' is truncated ({len(data)} bytes); copy or download it again.", path
         )
-    _check_size(_png_size(data) if data.startswith(_PNG_SIGNATURE) else _jpeg_size(data), path, kind)
-
-
-def _png_size(data: bytes) -> tuple[int, int]:
-    """Width and height that a whole PNG file declares."""
-    width, height = struct.unpack_from(">II", data, len(_PNG_SIGNATURE) + 8)
-    return width, height
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Width and height that a whole JPEG file declares; zeros if it does not."""
-    frame = _jpeg_frame(data)
-    if frame is None:
-        return 0, 0
-    height, width = struct.unpack_from(">HH", data, frame + 5)
-    return width, height
-
-
-def _jpeg_frame(data: bytes) -> int | None:
-    """Where a whole JPEG file's start of frame is, after the metadata."""
-    position = 2
-    while position + 9 <= len(data) and data[position + 1] != _JPEG_SOS:
-        marker = data[position + 1]
-        if marker in _JPEG_FRAMES:
-            return position
-        if marker == 0xFF:
-            position += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD7:
-            position += 2
-        else:
-            position += 2 + struct.unpack_from(">H", data, position + 2)[0]
-    return None
-
-
-def _orientation_is_in_xmp(data: bytes) -> bool:
-    """Whether the XMP of a PNG or JPEG file names an orientation. Pixels are not searched: that would take time."""
-    if data.startswith(_JPEG_START):
-        return data.find(_XMP_ORIENTATION, 0, _jpeg_frame(data)) >= 0
-    before, after = data.find(b"IDAT"), data.rfind(b"IDAT")
-    return data.find(_XMP_ORIENTATION, 0, before) >= 0 or data.find(_XMP_ORIENTATION, after) >= 0
+    _check_size(declared_size(data), path, kind)
 
 
 def _check_size(size: tuple[int, int], path: str, kind: str) -> None:
@@ -247,7 +153,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 def _decode_with_opencv(data: bytes, path: str, kind: str, flags: int) -> np.ndarray:
     turn = None
-    if _orientation_is_in_xmp(data):
+    if orientation_is_in_xmp(data):
         flags |= cv2.IMREAD_IGNORE_ORIENTATION
         turn = _turn_of_file(data, path, kind)
     try:
@@ -277,7 +183,7 @@ def read_image(path: str, image_format: str = "RGB") -> np.ndarray:
     """
     data = _read_bytes(path, "image")
     _check_whole(data, path, "image")
-    if data.startswith((_PNG_SIGNATURE, _JPEG_START)):
+    if is_png(data) or is_jpeg(data):
         image = _decode_with_opencv(data, path, "image", cv2.IMREAD_COLOR)
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if image_format == "RGB" else image
     # The other formats are rare; Pillow notices when one of their files is cut short.
@@ -301,21 +207,21 @@ def read_label(path: str) -> np.ndarray:
     """
     data = _read_bytes(path, "label map")
     _check_whole(data, path, "label map")
-    if data.startswith(_JPEG_START):
+    if is_jpeg(data):
         raise SampleError(
             f"The label map '{path}' is a JPEG file, which alters labels; store it as PNG.", path
         )
-    # Bytes 24 and 25 of a PNG file, in its header chunk, are bit depth and colour type.
-    if data.startswith(_PNG_SIGNATURE) and data[25] == _PNG_GRAY and data[24] >= 8:
+    bits = bits_of_gray_png(data)
+    if bits >= 8:
         # Not IMREAD_UNCHANGED, which leaves out EXIF, and so would not lie on an image that is turned.
         label = _decode_with_opencv(data, path, "label map", cv2.IMREAD_ANYDEPTH)
     else:
         label = _decode_with_pillow(data, path, "label map")
         if label.dtype == bool:
             label = label.astype(np.uint8)
-        elif data.startswith(_PNG_SIGNATURE) and data[25] == _PNG_GRAY:
+        elif bits:
             # Decoders spread 2 and 4 bits over 0 to 255, for which class 3, or 15, would be the usual void.
-            label = label // (255 // (2 ** data[24] - 1))
+            label = label // (255 // (2**bits - 1))
     if label.ndim != 2:
         raise SampleError(
             f"The label map '{path}' has {label.shape[2]} channels, but one channel of class indices is "
