@@ -143,7 +143,8 @@ def check_archive(path: str | Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] or name for name in archive.namelist()}
-            for kind in (kind for record, kind in _PROGRAMS.items() if record in names):
+            kind = next((kind for record, kind in _PROGRAMS.items() if record in names), None)
+            if kind is not None:
                 raise CheckpointError(
                     f"Checkpoint {path} is a program of {kind}, not a state dict; name the checkpoint that it was made "
                     "from."
@@ -176,9 +177,10 @@ def check_weights(weights: Any, path: str | Path) -> None:
         )
     if not weights:
         raise CheckpointError(f"Checkpoint {path} holds no weights.")
-    for name in (name for name, value in weights.items() if isinstance(value, Mapping)):
+    nested = next((name for name, value in weights.items() if isinstance(value, Mapping)), None)
+    if nested is not None:
         raise CheckpointError(
-            f"Checkpoint {path} holds not weights but a {type(weights[name]).__name__} at {name!r}: one of another "
+            f"Checkpoint {path} holds not weights but a {type(weights[nested]).__name__} at {nested!r}: one of another "
             "code base has to be converted first, with projects/CCNet/tools/convert_checkpoint.py."
         )
     for name, value in weights.items():

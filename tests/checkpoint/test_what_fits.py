@@ -314,7 +314,7 @@ def test_names_are_matched_by_their_ends_where_the_path_says_so(tmp_path):
 
 
 def test_a_file_in_the_home_directory(tmp_path, monkeypatch):
-    """Shells leave the ~ in train.init_checkpoint=~/x.pth as it is."""
+    """As images, exports and data sets may be; from Python and in yacs configs a ~ comes here as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.save(Net(7).backbone.state_dict(), tmp_path / "x.pth")
     net = Net()

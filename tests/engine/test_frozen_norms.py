@@ -7,9 +7,7 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
-from ccnet_d2.data import SyntheticConfig, generate_synthetic_dataset, register_all
 from ccnet_d2.engine.frozen_norms import warn_of_idle_norms
-from ccnet_d2.engine.overrides import load_run
 from ccnet_d2.engine.training import train
 
 
@@ -46,23 +44,9 @@ def test_a_norm_that_changes_anything_is_not_named(caplog, name):
 
 
 @pytest.mark.parametrize(("norm", "idle"), [("FrozenBN", 5), ("BN", 2)])
-def test_a_training_tells_of_a_head_that_follows_a_frozen_backbone(
-    tmp_path, monkeypatch, catalogs_as_before, caplog, norm, idle
-):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    generate_synthetic_dataset(tmp_path / "ccnet_synthetic", SyntheticConfig(train_images=4, val_images=2))
-    register_all(tmp_path)
-    options = [
-        "train.max_iter=1",
-        "train.device=cpu",
-        "train.num_pictures=0",
-        f"train.output_dir={tmp_path}/output",
-        "dataloader.train.total_batch_size=2",
-        "model.backbone.norm=FrozenBN",
-        f"model.sem_seg_head.norm={norm}",
-    ]
+def test_a_training_tells_of_a_head_that_follows_a_frozen_backbone(small_run, caplog, norm, idle):
     with caplog.at_level(logging.WARNING):
-        train(load_run("toy/ccnet_synthetic.py", options))
+        train(small_run("model.backbone.norm=FrozenBN", f"model.sem_seg_head.norm={norm}"))
     # The two of the backbone are as they were made in both.
     assert ("and 2 more. No checkpoint" in caplog.text) is (idle == 5)
     assert ("backbone.conv2.norm. No checkpoint" in caplog.text) is (idle == 2)
