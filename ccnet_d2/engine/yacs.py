@@ -1,8 +1,10 @@
 """Training and evaluating yacs (.yaml) configs with Detectron2's `DefaultTrainer`."""
 
 import argparse
+import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,6 +65,18 @@ class YacsTrainer(DefaultTrainer):
             for hook in super().build_hooks()
         ]
 
+    def train(self) -> Any:
+        with _without_traceback_of_user_errors():
+            return super().train()
+
+    def run_step(self) -> None:
+        try:
+            super().run_step()
+        except FloatingPointError as error:
+            raise UserError(
+                f"{' '.join(str(error).split())}: lower SOLVER.BASE_LR, or set SOLVER.CLIP_GRADIENTS.ENABLED True."
+            ) from error
+
     def _evaluate(self) -> Mapping[str, Any]:
         self._last_eval_results = self.test(self.cfg, self.model)
         return self._last_eval_results
@@ -111,6 +125,13 @@ class YacsTrainer(DefaultTrainer):
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer):
         solver = cfg.SOLVER
         if solver.LR_SCHEDULER_NAME != POLY_LR:
+            refuse_without_effect(
+                solver,
+                "SOLVER",
+                {"POLY_LR_POWER": None, "POLY_LR_MINIMUM": None},
+                f"it belongs to SOLVER.LR_SCHEDULER_NAME {POLY_LR}, not to {solver.LR_SCHEDULER_NAME}: leave it out, "
+                f"or take {POLY_LR}.",
+            )
             return super().build_lr_scheduler(cfg, optimizer)
         if solver.WARMUP_ITERS:
             refuse_without_effect(
@@ -130,6 +151,21 @@ class YacsTrainer(DefaultTrainer):
         model = own_model(model)
         copy_buffers_from_main_process(model)
         return super().test(cfg, _test_mode(cfg).bind(model, list(cfg.DATASETS.TEST)), evaluators)
+
+
+@contextmanager
+def _without_traceback_of_user_errors() -> Iterator[None]:
+    """Detectron2's loop logs the traceback of whatever ends it; not of what will be told in a sentence."""
+
+    def is_of_something_else(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+
+    log = logging.getLogger("detectron2.engine.train_loop")
+    log.addFilter(is_of_something_else)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_of_something_else)
 
 
 def _test_mode(cfg: CfgNode) -> InferenceMode:
@@ -190,6 +226,8 @@ def _check_settings(cfg: CfgNode) -> None:
     Raises:
         UserError: a value cannot be used; Detectron2 would divide by it, or leave out a class.
     """
+    if not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN names no data set to train on.")
     for key in ("MAX_ITER", "CHECKPOINT_PERIOD", "IMS_PER_BATCH"):
         if (cfg.SOLVER[key] or 0) < 1:  # yacs takes None for any value
             raise UserError(f"SOLVER.{key} is {cfg.SOLVER[key]}, but has to be 1 or more.")

@@ -49,9 +49,9 @@ def own_keys(cfg: CfgNode, node: str, reader: str) -> CfgNode:
 
 
 def refuse_without_effect(node: CfgNode, name: str, holds: Mapping[str, Any], told: str) -> None:
-    """Refuse values of Detectron2's keys that change nothing here.
+    """Refuse values that change nothing here.
 
-    One that is Detectron2's default may not have been set, and one that says what holds anyway does no harm.
+    One that is the default may not have been set, and one that says what holds anyway does no harm.
 
     Args:
         node: where the keys are.
@@ -63,6 +63,7 @@ def refuse_without_effect(node: CfgNode, name: str, holds: Mapping[str, Any], to
         UserError: a key has another value.
     """
     defaults = get_cfg()
+    add_ccnet_config(defaults)
     for part in name.split("."):
         defaults = defaults[part]
     for key, value in holds.items():
@@ -78,6 +79,14 @@ def head_arguments(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[s
         raise UserError(
             "MODEL.SEM_SEG_HEAD.IN_FEATURES is empty: name the backbone's features that the head takes, such as [res5]."
         )
+    strides = [shape.stride for name, shape in input_shape.items() if name in head.IN_FEATURES]
+    refuse_without_effect(
+        head,
+        "MODEL.SEM_SEG_HEAD",
+        {"COMMON_STRIDE": min(strides, default=None)},
+        f"{head.NAME} does not read it: leave it out; logits have the stride of the finest feature of IN_FEATURES, "
+        "and MODEL.CCNET.OUTPUT_STRIDE sets the backbone's.",
+    )
     return {
         "input_shape": input_shape,
         "num_classes": head.NUM_CLASSES,

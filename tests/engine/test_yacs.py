@@ -159,6 +159,7 @@ def test_wrong_input_is_one_sentence(train_net, tmp_path):
             "RepeatFactorTrainingSampler",
             ["counts the classes of instances, and label maps have none: set it to 'TrainingSampler'"],
         ),
+        ("DATASETS.TRAIN", "()", ["DATASETS.TRAIN names no data set to train on"]),
         ("MODEL.SEM_SEG_HEAD.IGNORE_VALUE", 0, ["MODEL.SEM_SEG_HEAD.IGNORE_VALUE is 0, but void is 255"]),
         (
             "DATASETS.TEST",
@@ -180,6 +181,23 @@ def test_what_ends_a_training_is_told_before_it(train_net, tmp_path, key, value,
     status, error = train_net(**{key.replace(".", "__"): value})
     assert status == 1 and all(word in error for word in words), error
     assert not list((tmp_path / "output").glob("*.pth"))
+
+
+def test_a_training_that_diverges_ends_with_a_sentence_and_what_fails_otherwise_with_its_traceback(
+    train_net, tmp_path, monkeypatch
+):
+    status, error = train_net(SOLVER__BASE_LR=1e9, SOLVER__MAX_ITER=20)
+    assert status == 1 and "Loss became infinite or NaN at iteration=" in error
+    assert error.endswith("lower SOLVER.BASE_LR, or set SOLVER.CLIP_GRADIENTS.ENABLED True.")
+    assert "Exception during training" not in (tmp_path / "output/log.txt").read_text()
+
+    def fail(trainer):
+        raise RuntimeError("of the program")
+
+    monkeypatch.setattr(yacs.DefaultTrainer, "run_step", fail)
+    with pytest.raises(RuntimeError, match="of the program"):
+        train_net(output="failed")
+    assert "Exception during training" in (tmp_path / "failed/log.txt").read_text()
 
 
 def test_weights_of_another_shape_are_refused_unless_they_may_differ(train_net, tmp_path):
@@ -205,6 +223,16 @@ def test_the_papers_schedule_starts_at_the_whole_rate_and_takes_no_other_word_fo
         cfg = load_config(CONFIG, [f"SOLVER.{key}", value])
         with pytest.raises(UserError, match=rf"^SOLVER.{key} is .*PolyLR has no warm-up"):
             yacs.YacsTrainer.build_lr_scheduler(cfg, optimizer)
+
+
+@pytest.mark.parametrize(("key", "value"), [("POLY_LR_POWER", "2.0"), ("POLY_LR_MINIMUM", "0.01")])
+def test_keys_of_the_papers_schedule_are_refused_with_another(key, value):
+    cfg = load_config(CONFIG, ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.WARMUP_ITERS", "0"])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
+    assert yacs.YacsTrainer.build_lr_scheduler(cfg, optimizer).get_last_lr() == [cfg.SOLVER.BASE_LR]
+    cfg.merge_from_list([f"SOLVER.{key}", value])
+    with pytest.raises(UserError, match=rf"^SOLVER.{key} is {value}, but it belongs to .*PolyLR.*CosineLR"):
+        yacs.YacsTrainer.build_lr_scheduler(cfg, optimizer)
 
 
 def test_keys_of_this_package_s_own_count():

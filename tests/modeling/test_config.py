@@ -75,6 +75,22 @@ def test_heads_without_features_say_so(name):
         build_sem_seg_head(cfg, {key: ShapeSpec(channels=8, stride=s) for key, s in STRIDES.items()})
 
 
+@pytest.mark.parametrize("name", ["CCNetHead", "CE2PHead", "RANetHead"])
+def test_the_common_stride_of_detectron2_s_heads_is_refused_unless_it_is_so(name):
+    cfg = get_cfg()
+    add_ccnet_config(cfg)
+    head = cfg.MODEL.SEM_SEG_HEAD
+    head.NAME, head.NORM, head.IN_FEATURES = name, "BN", ["res3", "res4", "res5"]
+    shapes = {key: ShapeSpec(channels=8, stride=stride) for key, stride in STRIDES.items()}
+    for head.COMMON_STRIDE in (4, 8):  # Detectron2's default, and what holds
+        build_sem_seg_head(cfg, shapes)
+    head.COMMON_STRIDE = 16
+    with pytest.raises(
+        UserError, match=rf"^MODEL.SEM_SEG_HEAD.COMMON_STRIDE is 16, but {name} does not read"
+    ):
+        build_sem_seg_head(cfg, shapes)
+
+
 # Each key with a value of its own, and the argument that it is for.
 _HEAD_KEYS = {"CONVS_DIM": 24, "NORM": "BN", "NUM_CLASSES": 3, "IGNORE_VALUE": 7, "LOSS_WEIGHT": 0.5}
 _HEAD_ARGUMENTS = {"channels": 24, "norm": "BN", "num_classes": 3, "ignore_value": 7, "loss_weight": 0.5}
