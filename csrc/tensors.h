@@ -88,8 +88,15 @@ inline void check_backward(const Tensor& like, int64_t channels, const Tensor& g
           "lse must be the one that the forward pass returned.");
 }
 
+// Of what is made like another tensor: before anything of it is counted up to kMaxAxes.
+inline void check_axes(const Tensor& like) {
+  require(like.dim() >= 3 && like.dim() <= 2 + kMaxAxes, "a map must be (B, C, *S) with one to three spatial axes, got ",
+          like.dim(), " dimensions.");
+}
+
 // An uninitialised (B, *S, channels) tensor, and the same as (B, channels, *S): channels-last in memory.
 inline Tensor empty_positions_first(const Tensor& like, int64_t channels, ScalarType dtype) {
+  check_axes(like);
   int64_t sizes[2 + kMaxAxes];
   const int64_t dims = like.dim();
   sizes[0] = like.size(0);
@@ -104,6 +111,7 @@ inline Tensor with_channels_second(Tensor t) {
 
 // An uninitialised (B, channels, *S) tensor: NCHW in memory.
 inline Tensor empty_positions_last(const Tensor& like, int64_t channels) {
+  check_axes(like);
   int64_t sizes[2 + kMaxAxes];
   const int64_t dims = like.dim();
   for (int64_t d = 0; d < dims; ++d) sizes[d] = d == 1 ? channels : like.size(d);

@@ -279,6 +279,12 @@ def test_refusals(units):
         fp32_products.input_gradient_into(grad, weight, x, x[:, :255])
     with pytest.raises(RuntimeError, match="same spatial sizes"):
         fp32_products.input_gradient_into(grad, weight, x, x[..., :299])
+    many = torch.randn(1, 256, 3, 1, 1, 1, 1, 1)
+    with pytest.raises(RuntimeError, match=r"one to three spatial axes, got 8 dimensions\.$"):
+        fp32_products.project(many, weight, bias)
+    for channels_last in (False, True):
+        with pytest.raises(RuntimeError, match="one to three spatial axes"):
+            fp32_products.input_gradient(many[:, :40], weight, None, channels_last=channels_last)
     (first,) = torch.autograd.grad(
         fp32_products.project(x.requires_grad_(), weight.requires_grad_(), bias).square().sum(),
         x,
