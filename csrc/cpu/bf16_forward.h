@@ -23,7 +23,7 @@ void softmax_columns(const float* s, int64_t ld, int64_t L, BFloat16* p, int64_t
     m0 = V::max(m0, V::load(s + j * ld));
     m1 = V::max(m1, V::load(s + (j + 1 < L ? j + 1 : j) * ld));
   }
-  const reg m = V::max(m0, m1);
+  const reg m = above_minus_infinity<V>(V::max(m0, m1));
   const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
                                               23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   reg s0 = V::zero(), s1 = V::zero();

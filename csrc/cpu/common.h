@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <initializer_list>
+#include <limits>
 #include <new>
 #include <type_traits>
 

@@ -14,7 +14,7 @@ void softmax_columns(typename V::T* s, int64_t ld, int64_t L, int64_t cols, type
       m1 = V::max(m1, V::load(s + (j + 1) * ld + i));
     }
     if (j < L) m0 = V::max(m0, V::load(s + j * ld + i));
-    m0 = V::max(m0, m1);
+    m0 = above_minus_infinity<V>(V::max(m0, m1));
     reg s0 = V::zero(), s1 = V::zero();
     j = 0;
     for (; j + 1 < L; j += 2) {

@@ -328,6 +328,33 @@ def test_nan_energies_stay_nan(which, dtype, instruction_set):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("sizes", "line"),
+    [
+        ((6, 35), (..., 17)),
+        ((6, 35), (..., 3, slice(None))),
+        ((3, 4, 20), (..., 2, slice(None), 5)),
+        ((3, 4, 20), (..., 1, 2, slice(None))),
+        ((3, 4, 20), (..., 7)),  # two of three axes have no finite energy there
+        ((300, 2), (..., 1)),
+    ],
+)
+def test_lines_of_keys_of_minus_infinity_weigh_nothing(sizes, line, dtype, instruction_set):
+    skip_if_for_bf16_alone(instruction_set, dtype)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, c, *sizes, generator=generator).to(dtype) for c in (4, 4, 33))
+    query.abs_().add_(0.5)
+    key[line] = -float("inf")
+    out, lse = torch.ops.ccnet_d2.criss_cross_forward(query, key, value)
+    wanted = dense_attention(*(x.double() for x in (query, key, value)))
+    assert wanted.isfinite().all() and lse.isfinite().all()
+    torch.testing.assert_close(out.double(), wanted, rtol=0.05, atol=0.05)
+    # Not one finite energy: nothing to take a mean of.
+    out = torch.ops.ccnet_d2.criss_cross_forward(query, key.fill_(-float("inf")), value)[0]
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("sizes", "channels"), [((35, 33), 40), ((65, 35), 192)])
 def test_same_bits_in_every_run_and_for_any_number_of_threads(dtype, layout, sizes, channels):
