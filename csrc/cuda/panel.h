@@ -47,7 +47,11 @@ struct Panels {
 
 CCNET_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 CCNET_HD constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
-CCNET_HD constexpr int min_of(int a, int b) { return a < b ? a : b; }
+// Both of one type: the positions of a map, made an int, may come out negative.
+template <typename V>
+CCNET_HD constexpr V min_of(V a, V b) {
+  return a < b ? a : b;
+}
 
 }  // namespace cuda
 }  // namespace ccnet

@@ -25,11 +25,12 @@ using emulation::Options;
 
 class ResidualLauncher {
  public:
-  explicit ResidualLauncher(Machine& machine) : machine_(machine) {}
+  // Runs the first `most` CTAs of a launch.
+  explicit ResidualLauncher(Machine& machine, int64_t most = INT64_MAX) : machine_(machine), most_(most) {}
 
   template <typename T, int Width, ResidualStep Step>
   int residual(const ResidualArgs<T>& args) {
-    machine_.run_grid(args.blocks, kResidualThreads, kResidualSharedBytes<T>,
+    machine_.run_grid(std::min(args.blocks, most_), kResidualThreads, kResidualSharedBytes<T>,
                       [&] { residual_kernel<T, Width, Step>(args); });
     ++launches_of_width[Width];
     return 0;
@@ -44,6 +45,7 @@ class ResidualLauncher {
 
  private:
   Machine& machine_;
+  int64_t most_;
 };
 
 struct ResidualCase {
@@ -178,6 +180,22 @@ void check_dtype(const char* name, int cases, uint32_t seed, Fault fault) {
          cases, worst, ResidualLauncher::launches_of_width[1], ResidualLauncher::launches_of_width[2]);
 }
 
+// The first tile of a map with more positions than 31 bits count.
+void check_many_positions() {
+  std::vector<float> x(kResidualTile, 1.5f), out(kResidualTile, NAN);
+  ResidualRequest request{};
+  request.batch = request.channels = 1;
+  request.positions = (int64_t{1} << 31) + 1;
+  request.x = {x.data(), 0, 1, 1};
+  request.out = {out.data(), 0, 1, 1};
+  Machine machine(Options{});
+  machine.add_region(x.data(), x.size() * sizeof(float), false, "x");
+  machine.add_region(out.data(), out.size() * sizeof(float), true, "the result of many positions");
+  residual<float, ResidualStep::kCopy>(request, ResidualLauncher(machine, 1));
+  machine.check_outputs_written();
+  if (out != x) throw Error("errors: the first tile of many positions is wrong");
+}
+
 int run(int argc, char** argv) {
   int cases = 40;
   uint32_t seed = 1;
@@ -198,6 +216,7 @@ int run(int argc, char** argv) {
     }
   }
   return emulation::status_of([&] {
+    check_many_positions();
     check_dtype<float>("float", cases, seed, fault);
     check_dtype<Half>("half", cases, seed, fault);
     check_dtype<BFloat16>("bfloat16", cases, seed, fault);
