@@ -31,13 +31,13 @@ def select_backend(name: str, query: Tensor, key: Tensor, value: Tensor) -> Atte
     if name == "reference":
         return reference.criss_cross_attention
     if name == "compiled":
-        require_compiled(query.device.type, query.dtype)
+        require_compiled(query.device, query.dtype)
         return compiled.criss_cross_attention
     raise ValueError(f"Unknown backend {name!r}: choose 'auto', 'compiled', 'matmul' or 'reference'.")
 
 
-def require_compiled(device: str, dtype: torch.dtype) -> None:
-    """Raises a RuntimeError where the compiled operator does not run on this type of device in this dtype."""
+def require_compiled(device: compiled.Device, dtype: torch.dtype) -> None:
+    """Raises a RuntimeError where the compiled operator does not run on this device in this dtype."""
     reason = compiled.unsupported_reason(device, dtype)
     if reason is not None:
         raise RuntimeError(f"backend='compiled' cannot run: {reason}")
@@ -45,14 +45,14 @@ def require_compiled(device: str, dtype: torch.dtype) -> None:
 
 def automatic_backend(query: Tensor, key: Tensor, value: Tensor) -> str:
     """The name of the backend that "auto" stands for with these inputs."""
-    name = automatic_backend_on(query.device.type, query.dtype)
+    name = automatic_backend_on(query.device, query.dtype)
     return name if name != "compiled" or compiled.supports(query, key, value) is None else "matmul"
 
 
-def automatic_backend_on(device: str, dtype: torch.dtype) -> str:
-    """The name of the backend that "auto" stands for on this type of device in this dtype."""
+def automatic_backend_on(device: compiled.Device, dtype: torch.dtype) -> str:
+    """The name of the backend that "auto" stands for on this device in this dtype."""
     if compiled.unsupported_reason(device, dtype) is not None:
         return "matmul"
     # On GPUs the kernels are several times faster in half precision.
-    worth_it = device == "cpu" or dtype in (torch.float16, torch.bfloat16) or compiled.pays_in_fp32_on_gpu()
-    return "compiled" if worth_it else "matmul"
+    on_cpu, half = compiled.device_type(device) == "cpu", dtype in (torch.float16, torch.bfloat16)
+    return "compiled" if on_cpu or half or compiled.pays_in_fp32_on_gpu(device) else "matmul"

@@ -21,6 +21,8 @@ from torch import Tensor, library
 from . import _library
 from .transforms import is_transformed
 
+Device = torch.device | str  # of a tensor, as GPUs of one machine differ, or a type of device
+
 _DTYPES = {
     "cpu": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
@@ -64,21 +66,27 @@ def is_available() -> bool:
     return _CPU_REASON is None
 
 
-def unavailable_reason(device: str = "cpu") -> str | None:
-    """Why the compiled operator does not run on this type of device, as one sentence; None where it does."""
-    if device == "cpu":
+def unavailable_reason(device: Device = "cpu") -> str | None:
+    """Why the compiled operator does not run on this device, as one sentence; None where it does."""
+    kind = device_type(device)
+    if kind == "cpu":
         return _CPU_REASON
-    if device == "cuda":
-        return _CUDA_REASON if _CUDA_REASON is not None else _old_gpu_reason()
-    return f"the compiled operator runs on CPU and CUDA, not on {device!r}."
+    if kind == "cuda":
+        return _CUDA_REASON if _CUDA_REASON is not None else _old_gpu_reason(device)
+    return f"the compiled operator runs on CPU and CUDA, not on {kind!r}."
 
 
-def _old_gpu_reason() -> str | None:
-    """Why the kernels do not run on the current GPU; None as well where none is known.
+def device_type(device: Device) -> str:
+    """ "cpu", "cuda", ..., of one device or of all of its type."""
+    return device if isinstance(device, str) else device.type
+
+
+def _old_gpu_reason(device: Device) -> str | None:
+    """Why the kernels do not run on this GPU; None as well where none is known.
 
     An old GPU that a compiled graph runs on is named by the operator then.
     """
-    gpu = _current_gpu()
+    gpu = _gpu(device)
     if gpu is None or gpu.major >= _LEAST_CAPABILITY:
         return None
     return (
@@ -87,24 +95,27 @@ def _old_gpu_reason() -> str | None:
     )
 
 
-def pays_in_fp32_on_gpu() -> bool:
-    """Whether the fp32 kernels are at least as fast as batched products on the current GPU; False where none is known.
+def pays_in_fp32_on_gpu(device: Device) -> bool:
+    """Whether the fp32 kernels are at least as fast as batched products on this GPU; False where none is known.
 
     They were found to be so on GPUs of compute capability 9.0, and need half the memory. Where TF32 products are
     allowed they were not compared: whoever allows them wants less exact and faster ones.
     """
-    gpu = _current_gpu()
+    gpu = _gpu(device)
     if gpu is None or (gpu.major, gpu.minor) != _FP32_CAPABILITY:
         return False
     precision: str = torch.backends.cuda.matmul.fp32_precision
     return precision != "tf32"
 
 
-def _current_gpu() -> Any:
-    """Its properties; None where none is in use yet, and while torch.compile traces, which would follow this."""
+def _gpu(device: Device) -> Any:
+    """The properties of this GPU, of "cuda" those of the current one.
+
+    None where none is in use yet, and while torch.compile traces, which would follow this.
+    """
     if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
         return None
-    return torch.cuda.get_device_properties()
+    return torch.cuda.get_device_properties(None if isinstance(device, str) else device)
 
 
 def instruction_set(dtype: torch.dtype) -> str | None:
@@ -116,17 +127,17 @@ def instruction_set(dtype: torch.dtype) -> str | None:
     return name
 
 
-def unsupported_reason(device: str, dtype: torch.dtype) -> str | None:
-    """Why the compiled operator does not run on this type of device in this dtype; None where it does."""
-    reason = unavailable_reason(device)
-    if reason is None and dtype not in _DTYPES[device]:
-        reason = f"the compiled operator has no {dtype} kernel on {device}."
+def unsupported_reason(device: Device, dtype: torch.dtype) -> str | None:
+    """Why the compiled operator does not run on this device in this dtype; None where it does."""
+    reason, kind = unavailable_reason(device), device_type(device)
+    if reason is None and dtype not in _DTYPES[kind]:
+        reason = f"the compiled operator has no {dtype} kernel on {kind}."
     return reason
 
 
 def supports(*inputs: Tensor) -> str | None:
     """Why the compiled operator does not run for these inputs, as one sentence; None where it does."""
-    reason = unsupported_reason(inputs[0].device.type, inputs[0].dtype)
+    reason = unsupported_reason(inputs[0].device, inputs[0].dtype)
     if reason is None and is_transformed(*inputs):
         reason = (
             "the compiled operator has no forward-mode derivative and follows no transform of torch.func: "

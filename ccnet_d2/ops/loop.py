@@ -31,7 +31,7 @@ from .transforms import is_traced, is_transformed, refuse_batches
 
 def supports_loop(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor, backend: str) -> bool:
     """Whether `criss_cross_loop` computes the loop for these tensors where this backend is asked for."""
-    device = x.device.type
+    device = x.device
     if (
         backend not in ("auto", "compiled")
         or compiled.unavailable_reason(device) is not None

@@ -101,9 +101,9 @@ def recomputed_loops(
         )
     dtype = compute_dtype(x)
     if backend == "auto":
-        backend = automatic_backend_on(x.device.type, dtype)
+        backend = automatic_backend_on(x.device, dtype)
     if backend == "compiled":
-        require_compiled(x.device.type, dtype)
+        require_compiled(x.device, dtype)
     refuse_mixed_dtypes(x, weight)
     settings = key_channels, chunks, backend, dtype
     if torch.compiler.is_compiling():  # a graph holds each loop as a step of its own

@@ -9,6 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ccnet_d2.ops import available_backends, compiled, criss_cross_attention, criss_cross_weights
 from ccnet_d2.ops.backends import automatic_backend, automatic_backend_on
+from ccnet_d2.ops.loop import supports_loop
+from ccnet_d2.ops.recompute import recomputed_loops
 
 SIZES = [(5,), (1,), (4, 6), (1, 6), (6, 1), (7, 7), (3, 4, 5), (1, 4, 5), (3, 1, 1), (1, 1, 1)]
 BACKENDS = [name for name, reason in available_backends().items() if reason is None]
@@ -203,7 +205,7 @@ def use_gpu(monkeypatch, major, minor):
     """As if tensors were on a GPU of this compute capability."""
     gpu = SimpleNamespace(name="Tesla", major=major, minor=minor)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: gpu)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +266,31 @@ def test_auto_chooses_by_device_and_dtype(monkeypatch, device, dtype, backend):
     monkeypatch.setattr(compiled, "_CPU_REASON", "it is not built.")
     assert available_backends() == {"compiled": "it is not built.", "matmul": None, "reference": None}
     assert automatic_backend(x, x, x) == "matmul"
+
+
+def test_auto_chooses_by_the_gpu_of_the_tensors(monkeypatch):
+    # The current one is cuda:0, whatever the tensors are on.
+    monkeypatch.setattr(compiled, "_CUDA_REASON", None)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    gpus = [
+        SimpleNamespace(name="Hopper", major=9, minor=0),
+        SimpleNamespace(name="Turing", major=7, minor=5),
+    ]
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device=None: gpus[device.index if device else 0]
+    )
+    for dtype in (torch.float32, torch.float16):
+        assert automatic_backend_on("cuda", dtype) == "compiled"
+        for index, backend in enumerate(("compiled", "matmul")):
+            with FakeTensorMode():
+                x = torch.empty(1, 8, 4, 4, device=f"cuda:{index}", dtype=dtype)
+                weights = torch.empty(10, 8, dtype=dtype), torch.empty(10, dtype=dtype), torch.empty(1)
+            assert automatic_backend(x, x, x) == backend
+            assert supports_loop(x, *weights, "auto") == (backend == "compiled")
+    with pytest.raises(RuntimeError, match=r"8\.0 or later, the Turing has 7\.5\.$"):
+        criss_cross_attention(x, x, x, backend="compiled")
+    with pytest.raises(RuntimeError, match="the Turing has"):
+        recomputed_loops(x, *weights, 1, chunks=1, backend="compiled")
 
 
 @pytest.mark.parametrize("backend", ["auto", "matmul", "reference"])
