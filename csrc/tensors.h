@@ -5,6 +5,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <exception>
+#include <string>
+
 #include "lines.h"
 #include "require.h"
 
@@ -94,6 +97,19 @@ inline void check_axes(const Tensor& like) {
           like.dim(), " dimensions.");
 }
 
+// An uninitialised tensor of these sizes. Up to torch 2.12, errors of torch's own arrive without their cause: nothing but
+// the call that failed. Then what the cause most likely is is said here, in words that callers know it by.
+inline Tensor uninitialised(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType dtype) {
+  try {
+    return torch::stable::new_empty(like, {sizes, static_cast<size_t>(dims)}, dtype);
+  } catch (const std::exception& error) {
+    if (std::string(error.what()).rfind("torch_call_dispatcher", 0) != 0) throw;
+    std::string shape;
+    for (int64_t d = 0; d < dims; ++d) shape += (d > 0 ? ", " : "") + std::to_string(sizes[d]);
+    refuse("a tensor of shape (", shape, ") could not be made, most likely as there is not enough memory.");
+  }
+}
+
 // An uninitialised (B, *S, channels) tensor, and the same as (B, channels, *S): channels-last in memory.
 inline Tensor empty_positions_first(const Tensor& like, int64_t channels, ScalarType dtype) {
   check_axes(like);
@@ -102,7 +118,7 @@ inline Tensor empty_positions_first(const Tensor& like, int64_t channels, Scalar
   sizes[0] = like.size(0);
   for (int64_t d = 2; d < dims; ++d) sizes[d - 1] = like.size(d);
   sizes[dims - 1] = channels;
-  return torch::stable::new_empty(like, {sizes, static_cast<size_t>(dims)}, dtype);
+  return uninitialised(like, sizes, dims, dtype);
 }
 inline Tensor with_channels_second(Tensor t) {
   for (int64_t d = t.dim() - 1; d > 1; --d) t = torch::stable::transpose(t, d - 1, d);
@@ -115,7 +131,7 @@ inline Tensor empty_positions_last(const Tensor& like, int64_t channels) {
   int64_t sizes[2 + kMaxAxes];
   const int64_t dims = like.dim();
   for (int64_t d = 0; d < dims; ++d) sizes[d] = d == 1 ? channels : like.size(d);
-  return torch::stable::new_empty(like, {sizes, static_cast<size_t>(dims)});
+  return uninitialised(like, sizes, dims, like.scalar_type());
 }
 
 // An uninitialised (B, *S) tensor of fp32, or fp64 for fp64 inputs.
@@ -124,7 +140,7 @@ inline Tensor empty_statistic(const Tensor& like) {
   sizes[0] = like.size(0);
   for (int64_t d = 2; d < like.dim(); ++d) sizes[d - 1] = like.size(d);
   const ScalarType dtype = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  return torch::stable::new_empty(like, {sizes, static_cast<size_t>(like.dim() - 1)}, dtype);
+  return uninitialised(like, sizes, like.dim() - 1, dtype);
 }
 
 }  // namespace ccnet

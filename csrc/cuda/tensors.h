@@ -44,7 +44,7 @@ inline Tensor with_dense_channels(const Tensor& t) {
 }
 
 inline Tensor empty_floats(const Tensor& like, int64_t count) {
-  return torch::stable::new_empty(like, {&count, 1}, ScalarType::Float);
+  return uninitialised(like, &count, 1, ScalarType::Float);
 }
 
 }  // namespace cuda

@@ -1,6 +1,10 @@
 """The compiled operator against a dense float64 oracle, for every instruction set that this processor has."""
 
+import os
 import random
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -399,7 +403,7 @@ def test_several_threads_share_the_work():
     # Two threads that only took turns would not be told apart by the result; the time they are busy tells.
     import time
 
-    if len(__import__("os").sched_getaffinity(0)) < 2:
+    if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one processor only")
     inputs = [torch.randn(1, 80, 80, c).movedim(-1, 1) for c in (32, 32, 256)]
     threads = torch.get_num_threads()
@@ -447,6 +451,28 @@ def test_inputs_that_do_not_fit_are_refused():
         forward(query[:, :, 0, 0], query[:, :, 0, 0], value[:, :, 0, 0])
     with pytest.raises(RuntimeError, match=r"no torch\.int32 kernel"):
         compiled.criss_cross_attention(query.int(), query.int(), value.int())
+
+
+def test_memory_that_runs_out_is_named_where_torch_keeps_the_cause_to_itself(tmp_path):
+    # Up to torch 2.12 an error of torch's comes without its cause, as does a newer one's to who asks an older torch.
+    compiler = shutil.which("cc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("needs a C compiler and a loader that takes functions of other libraries")
+    older, source = tmp_path / "older.so", tmp_path / "older.c"
+    source.write_text("unsigned long long aoti_torch_abi_version(void) { return 0x020a000000000000ull; }\n")
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", older], check=True)
+    code = (
+        "import torch, ccnet_d2.ops\n"
+        "query, value = (torch.zeros(1, 1, 1).expand(2**26, c, 2**12) for c in (1, 1024))\n"  # 2^50 bytes
+        "torch.ops.ccnet_d2.criss_cross_forward(query, query, value)\n"
+    )
+    environment = {**os.environ, "LD_PRELOAD": f"{os.environ.get('LD_PRELOAD', '')} {older}".strip()}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == (
+        "RuntimeError: a tensor of shape (67108864, 4096, 1024) could not be made, "
+        "most likely as there is not enough memory."
+    )
 
 
 def test_unknown_instruction_set_is_refused(monkeypatch):
