@@ -93,12 +93,12 @@ inline void check_backward(const Tensor& like, int64_t channels, const Tensor& g
 
 // Of what is made like another tensor: before anything of it is counted up to kMaxAxes.
 inline void check_axes(const Tensor& like) {
-  require(like.dim() >= 3 && like.dim() <= 2 + kMaxAxes, "a map must be (B, C, *S) with one to three spatial axes, got ",
-          like.dim(), " dimensions.");
+  require(like.dim() >= 3 && like.dim() <= 2 + kMaxAxes,
+          "a map must be (B, C, *S) with one to three spatial axes, got ", like.dim(), " dimensions.");
 }
 
-// An uninitialised tensor of these sizes. Up to torch 2.12, errors of torch's own arrive without their cause: nothing but
-// the call that failed. Then what the cause most likely is is said here, in words that callers know it by.
+// An uninitialised tensor of these sizes. Up to torch 2.12, errors of torch's own arrive without their cause, with nothing
+// but the call that failed: what it most likely was is said here, in words that callers know it by.
 inline Tensor uninitialised(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType dtype) {
   try {
     return torch::stable::new_empty(like, {sizes, static_cast<size_t>(dims)}, dtype);
