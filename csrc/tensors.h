@@ -97,8 +97,8 @@ inline void check_axes(const Tensor& like) {
           "a map must be (B, C, *S) with one to three spatial axes, got ", like.dim(), " dimensions.");
 }
 
-// An uninitialised tensor of these sizes. Up to torch 2.12, errors of torch's own arrive without their cause, with nothing
-// but the call that failed: what it most likely was is said here, in words that callers know it by.
+// An uninitialised tensor of these sizes. Up to torch 2.12, errors of torch's own arrive without their cause, with
+// nothing but the call that failed: what it most likely was is said here, in words that callers know it by.
 inline Tensor uninitialised(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType dtype) {
   try {
     return torch::stable::new_empty(like, {sizes, static_cast<size_t>(dims)}, dtype);
