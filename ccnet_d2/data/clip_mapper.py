@@ -16,6 +16,7 @@ from detectron2.data import transforms as T
 from ccnet_d2.data.errors import DatasetError, SampleError
 from ccnet_d2.data.image_files import read_image
 from ccnet_d2.data.sem_seg_mapper import IGNORE_LABEL, SemSegMapper
+from ccnet_d2.data.transforms.outside import steps_of
 
 __all__ = ["ClipMapper"]
 
@@ -42,7 +43,8 @@ class ClipMapper(SemSegMapper):
         A dict of a single image is mapped as `SemSegMapper` does.
 
     Raises:
-        DatasetError: as `SemSegMapper`, or `loss_frames` names no frame.
+        DatasetError: as `SemSegMapper`, or `loss_frames` names no frame; on call, if an augmentation mixes every frame
+            with the gray values of one, as Detectron2's `RandomSaturation` would.
         SampleError: on call, if a frame is unusable, its label map does not fit it, frames differ in size, or none of
             the frames with loss is labelled.
     """
@@ -95,6 +97,7 @@ class ClipMapper(SemSegMapper):
 
         augmented = T.AugInput(images[shown], sem_seg=None if labels is None else labels[shown])
         transforms = self._augment(augmented, frames[shown]["file_name"])
+        _check_same_for_every_frame(transforms)
         clip = dict(dataset_dict, height=images[0].shape[0], width=images[0].shape[1])
         clip["image"] = (
             _stacked([transforms.apply_image(image) for image in images]).permute(0, 3, 1, 2).contiguous()
@@ -150,6 +153,16 @@ class ClipMapper(SemSegMapper):
         if outside:
             raise DatasetError(f"loss_frames names frame {outside[0]}, but clips have {length} frames.")
         return sorted({index % length for index in self.loss_frames})
+
+
+def _check_same_for_every_frame(transforms: T.Transform) -> None:
+    """Refuse transforms that hold pixels of the frame they were made for: the others would show its ghost."""
+    for step in steps_of(transforms):
+        if isinstance(step, T.BlendTransform) and np.ndim(step.src_image) > 1:
+            raise DatasetError(
+                "An augmentation such as RandomSaturation mixes an image with its own gray values, which would be "
+                "those of one frame in all frames of a clip: take ccnet_d2.data.transforms.RandomPhotometricDistortion."
+            )
 
 
 def _stacked(arrays: Sequence[np.ndarray]) -> torch.Tensor:

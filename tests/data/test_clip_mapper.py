@@ -83,6 +83,19 @@ def test_colours_are_distorted_alike(clip):
     )
 
 
+@pytest.mark.parametrize("is_train", [True, False])
+def test_no_frame_shows_the_ghost_of_another(clip, is_train):
+    """Detectron2's RandomSaturation blends with the gray values of the frame it is shown; the others need no pixels."""
+    for augmentation in (T.RandomSaturation(0.3, 0.3), T.AugmentationList([T.RandomSaturation(0.3, 0.3)])):
+        mapper = ClipMapper(is_train, augmentations=[T.RandomFlip(), augmentation], num_classes=5)
+        with pytest.raises(DatasetError, match=r"RandomSaturation .* take .*RandomPhotometricDistortion"):
+            mapper(clip)
+        # Of a single image the gray values are its own.
+        assert mapper(clip["frames"][0])["image"].shape == (3, 24, 32)
+    colours = [T.RandomBrightness(0.5, 0.5), T.RandomContrast(0.5, 0.5), T.RandomLighting(0.1)]
+    assert ClipMapper(is_train, augmentations=colours, num_classes=5)(clip)["image"].shape[0] == FRAMES
+
+
 @pytest.mark.parametrize(
     ("loss_frames", "expected"),
     [

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from detectron2.data.transforms import Transform, TransformList
 
-__all__ = ["outside_of"]
+__all__ = ["outside_of", "steps_of"]
 
 
 def outside_of(transform: Transform, height: int, width: int) -> np.ndarray:
@@ -33,7 +33,7 @@ def outside_of(transform: Transform, height: int, width: int) -> np.ndarray:
 def _transformed(transform: Transform, label: np.ndarray) -> np.ndarray:
     """A label map of one value, which padding is to have too where a transform says what labels it pads with."""
     value = int(label[0, 0])
-    for step in _steps(transform):
+    for step in steps_of(transform):
         if hasattr(step, "label_pad_value"):
             step = copy.copy(step)
             step.label_pad_value = value
@@ -41,9 +41,10 @@ def _transformed(transform: Transform, label: np.ndarray) -> np.ndarray:
     return label
 
 
-def _steps(transform: Transform) -> Iterator[Transform]:
+def steps_of(transform: Transform) -> Iterator[Transform]:
+    """The transforms that a list of them, or of lists, applies one after the other; of any other, itself."""
     if isinstance(transform, TransformList):
         for step in transform.transforms:
-            yield from _steps(step)
+            yield from steps_of(step)
     else:
         yield transform
