@@ -7,6 +7,7 @@ import inspect
 import itertools
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,9 @@ from ccnet_d2.wording import listed
 __all__ = ["EpochShuffle", "TrainLoader"]
 
 _LOADER_OPTIONS = inspect.signature(DataLoader).parameters.keys()
+# What the loader decides itself.
+_NOT_OPTIONS = frozenset(("batch_sampler", "batch_size", "drop_last", "generator", "sampler", "shuffle"))
+_OPTIONS_OF_WORKERS = ("persistent_workers", "prefetch_factor", "timeout")
 
 logger = logging.getLogger(__name__)
 
@@ -109,16 +113,20 @@ class TrainLoader:
             collate_fn: makes a batch of a list of samples; default: the list.
             seed: of order and augmentation.
             bad_samples: what to do about bad samples; default: stop.
-            loader_options: others of `torch.utils.data.DataLoader`.
+            loader_options: others of `torch.utils.data.DataLoader`, but for those that say what is in a batch.
 
         Raises:
-            DatasetError: the data set is empty, the batch cannot be shared out evenly, or there is no such option; when
-                a batch is asked for, records to be grouped do not have "width" and "height".
+            DatasetError: the data set is empty, the batch cannot be shared out evenly, or there is no such option, or
+                none without workers; when a batch is asked for, records to be grouped do not have "width" and "height".
         """
         self.size = len(dataset)  # type: ignore[arg-type]
         if self.size == 0:
             raise DatasetError("The training set is empty.")
         self.world_size, self.rank = comm.get_world_size(), comm.get_rank()
+        if not isinstance(total_batch_size, Integral):
+            raise DatasetError(
+                f"dataloader.train.total_batch_size={total_batch_size!r} has to be a whole number of samples."
+            )
         if total_batch_size <= 0 or total_batch_size % self.world_size:
             raise DatasetError(
                 f"dataloader.train.total_batch_size={total_batch_size} cannot be shared out evenly to "
@@ -129,6 +137,19 @@ class TrainLoader:
             raise DatasetError(
                 f"dataloader.train takes no {listed(sorted(unknown))}, and torch's DataLoader neither."
             )
+        decided = sorted(loader_options.keys() & _NOT_OPTIONS)
+        if decided:
+            raise DatasetError(
+                f"dataloader.train takes no {listed(decided)}: batches are endless, of total_batch_size samples in the "
+                "order of dataloader.train.sampler, or else in a new one each epoch."
+            )
+        if not num_workers:
+            for key in _OPTIONS_OF_WORKERS:
+                if loader_options.get(key):
+                    raise DatasetError(
+                        f"dataloader.train.{key}={loader_options[key]} is for loader workers, and "
+                        f"dataloader.train.num_workers={num_workers} starts none: leave it out, or have some."
+                    )
         self.seed = seed
         self.batches = 0
         self.total_batch_size = total_batch_size

@@ -240,6 +240,20 @@ def test_wrong_options():
         TrainLoader([], mapper=None, total_batch_size=1, seed=0)
     with pytest.raises(DatasetError, match=r"^dataloader\.train takes no prefetch, shufle, and torch's"):
         loader(shufle=True, prefetch=2, pin_memory=False)
+    for key in ("shuffle", "drop_last", "batch_size", "sampler", "generator"):
+        with pytest.raises(DatasetError, match=rf"^dataloader\.train takes no {key}: batches are endless"):
+            loader(**{key: None})
+    for key, value in (("persistent_workers", True), ("prefetch_factor", 2), ("timeout", 60)):
+        with pytest.raises(
+            DatasetError,
+            match=rf"^dataloader\.train\.{key}={value} is for loader workers, and .*=0 starts none",
+        ):
+            loader(**{key: value})
+        assert len(next(iter(loader(num_workers=1, **{key: value})))) == 3
+    take(iter(loader(persistent_workers=False, prefetch_factor=None, timeout=0)), 1)
+    for size in (4.0, "4", None):
+        with pytest.raises(DatasetError, match=rf"total_batch_size={size!r} has to be a whole number"):
+            loader(batch=size)
     assert BadSamples("skip").summary() == "No bad samples."
 
 
