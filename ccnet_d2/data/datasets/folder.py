@@ -163,9 +163,12 @@ def list_pairs(
     ):
         missing = [stem for stem in stems if stem not in files]
         if missing:
+            bare = os.path.splitext(missing[0])[0]
+            suffixed = split_file is not None and bare in files
+            advice = f": names in a list are without suffix, such as '{bare}'" if suffixed else ""
             raise DatasetError(
                 f"Data set '{name}': '{folder}' has no {kind} for {_some(missing)}, "
-                f"which '{split_file or other}' names."
+                f"which '{split_file or other}' names{advice}."
             )
     return [{"file_name": images[s], "sem_seg_file_name": labels[s], "image_id": s} for s in stems]
 

@@ -119,6 +119,10 @@ def test_split_list_chooses_and_orders(tmp_path: Path, write_pair: Callable) -> 
         ("a\nx\n", r"no image for 'x', which '.*some\.txt' names\.$"),
         ("", "is empty"),
         ("a\nb\na\n", "names 'a' twice"),
+        (
+            "a.png\nb.png\n",
+            r"no image for 'a\.png', 'b\.png', which '.*' names: names in a list are without suffix, such as 'a'\.$",
+        ),
     ):
         (tmp_path / "some.txt").write_text(content)
         with pytest.raises(DatasetError, match=message):
@@ -169,7 +173,12 @@ def test_missing_folders_and_pairs(tmp_path: Path, write_pair: Callable) -> None
     (tmp_path / "labels" / "c.png").unlink()
     with pytest.raises(DatasetError, match=r"'.*labels' has no label map for 'c', which '.*images' names"):
         DatasetCatalog.get("mine")
-    for name in "abde":
+    write_pair("a.left", LABEL)  # not a name of the other file with a suffix
+    (tmp_path / "labels" / "a.left.png").unlink()
+    write_pair("c", LABEL)
+    with pytest.raises(DatasetError, match=r"no label map for 'a\.left', which '.*images' names\.$"):
+        DatasetCatalog.get("mine")
+    for name in ("a.left", "a", "b", "d", "e"):
         (tmp_path / "images" / f"{name}.png").unlink()
     write_pair("c", LABEL)
     with pytest.raises(DatasetError, match=r"'.*images' has no image for 'a', 'b', 'd' and 1 more"):
