@@ -41,6 +41,8 @@ MAX_BYTES = 2**30
 
 # Of Pillow; converting the others to RGB cuts their values off at 255.
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+# Pillow's names of what alters the values of a TIFF file.
+_LOSSY_COMPRESSIONS = ("jpeg", "tiff_jpeg", "webp")
 # By the orientation.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -105,6 +107,11 @@ def _decode_with_pillow(data: bytes, path: str, kind: str, mode: str | None = No
         if mode and image.mode in _DEEP_MODES:
             raise SampleError(
                 f"The {kind} '{path}' holds {image.mode} values of Pillow, not 8 bits a channel; convert it.",
+                path,
+            )
+        if not mode and image.info.get("compression") in _LOSSY_COMPRESSIONS:
+            raise SampleError(
+                f"The {kind} '{path}' is compressed as JPEG or WebP, which alters labels; store it as PNG.",
                 path,
             )
         image = upright(image)

@@ -302,7 +302,16 @@ def test_lossy_float_and_damaged_labels_are_refused(tmp_path: Path) -> None:
     Image.fromarray(LABEL).save(jpg := str(tmp_path / "label.jpg"))
     with pytest.raises(SampleError, match="is a JPEG file, which alters labels"):
         read_label(jpg)
-    Image.fromarray(LABEL.astype(np.float32)).save(tif := str(tmp_path / "label.tif"))
+    tif = str(tmp_path / "label.tif")
+    Image.fromarray(LABEL).save(tif, compression="jpeg")
+    assert not np.array_equal(Image.open(tif), LABEL)
+    with pytest.raises(SampleError, match=r"label\.tif' is compressed as JPEG or WebP, which alters labels"):
+        read_label(tif)
+    assert read_image(tif).shape == (*LABEL.shape, 3)
+    for compression in ("raw", "tiff_lzw", "tiff_adobe_deflate"):
+        Image.fromarray(LABEL).save(tif, compression=compression)
+        np.testing.assert_array_equal(read_label(tif), LABEL)
+    Image.fromarray(LABEL.astype(np.float32)).save(tif)
     with pytest.raises(SampleError, match="holds float32 values"):
         read_label(tif)
     Image.fromarray(LABEL).save(png := tmp_path / "label.png")
