@@ -201,9 +201,11 @@ def register_sem_seg_folder(
         split_file, image_suffix, label_suffix, hint: see :func:`list_pairs`.
 
     Raises:
-        DatasetError: no classes, as many colours as classes not given, an ignored label that is a class, or a
+        DatasetError: no list of classes, not as many colours, an ignored label that is a class, or a
             name that Detectron2 or another library has registered.
     """
+    if isinstance(classes, str):
+        raise DatasetError(f"Data set '{name}': classes is {classes!r}, but a list of names is needed.")
     classes = list(classes)
     rgb = (
         [tuple(int(c) for c in color) for color in colors]

@@ -208,6 +208,7 @@ def test_registering_again_replaces(tmp_path: Path, write_pair: Callable) -> Non
 def test_bad_descriptions(tmp_path: Path) -> None:
     for kwargs, message in (
         ({"classes": []}, "at least one class"),
+        ({"classes": "road"}, "classes is 'road', but a list of names is needed"),
         ({"classes": ["a", "a"]}, "same name"),
         ({"classes": ["a", "b"], "colors": [(0, 0, 0)]}, "1 colours for 2 classes"),
         ({"classes": ["a"], "colors": [(0, 0, 0), (1, 1, 1)]}, "2 colours for 1 classes"),
