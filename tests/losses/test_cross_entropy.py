@@ -55,7 +55,7 @@ def sample(size=(3, 4), full=(9, 7), classes=4, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize("weight", [None, [0.5, 2.0, 0.0, 1.0]])
+@pytest.mark.parametrize("weight", [None, [0.8373, 2.0, 0.0, 1.0345]])  # half precision has none like them
 @pytest.mark.parametrize("full", [(9, 7), (3, 4)])
 def test_against_loops(align_corners, weight, full):
     logits, target = sample(full=full)
@@ -160,6 +160,10 @@ def test_errors():
         for loss in (CrossEntropy(), OHEMCrossEntropy()):
             with pytest.raises(ValueError, match=message):
                 loss(logits, labels)
+    with pytest.raises(
+        ValueError, match=r"expected logits \(B, K, h, w\) .*, got \(2, 4, 4\) and \(2, 9, 7\)"
+    ):
+        CrossEntropy()(logits[:, :, 0], target)
     # Labels of this package's mappers, and the ignored label as it is in the files: the files are not at fault.
     with pytest.raises(
         ValueError, match=r"nor the ignored label 11: SemSegMapper gives void .* leave ignore_value"

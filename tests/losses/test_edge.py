@@ -37,7 +37,7 @@ def test_edges_equal_a_loop_over_pixels(shape, block):
         given = torch.from_numpy(labels.copy())
         edges = edge_labels(given)
         assert np.array_equal(given.numpy(), labels), "the labels were changed"
-        assert edges.dtype == torch.int64
+        assert edges.dtype == torch.int64 and edge_labels(given.byte()).dtype == torch.uint8
         np.testing.assert_array_equal(edges.numpy(), np.stack([brute_force(one) for one in labels]))
 
 
