@@ -165,6 +165,7 @@ def test_unknown_colours_are_void_up_to_one_percent(tmp_path):
     colors = np.tile(all_colors(), (4, 4, 1))
     colors[:2, :10] = (7, 7, 7)
     write(tmp_path, "0001TP_006690", colors)
+    write(tmp_path, "0001TP_006720", all_colors())
     assert "20 pixels in 1 label files" in convert_camvid(tmp_path).notes[-1]
     before = (tmp_path / "labels_11" / "0001TP_006690.png").read_bytes()
     colors[:2, :21] = (7, 7, 7)
@@ -181,6 +182,21 @@ def test_files_that_macos_leaves_are_no_frames(tmp_path):
     (tmp_path / "701_StillsRaw_full" / "._0016E5_07959.png").write_bytes(b"resource fork")
     (tmp_path / "LabeledApproved_full" / "._0016E5_07959_L.png").write_bytes(b"resource fork")
     assert convert_camvid(tmp_path).frames == {"train": 0, "val": 1, "test": 0}
+
+
+def test_other_files_are_no_frames(tmp_path):
+    write(tmp_path, "0016E5_07959", all_colors())
+    images, labels = tmp_path / "701_StillsRaw_full", tmp_path / "LabeledApproved_full"
+    (images / "Thumbs.db").touch()
+    (labels / "label_colors.txt").touch()
+    (images / "0016E5_07959.png").rename(images / "0016E5_07959.PNG")
+    report = convert_camvid(tmp_path)
+    assert report.frames == {"train": 0, "val": 1, "test": 0}
+    assert [note.split()[0] for note in report.notes] == ["train", "val", "test"]  # none of unknown colours
+    for path in (images / "0016E5_07959.PNG", labels / "0016E5_07959_L.png"):
+        path.unlink()
+    with pytest.raises(DatasetError, match=r"^'.*701_StillsRaw_full' holds no images\.$"):
+        convert_camvid(tmp_path)
 
 
 def test_a_list_that_cannot_be_written_is_one_sentence(tmp_path):
