@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
-from ccnet_d2.data.datasets.folder import default_colors, register_sem_seg_folder
+from ccnet_d2.data.datasets.folder import default_colors, read_names, register_sem_seg_folder
 from ccnet_d2.data.datasets.paths import ENV_VAR
 from ccnet_d2.data.errors import DatasetError
 from ccnet_d2.data.mat_labels import convert_labels
@@ -77,7 +77,7 @@ def convert_coco_stuff(
         The number of images by split.
 
     Raises:
-        DatasetError: a folder or list is missing, an image has no annotation, or a file is damaged.
+        DatasetError: a folder or list is missing, a list is empty, an image has no annotation, or a file is damaged.
     """
     folder = Path(folder).expanduser()
     splits: dict[str, list[str]] = {}
@@ -85,7 +85,9 @@ def convert_coco_stuff(
         listed = folder / "imageLists" / f"{name}.txt"
         if not listed.is_file():
             raise DatasetError(f"The list '{listed}' does not exist; unpack cocostuff-10k-v1.1.zip there.")
-        splits[split] = listed.read_text().split()
+        splits[split] = read_names(
+            listed, f"The list '{listed}'", " Unpack cocostuff-10k-v1.1.zip there again."
+        )
     names = [name for listed_names in splits.values() for name in listed_names]
     missing = [name for name in names if not (folder / "annotations" / f"{name}.mat").is_file()]
     if missing:

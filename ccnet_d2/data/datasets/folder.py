@@ -19,6 +19,7 @@ __all__ = [
     "default_colors",
     "is_registered_here",
     "list_pairs",
+    "read_names",
     "register",
     "register_sem_seg_folder",
 ]
@@ -100,23 +101,36 @@ def _some(names: Sequence[str]) -> str:
     return listed((f"'{name}'" for name in names), 3)
 
 
-def _read_split(split_file: str, name: str, hint: str) -> list[str]:
-    if not os.path.isfile(split_file):
-        raise DatasetError(f"Data set '{name}': the split list '{split_file}' does not exist.{hint}")
+def read_names(path: str | os.PathLike[str], what: str, hint: str = "") -> list[str]:
+    """The names in a list of one a line.
+
+    Args:
+        path: a text file.
+        what: what messages call it.
+        hint: what they end with where the list is empty.
+
+    Raises:
+        DatasetError: it cannot be read, names nothing, or something twice.
+    """
     try:
-        with open(split_file, encoding="utf-8-sig") as stream:
-            stems = [line.strip() for line in stream if line.strip()]
+        with open(path, encoding="utf-8-sig") as stream:
+            names = [line.strip() for line in stream if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror or error if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DatasetError(
-            f"Data set '{name}': the split list '{split_file}' cannot be read: {reason}."
-        ) from error
-    if not stems:
-        raise DatasetError(f"Data set '{name}': the split list '{split_file}' is empty.{hint}")
-    doubled = [stem for stem, count in Counter(stems).items() if count > 1]
+        raise DatasetError(f"{what} cannot be read: {reason}.") from error
+    if not names:
+        raise DatasetError(f"{what} is empty.{hint}")
+    doubled = [name for name, count in Counter(names).items() if count > 1]
     if doubled:
-        raise DatasetError(f"Data set '{name}': the split list '{split_file}' names {_some(doubled)} twice.")
-    return stems
+        raise DatasetError(f"{what} names {_some(doubled)} twice.")
+    return names
+
+
+def _read_split(split_file: str, name: str, hint: str) -> list[str]:
+    what = f"Data set '{name}': the split list '{split_file}'"
+    if not os.path.isfile(split_file):
+        raise DatasetError(f"{what} does not exist.{hint}")
+    return read_names(split_file, what, hint)
 
 
 def list_pairs(

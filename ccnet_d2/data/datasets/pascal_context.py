@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ccnet_d2.data.datasets.folder import default_colors, register_sem_seg_folder
+from ccnet_d2.data.datasets.folder import default_colors, read_names, register_sem_seg_folder
 from ccnet_d2.data.datasets.paths import ENV_VAR
 from ccnet_d2.data.errors import DatasetError
 from ccnet_d2.data.mat_labels import convert_labels, write_list
@@ -133,8 +133,8 @@ def convert_pascal_context(
         The number of images by split.
 
     Raises:
-        DatasetError: a folder or list is missing, an image has no annotation, `labels.txt` names other classes, or
-            a file is damaged.
+        DatasetError: a folder or list is missing, a list is empty, an image has no annotation, `labels.txt` names
+            other classes, or a file is damaged.
     """
     voc, annotations = Path(voc).expanduser(), Path(annotations).expanduser()
     if not annotations.is_dir():
@@ -150,7 +150,7 @@ def convert_pascal_context(
         listed = voc / "ImageSets" / "Main" / f"{split}.txt"
         if not listed.is_file():
             raise DatasetError(f"VOC's list '{listed}' does not exist; unpack VOC 2010 into '{voc}'.")
-        splits[split] = listed.read_text().split()
+        splits[split] = read_names(listed, f"VOC's list '{listed}'", f" Unpack VOC 2010 into '{voc}' again.")
     names = [name for listed_names in splits.values() for name in listed_names]
     missing = [name for name in names if not (annotations / f"{name}.mat").is_file()]
     if missing:

@@ -242,6 +242,14 @@ def _remove_the_list(voc: Path, annotations: Path) -> None:
     (voc / "ImageSets/Main/val.txt").unlink()
 
 
+def _empty_the_list(voc: Path, annotations: Path) -> None:
+    (voc / "ImageSets/Main/val.txt").write_text("\n")
+
+
+def _spoil_the_list(voc: Path, annotations: Path) -> None:
+    (voc / "ImageSets/Main/val.txt").write_bytes(b"\xff\xfe2\0")
+
+
 def _other_variable(voc: Path, annotations: Path) -> None:
     savemat(annotations / "2009_001110.mat", {"S": np.zeros(SIZE, np.uint8)})
 
@@ -279,6 +287,11 @@ def _unknown_label(voc: Path, annotations: Path) -> None:
         (_doubles, "2009_001110.mat' has no label map 'LabelMap' of integers"),
         (_several_maps, "2009_001110.mat' has no label map 'LabelMap'"),
         (_remove_an_annotation, r"no annotation of '2009_001110' \(1 of 4 are missing\)"),
+        (
+            _empty_the_list,
+            r"^VOC's list '.*Main/val\.txt' is empty\. Unpack VOC 2010 into '.*VOC2010' again\.$",
+        ),
+        (_spoil_the_list, r"^VOC's list '.*Main/val\.txt' cannot be read: it is not UTF-8 text\.$"),
         (_remove_the_list, "Main/val.txt' does not exist; unpack VOC 2010"),
         (_other_variable, "2009_001110.mat' has no label map 'LabelMap'"),
         (_empty_map, "2009_001110.mat' has no label map 'LabelMap'"),
@@ -305,6 +318,21 @@ def test_an_annotation_that_is_missing_is_named_before_anything_is_written(tmp_p
     ):
         convert_coco_stuff(folder)
     assert not (folder / "labels").exists()
+
+
+def test_lists_of_coco_stuff(tmp_path):
+    """As a full disk leaves one, and as an editor writes one."""
+    folder = coco_stuff(tmp_path)
+    listed = folder / "imageLists" / "test.txt"
+    listed.write_text("\ufeffCOCO_train2014_000000000081\r\n", encoding="utf-8")
+    assert convert_coco_stuff(folder) == {"train": 2, "val": 1}
+    for content, message in (
+        (b"", r"is empty\. Unpack cocostuff-10k-v1\.1\.zip there again"),
+        (b"\xff", "cannot be read: it is not UTF-8 text"),
+    ):
+        listed.write_bytes(content)
+        with pytest.raises(DatasetError, match=rf"^The list '.*test\.txt' {message}\.$"):
+            convert_coco_stuff(folder)
 
 
 def test_home_is_expanded(tmp_path, monkeypatch):
