@@ -44,6 +44,7 @@ LAYOUTS = {
     },
     "official, folders in folders": {"images": IMAGES, "labels": LABELS, "lists": IMAGES},
     "official labels, CE2P's lists": {"labels": LABELS},
+    "lists beside the labels": {"labels": LABELS, "lists": LABELS},
 }
 
 
@@ -97,6 +98,7 @@ def test_missing_folders_are_named(tmp_path):
         f"Data set 'lip_sem_seg_train': the folder '{root}' does not exist; put LIP there, or set DETECTRON2_DATASETS"
     )
     root.mkdir()
+    (root / ".DS_Store").touch()
     assert "it is empty; unpack" in message("lip_sem_seg_train")
     for folder in ("JPEGImages", "SegmentationClass"):
         (root / folder).mkdir()
