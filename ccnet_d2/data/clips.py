@@ -44,9 +44,15 @@ def find_sequences(
         Sequences by name, at least one frame each.
 
     Raises:
-        DatasetError: a file has no such name, or two frames of a sequence have one number.
+        DatasetError: the pattern is none, a file has no such name, two frames of a sequence have one number, or max_gap
+            is below 1.
     """
-    expression = re.compile(pattern)
+    if max_gap is not None:
+        _check_positive(max_gap=max_gap)
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise DatasetError(f"The pattern {pattern!r} is no regular expression: {error}.") from error
     if not {"sequence", "frame"} <= set(expression.groupindex):
         raise DatasetError(f"The pattern {pattern!r} has no groups 'sequence' and 'frame'.")
     sequences: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
@@ -54,7 +60,7 @@ def find_sequences(
         path = sample["file_name"]
         folder, name = os.path.split(os.path.splitext(path)[0])
         match = expression.fullmatch(name)
-        if match is None:
+        if match is None or not (match["frame"] or "").removeprefix("-").isdecimal():
             raise DatasetError(
                 f"'{path}' does not tell sequence and frame number as {pattern!r} does: give another pattern."
             )

@@ -143,6 +143,23 @@ def test_overlapping_test_clips_answer_away_from_their_ends(frames):
             {"length": 2, "pattern": r"(?P<sequence>z)(?P<frame>\d)"},
             r"'.*A_1\.png' does not tell sequence and frame number",
         ),
+        (
+            get_clip_dataset_dicts,
+            {"length": 2, "pattern": "("},
+            r"pattern '\(' is no regular expression: missing \)",
+        ),
+        (
+            get_clip_dataset_dicts,
+            {"length": 2, "pattern": "(?P<frame>[A-Z])_(?P<sequence>.)"},
+            r"'.*A_1\.png' does not tell sequence and frame number",
+        ),
+        (
+            get_clip_dataset_dicts,
+            {"length": 2, "pattern": "(?P<sequence>.*)(?P<frame>x)?"},
+            r"'.*A_1\.png' does not tell sequence and frame number",
+        ),
+        (get_clip_dataset_dicts, {"length": 2, "max_gap": 0}, "max_gap is 0, but has to be at least 1"),
+        (get_covering_clip_dicts, {"length": 2, "max_gap": -1}, "max_gap is -1"),
         (get_clip_dataset_dicts, {"length": 2, "stride": 0}, "stride is 0"),
         (get_covering_clip_dicts, {"length": 0}, "length is 0"),
         (get_covering_clip_dicts, {"length": 2, "step": 0}, "step is 0"),
