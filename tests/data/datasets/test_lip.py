@@ -100,6 +100,13 @@ def test_missing_folders_are_named(tmp_path):
     root.mkdir()
     (root / ".DS_Store").touch()
     assert "it is empty; unpack" in message("lip_sem_seg_train")
+    for folder in "abcde":
+        (root / folder).mkdir()
+    assert message("lip_sem_seg_val").partition("it holds ")[2].startswith("'a', 'b', 'c', 'd', 'e'; unpack")
+    (root / "f").mkdir()
+    assert "'d', 'e', …; unpack" in message("lip_sem_seg_val")
+    for folder in "abcdef":
+        (root / folder).rmdir()
     for folder in ("JPEGImages", "SegmentationClass"):
         (root / folder).mkdir()
     assert message("lip_sem_seg_val") == (
@@ -130,9 +137,10 @@ def test_missing_files_are_named(tmp_path, lists):
     assert f"'{root}/val_images' has no image for '98_1'" in message("lip_sem_seg_val")
 
 
-def test_registered_under_another_name_and_root(tmp_path):
+def test_registered_under_another_name_and_root(tmp_path, monkeypatch):
     write(tmp_path / "elsewhere")
-    register_lip(tmp_path / "elsewhere", "my_lip")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    register_lip("~/elsewhere", "my_lip")
     assert len(get_sem_seg_dataset_dicts("my_lip_train")) == 3
     register_lip(tmp_path / "nowhere", "my_lip", hint="fetch it.")
     assert message("my_lip_train").endswith("does not exist; fetch it.")
