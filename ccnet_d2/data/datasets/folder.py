@@ -215,17 +215,13 @@ def register_sem_seg_folder(
         split_file, image_suffix, label_suffix, hint: see :func:`list_pairs`.
 
     Raises:
-        DatasetError: no list of classes, not as many colours, an ignored label that is a class, or a
-            name that Detectron2 or another library has registered.
+        DatasetError: no list of classes, not as many colours, a colour that is none, an ignored label that is a
+            class, or a name that Detectron2 or another library has registered.
     """
     if isinstance(classes, str):
         raise DatasetError(f"Data set '{name}': classes is {classes!r}, but a list of names is needed.")
     classes = list(classes)
-    rgb = (
-        [tuple(int(c) for c in color) for color in colors]
-        if colors is not None
-        else default_colors(len(classes))
-    )
+    rgb = default_colors(len(classes)) if colors is None else [_rgb(color, name) for color in colors]
     if not classes:
         raise DatasetError(f"Data set '{name}': give at least one class name.")
     if len(set(classes)) != len(classes):
@@ -259,6 +255,19 @@ def register_sem_seg_folder(
         sem_seg_root=labels,
         evaluator_type="sem_seg",
     )
+
+
+def _rgb(color: Sequence[int], name: str) -> tuple[int, int, int]:
+    try:
+        red, green, blue = (int(value) for value in color)
+        exact = all(0 <= value <= 255 and value == int(value) for value in color)
+    except (TypeError, ValueError):
+        exact = False
+    if not exact:
+        raise DatasetError(
+            f"Data set '{name}': the colour {color} is not red, green and blue in whole numbers from 0 to 255."
+        )
+    return red, green, blue
 
 
 _REGISTERED_HERE: set[str] = set()

@@ -105,6 +105,8 @@ def test_metadata(tmp_path: Path) -> None:
     assert metadata.sem_seg_root == str(tmp_path / "labels")
     assert metadata.evaluator_type == "sem_seg"
     assert classes_of("mine") == (["a", "b"], 7)
+    _register(tmp_path, colors=np.array([[0, 128.0, 255], [4, 5, 6]]))
+    assert MetadataCatalog.get("mine").stuff_colors == [(0, 128, 255), (4, 5, 6)]
     _register(tmp_path)
     assert classes_of("mine") == (["a", "b"], 255)
 
@@ -210,6 +212,22 @@ def test_bad_descriptions(tmp_path: Path) -> None:
         ({"classes": []}, "at least one class"),
         ({"classes": "road"}, "classes is 'road', but a list of names is needed"),
         ({"classes": ["a", "a"]}, "same name"),
+        *(
+            (
+                {"classes": ["a"], "colors": [color]},
+                "the colour .* is not red, green and blue in whole numbers",
+            )
+            for color in (
+                (0.5, 0.0, 1.0),
+                (0, 0, 256),
+                (-1, 0, 0),
+                (1, 2),
+                (0, 0, 0, 255),
+                7,
+                "red",
+                (1, None, 2),
+            )
+        ),
         ({"classes": ["a", "b"], "colors": [(0, 0, 0)]}, "1 colours for 2 classes"),
         ({"classes": ["a"], "colors": [(0, 0, 0), (1, 1, 1)]}, "2 colours for 1 classes"),
         ({"classes": ["a", "b"], "ignore_label": 0}, "ignore_label 0 is class 'a'"),
