@@ -7,7 +7,7 @@ import torch
 from detectron2.data import transforms as T
 
 from ccnet_d2.data import ClipMapper, DatasetError, SampleError, SemSegMapper
-from ccnet_d2.data.transforms import RandomPhotometricDistortion, RandomScaleCrop
+from ccnet_d2.data.transforms import RandomPhotometricDistortion, RandomRotateFit, RandomScaleCrop
 
 FRAMES = 4
 
@@ -216,6 +216,30 @@ def test_classes_that_a_mirror_swaps_are_swapped_in_every_frame(clip):
     )(clip)["sem_seg"]
     swapped = torch.tensor([0, 3, 2, 1, 4])[plain]
     assert torch.equal(mirrored, swapped.flip(-1))
+
+
+@pytest.mark.parametrize(
+    "augmentations",
+    [
+        [RandomRotateFit((20, 36), angle_probability=1.0)],
+        [T.RandomRotation([-40, 40]), T.RandomFlip()],
+        [T.RandomRotation([-40, 40], expand=False), RandomScaleCrop((26, 22), scale_range=(0.5, 2.0))],
+        [T.RandomFlip(), T.RandomExtent((0.5, 1.5), (0.3, 0.3))],
+    ],
+)
+def test_every_frame_is_turned_as_a_single_image_would_be(clip, augmentations):
+    options = {"augmentations": augmentations, "num_classes": 5, "flip_pairs": [(1, 3)]}
+    voids = []
+    for seed in range(4):
+        np.random.seed(seed)
+        mapped = ClipMapper(True, **options)(clip)
+        for t, frame in enumerate(clip["frames"]):
+            np.random.seed(seed)
+            alone = SemSegMapper(True, **options)(frame)
+            assert torch.equal(mapped["image"][t], alone["image"])
+            assert torch.equal(mapped["sem_seg"][t], alone["sem_seg"])
+        voids.append((mapped["sem_seg"] == 255).float().mean().item())
+    assert 0 < max(voids) < 1  # beside the frames
 
 
 def test_what_augmentations_show_beside_the_frames_is_void(clip):
