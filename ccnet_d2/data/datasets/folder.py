@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +216,8 @@ def register_sem_seg_folder(
         split_file, image_suffix, label_suffix, hint: see :func:`list_pairs`.
 
     Raises:
-        DatasetError: no list of classes, not as many colours, a colour that is none, an ignored label that is a
-            class, or a name that Detectron2 or another library has registered.
+        DatasetError: no list of classes, not as many colours, a colour that is none, an ignored label that is no
+            whole number or a class, or a name that Detectron2 or another library has registered.
     """
     if isinstance(classes, str):
         raise DatasetError(f"Data set '{name}': classes is {classes!r}, but a list of names is needed.")
@@ -228,6 +229,11 @@ def register_sem_seg_folder(
         raise DatasetError(f"Data set '{name}': two classes have the same name in {classes}.")
     if len(rgb) != len(classes):
         raise DatasetError(f"Data set '{name}': {len(rgb)} colours for {len(classes)} classes.")
+    if not isinstance(ignore_label, Integral):
+        raise DatasetError(
+            f"Data set '{name}': ignore_label is {ignore_label!r}, but a whole number is needed; where nothing is "
+            "void, one that does not occur, such as 255."
+        )
     if 0 <= ignore_label < len(classes):
         raise DatasetError(
             f"Data set '{name}': ignore_label {ignore_label} is class '{classes[ignore_label]}'; "

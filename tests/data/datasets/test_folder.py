@@ -230,6 +230,13 @@ def test_bad_descriptions(tmp_path: Path) -> None:
         ),
         ({"classes": ["a", "b"], "colors": [(0, 0, 0)]}, "1 colours for 2 classes"),
         ({"classes": ["a"], "colors": [(0, 0, 0), (1, 1, 1)]}, "2 colours for 1 classes"),
+        *(
+            (
+                {"classes": ["a"], "ignore_label": value},
+                f"ignore_label is {value!r}, but a whole number is needed",
+            )
+            for value in (None, "255", 3.5)
+        ),
         ({"classes": ["a", "b"], "ignore_label": 0}, "ignore_label 0 is class 'a'"),
         ({"classes": ["a", "b"], "ignore_label": 1}, "ignore_label 1 is class 'b'"),
     ):
