@@ -74,7 +74,7 @@ def get_sem_seg_dataset_dicts(names: str | Sequence[str], *, labelled: bool = Tr
 def _load(name: str) -> list[dict[str, Any]]:
     """What a data set's loader gives, Detectron2's own loaders included, with one sentence for what they raise."""
     try:
-        samples: list[dict[str, Any]] = DatasetCatalog.get(name)
+        samples: list[dict[str, Any]] = list(DatasetCatalog.get(name) or ())  # a loader may be a generator
     except json.JSONDecodeError as error:  # it does not know its file
         start = error.doc[:30] + ("…" if len(error.doc) > 30 else "")
         raise DatasetError(

@@ -281,6 +281,9 @@ def test_unknown_names_and_disagreeing_sets(tmp_path: Path) -> None:
         DatasetError, match=r"'voc_2007_train' has instances \(thing_classes\) and no stuff_classes"
     ):
         classes_of("voc_2007_train")
+    pair = {"file_name": "a.png", "sem_seg_file_name": "b.png"}
+    DatasetCatalog.register("one after the other", lambda: (dict(pair, image_id=i) for i in range(3)))
+    assert [sample["image_id"] for sample in get_sem_seg_dataset_dicts("one after the other")] == [0, 1, 2]
     DatasetCatalog.register("nothing", list)
     with pytest.raises(DatasetError, match="'nothing' is registered without stuff_classes"):
         classes_of("nothing")
