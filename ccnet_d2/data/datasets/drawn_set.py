@@ -25,7 +25,7 @@ def read_manifest(path: str | os.PathLike[str], generator: str) -> dict[str, Any
     try:
         with open(path, encoding="utf-8") as stream:
             manifest = json.load(stream)
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         return None
     return manifest if isinstance(manifest, dict) and manifest.get("generator") == generator else None
 

@@ -203,6 +203,13 @@ def test_what_is_not_whole_or_of_another_version_is_made_again(
         assert _contents(root) == whole
 
 
+def test_a_manifest_that_cannot_be_read_is_anothers(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(DatasetError, match="holds something other than a synthetic data set"):
+        generate_synthetic_dataset(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
 @pytest.mark.parametrize("manifest", ["{", "[]", '{"generator": "another program"}', "\xff"])
 def test_manifests_of_others_are_left_alone(tmp_path: Path, manifest: str) -> None:
     (tmp_path / "manifest.json").write_text(manifest, encoding="latin-1")
