@@ -14,7 +14,7 @@ from detectron2.data import MetadataCatalog
 from ccnet_d2.data.catalog import classes_of, get_sem_seg_dataset_dicts
 from ccnet_d2.data.datasets.folder import is_registered_here, list_pairs
 from ccnet_d2.data.errors import DatasetError, SampleError
-from ccnet_d2.data.image_files import check_label_size, read_image, read_label
+from ccnet_d2.data.image_files import check_label_size, check_record_size, read_image, read_label
 from ccnet_d2.wording import listed
 
 __all__ = ["DatasetReport", "check_coverage", "check_dataset", "format_report"]
@@ -72,6 +72,7 @@ def _read(sample: dict[str, Any], with_images: bool) -> _Sample:
     if with_images:
         try:
             image = read_image(sample["file_name"])
+            check_record_size(sample, image)
         except SampleError as error:
             found.problems.append(str(error))
     if path is None:

@@ -12,7 +12,8 @@ import io
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import cv2
 import numpy as np
@@ -27,6 +28,7 @@ __all__ = [
     "MAX_BYTES",
     "MAX_PIXELS",
     "check_label_size",
+    "check_record_size",
     "read_image",
     "read_label",
     "upright",
@@ -256,6 +258,25 @@ def write_bgr(path: str | os.PathLike[str], image: np.ndarray) -> None:
     assert encoded, path
     with open(path, "wb") as stream:
         stream.write(data)
+
+
+def check_record_size(record: Mapping[str, Any], image: np.ndarray) -> None:
+    """
+    Args:
+        record: a data set dict with `file_name`, and maybe `height` and `width`.
+        image: (H, W) or (H, W, C), what the file holds.
+
+    Raises:
+        SampleError: the record names another size.
+    """
+    height, width = image.shape[:2]
+    expected = (record.get("height", height), record.get("width", width))
+    if expected != (height, width):
+        path = record["file_name"]
+        raise SampleError(
+            f"The image '{path}' is {width}x{height}, but the data set says {expected[1]}x{expected[0]}.",
+            path,
+        )
 
 
 def check_label_size(

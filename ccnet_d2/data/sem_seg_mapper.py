@@ -13,7 +13,7 @@ from detectron2.data import transforms as T
 
 from ccnet_d2.data.catalog import checked_flip_pairs, classes_of, flip_pairs_of
 from ccnet_d2.data.errors import DatasetError, SampleError
-from ccnet_d2.data.image_files import check_label_size, read_image, read_label
+from ccnet_d2.data.image_files import check_label_size, check_record_size, read_image, read_label
 from ccnet_d2.data.transforms.mirror import is_mirroring, swap_labels
 from ccnet_d2.data.transforms.outside import outside_of
 from ccnet_d2.errors import ARGUMENT_FAULTS, UserError
@@ -165,13 +165,7 @@ class SemSegMapper:
         file_name = dataset_dict["file_name"]
         image = read_image(file_name, self.image_format)
         height, width = image.shape[:2]
-        expected = (dataset_dict.get("height", height), dataset_dict.get("width", width))
-        if expected != (height, width):
-            raise SampleError(
-                f"The image '{file_name}' is {width}x{height}, "
-                f"but the data set says {expected[1]}x{expected[0]}.",
-                file_name,
-            )
+        check_record_size(dataset_dict, image)
         label = self._read_label(dataset_dict, image) if self.is_train else None
 
         augmented = T.AugInput(image, sem_seg=label)

@@ -114,6 +114,17 @@ def test_images_are_left_out_where_they_are_not_wanted(tmp_path, write):
     assert len(check_dataset("few").problems) == 1
 
 
+def test_sizes_that_the_records_name_are_compared_as_in_training(write):
+    samples = [
+        {**write(f"{name}.png", [0, 1]), "height": 1, "width": width} for name, width in (("a", 2), ("b", 3))
+    ]
+    DatasetCatalog.register("sized", lambda: samples)
+    MetadataCatalog.get("sized").set(stuff_classes=CLASSES, ignore_label=255)
+    (problem,) = check_dataset("sized").problems
+    assert problem == f"The image '{samples[1]['file_name']}' is 2x1, but the data set says 3x1."
+    assert check_dataset("sized", with_images=False).problems == []
+
+
 def report_of(name: str, *pixels: int, classes: list[str] | None = None) -> DatasetReport:
     classes = classes or ["sky", "road", "car", "sign"]
     return DatasetReport(name, classes, 255, pixels=np.array(pixels), images=np.array(pixels) // 10)
