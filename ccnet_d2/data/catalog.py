@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -55,14 +55,20 @@ def get_sem_seg_dataset_dicts(names: str | Sequence[str], *, labelled: bool = Tr
         Detectron2 dicts with `file_name` and `sem_seg_file_name`.
 
     Raises:
-        DatasetError: a name is unknown, or a data set is missing, incomplete, empty, or pairs images with the label
-            maps of others.
+        DatasetError: a name is unknown, or a data set is missing, incomplete, empty, gives something else than such
+            dicts, or pairs images with the label maps of others.
     """
     samples: list[dict[str, Any]] = []
     for name in check_registered(names):
         found = _load(name)
         if not found:
             raise DatasetError(f"Data set '{name}' is empty.")
+        for record in found:
+            if not isinstance(record, Mapping) or "file_name" not in record:
+                raise DatasetError(
+                    f"Data set '{name}': its loader has to give dicts with 'file_name' and 'sem_seg_file_name', but "
+                    f"gave {record!r:.100}."
+                )
         without = [sample for sample in found if sample.get("sem_seg_file_name") is None]
         if without and (labelled or len(without) == len(found)):
             raise DatasetError(f"Data set '{name}' has no label map for '{without[0]['file_name']}'.")

@@ -284,6 +284,15 @@ def test_unknown_names_and_disagreeing_sets(tmp_path: Path) -> None:
     pair = {"file_name": "a.png", "sem_seg_file_name": "b.png"}
     DatasetCatalog.register("one after the other", lambda: (dict(pair, image_id=i) for i in range(3)))
     assert [sample["image_id"] for sample in get_sem_seg_dataset_dicts("one after the other")] == [0, 1, 2]
+    for name, record in (
+        ("other keys", {"image": "a.png", "sem_seg_file_name": "b.png"}),
+        ("pairs", ("a.png", "b.png")),
+    ):
+        DatasetCatalog.register(name, lambda record=record: [record])
+        with pytest.raises(
+            DatasetError, match=rf"^Data set '{name}': its loader has to give dicts with 'file_name' .*a\.png"
+        ):
+            get_sem_seg_dataset_dicts(name)
     DatasetCatalog.register("nothing", list)
     with pytest.raises(DatasetError, match="'nothing' is registered without stuff_classes"):
         classes_of("nothing")
