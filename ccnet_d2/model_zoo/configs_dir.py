@@ -42,11 +42,15 @@ def config_path(name: str) -> Path:
     """The file of a config: a path that exists, or a name among `config_names()` with or without ".py".
 
     Raises:
-        UserError: neither; the message names the nearest configs.
+        UserError: neither, and the message names the nearest configs; or the file may not be read.
     """
     for candidate in (Path(name), config_root() / name, config_root() / f"{name}.py"):
-        if candidate.is_file():
-            return candidate
+        try:
+            if candidate.is_file():
+                candidate.open("rb").close()
+                return candidate
+        except OSError as error:
+            raise UserError(f"Config {candidate} cannot be read: {error.strerror or error}.") from error
     hint = nearest(name, config_names(), "ccnet_d2.model_zoo.config_names() lists all.")
     raise UserError(f"There is no config {name!r}: {hint}")
 
@@ -62,7 +66,7 @@ def get_config(name: str, trained: bool = False) -> DictConfig:
         A LazyConfig with `model`, `dataloader`, `optimizer`, `lr_multiplier` and `train`.
 
     Raises:
-        UserError: there is no such config, the file is not a run, or there are no weights for it.
+        UserError: there is no such config, the file may not be read or is not a run, or there are no weights for it.
     """
     path = config_path(name)
     if path.suffix != ".py":

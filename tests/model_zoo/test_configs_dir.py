@@ -1,5 +1,8 @@
 """Configs are found by name and by path, and wrong names are answered with near ones."""
 
+import errno
+from pathlib import Path
+
 import pytest
 
 from ccnet_d2.errors import UserError
@@ -74,6 +77,20 @@ def test_names_that_are_near_none_are_told_where_all_are_listed(name):
         UserError, match=rf"no config '{name}': ccnet_d2\.model_zoo\.config_names\(\) lists all\.$"
     ):
         get_config(name)
+
+
+def test_a_config_that_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
+    name = "n" * 300  # which no file system takes, as a folder without rights does not let one look into it
+    with pytest.raises(UserError, match=rf"^Config {name} cannot be read: File name too long\.$"):
+        get_config(name)
+    (tmp_path / "run.py").touch()
+
+    def refuse(path, *arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"^Config \S+/run\.py cannot be read: Permission denied\.$"):
+        get_config(str(tmp_path / "run.py"))
 
 
 def test_a_yacs_config_is_told_where_it_works():
