@@ -54,9 +54,9 @@ def weights_file(name: str, *, classifier: bool = True) -> Path:
     digits = f"-{entry.sha256}" if entry.sha256 else ""
     variant = "" if classifier else "-without-classifier"
     path = folder / f"{entry.name.replace('/', '-')}{digits}-v{_CONVERSION}{variant}.pth"
-    if path.is_file():
-        return path
     try:
+        if path.is_file():
+            return path
         folder.mkdir(parents=True, exist_ok=True)
         # Others wait: those of the same job find the file, those that want another variant of it download alone.
         with file_lock(str(folder / entry.file)):
@@ -75,7 +75,7 @@ def weights_file(name: str, *, classifier: bool = True) -> Path:
         ) from error
     except OSError as error:
         raise UserError(
-            f"The cache {folder} cannot be written ({error}): set CCNET_D2_CACHE to a folder that can."
+            f"The cache {folder} cannot be used ({error}): set CCNET_D2_CACHE to a folder that can."
         ) from error
     logging.getLogger(__name__).info("%s: %s", entry.file, conversion.text())
     return path

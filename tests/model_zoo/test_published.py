@@ -401,6 +401,15 @@ def test_a_cache_that_cannot_be_written(entry, tmp_path, monkeypatch):
         weights_file(entry.name)
 
 
+def test_a_cache_that_cannot_be_looked_into(entry, tmp_path, monkeypatch):
+    """Its name is too long for any file system; one in a home that is another user's ends alike."""
+    monkeypatch.setenv("CCNET_D2_CACHE", str(tmp_path / ("x" * 300)))
+    with pytest.raises(
+        UserError, match=r"^The cache \S+ cannot be used \(.*name too long.*\): set CCNET_D2_CACHE"
+    ):
+        weights_file(entry.name)
+
+
 def test_weights_of_another_network(entry, monkeypatch):
     """What the converter refuses leaves nothing behind."""
     monkeypatch.setitem(PUBLISHED, entry.name, replace(entry, layout="official"))
