@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import resource
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torchvision
 from detectron2.config import instantiate
 from torch import Tensor, nn
 
+from ccnet_d2.atomic_file import DiskFullError
 from ccnet_d2.checkpoint import CheckpointError, SafeCheckpointer, load_checkpoint
 from ccnet_d2.checkpoint.convert import (
     Conversion,
@@ -646,7 +648,22 @@ def test_the_target_is_written_whole_or_not_at_all(mmseg, tmp_path):
     assert (tmp_path / "out.pth").read_bytes() == b"precious"
 
 
-def test_a_full_disk_is_told_as_any_other_trouble(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["x.pth", "x.pkl"])
+def test_a_full_disk_is_told_in_the_system_s_words(tmp_path, name):
+    """Torch's own say that a position in the archive is unexpected."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(
+            DiskFullError, match=r"^Writing to \S+ failed: File too large \(.* MiB are free\); make room and"
+        ):
+            write_checkpoint({"a": torch.ones(1000)}, tmp_path / name, "nobody")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_trouble_of_torch_s_writer_is_one_sentence(tmp_path, monkeypatch):
     write_checkpoint({"a": torch.ones(1)}, tmp_path / "new/x.pth", "nobody")  # the folder is made
     assert torch.load(tmp_path / "new/x.pth", weights_only=True)["model"] == {"a": torch.ones(1)}
 

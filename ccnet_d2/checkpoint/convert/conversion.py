@@ -97,6 +97,7 @@ def convert_file(
 
     Raises:
         CheckpointError: as in `convert_weights`; or a file cannot be read or written.
+        DiskFullError: there is no room for the new one.
     """
     if _are_one_file(source, target):
         raise CheckpointError(f"{target} is the source itself: name another file to write.")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ccnet_d2.atomic_file import atomic_write
+from ccnet_d2.atomic_file import atomic_write, disk_full_reported
 from ccnet_d2.checkpoint.safe_load import CheckpointError
 
 
@@ -21,17 +21,18 @@ def write_checkpoint(weights: Mapping[str, Tensor], path: str | Path, author: st
 
     Raises:
         CheckpointError: another suffix, or the file cannot be written.
+        DiskFullError: there is no room for it.
     """
     path = Path(path)
     if path.suffix not in (".pth", ".pkl"):
         raise CheckpointError(f"{path} is neither a .pth nor a .pkl file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
+        with disk_full_reported(path.parent), atomic_write(path) as file:
             if path.suffix == ".pkl":
                 arrays = {name: value.numpy() for name, value in weights.items()}
                 pickle.dump({"model": arrays, "__author__": author}, file, protocol=4)
             else:
                 torch.save({"model": dict(weights), "__author__": author}, file)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:  # of the latter kind are those of torch
         raise CheckpointError(f"{path} cannot be written: {error}.") from error
