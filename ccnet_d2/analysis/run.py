@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ccnet_d2.data.transforms.resize import height_and_width
 from ccnet_d2.engine import build_model
 from ccnet_d2.errors import UserError
 from ccnet_d2.instantiation import build_object
@@ -29,11 +30,14 @@ def image_size_of(cfg: DictConfig) -> tuple[int, int]:
 
     Raises:
         UserError: it trains on images of any size.
+        ValueError: the crop is of no whole pixels.
     """
     for augmentation in OmegaConf.select(cfg, "dataloader.train.mapper.augmentations") or ():
-        crop = augmentation.get("crop_size") if isinstance(augmentation, DictConfig) else None
-        if crop is not None:
-            return (crop, crop) if isinstance(crop, int) else (int(crop[0]), int(crop[1]))
+        if not isinstance(augmentation, DictConfig) or augmentation.get("crop_size") is None:
+            continue
+        # Detectron2's RandomCrop also takes shares of the image, and ranges.
+        if augmentation.get("crop_type", "absolute") == "absolute":
+            return height_and_width(augmentation.crop_size, "crop_size")
     raise UserError("The run trains on images of any size: give --image-size HEIGHTxWIDTH.")
 
 

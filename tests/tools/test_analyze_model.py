@@ -7,7 +7,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from ccnet_d2.analysis.run import analyze_run
+from ccnet_d2.analysis.run import analyze_run, image_size_of
 from ccnet_d2.errors import UserError
 from tests.scripts import PROJECT, load_script
 
@@ -116,6 +116,28 @@ def test_a_detection_run(script, tmp_path):
     modules = result["modules"]
     assert modules["total"]["gflops"] > modules["backbone"]["gflops"] > 0
     assert modules["roi_heads"]["parameters"] > 0 and result["inference_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("crops", "size"),
+    [
+        ([{"crop_size": 96}], (96, 96)),
+        ([{"prob": 0.5}, {"crop_size": [64, 80]}, {"crop_size": 96}], (64, 80)),
+        ([{"crop_type": "absolute", "crop_size": [64, 80]}], (64, 80)),
+        # Shares of the image and ranges, which are no size.
+        ([{"crop_type": "relative_range", "crop_size": [0.9, 0.9]}], None),
+        ([{"crop_type": "relative", "crop_size": [1, 1]}, {"crop_size": 96}], (96, 96)),
+        ([{"crop_type": "absolute_range", "crop_size": [384, 600]}], None),
+        ([], None),
+    ],
+)
+def test_the_crop_is_the_size_unless_it_depends_on_the_image(crops, size):
+    cfg = OmegaConf.create({"dataloader": {"train": {"mapper": {"augmentations": crops}}}})
+    if size is None:
+        with pytest.raises(UserError, match="any size: give --image-size"):
+            image_size_of(cfg)
+    else:
+        assert image_size_of(cfg) == size
 
 
 def test_training_step_of_another_model(tmp_path):
