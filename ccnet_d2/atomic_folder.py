@@ -91,7 +91,7 @@ def replace_folder(
                     return False
                 # Another process was quicker, and what it put there is replaced in its turn, or it is an error.
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    if old.is_dir() and not os.path.lexists(folder):
+                    if os.path.lexists(old) and not os.path.lexists(folder):
                         os.rename(old, folder)
                     raise
     return True
