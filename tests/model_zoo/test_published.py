@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import logging
 import re
 import socket
 import subprocess
@@ -101,6 +102,28 @@ def test_a_tampered_file_is_refused(entry, server):
     with pytest.raises(UserError, match=rf"net\.pth is not the file .* instead of {entry.sha256}"):
         model_zoo.get(f"{entry.name}.py", trained=True)
     assert files_in_cache() == []
+
+
+def test_every_digit_that_is_public_counts(entry, monkeypatch):
+    other = entry.sha256[:-1] + ("0" if entry.sha256[-1] != "0" else "1")
+    monkeypatch.setitem(PUBLISHED, entry.name, replace(entry, sha256=other))
+    with pytest.raises(UserError, match=rf"begins with {entry.sha256} instead of {other};"):
+        weights_file(entry.name)
+
+
+def test_servers_are_told_who_asks(entry, server, monkeypatch):
+    """Some have no answer for Python's own name."""
+    handler = server._server.RequestHandlerClass.func
+    get = handler.do_GET
+
+    def choosy(self):
+        if self.headers["User-Agent"].startswith("Python-urllib"):
+            self.send_error(403)
+        else:
+            get(self)
+
+    monkeypatch.setattr(handler, "do_GET", choosy)
+    assert weights_file(entry.name).is_file()
 
 
 def test_a_tampered_file_in_a_local_folder_is_refused_and_left_alone(entry, server, tmp_path, monkeypatch):
@@ -433,6 +456,26 @@ def test_names(entry):
     assert len(trained) == 19 and set(trained) < set(model_zoo.list())
     model = model_zoo.get("toy/ccnet_synthetic.py", device="meta")
     assert model.training and {value.device.type for value in model.parameters()} == {"meta"}
+    with pytest.raises(UserError, match=r"device 'cuda:99' was asked for, but torch sees"):
+        model_zoo.get("toy/ccnet_synthetic.py", device="cuda:99")
+
+
+def test_command_line_tells_what_it_does_and_begins_once_all_names_are_known(
+    entry, server, capsys, monkeypatch
+):
+    monkeypatch.setattr(logging.root, "handlers", [])  # as in a program of its own
+    level = logging.root.level
+    try:
+        assert __main__.main([entry.name, "nothing"]) == 1
+        assert server.asked == [] and capsys.readouterr().out == ""
+        assert __main__.main([f"{entry.name}.py"]) == 0
+    finally:
+        logging.root.setLevel(level)
+    output = capsys.readouterr()
+    assert output.out == f"{weights_file(entry.name)}\n"
+    told = output.err.splitlines()
+    assert told[0] == f"Downloading {entry.address}"
+    assert "net.pth: CCNet of 11 classes on ResNet-18, basic stem (mmseg layout)" in told
 
 
 def test_command_line(entry, capsys):
@@ -440,6 +483,9 @@ def test_command_line(entry, capsys):
     out = capsys.readouterr().out
     assert "cityscapes/ccnet_R_50_D8_512x1024_40k" in out and "(not public)" in out
     assert str(cache_dir()) in out and "https://" not in out
+    for listed in PUBLISHED.values():
+        digits = listed.sha256 or r"\(not public\)"
+        assert re.search(rf"^{re.escape(listed.name)} +{listed.source} +sha256 {digits}$", out, re.MULTILINE)
     assert __main__.main(["--addresses"]) == 0
     out = capsys.readouterr().out
     for listed in PUBLISHED.values():
