@@ -49,3 +49,14 @@ def test_bad_parameters_are_one_sentence(
     (tmp_path / "file").write_text("mine")
     assert script.main(["--root", str(tmp_path)]) == 1
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_looked_into_is_one_sentence(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its name is too long for any file system; one in a folder without rights ends alike."""
+    root = tmp_path / ("x" * 300)
+    assert script.main(["--root", str(root)]) == 1
+    assert capsys.readouterr().err == (
+        f"error: Cannot write the synthetic data set to '{root}': File name too long.\n"
+    )

@@ -55,13 +55,13 @@ def write_drawn_set(
     Raises:
         DatasetError: `root` holds something else, or cannot be written.
     """
-    if is_there():
-        return False
-    if not is_ours() and os.path.lexists(root) and (not os.path.isdir(root) or os.listdir(root)):
-        raise DatasetError(
-            f"'{root}' holds something other than {article} {title}; remove it or choose another folder."
-        )
     try:
+        if is_there():
+            return False
+        if not is_ours() and os.path.lexists(root) and (not os.path.isdir(root) or os.listdir(root)):
+            raise DatasetError(
+                f"'{root}' holds something other than {article} {title}; remove it or choose another folder."
+            )
         return replace_folder(root, write, is_there)
     except OSError as error:
         raise DatasetError(f"Cannot write the {title} to '{root}': {error.strerror or error}.") from error
