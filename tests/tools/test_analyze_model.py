@@ -5,10 +5,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
+from ccnet_d2.analysis import run
 from ccnet_d2.analysis.run import analyze_run, image_size_of
+from ccnet_d2.analysis.untrained import random_images
+from ccnet_d2.engine import load_run
 from ccnet_d2.errors import UserError
+from ccnet_d2.instantiation import build_object
 from tests.scripts import PROJECT, load_script
 
 SCRIPT = PROJECT / "tools/analyze_model.py"
@@ -55,7 +60,14 @@ def test_a_small_run(script, tmp_path, capsys):
     parameters = modules["backbone"]["parameters"]
     assert parameters == 9 * 3 * 64 + 9 * 64 * 64 + 2 * 2 * 64
     assert modules["total"]["parameters"] == parameters + modules["sem_seg_head"]["parameters"]
-    assert result["weights_mb"] == pytest.approx(4e-6 * modules["total"]["parameters"], rel=0.02)
+    weights = build_object(load_run(TOY, ["model.sem_seg_head.context=rcca_r1"]), "model").state_dict()
+    buffers = [torch.tensor(0.0)] * 6  # the image's mean and deviation, which checkpoints leave out
+    held = sum(tensor.nbytes for tensor in (*weights.values(), *buffers))
+    assert result["weights_mb"] == pytest.approx(held / 1e6, abs=1e-9)
+    # Parts that hold nothing are left out, and so are those of the backbone.
+    assert modules.keys() == {"backbone", "sem_seg_head", "total"} | {
+        f"sem_seg_head.{part}" for part in ("conva", "context", "convb", "fuse", "classifier")
+    }
 
     # The first convolution's result alone, and all results of the head's convolutions.
     assert result["inference_peak_mb"] > 4e-6 * full * 64
@@ -72,7 +84,7 @@ def test_larger_images_cost_more_and_modules_are_interchangeable(script, tmp_pat
     small = analyze(script, tmp_path, *base, "--image-size=32")
     large = analyze(script, tmp_path, *base, "--image-size=64")
     nl = analyze(script, tmp_path, *base, "--image-size=64", "model.sem_seg_head.context=nl")
-    assert "inference_seconds" not in small
+    assert "inference_seconds" not in small and small["conventions"].keys() == {"gflops", "inference_peak_mb"}
     assert large["modules"]["backbone"]["gflops"] == pytest.approx(4 * small["modules"]["backbone"]["gflops"])
     assert large["inference_peak_mb"] > 3 * small["inference_peak_mb"]
     assert (
@@ -107,6 +119,8 @@ def test_a_run_on_clips_is_measured_on_its_clips(script, tmp_path, capsys):
         loops = 3 * frames * 4 * 5 * (128 * (128 + 32) + keys * (128 + 16))
         assert found == pytest.approx(2 * loops / 1e9, rel=0.05)
     assert clips["training_kept_mb"] > 4 * single["training_kept_mb"]
+    # At the end of the backward pass there is a gradient for each parameter, here far more than the activations.
+    assert single["training_peak_mb"] > 4e-6 * single["modules"]["total"]["parameters"]
 
 
 def test_a_detection_run(script, tmp_path):
@@ -144,6 +158,50 @@ def test_training_step_of_another_model(tmp_path):
     cfg = OmegaConf.create({"model": {"backbone": {}}, "train": {"device": "cpu"}})
     with pytest.raises(UserError, match="A training step needs labels"):
         analyze_run(cfg, (64, 64), training_step=True)
+
+
+def test_labels_are_of_all_kinds_that_the_heads_take():
+    heads = {"roi_heads": {"num_classes": 3}, "sem_seg_head": {"num_classes": 5}}
+    images = random_images((32, 40), 1)
+    for names in (["roi_heads"], ["sem_seg_head"], ["roi_heads", "sem_seg_head"]):
+        cfg = OmegaConf.create({"model": {name: heads[name] for name in names}})
+        (labelled,) = run._labelled(cfg, images)
+        assert ("instances" in labelled, "sem_seg" in labelled) == (
+            "roi_heads" in names,
+            "sem_seg_head" in names,
+        )
+
+
+def test_what_is_printed_is_what_was_measured():
+    result = {
+        "image_size": [40, 48],
+        "batch_size": 2,
+        "modules": {"total": {"parameters": 1_230_000, "gflops": 45.678}},
+        "weights_mb": 11.0,
+        "inference_peak_mb": 12.0,
+        "training_kept_mb": 13.0,
+        "training_peak_mb": 14.0,
+        "inference_seconds": 0.0156,
+        "device": "CPU, 1 thread",
+        "conventions": {"gflops": "a number"},
+    }
+    assert run.format_run("a/run.py", result).splitlines() == [
+        "a/run.py: 2 x 3 x 40 x 48",
+        "",
+        "       parameters (M)  GFLOPs",
+        "total            1.23   45.68",
+        "",
+        "memory (MB): weights 11, inference 12, training step 14 (of it kept for the backward pass 13)",
+        "time: 0.016 s (CPU, 1 thread)",
+        "",
+        "gflops: a number.",
+    ]
+
+
+@pytest.mark.parametrize(("threads", "words"), [(1, "CPU, 1 thread"), (2, "CPU, 2 threads")])
+def test_the_cpu_is_told_with_its_threads(monkeypatch, threads, words):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert run._describe(torch.device("cpu")) == words
 
 
 def test_table_as_a_file(script, tmp_path, capsys):
@@ -206,6 +264,7 @@ def test_a_detector_is_busy_without_training(script, tmp_path):
         "--training-step",
         "--no-time",
         "train.device=cpu",
+        "+model.roi_heads.box_predictor.test_score_thresh=0.9",  # which nothing reaches
     )
     modules = result["modules"]
     detections, size, channels = 20, 14, 64  # many of the 50 proposals remain, and the mask head's map
