@@ -1,6 +1,7 @@
 """The script that reads a data set and says what is wrong with it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -221,6 +222,12 @@ def test_many_problems_are_cut_short(
     assert script.main(["checked_train", "--max-problems", "2"]) == 1
     out = capsys.readouterr().out
     assert out.count("  problem: ") == 3 and "more; see them with --max-problems" in out
+    assert script.main(["checked_train", "--max-problems", "0"]) == 1
+    found = re.search(r"^(\d+) problems found\.$", capsys.readouterr().out, re.MULTILINE)
+    assert found is not None and f"… and {int(found[1]) - 2} more;" in out
+    with pytest.raises(SystemExit):  # of which a slice makes all but the last
+        script.main(["checked_train", "--max-problems", "-1"])
+    assert "--max-problems must be at least 0" in capsys.readouterr().err
 
 
 CONFIG = """

@@ -56,6 +56,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.datasets) == bool(args.config_file):
         parser.error("give the names of registered data sets, or --config-file")
+    if args.max_problems < 0:
+        parser.error("--max-problems must be at least 0")
     return args
 
 
