@@ -3,6 +3,7 @@
 import pytest
 
 from ccnet_d2.analysis.clip_table import MAPS, clip_table, format_clip_table
+from ccnet_d2.ops import available_backends
 from tests.scripts import load_script
 
 C, KEYS = 512, 64
@@ -17,6 +18,8 @@ def test_the_maps_of_the_paper():
     table = clip_table(measure_time=False)
     rows = {(tuple(row["map"]), row["method"]): row for row in table["rows"]}
     assert [shape[2:] for shape in MAPS] == [(5, 63, 63), (8, 97, 97)]
+    fastest = "compiled" if available_backends()["compiled"] is None else "matmul"
+    assert [row["backend"] for row in table["rows"]] == [fastest, "sdpa", "matmul"] * 2
     for shape in MAPS:
         frames, height, width = shape[2:]
         n = frames * height * width
