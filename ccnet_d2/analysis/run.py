@@ -106,7 +106,7 @@ def analyze_run(
 _CONVENTIONS = {
     "gflops": f"10^9 FLOPs of inference on the batch: {CONVENTION}",
     "inference_peak_mb": "10^6 bytes of activations that live at once at most in fp32, beside the weights; every "
-    "allocation followed, workspaces within kernels not included",
+    "allocation followed, without workspaces within kernels; where it was run on a GPU, as torch's allocator counts",
     "training_kept_mb": "10^6 bytes that the forward pass and the losses leave for the backward pass in fp32, beside "
     "the weights",
     "training_peak_mb": "10^6 bytes of activations and gradients that live at once at most in a training step in fp32, "
