@@ -292,3 +292,27 @@ def test_config_file_that_is_not_there(script: ModuleType, capsys: pytest.Captur
     assert capsys.readouterr().err.startswith("error: There is no config 'nowhere.py'")
     with pytest.raises(SystemExit):
         script.main([])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("net.pth", "", r"Config file \S+/net\.pth has to be a python or yaml file\."),
+        (
+            "run.py",
+            "dataloader = {'train': {'dataset': {'names': '${data.names}'}}}",
+            r"Interpolation key 'data\.names' not found \(config key dataloader\.train\.dataset\.names\)\.",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_one_sentence(
+    script: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    text: str,
+    sentence: str,
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert script.main(["--config-file", str(tmp_path / name)]) == 1
+    assert re.fullmatch(rf"error: {sentence}\n", capsys.readouterr().err)

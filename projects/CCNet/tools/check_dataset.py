@@ -21,8 +21,8 @@ from omegaconf import OmegaConf
 
 from ccnet_d2.data import DatasetError
 from ccnet_d2.data.check import DatasetReport, check_coverage, check_dataset, format_report
+from ccnet_d2.engine.user_errors import USER_ERRORS, sentence_of
 from ccnet_d2.engine.yacs_config import load_config
-from ccnet_d2.errors import UserError
 from ccnet_d2.model_zoo import config_path
 from ccnet_d2.script_exit import exit_with
 from progress_bar import progress_bar
@@ -113,8 +113,8 @@ def main(argv: list[str] | None = None) -> int:
             trained = [train]
         else:
             trained, test = names_in_config(args.config_file)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except USER_ERRORS as error:
+        print(f"error: {sentence_of(error)}", file=sys.stderr)
         return 1
     for name in [*trained, *test]:
         try:
