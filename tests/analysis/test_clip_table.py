@@ -1,5 +1,7 @@
 """3D attention on clips: the figures, by hand."""
 
+import re
+
 import pytest
 
 from ccnet_d2.analysis.clip_table import MAPS, clip_table, format_clip_table
@@ -35,6 +37,11 @@ def test_the_maps_of_the_paper():
         assert fused["memory_mb"] < 0.1 * full["memory_mb"] and rcca["memory_mb"] < 0.25 * full["memory_mb"]
         assert {row["seconds"] for row in (rcca, fused, full)} == {None}
     text = format_clip_table(table)
+    for row in table["rows"]:
+        assert 0 < row["memory_mb"] < row["peak_mb"]
+        assert re.search(
+            rf" {row['gflops']:.1f} +{row['memory_mb']:.0f} +{row['peak_mb']:.0f} +{row['backend']}\n", text
+        )
     assert "8x97x97           RCCA (R=3)    200" in text and all(key in text for key in table["conventions"])
 
 
