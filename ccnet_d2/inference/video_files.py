@@ -30,6 +30,7 @@ VIDEO_CODECS = {".mp4": "mp4v", ".m4v": "mp4v", ".mov": "mp4v", ".mkv": "mp4v", 
 FOLDER_FPS = 10.0
 _DEFAULT_FPS = 25.0
 _MOST_TICKS = 2**16 - 1  # in a second, of MPEG-4
+_LONGEST_SIDE = 2**13 - 1  # of its pictures
 # Containers that do not store the number of frames have it estimated from the duration.
 _TOLERATED_SHARE_MISSING = 0.02
 
@@ -215,12 +216,13 @@ class VideoWriter:
         """Append (H, W, 3) uint8 RGB.
 
         Raises:
-            ImageFileError: the file or its folder cannot be made.
+            ImageFileError: the file or its folder cannot be made, or MPEG-4 takes no frames as large.
             ValueError: a frame of another size than the first one.
         """
         frame = _even(frame)
         if self._writer is None:
             self._size = frame.shape[:2]
+            self._check_size()
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -256,6 +258,15 @@ class VideoWriter:
         finally:
             if self._part.exists():
                 self._part.unlink()
+
+    def _check_size(self) -> None:
+        """OpenCV only says that it did not work."""
+        height, width = self._size
+        if VIDEO_CODECS[self.path.suffix.lower()] == "mp4v" and max(height, width) > _LONGEST_SIDE:
+            raise ImageFileError(
+                f"cannot write '{self.path}': MPEG-4 has no more than {_LONGEST_SIDE} pixels a side, and the frames "
+                f"are {width}x{height}: take .avi, or smaller frames."
+            )
 
     def _put_in_place(self) -> None:
         try:

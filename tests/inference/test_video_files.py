@@ -103,6 +103,24 @@ def test_outputs_that_cannot_be(tmp_path):
         writer.write(moving_square(1)[0])
 
 
+@pytest.mark.parametrize(("width", "height"), [(8192, 16), (16, 8192), (8191, 16)])
+def test_frames_too_large_for_mpeg_4(tmp_path, width, height):
+    """Of panoramas; it was said that the folder cannot be written or the encoder is missing. An odd side gets one."""
+    frame = np.full((height, width, 3), 77, np.uint8)
+    size = f"{width + width % 2}x{height}"
+    message = (
+        rf"video\.mp4': MPEG-4 has no more than 8191 pixels a side, and the frames are {size}: take \.avi"
+    )
+    with pytest.raises(UserError, match=message), VideoWriter(tmp_path / "new" / "video.mp4", 10) as writer:
+        writer.write(frame)
+    assert list(tmp_path.iterdir()) == []
+    for path, smaller in (("video.avi", frame), ("video.mkv", frame[:8190, :8190])):
+        with VideoWriter(tmp_path / path, 10) as writer:
+            writer.write(smaller)
+        (found,) = open_video(tmp_path / path)
+        assert found.shape[0] == smaller.shape[0] and abs(np.median(found) - 77) <= 6
+
+
 def test_names_as_long_as_they_can_be(tmp_path):
     with VideoWriter(tmp_path / f"{'a' * 251}.mp4", 10) as writer:
         writer.write(moving_square(1)[0])
