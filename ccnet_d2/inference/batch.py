@@ -153,6 +153,8 @@ def plan_pictures(
         raise UserError(f"a ground truth is drawn in side-by-side pictures only, not in '{picture}'.")
     if not os.fspath(output):
         raise UserError("the output has no name: give a folder, or a .png.")
+    if ground_truth is not None and not os.fspath(ground_truth):
+        raise UserError("the ground truth has no name: give a folder.")
     paths = find_images(inputs)
     targets = _targets(paths, os.path.expanduser(output))
     if picture == "labels" and any(target.suffix.lower() != ".png" for target in targets):

@@ -37,8 +37,8 @@ def find_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
         Files in the order given, those of a folder or pattern by name; each once.
 
     Raises:
-        ImageFileError: a path does not exist or may not be looked up, a folder holds no image or a pattern matches
-            none.
+        ImageFileError: a path is empty, does not exist or may not be looked up, a folder holds no image or a pattern
+            matches none.
     """
     if isinstance(inputs, str | os.PathLike):
         inputs = [inputs]
@@ -124,6 +124,8 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
 
 def _files_of(item: str | os.PathLike[str]) -> list[Path]:
     text = os.path.expanduser(os.fspath(item))
+    if not text:  # which would be the current folder
+        raise ImageFileError("an image has an empty name: name a file, a folder or a pattern.")
     path = Path(text)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if _is_image_name(file))

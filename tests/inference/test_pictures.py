@@ -1,5 +1,6 @@
 import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image, ImageOps
 
 from ccnet_d2.data.datasets.camvid import CAMVID_CLASSES
 from ccnet_d2.data.image_files import read_image
+from ccnet_d2.errors import UserError
 from ccnet_d2.inference import (
     ClassTable,
     ImageFileError,
@@ -21,6 +23,7 @@ from ccnet_d2.inference import (
     visualize,
     write_image,
 )
+from ccnet_d2.inference.batch import plan_pictures
 from ccnet_d2.inference.classes import distinct_colors
 from ccnet_d2.inference.drawing import (
     legend,
@@ -381,6 +384,19 @@ def test_finding_images(tmp_path, monkeypatch):
         find_images(tmp_path / "empty")
     with pytest.raises(ImageFileError, match="no image given"):
         find_images([])
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
+    """As of a shell's variable that is not set; the pictures of all images there were written."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4, 4)).save("a.png")
+    with pytest.raises(
+        ImageFileError, match=r"^an image has an empty name: name a file, a folder or a pattern\.$"
+    ):
+        find_images(["a.png", ""])
+    with pytest.raises(UserError, match=r"^the ground truth has no name: give a folder\.$"):
+        plan_pictures("a.png", "out/", picture="side-by-side", ground_truth="")
+    assert find_images(".") == [Path("a.png")]
 
 
 def test_what_cannot_be_looked_up_is_one_sentence(tmp_path, monkeypatch):
