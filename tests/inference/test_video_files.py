@@ -1,8 +1,10 @@
 """Videos in and out, whole and damaged."""
 
+import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image
 
 from ccnet_d2.errors import UserError
+from ccnet_d2.inference import video_files
 from ccnet_d2.inference.video_files import Camera, FrameFolder, VideoFile, VideoWriter, open_video
 
 
@@ -164,6 +167,49 @@ def test_damaged_videos(tmp_path):
             open_video(tmp_path / name)
     with pytest.raises(UserError, match=r"none\.mp4' does not exist"):
         VideoFile(tmp_path / "none.mp4")
+
+
+@pytest.fixture
+def video_that_says(tmp_path, monkeypatch):
+    """Opens a video of so many frames whose container says this of itself."""
+
+    def video_that_says(frames, fps, count):
+        said = {cv2.CAP_PROP_FPS: fps, cv2.CAP_PROP_FRAME_COUNT: count}
+        reads = iter([(True, moving_square(1)[0])] * frames)
+        capture = SimpleNamespace(read=lambda: next(reads, (False, None)), get=said.get, release=lambda: None)
+        monkeypatch.setattr(video_files, "_capture", lambda path: capture)
+        (tmp_path / "video.mp4").touch()
+        return open_video(tmp_path / "video.mp4")
+
+    return video_that_says
+
+
+@pytest.mark.parametrize("fps", [0.0, -25.0, math.nan, math.inf, 1000.1, 90000.0])
+def test_rates_that_are_none_are_those_of_films(video_that_says, fps):
+    assert video_that_says(1, fps, 1).fps == 25
+    assert video_that_says(1, 1000.0, 1).fps == 1000
+
+
+@pytest.mark.parametrize("count", [0.0, -9e15, math.nan, math.inf])
+def test_lengths_that_a_container_does_not_know(video_that_says, count):
+    with video_that_says(3, 25.0, count) as video:
+        assert video.count is None and len(list(video)) == 3 and video.problems == []
+
+
+@pytest.mark.parametrize(
+    ("frames", "count", "told"), [(9, 10, False), (8, 10, True), (196, 200, False), (195, 200, True)]
+)
+def test_estimated_lengths_may_be_off_by_a_frame_or_a_fiftieth(video_that_says, frames, count, told):
+    with video_that_says(frames, 25.0, float(count)) as video:
+        assert len(list(video)) == frames
+    assert bool(video.problems) is told
+    assert not told or f"ends after {frames} of {count} frames" in video.problems[0]
+
+
+def test_suffixes_in_capital_letters(tmp_path):
+    with VideoWriter(tmp_path / "VIDEO.MP4", 10) as writer:
+        writer.write(moving_square(1)[0])
+    assert os.listdir(tmp_path) == ["VIDEO.MP4"]
 
 
 # A superscript is a digit to str.isdigit, and no number to int.
