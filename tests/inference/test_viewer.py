@@ -15,17 +15,18 @@ import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from ccnet_d2.data.errors import SampleError
 from ccnet_d2.engine import apply_overrides
 from ccnet_d2.errors import UserError
-from ccnet_d2.inference import Predictor, viewer
+from ccnet_d2.inference import ClassTable, Predictor, viewer
 from ccnet_d2.inference.viewer import Gallery, UploadError, ViewerServer, make_server
 from ccnet_d2.model_zoo import get_config
 
@@ -160,6 +161,45 @@ def test_uploads_are_turned_upright_and_reduced(ask):
     assert opened(body).shape == (64, 13, 3)
     status, _, body = ask(f"api/attention?image={described['id']}&model=0&x=12&y=63")
     assert status == 200 and len(json.loads(body)["maps"]) == 2
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF"])
+def test_formats_that_are_taken(gallery, format):
+    number = gallery.upload("one", encoded(Image.new("RGB", (20, 10), (200, 30, 90)), format))["id"]
+    shown = opened(gallery.picture(number)).astype(int)
+    assert shown.shape == (10, 20, 3) and np.abs(shown - (200, 30, 90)).max() <= 4
+
+
+@pytest.mark.parametrize("format", ["EPS", "ICO", "TGA", "PCX"])
+def test_formats_that_are_not(gallery, monkeypatch, format):
+    """One of them is read by another program, which runs what is in the file."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("a file was run"))
+    with pytest.raises(UploadError, match="damaged or no image"):
+        gallery.upload("one", encoded(Image.new("RGB", (20, 10)), format))
+
+
+def test_names_and_very_wide_pictures_are_cut(gallery):
+    described = gallery.upload("n" * 500, encoded(Image.new("RGB", (5000, 2))))
+    assert described == {"id": described["id"], "name": "n" * 80, "width": 64, "height": 1}
+    assert opened(gallery.picture(described["id"])).shape == (1, 64, 3)
+    assert opened(gallery.prediction(described["id"], 0)).shape[1] % 64 == 0
+    assert len(gallery.attention(described["id"], 0, 63, 0)["maps"]) == 2
+
+
+def test_classes_are_listed_by_their_share(gallery, monkeypatch):
+    labels = np.array([[3, 3, 3, 1], [0, 0, 3, 3]], np.uint8)
+    classes = ClassTable.create("abcd")
+    found = SimpleNamespace(labels=labels, classes=classes)
+    monkeypatch.setattr(gallery, "_prediction", lambda number, model: found)
+    shares = [(one["name"], one["share"], one["color"]) for one in gallery.classes(0, 0)]
+    wanted = (("d", 5 / 8, 3), ("a", 2 / 8, 0), ("b", 1 / 8, 1))
+    assert shares == [(name, share, classes.colors[k].tolist()) for name, share, k in wanted]
+
+
+def test_models_are_counted_from_0(gallery):
+    for model in (-1, 2):
+        with pytest.raises(UserError, match=f"there is no model {model}: there are 2"):
+            gallery.prediction(0, model)
 
 
 def test_old_uploads_are_forgotten_and_given_images_are_not(photo):
