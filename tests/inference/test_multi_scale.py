@@ -140,6 +140,40 @@ def test_a_model_of_half_precision_takes_resized_and_padded_images(make_segmente
         torch.testing.assert_close(half, full, atol=0.01, rtol=0)
 
 
+def test_sizes_of_scaled_images_are_rounded_to_the_next_pixel(make_segmenter, random_image):
+    """Halves up, as in mmsegmentation, and never to none."""
+    model = make_segmenter()
+    for size, scale, scaled in (((30, 42), 1.25, (38, 53)), ((31, 45), 0.5, (16, 23)), ((1, 2), 0.2, (1, 1))):
+        MultiScaleFlip(model, scales=[scale], flip=False)(as_input(random_image(*size)))
+        assert model.calls[-1] == [(3, *scaled)]
+
+
+def test_an_image_is_not_resampled_at_scale_one(make_segmenter, random_image):
+    model, image = make_segmenter(), random_image(9, 10)
+    MultiScaleFlip(model, scales=[1.04], flip=False)(as_input(image))  # rounds to the image's size
+    assert model.last_images[0] is image
+
+
+def test_probabilities_of_half_precision_are_averaged_in_float32():
+    def model(inputs):
+        sem_seg = torch.tensor([0.0, 7.5], dtype=torch.bfloat16)[:, None, None].expand(2, 4, 4)
+        return [{"sem_seg": sem_seg} for _ in inputs]
+
+    answer = MultiScaleFlip(model, scales=[1])(as_input(torch.zeros(3, 4, 4)))[0]["sem_seg"]
+    assert answer.dtype == torch.float32
+    torch.testing.assert_close(answer[:, 0, 0].exp(), torch.tensor([0.0, 7.5]).softmax(0))
+    assert answer[0, 0, 0].exp() < 1e-3  # and no share is raised to some least one
+
+
+def test_the_whole_image_at_a_scale_is_resized_as_the_mode_says(make_segmenter, random_image):
+    """Labels of a mode nested by `bind`."""
+    for aligned in (False, True):
+        mode = MultiScaleFlip(scales=[1], align_corners=aligned).bind(
+            make_segmenter(align_corners=not aligned)
+        )
+        assert mode.model.resize_aligned() is aligned
+
+
 def test_wrong_scales_are_refused():
     for scales in ([], [1.0, 0.0], [-1], [1.0, float("nan")], [float("inf")]):
         with pytest.raises(ValueError, match="scales must be one or more positive numbers"):

@@ -149,6 +149,25 @@ def test_the_overlap_of_halved_tiles(hungry, random_image, size, tile, stride, c
     assert torch.equal(found, wanted)
 
 
+def test_halved_tiles_pad_and_resize_as_whole_ones(make_segmenter, random_image):
+    """Of 32 to 16 pixels: the image is lower than both. Its corners are aligned, which the model does not ask for."""
+    model = Hungry(make_segmenter(), 16 * 16).eval()
+    image, options = random_image(10, 64), {"pad": [7.0, 8.0, 9.0], "align_corners": True}
+    found = SlidingWindow(model, tile=32, stride=32, smallest_tile=8, **options).logits(image, (23, 40))
+    wanted = SlidingWindow(model.segmenter, tile=16, stride=16, **options).logits(image, (23, 40))
+    assert model.failures == 1 and torch.equal(found, wanted)
+    assert model.segmenter.last_images[0].shape == (3, 16, 16)
+
+
+def test_what_did_not_fit_is_told_by_all_the_tiles_of_a_call(hungry, random_image):
+    model = hungry(limit=3 * 16 * 16)
+    mode = SlidingWindow(model, tile=16, stride=16, tiles_per_batch=4, smallest_tile=16)
+    assert mode.pixels(random_image(32, 32)) == 4 * 16 * 16
+    assert mode.pixels(random_image(8, 32)) == 4 * 8 * 16
+    mode.logits(random_image(32, 32), (32, 32))
+    assert model.failures == 1 and mode.tiles_per_batch == 1 and mode.accumulate_on == torch.device("cpu")
+
+
 @pytest.mark.parametrize(
     "run", ["cityscapes/ranet_R_101_D8_769x769_40k.py", "lip/ce2p_ccl_R_101_D16_384x384_48k.py"]
 )

@@ -89,6 +89,7 @@ def test_one_tile_equals_whole_for_the_ccnet_meta_architecture():
         ((90, 17), (32, 32), (20, 20)),
         ((33, 33), (32, 32), (32, 32)),  # the second tile is moved back by all but one pixel
         ((1, 1), (4, 4), (2, 2)),
+        ((46, 55), (16, 20), (15, 19)),  # a single row and column shared
     ],
 )
 @pytest.mark.parametrize("tiles_per_batch", [1, 3])
@@ -205,6 +206,31 @@ def test_memory_for_labels_does_not_grow_with_height(make_segmenter, random_imag
             mode.predict_labels(as_input(image, *answer))
         peaks.append(noted.largest)
     assert peaks[0] == peaks[1] <= 40 * 32 * 64
+
+
+@pytest.mark.parametrize("answer", [(20, 21), (33, 30)])
+def test_logits_are_summed_where_they_are_wanted(make_segmenter, random_image, answer):
+    """A device that holds nothing stands for one with more memory."""
+    for mode in (
+        SlidingWindow(accumulate_on="meta", tile=16),
+        MultiScaleFlip(scales=[1], accumulate_on="meta"),
+    ):
+        logits = mode.bind(make_segmenter())(as_input(random_image(20, 21), *answer))[0]["sem_seg"]
+        assert logits.device.type == "meta" and logits.shape == (5, *answer)
+
+
+def test_the_models_own_mean_within_other_modes_pads(make_segmenter, random_image):
+    mode = SlidingWindow(WholeImage(make_segmenter()), tile=24, pad="mean")
+    expected = SlidingWindow(make_segmenter(), tile=24, pad="mean")
+    inputs = as_input(random_image(10, 40))
+    assert torch.equal(mode(inputs)[0]["sem_seg"], expected(inputs)[0]["sem_seg"])
+
+
+def test_values_to_pad_with_are_not_rounded_to_bytes(make_segmenter, random_image):
+    model = make_segmenter()
+    SlidingWindow(model, tile=24, pad=[123.675, -1.5, 300.25])(as_input(random_image(10, 24)))
+    (padded,) = model.last_images
+    assert padded[:, 23, 5].tolist() == pytest.approx([123.675, -1.5, 300.25])
 
 
 def test_nan_is_not_made_of_a_large_overlap(make_segmenter, random_image):
