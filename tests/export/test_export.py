@@ -224,6 +224,7 @@ def test_the_images_are_drawn_by_the_seed_alone():
         assert difference.largest == 0 and difference.reach == max(item["image"][0].max() for item in seen)
         assert all((item["height"], item["width"]) == (33, 40) for item in seen)
         assert all(item["image"].dtype == torch.uint8 for item in seen)
+        assert {0, 255} <= set(torch.stack([item["image"] for item in seen]).flatten().tolist())
         return torch.stack([item["image"] for item in seen])
 
     state = torch.get_rng_state()
