@@ -96,7 +96,15 @@ def test_the_page_and_its_parts_are_served_from_here_alone(ask, server):
     ):
         status, headers, body = ask(path)
         assert status == 200 and headers["Content-Type"].startswith(kind) and text in body
-        assert "script-src 'self'" in headers["Content-Security-Policy"]
+        policy = set(headers["Content-Security-Policy"].split("; "))
+        # Maps are shown as data: addresses.
+        assert {
+            "default-src 'none'",
+            "script-src 'self'",
+            "style-src 'self'",
+            "img-src 'self' data:",
+        } <= policy
+        assert headers["X-Content-Type-Options"] == "nosniff"
         assert b"http://" not in body and b"https://" not in body  # nothing is loaded from elsewhere
 
 
@@ -382,6 +390,7 @@ def test_browsers_do_not_name_the_port_of_http(server, monkeypatch):
         ("api/attention?image=0&model=1&x=1&y=1", 400, "none has no criss-cross attention"),
         ("api/attention?image=0&model=2&x=1&y=1", 400, "there is no model 2: there are 2"),
         ("api/image?image=99999", 400, "there is no image 99999"),
+        (f"api/image?image={'1' * 5000}", 400, f"image must be a number from 0, got '{'1' * 40}'"),
         ("../../etc/passwd", 404, "there is no"),
         ("gallery.py", 404, "there is no /gallery.py here"),
     ],
