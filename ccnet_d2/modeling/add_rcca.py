@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any, TypeVar
 
+import torch._dynamo
 from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
@@ -120,6 +121,7 @@ def add_rcca(
             f"{given}: arguments for a module chosen by name, but module is a {type(module).__name__} built already."
         )
 
+    _have_compiler_heed_hooks()
     target.add_module(name, module)
     if before is None:
         after = _RunAfter(path, name, feature)
@@ -130,7 +132,23 @@ def add_rcca(
     return model
 
 
-class _RunBefore:
+def _have_compiler_heed_hooks() -> None:
+    """Have torch.compile tell a block with a hook from one without: it would run code compiled for the plain model,
+    which leaves the module out, for both."""
+    if getattr(torch._dynamo.config, "skip_nnmodule_hook_guards", False):
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch._dynamo.reset()  # code compiled before does not tell them apart
+
+
+class _Hook:
+    """What both hooks do when pickle reads a model back, in a process that may not have called `add_rcca`."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _have_compiler_heed_hooks()
+        self.__dict__.update(state)
+
+
+class _RunBefore(_Hook):
     """Forward pre-hook that sends the block's input through one of its children."""
 
     # Kept with the hook so that a copy of the model read back by pickle in another process reserves the hook's id.
@@ -145,7 +163,7 @@ class _RunBefore:
         return (getattr(block, self.name)(x), *inputs[1:])
 
 
-class _RunAfter:
+class _RunAfter(_Hook):
     """Forward hook that sends the block's output, or one feature of it, through one of its children."""
 
     handle: RemovableHandle

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch._dynamo
 import torchvision
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import ShapeSpec
@@ -186,6 +187,34 @@ def test_compiles_in_one_graph():
     compiled = torch.compile(model.res4, backend="eager", fullgraph=True)
     x = torch.randn(1, 24, 8, 8)
     assert_same(compiled(x), model.res4(x))
+
+
+@pytest.fixture
+def compiler():
+    """torch.compile as it is at first."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("order", ["added before", "added to compiled", "unpickled"])
+@pytest.mark.parametrize("where", [{"before": -1}, {"before": None}])
+def test_compiled_code_of_the_plain_model_is_not_run_in_its_place(compiler, order, where):
+    plain, x = resnet(), torch.randn(1, 24, 8, 8)
+    model = opened(add_rcca(copy.deepcopy(plain), **where))
+    expected = model.res4(x)
+    data = pickle.dumps(model)
+    if order != "added before":
+        torch._dynamo.config.skip_nnmodule_hook_guards = True  # as in another process
+    compiled_plain = torch.compile(plain.res4, backend="eager")
+    assert_same(compiled_plain(x), plain.res4(x))
+    if order == "added to compiled":
+        add_rcca(plain, **where).load_state_dict(model.state_dict())
+        assert_same(compiled_plain(x), expected)
+        return
+    model = pickle.loads(data) if order == "unpickled" else model
+    assert_same(torch.compile(model.res4, backend="eager")(x), expected)
 
 
 def test_follows_device_dtype_and_mode():
