@@ -9,7 +9,7 @@ from .autocast import autocast_disabled
 def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """See `ccnet_d2.ops.criss_cross_attention`."""
     out = torch.zeros(value.shape, dtype=_compute_dtype(value), device=value.device)
-    for axis, weights in enumerate(criss_cross_weights(query, key), start=2):
+    for axis, weights in enumerate(criss_cross_weights(query, key), 2):
         lines = value.to(weights.dtype).movedim(axis, -1)  # (B, C, *others, L)
         weights = weights.movedim(axis - 1, -2)  # (B, *others, L, L): from position i to position j of a line
         with autocast_disabled(value.device):

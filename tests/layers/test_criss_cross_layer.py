@@ -426,6 +426,8 @@ def test_what_comes_to_the_layer_in_autocast(dtype, weights, low, backend, recom
     exact_inputs = [inputs[0].detach().double().requires_grad_(), *exact.parameters()]
     with torch.autocast("cpu", dtype=low):
         out = layer(inputs[0])
+        with torch.no_grad():
+            inferred = layer(inputs[0])
     wanted = exact(exact_inputs[0])
     grad = torch.randn_like(out)
     got = [out, *torch.autograd.grad(out, inputs, grad)]
@@ -436,6 +438,8 @@ def test_what_comes_to_the_layer_in_autocast(dtype, weights, low, backend, recom
     for like, value, expected in zip((inputs[0], *inputs), got, wanted, strict=True):
         assert value.dtype == like.dtype
         assert (value.double() - expected).norm() <= unit * expected.norm()
+    assert inferred.dtype == dtype
+    assert (inferred.double() - wanted[0]).norm() <= unit * wanted[0].norm()
 
 
 @pytest.mark.parametrize(

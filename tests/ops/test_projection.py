@@ -172,6 +172,20 @@ def test_half_precision_that_the_processor_does_not_multiply(
         assert (value.double() - expected).norm() <= 4 * UNIT[dtype] * (expected.norm() + 1)
 
 
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_means_the_same_whether_recorded_or_not(dtype, channels_last, images):
+    x = draw(images, 24, 5, 6, dtype=dtype, channels_last=channels_last)
+    weight, bias = draw(30, 24, dtype=torch.float32), draw(30, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = project(x.requires_grad_(), weight, bias)
+        with torch.no_grad():
+            got = project(x, weight, bias)
+    assert wanted.requires_grad and not got.requires_grad
+    assert got.dtype == torch.bfloat16 and torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("recorded", [False, True])
 def test_by_way_of_fp32_in_autocast(dtype, recorded, monkeypatch):
