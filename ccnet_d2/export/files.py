@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -116,6 +117,10 @@ def _onnx_maker() -> _Maker:
             f"ONNX files need the packages onnx, onnxruntime and onnxscript, and {error.name} is missing: "
             "pip install 'ccnet_d2[export]', or write a .pt2 file, which needs none of them."
         ) from error
+    if "optimize" not in inspect.signature(torch.onnx.export).parameters:
+        raise ExportError(
+            f"ONNX files need torch 2.6 or newer, and this is torch {torch.__version__}: write a .pt2 file."
+        )
 
     def make(program: ExportedProgram, metadata: Mapping[str, str]) -> tuple[bytes, Run]:
         content = onnx_bytes(program, metadata)

@@ -15,6 +15,7 @@ import torch._dynamo
 from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from ccnet_d2.errors import UserError
@@ -79,6 +80,11 @@ def add_rcca(
         if not isinstance(value, kinds):
             given = f"a {type(value).__name__}" if isinstance(value, nn.Module) else repr(value)
             raise UserError(f"{key} must be {what}, not {given}.")
+    if isinstance(model, DistributedDataParallel):
+        raise UserError(
+            "the model is in DistributedDataParallel already, which would not average the new module's gradients: call "
+            "add_rcca first, and wrap the model after it."
+        )
     path, target = _find(model, where)
     if feature is not None and before is not None:
         raise UserError(

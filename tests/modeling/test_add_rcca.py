@@ -15,6 +15,7 @@ from detectron2.modeling.backbone import FPN, BasicStem, BottleneckBlock, RegNet
 from detectron2.modeling.backbone.regnet import ResBottleneckBlock, SimpleStem
 from detectron2.modeling.backbone.resnet import BasicBlock
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 import ccnet_d2
@@ -429,6 +430,16 @@ def test_features_that_are_no_map_are_named_when_they_come():
     model = add_rcca(pyramid(), "backbone.conv", before=None, channels=24)
     with pytest.raises(ValueError, match=r"\(B, 24, H, W\), got \(1, 16, 8, 8\)"):
         model["backbone"](image(size=8))
+
+
+def test_a_model_wrapped_for_several_processes_is_refused(tmp_path):
+    """Its wrapper knows the parameters that there were; those of the module would differ from process to process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(UserError, match=r"DistributedDataParallel already.*wrap the model after it"):
+            add_rcca(DistributedDataParallel(resnet()))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_twice_in_one_place_needs_a_second_name():

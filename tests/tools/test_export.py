@@ -97,3 +97,13 @@ def test_without_the_packages_of_onnx_it_says_what_to_install(script, weights, t
     assert script.main(["--config-file", TOY, "--checkpoint", weights, "--output", str(output)]) == 1
     assert "onnx is missing: pip install 'ccnet_d2[export]'" in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_a_torch_without_the_exporter_of_onnx_is_named(script, weights, tmp_path, monkeypatch, capsys):
+    """As torch up to 2.5, whose function has other arguments."""
+    monkeypatch.setattr(torch.onnx, "export", lambda model, args, f, dynamo=False: None)
+    output = tmp_path / "toy.onnx"
+    assert script.main(["--config-file", TOY, "--checkpoint", weights, "--output", str(output)]) == 1
+    error = capsys.readouterr().err
+    assert f"need torch 2.6 or newer, and this is torch {torch.__version__}: write a .pt2 file." in error
+    assert not output.exists()
