@@ -74,7 +74,12 @@ def get_config(name: str, trained: bool = False) -> DictConfig:
             f"{path} is not a LazyConfig (.py) file. yacs (.yaml) configs are for train_net.py, and for Detectron2's "
             "DefaultPredictor."
         )
-    config = LazyConfig.load(str(path))
+    try:
+        config = LazyConfig.load(str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"Config {path}, or one that it imports, is not text in UTF-8: {error.reason}."
+        ) from error
     missing = [key for key in _RUN_KEYS if key not in config]
     if missing:
         raise UserError(f"{path} is not a run: it defines no {' and no '.join(missing)}.")

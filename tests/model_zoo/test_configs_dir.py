@@ -93,6 +93,15 @@ def test_a_config_that_may_not_be_read_is_one_sentence(tmp_path, monkeypatch):
         get_config(str(tmp_path / "run.py"))
 
 
+def test_a_config_of_another_encoding_is_one_sentence(tmp_path):
+    """It is named: the error of Python's own tells a byte and its place, and no file."""
+    (tmp_path / "run.py").write_bytes("# caf\xe9\nmodel = 1\n".encode("latin-1"))
+    with pytest.raises(
+        UserError, match=r"^Config \S+/run\.py, or one that it imports, is not text in UTF-8: invalid"
+    ):
+        get_config(str(tmp_path / "run.py"))
+
+
 def test_a_yacs_config_is_told_where_it_works():
     with pytest.raises(UserError, match=r"not a LazyConfig.*train_net\.py.*DefaultPredictor"):
         get_config("yacs/toy/ccnet_synthetic.yaml")
