@@ -1,5 +1,6 @@
 """This process among the others: process groups, and the model shared by all."""
 
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +66,9 @@ def joined_processes(
             if machine == machine_rank:
                 comm._LOCAL_PROCESS_GROUP = group
         yield
+        # Closing waits for gloo's threads with Python's lock held; with older versions of torch (seen with 2.6, not
+        # with 2.10) for ever, if one needs the lock to free what the last operation sent. They are done in no time.
+        time.sleep(0.1)
         # After an error the connections stay: closed, they would be the first error that the others see.
         dist.destroy_process_group()
     finally:

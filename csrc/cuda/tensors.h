@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <limits>
 
@@ -15,7 +17,7 @@ inline void check(int error) { STD_CUDA_CHECK(static_cast<cudaError_t>(error)); 
 
 inline void* current_stream(const Tensor& t) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return stream;
 }
 
