@@ -117,9 +117,9 @@ def _onnx_maker() -> _Maker:
             f"ONNX files need the packages onnx, onnxruntime and onnxscript, and {error.name} is missing: "
             "pip install 'ccnet_d2[export]', or write a .pt2 file, which needs none of them."
         ) from error
-    if "optimize" not in inspect.signature(torch.onnx.export).parameters:
+    if "optimize" not in inspect.signature(torch.onnx.export).parameters:  # up to 2.5
         raise ExportError(
-            f"ONNX files need torch 2.6 or newer, and this is torch {torch.__version__}: write a .pt2 file."
+            f"ONNX files need a newer torch than {torch.__version__}: take 2.10 or later, or write a .pt2 file."
         )
 
     def make(program: ExportedProgram, metadata: Mapping[str, str]) -> tuple[bytes, Run]:

@@ -23,6 +23,7 @@ from .program import INPUT, OUTPUT
 
 __all__ = ["onnx_bytes", "onnx_runner"]
 
+_KNOWN_TO_WORK = (2, 10)  # versions of torch; 2.6 makes no file of criss-cross attention
 _LARGEST = 2**31 - 1  # what one protocol buffer holds
 _SIZES = ("batch", None, "height", "width")
 
@@ -49,7 +50,10 @@ def onnx_bytes(program: ExportedProgram, metadata: Mapping[str, str]) -> bytes:
             model = made.model_proto
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportError(f"the network has no ONNX form: {first}") from error
+        advice = (
+            "" if torch.__version__ >= _KNOWN_TO_WORK else f"; torch is {torch.__version__}, 2.10 may make it"
+        )
+        raise ExportError(f"the network has no ONNX form: {first}{advice}") from error
     if model.ByteSize() > _LARGEST:
         raise ExportError(
             f"the network takes {model.ByteSize() / 1e9:.1f} GB, and one .onnx file holds 2 GB: write a .pt2 file."
