@@ -54,5 +54,5 @@ def automatic_backend_on(device: compiled.Device, dtype: torch.dtype) -> str:
     if compiled.unsupported_reason(device, dtype) is not None:
         return "matmul"
     # On GPUs the kernels are several times faster in half precision.
-    on_cpu, half = compiled.device_type(device) == "cpu", dtype in (torch.float16, torch.bfloat16)
+    on_cpu, half = torch.device(device).type == "cpu", dtype in (torch.float16, torch.bfloat16)
     return "compiled" if on_cpu or half or compiled.pays_in_fp32_on_gpu(device) else "matmul"

@@ -21,7 +21,7 @@ from torch import Tensor, library
 from . import _library
 from .transforms import is_transformed
 
-Device = torch.device | str  # of a tensor, as GPUs of one machine differ, or a type of device
+Device = torch.device | str  # "cuda" is the current GPU; those of one machine may differ
 
 _DTYPES = {
     "cpu": (torch.float32, torch.float16, torch.bfloat16, torch.float64),
@@ -68,17 +68,12 @@ def is_available() -> bool:
 
 def unavailable_reason(device: Device = "cpu") -> str | None:
     """Why the compiled operator does not run on this device, as one sentence; None where it does."""
-    kind = device_type(device)
+    kind = torch.device(device).type
     if kind == "cpu":
         return _CPU_REASON
     if kind == "cuda":
         return _CUDA_REASON if _CUDA_REASON is not None else _old_gpu_reason(device)
     return f"the compiled operator runs on CPU and CUDA, not on {kind!r}."
-
-
-def device_type(device: Device) -> str:
-    """ "cpu", "cuda", ..., of one device or of all of its type."""
-    return device if isinstance(device, str) else device.type
 
 
 def _old_gpu_reason(device: Device) -> str | None:
@@ -109,13 +104,11 @@ def pays_in_fp32_on_gpu(device: Device) -> bool:
 
 
 def _gpu(device: Device) -> Any:
-    """The properties of this GPU, of "cuda" those of the current one.
-
-    None where none is in use yet, and while torch.compile traces, which would follow this.
-    """
+    """The properties of this GPU; None where none is in use yet, and while torch.compile traces, which would follow
+    this."""
     if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
         return None
-    return torch.cuda.get_device_properties(None if isinstance(device, str) else device)
+    return torch.cuda.get_device_properties(device)
 
 
 def instruction_set(dtype: torch.dtype) -> str | None:
@@ -129,7 +122,7 @@ def instruction_set(dtype: torch.dtype) -> str | None:
 
 def unsupported_reason(device: Device, dtype: torch.dtype) -> str | None:
     """Why the compiled operator does not run on this device in this dtype; None where it does."""
-    reason, kind = unavailable_reason(device), device_type(device)
+    reason, kind = unavailable_reason(device), torch.device(device).type
     if reason is None and dtype not in _DTYPES[kind]:
         reason = f"the compiled operator has no {dtype} kernel on {kind}."
     return reason

@@ -66,7 +66,8 @@ def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_traced()
     if not (recorded or is_transformed(x, weight, bias)):
         # Autocast leaves products alone that are written to a given tensor.
-        rows, weight, bias = (t.to(compute_dtype(x)) for t in (rows, weight, bias))
+        dtype = compute_dtype(x)
+        rows, weight, bias = rows.to(dtype), weight.to(dtype), bias.to(dtype)
         out = on_huge_pages(rows.new_empty((*rows.shape[:-1], outputs)))
     if rows.dim() == 2:
         out = torch.addmm(bias, rows, weight.t(), out=out)

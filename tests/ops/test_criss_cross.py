@@ -205,7 +205,7 @@ def use_gpu(monkeypatch, major, minor):
     """As if tensors were on a GPU of this compute capability."""
     gpu = SimpleNamespace(name="Tesla", major=major, minor=minor)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_auto_chooses_by_the_gpu_of_the_tensors(monkeypatch):
         SimpleNamespace(name="Turing", major=7, minor=5),
     ]
     monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device=None: gpus[device.index if device else 0]
+        torch.cuda, "get_device_properties", lambda device: gpus[torch.device(device).index or 0]
     )
     for dtype in (torch.float32, torch.float16):
         assert automatic_backend_on("cuda", dtype) == "compiled"

@@ -138,4 +138,4 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
 
 def backends_on(device: str) -> dict[str, str | None]:
     """For each backend why it does not run on the device, as one sentence; None where it does."""
-    return available_backends() | {"compiled": unavailable_reason(torch.device(device))}
+    return available_backends() | {"compiled": unavailable_reason(device)}
