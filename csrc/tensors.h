@@ -16,6 +16,9 @@ namespace ccnet {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Whether t is (B, C, *S) with one to three spatial axes, which is to be known before they are counted up to kMaxAxes.
+inline bool is_map(const Tensor& t) { return t.dim() >= 3 && t.dim() <= 2 + kMaxAxes; }
+
 // Of a (B, C, *S) tensor.
 inline Grid grid_of(const Tensor& t) {
   Grid grid{};
@@ -60,8 +63,7 @@ inline void check_alike(const Tensor& t, const Tensor& like, const char* name) {
 }
 
 inline Grid checked_grid(const Tensor& query, const Tensor& key, const Tensor& value) {
-  require(query.dim() >= 3 && query.dim() <= 2 + kMaxAxes,
-          "query must be (B, C', *S) with one to three spatial axes.");
+  require(is_map(query), "query must be (B, C', *S) with one to three spatial axes.");
   check_alike(key, query, "key");
   check_alike(value, query, "value");
   require(key.size(1) == query.size(1), "key must have the channels of query.");
@@ -91,10 +93,9 @@ inline void check_backward(const Tensor& like, int64_t channels, const Tensor& g
           "lse must be the one that the forward pass returned.");
 }
 
-// Of what is made like another tensor: before anything of it is counted up to kMaxAxes.
+// Of what is made like another tensor.
 inline void check_axes(const Tensor& like) {
-  require(like.dim() >= 3 && like.dim() <= 2 + kMaxAxes,
-          "a map must be (B, C, *S) with one to three spatial axes, got ", like.dim(), " dimensions.");
+  require(is_map(like), "a map must be (B, C, *S) with one to three spatial axes, got ", like.dim(), " dimensions.");
 }
 
 // An uninitialised tensor of these sizes. Up to torch 2.12, errors of torch's own arrive without their cause, with

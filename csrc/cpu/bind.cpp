@@ -143,8 +143,7 @@ Tensor packed_backward(Tensor grad_out, Tensor packed, int64_t key_channels, Ten
 
 // A channels-last copy.
 Tensor to_channels_last(Tensor x) {
-  require(x.is_cpu() && x.dim() >= 3 && x.dim() <= 2 + kMaxAxes,
-          "x must be a CPU tensor (B, C, *S) with one to three spatial axes.");
+  require(x.is_cpu() && is_map(x), "x must be a CPU tensor (B, C, *S) with one to three spatial axes.");
   return copy_channels_last(x, grid_of(x));
 }
 

@@ -18,7 +18,7 @@ Product usable(Product product) {
 
 // A map (B, c, *S) and the projection's weight (O, C), or its gradient.
 void check(const Tensor& map, const char* name, int64_t channels, const Tensor& weight) {
-  require(map.is_cpu() && map.dim() >= 3 && map.dim() <= 2 + kMaxAxes && map.scalar_type() == ScalarType::Float, name,
+  require(map.is_cpu() && is_map(map) && map.scalar_type() == ScalarType::Float, name,
           " must be a CPU tensor (B, C, *S) of float32 with one to three spatial axes.");
   require(weight.is_cpu() && weight.dim() == 2 && weight.scalar_type() == ScalarType::Float,
           "weight must be a CPU tensor (O, C) of float32.");

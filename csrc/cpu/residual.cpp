@@ -13,8 +13,7 @@ namespace {
 
 void check(const Tensor& a, const Tensor& b, const Tensor& gamma, ScalarType computed) {
   require(a.is_cpu() && b.is_cpu() && gamma.is_cpu(), "the residual takes CPU tensors.");
-  require(a.dim() == b.dim() && a.dim() >= 3 && a.dim() <= 2 + kMaxAxes,
-          "the residual takes tensors (B, C, *S) with one to three spatial axes.");
+  require(a.dim() == b.dim() && is_map(a), "the residual takes tensors (B, C, *S) with one to three spatial axes.");
   for (int64_t d = 0; d < a.dim(); ++d) {
     require(a.size(d) == b.size(d), "attended and x must have one shape.");
   }

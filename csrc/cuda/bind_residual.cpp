@@ -21,8 +21,7 @@ const ResidualKernels& kernels_for(const Tensor& t) {
 }
 
 ResidualRequest request_of(const Tensor& x, const Tensor& out) {
-  require(x.dim() >= 3 && x.dim() <= 2 + kMaxAxes,
-          "the residual takes tensors (B, C, *S) with one to three spatial axes.");
+  require(is_map(x), "the residual takes tensors (B, C, *S) with one to three spatial axes.");
   check_counts(grid_of(x), x, x);
   ResidualRequest request{};
   request.batch = x.size(0);
